@@ -33,7 +33,7 @@ def as_markdown(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, str
     """Return a notebook as Markdown, and the SVG files that this names.
 
     Args:
-        notebook: Content of a notebook of format 4, executed.
+        notebook: Content of a notebook of format 4, executed unless it is for Colab.
         stem: What the names of the files begin with.
 
     Raises:
@@ -47,7 +47,8 @@ def as_markdown(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, str
         if cell["cell_type"] == "markdown":
             parts.append(source)
             continue
-        if cell["execution_count"] is None:
+        # A notebook for Colab is shown as it is: what it prints depends on the card.
+        if cell["execution_count"] is None and "colab" not in notebook["metadata"]:
             raise ValueError(f"{stem}: cell {number} was not executed")
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:

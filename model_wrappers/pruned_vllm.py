@@ -10,8 +10,11 @@ import weakref
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 
 try:
+    from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core_client import SyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -30,7 +33,10 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_kept,
 )
 from lm_eval_pruned.checkpoints.configs import argument_errors
-from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
+from lm_eval_pruned.model_wrappers.batching.answer_paths import (
+    AnswerPaths,
+    TokenCounts,
+)
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import (
     argument_names,
@@ -118,8 +124,15 @@ class PrunedVLLM(EnergyWindows, VLLM):
         super().__init__(pretrained, **{**kwargs, **seed})
         # Otherwise, each replica loads in a process that ends with its requests.
         tells = self.data_parallel_size <= 1
+        self.answer_paths = AnswerPaths()
+        self._plain_because: str | None = "data_parallel_size is above 1"
+        #: Tokens of the answer that each prompt ends with, while prompts are scored.
+        self._answer_lengths: dict[tuple[int, ...], int] = {}
         if tells:
-            _end_with(self.model.llm_engine.engine_core)
+            engine = self.model.llm_engine
+            _end_with(engine.engine_core)
+            caches = engine.vllm_config.cache_config.enable_prefix_caching
+            self._plain_because = None if caches else "enable_prefix_caching is off"
         if tells and request.plan.prunes:
             told = self.model.collective_rpc("pruned_record")[0]
         else:
@@ -142,7 +155,24 @@ class PrunedVLLM(EnergyWindows, VLLM):
         return current_platform.is_cuda_alike()
 
     def _first_pass(self) -> None:
-        self._model_generate([[self.eot_token_id] * WARM_UP_TOKENS])
+        self._ask([[self.eot_token_id] * WARM_UP_TOKENS], False)
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], *args: Any, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        most, lengths = self.max_length - 1, self._answer_lengths
+        for _, context, answer in requests:
+            prompt = tuple((context + answer)[-most:])
+            # Two requests may split the same tokens in different places.
+            lengths[prompt] = max(lengths.get(prompt, 0), min(len(answer), most))
+        before = self.token_counts.processed
+        answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        lengths.clear()
+        # As the harness does for windows of a longer text.
+        rolling = "_rolling" if requests and requests[0][0] is None else ""
+        computed = self.token_counts.processed - before
+        self._count_path(f"loglikelihood{rolling}", len(requests), computed)
+        return answers
 
     def _model_generate(
         self,
@@ -151,24 +181,67 @@ class PrunedVLLM(EnergyWindows, VLLM):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        counts = self.token_counts
+        before = counts.processed
+        counts.prompt += sum(map(len, requests))
+        if generate:
+            outputs = self._ask(requests, True, *args, **kwargs)
+            for output in outputs:
+                generated = len(output.outputs[0].token_ids)
+                counts.generated += generated
+                # The last token is never fed back.
+                counts.processed += max(generated - 1, 0)
+            computed = counts.processed - before
+            self._count_path("generate_until", len(requests), computed)
+            return outputs
+        if self._plain_because is not None:
+            return self._ask(requests, False)
+        return self._scores_of_answers(requests)
+
+    def _scores_of_answers(self, requests: list[list[int]]) -> list[Any]:
+        """Return outputs with the log-probabilities of answers, whose contexts may come from the cache.
+
+        vLLM computes no log-probabilities of tokens that it finds in its prefix cache, so prompts
+        of whose answer it found a part there are sent again. What it says of such tokens is left
+        out (its newer runner) or uninitialised memory (the other one, which CPUs have).
+        """
+        outputs = self._ask(requests, True, _scoring())
+        lengths = [self._answer_lengths[tuple(tokens)] for tokens in requests]
+        again = []
+        for index, output in enumerate(outputs):
+            cached = output.num_cached_tokens or 0
+            if cached and len(requests[index]) - lengths[index] <= cached:
+                again.append(index)
+        if again:
+            found = self._ask([requests[index] for index in again], False)
+            for index, output in zip(again, found, strict=True):
+                outputs[index] = output
+        for tokens, length, output in zip(requests, lengths, outputs, strict=True):
+            known = output.prompt_logprobs
+            context = [None] * (len(tokens) - length)
+            output.prompt_logprobs = context + known[len(known) - length :]
+        return outputs
+
+    def _ask(self, requests: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Return what the engine answers, and count the tokens of prompts that it computed."""
         try:
-            outputs = super()._model_generate(requests, generate, *args, **kwargs)
+            outputs = super()._model_generate(requests, *args, **kwargs)
         except EngineDeadError as error:
             self.engine_died = True
             raise RuntimeError(
                 "The engine of vLLM ended while it worked on requests, mostly for lack of memory; "
                 "see its messages: lower max_num_seqs, gpu_memory_utilization or max_model_len."
             ) from error
-        counts = self.token_counts
         for tokens, output in zip(requests, outputs, strict=True):
-            counts.prompt += len(tokens)
-            counts.processed += len(tokens) - (output.num_cached_tokens or 0)
-            if generate:
-                generated = len(output.outputs[0].token_ids)
-                counts.generated += generated
-                # The last token is never fed back.
-                counts.processed += max(generated - 1, 0)
+            computed = len(tokens) - (output.num_cached_tokens or 0)
+            self.token_counts.processed += computed
         return outputs
+
+    def _count_path(self, request_type: str, requests: int, computed: int) -> None:
+        why = self._plain_because
+        path = "prefix_cache" if why is None else "plain"
+        reasons = [why] * requests if why is not None else []
+        self.answer_paths.of(request_type).add(path, requests, computed, reasons)
 
     def close(self) -> None:
         """End the engine; the model answers nothing afterwards."""
@@ -182,13 +255,28 @@ class PrunedVLLM(EnergyWindows, VLLM):
         dtype = self.model_args["dtype"]
         if self.data_parallel_size <= 1:
             dtype = self.model.llm_engine.model_config.dtype
+        paths = self.answer_paths.as_dict(nn.Module())
+        # What computes the linear layers is the engine's choice.
+        del paths["linear"]
         return {
             "model_num_parameters": self._pruning["parameters_after"],
             "model_dtype": str(dtype),
             "model_revision": self.model_args["revision"] or "main",
             "pruning": self._pruning,
+            "answer_paths": paths,
             **self.energy_info(),
         }
+
+
+def _scoring() -> SamplingParams:
+    """Return the harness's parameters for scoring, of which vLLM else says not to read its cache."""
+    return SamplingParams(
+        temperature=0,
+        prompt_logprobs=1,
+        max_tokens=1,
+        detokenize=False,
+        skip_reading_prefix_cache=False,
+    )
 
 
 def _end_with(client: Any) -> None:

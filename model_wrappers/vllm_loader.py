@@ -93,10 +93,20 @@ class PrunedModelLoader(DefaultModelLoader):
             cache_dir=self.load_config.download_dir,
         )
         if self._request.plan.prunes:
+            if self.load_config.safetensors_load_strategy == "prefetch":
+                self._read_ahead(model_config)
             stored = Stored.of(self._request)
             self._request, self._pruned = stored.request, stored.pruned()
         narrow_config(self._request, model_config.hf_config)
         return super().load_model(vllm_config, model_config, *args, **kwargs)
+
+    def _read_ahead(self, model_config: Any) -> None:
+        """Have vLLM read the files into the page cache, from which transformers maps them."""
+        source = self.Source(model_config.model, model_config.revision)
+        weights = self._get_weights_iterator(source)
+        # It starts reading all files, each process its share, when it is asked for a tensor.
+        next(weights, None)
+        weights.close()
 
     def create_model(
         self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
@@ -93,6 +94,17 @@ def test_activations_are_observed_before_the_engine_loads(
     asked = {"ratio": 2.0, "criterion": "maw_act", "calibration": str(text)}
     ours, theirs = pruned_vllm(llama, **asked), pruned_hf(llama, **asked)
     assert ours.get_model_info()["pruning"] == theirs.get_model_info()["pruning"]
+
+
+def test_files_are_read_ahead_where_that_is_asked(llama, monkeypatch, in_this_process):
+    from vllm.model_executor.model_loader import weight_utils
+
+    read: list[str] = []
+    prefetch = "_prefetch_all_checkpoints"
+    monkeypatch.setattr(weight_utils, prefetch, lambda files, **_: read.extend(files))
+    ours = pruned_vllm(llama, ratio=2.0, safetensors_load_strategy="prefetch")
+    assert read == [str(llama / "model.safetensors")]
+    assert scores(ours) == pytest.approx(scores(pruned_hf(llama, ratio=2.0)), abs=1e-3)
 
 
 def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
@@ -215,6 +227,61 @@ def test_pruned_weights_are_quantised_while_they_load(
         dtype=torch.bfloat16,
     )
     assert scores(pruned_vllm(tmp_path / "x", **engine)) == answers
+
+
+def without_cached_rows(outputs):
+    """As the newer of vLLM's runners, which needs a GPU, returns them."""
+    for output in outputs:
+        if cached := output.num_cached_tokens:
+            output.prompt_logprobs[1 : cached + 1] = []
+    return outputs
+
+
+def of_nothing(outputs):
+    """The memory of rows that were read from the cache is anything."""
+    for output in outputs:
+        for row in output.prompt_logprobs[1 : (output.num_cached_tokens or 0) + 1]:
+            row.update(dict.fromkeys(row, 1e9))
+    return outputs
+
+
+@pytest.mark.parametrize("told", [without_cached_rows, of_nothing])
+def test_scored_prompts_read_the_prefix_cache(
+    told, llama, monkeypatch, in_this_process
+):
+    """Two equal requests, and answers that begin alike across a block of the cache."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    answer, context = VLLM._model_generate, "Some words that all share. " * 5
+    monkeypatch.setattr(
+        VLLM, "_model_generate", lambda *a, **more: told(answer(*a, **more))
+    )
+    ends = ("yes", "yes", "no", "both of " * 6 + "a", "both of " * 6 + "b")
+    requests = [Instance("loglikelihood", {}, (context, end), 0) for end in ends]
+    ours = pruned_vllm(llama, ratio=2.0, block_size=32)
+    expected = pruned_hf(llama, ratio=2.0).loglikelihood(requests)
+    # All of it is in the cache at the second time.
+    for _ in range(2):
+        before = ours.token_counts.processed
+        found = ours.loglikelihood(requests, disable_tqdm=True)
+        computed = ours.token_counts.processed - before
+        path = ours.get_model_info()["answer_paths"]["loglikelihood"]
+        assert [one for one, _ in found] == pytest.approx(
+            [one for one, _ in expected], abs=1e-3
+        )
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        assert path["requests"] == {"prefix_cache": len(ends)}
+        assert path["tokens_computed"] == {"prefix_cache": computed}
+        tokens = sum(len(ours.tok_encode(context + end)) for end in ends)
+        assert computed < 0.6 * tokens
+
+
+def test_without_a_prefix_cache_the_results_say_so(llama, in_this_process):
+    ours = pruned_vllm(llama, ratio=2.0, enable_prefix_caching=False)
+    assert scores(ours) == pytest.approx(scores(pruned_hf(llama, ratio=2.0)), abs=1e-3)
+    path = ours.get_model_info()["answer_paths"]["loglikelihood"]
+    assert path["requests"] == {"plain": len(SCORED)}
+    assert path["reasons"] == ["enable_prefix_caching is off"]
 
 
 def test_energy_and_tokens_of_each_request_type(llama, in_this_process):
