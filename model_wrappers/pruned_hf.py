@@ -215,7 +215,8 @@ class PrunedHFLM(EnergyLoggingHFLM):
             model = load_request(request, self.tokenizer, self._known_scores)
             self._note_pruning(model)
             if peft is not None:
-                self._healing = check_kept(peft, self._prune_record.digest, revision)
+                pruned = self._prune_record.as_dict()
+                self._healing = check_kept(peft, pruned, revision)
             return model
 
         # HFLM has no hook for the one call that loads, and compares the class afterwards.

@@ -140,8 +140,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
             told = {"record": record.as_dict(), "table": record.as_table()}
         self._pruning: dict[str, Any] = told["record"]
         if adapter is not None and tells:
-            digest = self._pruning["kept_digest"]
-            check_kept(adapter, digest, argument="lora_local_path")
+            check_kept(adapter, self._pruning, argument="lora_local_path")
         eval_logger.info("Pruning:\n%s", told["table"])
 
     @classmethod

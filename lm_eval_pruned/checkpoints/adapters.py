@@ -11,8 +11,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.util.pruning_record import left_of
+
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from peft import PeftConfig
     from transformers import PretrainedConfig
 
@@ -117,32 +121,43 @@ def adapted_modules(adapter: str) -> set[str]:
 
 def check_kept(
     adapter: str,
-    digest: str | None,
+    pruning: Mapping[str, Any],
     revision: str | None = None,
     argument: str = "peft",
 ) -> dict[str, Any] | None:
     """Return what an adapter says it was trained on; None without a record.
 
     Raises:
-        ValueError: It was trained on another kept set than that of `digest`, or its record is
-            damaged.
+        ValueError: It was trained on another kept set or another repair than the record
+            `pruning` of the model has, or its record is damaged.
     """
     healing = read_healing(adapter, revision)
-    if healing is None or healing["pruning"]["kept_digest"] == digest:
+    if healing is None or left_of(healing["pruning"]) == left_of(pruning):
         return healing
     trained = healing["pruning"]
     size = [f"{name}={value}" for name, value in (trained.get("asked") or {}).items()]
     if size:
-        size.append(f"criterion={trained.get('criterion')}")
-    theirs, ours = (
-        f"the kept set {each[:12]}" if each else "no kept set"
-        for each in (trained["kept_digest"], digest)
+        names = ("criterion", "repair")
+        size += [f"{name}={trained[name]}" for name in names if name in trained]
+    same = trained["kept_digest"] == pruning.get("kept_digest")
+    theirs, ours = (_described(each, same) for each in (trained, pruning))
+    belongs = (
+        "it belongs to other weights" if same else "its columns belong to other neurons"
     )
     raise ValueError(
-        f"{argument}={adapter} was trained on {theirs}, but this model has {ours}, so its columns "
-        f"belong to other neurons: pass {','.join(size) or 'no size'} with the pretrained that it "
+        f"{argument}={adapter} was trained on {theirs}, but this model has {ours}, so {belongs}: "
+        f"pass {','.join(size) or 'no size'} with the pretrained{' and the text' * same} that it "
         "was trained on, or another adapter."
     )
+
+
+def _described(pruning: Mapping[str, Any], with_repair: bool) -> str:
+    digest, repair, text, tokens = left_of(pruning)
+    kept = f"the kept set {digest[:12]}" if digest else "no kept set"
+    if not with_repair:
+        return kept
+    read = f" on {tokens} tokens of the text {text[:12]}" if text else ""
+    return f"{kept} with repair={repair or 'none'}{read}"
 
 
 def read_healing(adapter: str, revision: str | None = None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
 from lm_eval_pruned.pruning.argument_values import exact, seed_below_limit, whole
+from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration import (
     CalibrationText,
     check_observable,
@@ -43,7 +44,7 @@ _MEASURE = 2
 
 def measure_sensitivity(
     request: LoadRequest,
-    calibration: str,
+    calibration: str = str(OWN_TEXT),
     *,
     criteria: Iterable[str] = ("maw", "act", RANDOM),
     seeds: Iterable[Number] | None = None,
@@ -56,7 +57,8 @@ def measure_sensitivity(
 
     Args:
         request: The model, whatever its plan says.
-        calibration: JSON Lines file of text; see `lm_eval_pruned.pruning.calibration`.
+        calibration: JSON Lines file of text; default: text that comes with this package. See
+            `lm_eval_pruned.pruning.calibration`.
         criteria: Which to measure. Those that look at activations see all tokens of the texts.
         seeds: Seeds of ``random``; default: 0, 1, 2.
         prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.

@@ -17,6 +17,9 @@ from lm_eval_pruned.util.tables import markdown_table
 # fmt: off
 #: Options that `measure_sensitivity` takes, and checks, under the same names.
 _MEASURING = (
+    row("--calibration", "FILE.jsonl",
+        'text to measure the loss on, one {"text": ...} a line; no text of a benchmark '
+        "(default: text that comes with this package)"),
     row("--calibration_samples", "N",
         "how many of its texts to use, from the first on (default: the first 16)"),
     row("--calibration_tokens", "N",
@@ -28,9 +31,6 @@ _MEASURING = (
 )
 OPTIONS = (
     loading.MODEL_ARGS,
-    row("--calibration", "FILE.jsonl",
-        'text to measure the loss on, one {"text": ...} a line; no text of a benchmark',
-        required=True),
     *_MEASURING,
     row("--device", None, "such as cuda:0 (default: cpu)"),
     row("--output_path", "DIR", "folder for sensitivity.json, sensitivity.csv and the plots"),
@@ -66,7 +66,6 @@ def run(arguments) -> None:
         LoadRequest.resolve(
             AutoModelForCausalLM, pretrained, PruneArguments(), model_args
         ),
-        arguments.calibration,
         tokenizer=tokenizer and AutoTokenizer.from_pretrained(tokenizer),
         **{name: value for name, value in asked.items() if value},
     )

@@ -25,6 +25,7 @@ from lm_eval_pruned.healing.text import digest_of, texts_of, token_blocks
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.util.atomic import appearing_whole
+from lm_eval_pruned.util.pruning_record import left_of
 
 
 if TYPE_CHECKING:
@@ -157,8 +158,7 @@ def heal(
     model: Any = load_request(request, tokenizer)
     pruned: PruneRecord = model.prune_record
     pruning = pruned.as_dict()
-    kept = {"kept_digest": pruning["kept_digest"]}
-    _check_same(last, before and before["pruning"], kept)
+    _check_same(last, before and _left(before["pruning"]), _left(pruning))
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
         **shared,
@@ -230,6 +230,11 @@ def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
             "delete the folder."
         )
     return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
+
+
+def _left(pruning: dict[str, Any]) -> dict[str, Any]:
+    names = ("kept_digest", "repair", "SHA-256 of its text", "tokens of its text")
+    return dict(zip(names, left_of(pruning), strict=True))
 
 
 def _check_same(last: Path | None, before: Any, now: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.compare.verdicts import verdict_of
 from lm_eval_pruned.report.page import run_label
 from lm_eval_pruned.report.sections import compared_section
-from lm_eval_pruned.results.files import as_mapping, left_of
+from lm_eval_pruned.results.files import as_mapping
 from lm_eval_pruned.results.groups import healing_name, is_control, primary_metrics
+from lm_eval_pruned.util.pruning_record import left_of
 
 
 if TYPE_CHECKING:

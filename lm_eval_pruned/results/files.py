@@ -145,17 +145,6 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def left_of(pruning: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what decides the weights that a pruning left: kept digest, repair, and its text.
-
-    `pruning` is the record in a results file; the text is given by its SHA-256 and its tokens.
-    """
-    repair = pruning.get("repair")
-    text = as_mapping(pruning.get("calibration")) if repair else {}
-    read = (text.get("sha256"), text.get("tokens"))
-    return pruning.get("kept_digest"), repair, *read
-
-
 def finite_or_none(value: Any) -> float | None:
     """Return a value of a results file as a number, or None where it is not finite."""
     number = is_number(value) and not isinstance(value, bool)

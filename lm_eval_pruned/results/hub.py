@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.results.files import (
     ResultsError,
     as_mapping,
-    left_of,
     newest_first,
     read_json,
 )
 from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.pruning_record import left_of
 
 
 if TYPE_CHECKING:

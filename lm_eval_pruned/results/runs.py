@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
-    left_of,
     newest_first,
     read_json,
     read_results_file,
 )
 from lm_eval_pruned.results.folder import ERROR, FLOOR, UNITS, read_definition
+from lm_eval_pruned.util.pruning_record import left_of
 
 
 if TYPE_CHECKING:

@@ -1,0 +1,53 @@
+"""Figures in the tables of measurements are in the CSV files beside them."""
+
+import csv
+import re
+
+import pytest
+
+from tests.helpers.checkpoints import ROOT
+
+
+FOLDER = ROOT / "docs" / "measurements"
+PAGES = {"latency": FOLDER / "energy.md", "recipes": ROOT / "docs" / "pruning-well.md"}
+#: Sections whose tables rest on what others published, or on data that were not kept.
+OTHERS = r"## (?:The study's|Repair\n|Compare with a published)(?:.*\n)+?(?=## |\Z)"
+
+
+def rows_of(stem):
+    """Return model, percent, words of the method and values of the rows of a file."""
+    lines = (FOLDER / f"{stem}.csv").read_text("utf-8").splitlines()
+    for row in csv.DictReader(line for line in lines if line[0] != "#"):
+        percent = float(row.get("percent") or row.get("removed") or 0)
+        words = {*re.findall(r"\w+", row.get("method", ""))}
+        numbers = [float(v) for v in row.values() if re.fullmatch(r"[+-]?\d+\.\d+", v)]
+        yield row["model"], f"{percent:.0f}", words, numbers
+
+
+@pytest.mark.parametrize("stem", [path.stem for path in FOLDER.glob("*.csv")])
+def test_figures_in_tables_are_those_of_the_data(stem):
+    # The first layer is compared with models of the dichotomy.
+    rows = [*rows_of(stem), *(rows_of("dichotomy") if stem == "first_layer" else ())]
+    known = set().union(*(words for _, _, words, _ in rows))
+    page = PAGES.get(stem, FOLDER / f"{stem}.md").read_text("utf-8")
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", re.sub(OTHERS, "", page)):
+        head, _, *body = (line.split("|")[1:-1] for line in table.splitlines())
+        model = share = label = ""  # of the row above, for cells that are left empty
+        for cells in body:
+            first = "".join(cells[:2])
+            label = first if cells[0].strip() or "`" in first else label
+            for title, cell in zip(head, cells, strict=True):
+                model, *_ = *re.findall("SmolLM2|Gemma-3", title + first), model
+                share, *_ = *re.findall(r"(\d+) %", title + "".join(cells[:4])), share
+                names = {*re.findall(r"`(\w+)`", title + label)} & known
+                figures = re.findall(r"(?<![\w.])[+-]?\d+\.\d+(?!\w)", cell)
+                for figure in figures if title.strip() != "floor" else ():
+                    near = 0.51 * 10 ** -len(figure.partition(".")[2])
+                    assert any(
+                        abs(number * scale - float(figure)) < near
+                        for of, cut, words, numbers in rows
+                        if model in (of, "")
+                        if cut == "0" or (share in (cut, "") and names <= words)
+                        for number in numbers
+                        for scale in (1, 100)
+                    ), (title, label, share, figure)
