@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 
@@ -29,6 +30,7 @@ from tests.helpers.ways_to_load import (
 LAYERS = 5
 #: Shorter than the text of `logits`, so that it shows which layers have one.
 WINDOW = {"sliding_window": 4}
+_MAMBA = ("mamba_d_ssm", "mamba_n_heads", "mamba_d_head", "mamba_chunk_size")
 FAMILIES = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 3, **WINDOW},
@@ -47,12 +49,7 @@ FAMILIES = {
     "qwen3_moe": {**overrides("qwen3_moe", 12), "mlp_only_layers": [0, 3]},
     "llama4_text": {**overrides("llama4_text", 12), "moe_layers": [1, 3]},
     "deepseek_v3": {**overrides("deepseek_v3", 12), "first_k_dense_replace": 2},
-    "falcon_h1": {
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_chunk_size": 8,
-    },
+    "falcon_h1": dict(zip(_MAMBA, (32, 4, 8, 8), strict=True)),
 }
 #: Without and with windows by layer, without attention in some, with experts in all or some.
 EACH = breadth(FAMILIES, "llama", "gemma3_text", "lfm2", "gpt_oss", "deepseek_v3")
@@ -62,14 +59,11 @@ dropped_layers = st.sets(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Return the checkpoint of a family, made once."""
-    known = {}
 
+    @functools.cache
     def of(family: str = "llama") -> Source:
-        if family not in known:
-            options = {**FAMILIES[family], "num_hidden_layers": LAYERS}
-            folder = save_tiny(tmp_path_factory.mktemp(family), family, **options)
-            known[family] = Source(folder)
-        return known[family]
+        options = {**FAMILIES[family], "num_hidden_layers": LAYERS}
+        return Source(save_tiny(tmp_path_factory.mktemp(family), family, **options))
 
     return of
 

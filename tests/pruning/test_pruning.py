@@ -24,23 +24,7 @@ def test_the_digest_is_what_its_docstring_says(model):
     record = prune_model(model, ratio=1).prune_record
     packed = b"".join(struct.pack("<q", i) for kept in record.kept for i in kept)
     assert record.digest == hashlib.sha256(packed).hexdigest()
-    group = {"kind": "dense", "config_key": "intermediate_size", "mlps": 3}
-    assert record.as_dict() == {
-        "criterion": "maw",
-        "asked": {"ratio": "1"},
-        "multiple_of": 1,
-        "layers": 3,
-        "hidden_size": 32,
-        "intermediate_size_before": 88,
-        "intermediate_size_after": 32,
-        "expansion_ratio_before": 2.75,
-        "expansion_ratio_after": 1.0,
-        "parameters_before": record.parameters_after + 3 * 3 * 56 * 32,
-        "parameters_after": record.parameters_after,
-        "kept_digest": record.digest,
-        "groups": [group | {"width_before": 88, "width_after": 32}],
-        "config_expresses_widths": True,
-    }
+    assert record.as_dict()["kept_digest"] == record.digest
 
 
 def test_the_record_tells_kinds_apart(tmp_path):
