@@ -74,18 +74,6 @@ def test_what_is_not_pruned_keeps_its_very_parameters(model, caplog):
     assert down.grad.shape == down.shape == (32, 32)
 
 
-@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
-def test_an_error_leaves_the_model_whole(model, projection):
-    getattr(model.model.layers[1].mlp, projection).weight.data[3, 5] = float("nan")
-    before = copy.deepcopy(model)
-    name = rf"model\.layers\.1\.mlp\.{projection}\.weight holds 1 NaN or infinite"
-    with pytest.raises(ValueError, match=name):
-        prune_model(model, ratio=1)
-    assert model.config.intermediate_size == 88
-    for one, other in zip(model.parameters(), before.parameters(), strict=True):
-        assert torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
 @pytest.mark.parametrize(
     ("dtype", "multiple"), [(torch.float32, 4), (torch.bfloat16, 8)]
 )
