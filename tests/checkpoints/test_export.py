@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.torch import load_file
@@ -16,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.cli import main
-from tests.helpers import evaluations
 from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.layouts import save_family
 from tests.helpers.results_files import write_run
@@ -196,54 +193,3 @@ def test_command(tiny_llama, tmp_path, capsys):
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     expected = load_pruned(str(tiny_llama), prune_percent=50, multiple_of=8)
     assert_state(opened, expected.state_dict())
-
-
-_WATCHED = """
-import sys, threading
-from pathlib import Path
-import torch
-from lm_eval_pruned import load_pruned
-
-warm_up, source, dtype = sys.argv[1:]
-dtype = None if dtype == "None" else getattr(torch, dtype)
-# Imports and thread pools are no part of what is measured.
-load_pruned(warm_up, ratio=2, dtype=torch.float16)
-
-
-def private():
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
-
-
-seen, done = [private()], threading.Event()
-
-
-def watch():
-    while not done.wait(0.002):
-        seen.append(private())
-
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-model = load_pruned(source, prune_percent=50, dtype=dtype)
-done.set()
-watcher.join()
-mlps = sum(p.numel() for n, p in model.named_parameters() if ".mlp." in n)
-everything = sum(p.nbytes for p in model.parameters())
-print(max(*seen, private()) - seen[0], 2 * mlps, everything)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [None, "float32"])
-def test_a_load_takes_memory_for_what_is_kept(tiny_llama, tmp_path, dtype):
-    """What lies in the mapped file takes none; converting takes a copy."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 6}
-    sizes |= {"num_attention_heads": 8, "head_dim": 128}
-    folder = save_tiny(tmp_path / "in", dtype=torch.bfloat16, **sizes)
-    command = [sys.executable, "-c", _WATCHED, tiny_llama, folder, dtype]
-    done = evaluations.run(command, tmp_path, timeout=600, check=True)
-    peak, kept, everything = map(int, done.stdout.split()[-3:])
-    assert (folder / "model.safetensors").stat().st_size > 1.8 * kept
-    # Of one weight, there may be a copy while it is scored or converted.
-    assert peak < kept + (everything if dtype else 0) + 4 * 1024 * 8192

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned import load_pruned, prune_model
 from tests.helpers import by_hand
 from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
-from tests.helpers.comparing import assert_same_model
 from tests.helpers.layouts import overrides
+from tests.helpers.ways_to_load import assert_same_model
 
 
 INDEX = "model.safetensors.index.json"
@@ -80,32 +80,26 @@ def test_a_damaged_bin_file_is_a_damaged_checkpoint(tiny_llama, content):
 # Tensors that are missing, renamed, swapped, or of another kind.
 
 
+INTEGERS = (torch.int8, torch.int64, torch.bool, torch.uint16, torch.complex64)
+FLOATS = (torch.float8_e4m3fn, torch.float64, torch.float16, torch.bfloat16)
+
+
 @st.composite
 def surgery(draw, keys):
     """Draw a change to some of the tensors, as ``(names, function)``."""
-    kind = draw(st.sampled_from(["drop", "rename", "swap", "reshape", "cast", "add"]))
     key, other = draw(st.sampled_from(keys)), draw(st.sampled_from(keys))
-    shape = draw(st.lists(st.integers(0, 100), max_size=3))
-    integers = [torch.int8, torch.int64, torch.bool, torch.uint16, torch.complex64]
-    floats = [torch.float8_e4m3fn, torch.float64, torch.float16, torch.bfloat16]
-    dtype = draw(st.sampled_from(integers + floats))
     name = draw(st.sampled_from([f"{key}x", key.replace("model.", ""), "junk"]))
-
-    def change(tensors):
-        if kind == "drop":
-            del tensors[key]
-        elif kind == "rename":
-            tensors[name] = tensors.pop(key)
-        elif kind == "swap":
-            tensors[key], tensors[other] = tensors[other], tensors[key]
-        elif kind == "reshape":
-            tensors[key] = torch.ones(shape)
-        elif kind == "cast":
-            tensors[key] = tensors[key].to(dtype)
-        else:
-            tensors[name] = torch.ones(shape)
-
-    return (key, other, name), change
+    made = torch.ones(draw(st.lists(st.integers(0, 100), max_size=3)))
+    dtype = draw(st.sampled_from(INTEGERS + FLOATS))
+    changes = [
+        lambda t: t.pop(key),
+        lambda t: t.update({name: t.pop(key)}),
+        lambda t: t.update({key: t[other], other: t[key]}),
+        lambda t: t.update({key: made}),
+        lambda t: t.update({key: t[key].to(dtype)}),
+        lambda t: t.update({name: made}),
+    ]
+    return (key, other, name), draw(st.sampled_from(changes))
 
 
 @given(st.data(), st.sampled_from([{"ratio": 1}, {"ratio": 2.75}]))

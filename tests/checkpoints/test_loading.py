@@ -31,9 +31,8 @@ from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.config_widths import WidthKey, copy_layers, taken_apart
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import TINY, edit_config, edit_weights, save_tiny
-from tests.helpers.comparing import assert_same_model
 from tests.helpers.layouts import logits
-from tests.helpers.ways_to_load import request_of
+from tests.helpers.ways_to_load import assert_same_model, request_of
 
 
 GATE = "model.layers.1.mlp.gate_proj.weight"

@@ -106,21 +106,6 @@ def test_the_formats_agree(tiny_llama, plan):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ([], "--prune_percents, --widths, --drop_layers"),
-        (["--ratios", "2", "--multiple_of", "100"], "multiple_of=100"),
-        (["--prune_percents", "100"], "prune_percent=100"),
-    ],
-)
-def test_bad_sizes_end_with_one_sentence(tiny_llama, arguments, word, capsys):
-    assert main(["plan", "--model_args", f"pretrained={tiny_llama}", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and word in captured.err
-    assert captured.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
     "model_type", ["llama", "t5", "mbart", "qwen2_audio", "whisper", "gpt2"]
 )
 def test_the_auto_class_is_the_one_that_the_harness_takes(model_type):

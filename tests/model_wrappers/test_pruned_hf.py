@@ -14,8 +14,8 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import by_hand, checkpoints
 from tests.helpers.checkpoints import TINY, auto_class, byte_tokenizer, tiny_model
-from tests.helpers.comparing import assert_same_model
 from tests.helpers.layouts import ragged, save_family, save_gemma3n
+from tests.helpers.ways_to_load import assert_same_model
 
 
 def family(name, width):

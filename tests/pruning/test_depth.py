@@ -16,13 +16,13 @@ from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.depth import Depth
 from tests.helpers.checkpoints import byte_tokenizer, save_tiny
-from tests.helpers.comparing import assert_same_model
 from tests.helpers.layouts import EAGER, breadth, logits, overrides
 from tests.helpers.ways_to_load import (
     TEXTS,
     WAYS,
     Source,
     assert_one_model,
+    assert_same_model,
     assert_state,
     write_texts,
 )

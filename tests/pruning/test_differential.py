@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning.criteria import score_neurons
 from tests.helpers import checkpoints
-from tests.helpers.comparing import assert_same_model
-from tests.helpers.ways_to_load import TEXTS, write_texts
+from tests.helpers.ways_to_load import TEXTS, assert_same_model, write_texts
 
 
 #: Our names, and optipfair's for the same score.

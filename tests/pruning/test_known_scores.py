@@ -16,8 +16,7 @@ from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.criteria import CALIBRATED, CRITERIA, RANDOM
 from tests.helpers.checkpoints import edit_weights
-from tests.helpers.comparing import assert_same_model
-from tests.helpers.ways_to_load import write_texts
+from tests.helpers.ways_to_load import assert_same_model, write_texts
 
 
 @pytest.fixture

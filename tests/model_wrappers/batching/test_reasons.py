@@ -226,20 +226,6 @@ def test_the_results_say_what_computed_linear_layers(dtype, linear, monkeypatch)
     assert lm.get_model_info()["answer_paths"]["linear"] == linear
 
 
-def test_processes_agree_on_how_batch_sizes_are_found(monkeypatch):
-    # A detection is a meeting of all processes, and what a process can share differs.
-    lm = ours(tiny(), batch_size="auto")
-    monkeypatch.setattr(lm, "_detect_batch_size", None)
-    SCORED.ask(lm)
-    lm._world_size = 2
-    asked = [(letter * 4, "x") for letter in "abc"]
-    expected = SCORED.ask(hf(lm.model), asked)
-    assert_close(SCORED.ask(lm, asked), expected)
-    # Beyond a window.
-    lm.model.config.sliding_window = 3
-    assert_close(SCORED.ask(lm, asked), expected)
-
-
 # --- a lack of memory
 
 
