@@ -183,14 +183,6 @@ def test_every_way_gives_the_model_sliced_by_hand(layout, cut, made, tmp_path):
     torch.testing.assert_close(logits(model), logits(silent), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("layout", breadth(LAYOUTS, *QUICK))
-def test_the_own_size_is_the_identity(layout, made):
-    source = made(layout)
-    model = source.load(ratio="0.5")
-    assert_state(model, source.whole().state_dict())
-    assert model.prune_record.digest is None
-
-
 @pytest.mark.parametrize("criterion", BY_WEIGHTS)
 @pytest.mark.parametrize("layout", ["phi3", "mixtral", "t5", "gpt_oss"])
 def test_every_criterion_keeps_the_same_however_it_is_asked(

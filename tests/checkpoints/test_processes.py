@@ -12,9 +12,8 @@ import torch.utils.backend_registration
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import evaluations
-from tests.helpers.checkpoints import ROOT, save_tiny
+from tests.helpers.checkpoints import ROOT
 from tests.helpers.evaluations import TWO_PROCESSES
-from tests.helpers.ways_to_load import forbid_reading
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,14 +47,6 @@ def test_what_goes_to_disk_is_narrow(tiny_llama_sharded, tmp_path, placed):
     assert torch.equal(answers(model), answers(plain))
     (gate,) = tmp_path.glob("*layers.1.mlp.gate_proj.weight*")
     assert gate.stat().st_size < 88 * 32 * 4
-
-
-def test_tensor_parallelism_is_refused_before_weights_are_read(tmp_path, monkeypatch):
-    narrow = str(save_tiny(tmp_path, intermediate_size=2))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    forbid_reading(monkeypatch)
-    with pytest.raises(ValueError, match="2 processes of tp_plan: pass multiple_of=2"):
-        PrunedHFLM(narrow, device="cpu", tp_plan="auto", intermediate_size=1)
 
 
 @pytest.mark.slow

@@ -90,18 +90,3 @@ def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkey
         prune_model(model, tokenizer=byte_tokenizer(), **arguments)
     assert {*ran} == ({"card"} if asked == "repair" else set())
     assert_same_on_the_card(model, expected, **close)
-
-
-@pytest.mark.parametrize("criterion", ["maw", "l2", "random"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_oss"])
-def test_a_default_device_changes_nothing(family, criterion, tmp_path, monkeypatch):
-    # In the calling thread, where the default holds.
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    whole = save_family(tmp_path, family, 64)
-    arguments = {"intermediate_size": 40, "criterion": criterion}
-    expected = load_pruned(str(tmp_path), **arguments)
-    with torch.device("card"):
-        model = load_pruned(str(tmp_path), device="card", **arguments)
-        assert_same_on_the_card(model, expected)
-        prune_model(whole, **arguments)
-    assert whole.prune_record.digest == expected.prune_record.digest

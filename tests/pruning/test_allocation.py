@@ -97,17 +97,3 @@ def test_noise_is_averaged():
 def test_below_the_smallest_measured_width_a_curve_is_as_steep_as_ever():
     curve = costs_of_losses(100, kept=[50, 90], rises=[1.4, 1.0])
     assert at(curve, 40) == pytest.approx(1.4 + 10 * 0.1)
-
-
-def test_large_models_take_no_longer_than_their_curves_have_corners():
-    """Layers of an 8B model: 14336 neurons each, half of which go."""
-    generator = np.random.default_rng(0)
-    kept = [14336 * part // 8 for part in (1, 2, 4, 6)]
-    curves = [
-        costs_of_losses(14336, kept, sorted(generator.random(4))[::-1])
-        for n in range(8)
-    ]
-    widths = allocate(curves, 4 * 14336)
-    assert sum(widths) == 4 * 14336
-    # All but one layer end at a corner of their curve, or at the bounds.
-    assert sum(each not in (1, *kept, 14336) for each in widths) <= 1

@@ -11,14 +11,9 @@ import torch
 from hypothesis import given, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lm_eval_pruned.model_wrappers.batching import (
-    forward as forward_module,
-    prefix_pass,
-    slot_refilling,
-)
+from lm_eval_pruned.model_wrappers.batching import prefix_pass
 from lm_eval_pruned.model_wrappers.batching.forward import (
     ALIGNMENT,
     Forward,
@@ -28,7 +23,7 @@ from lm_eval_pruned.model_wrappers.batching.prefix_pass import PathCache, Work, 
 from lm_eval_pruned.model_wrappers.batching.slot_table import SlotJob, SlotTable
 from lm_eval_pruned.model_wrappers.batching.slots import SlotCache, run_rows
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget, next_pack
-from tests.helpers.answering import GENERATED, SCORED, assert_close, hf, ours, tiny
+from tests.helpers.answering import GENERATED, assert_close, hf, ours, tiny
 
 
 class Devices(TorchDispatchMode):
@@ -253,64 +248,10 @@ def test_slots_begin_as_zeros(dtype):
     assert keys.sum() == keys[0, :, :5].sum() == states.numel()
 
 
-# --- what is decided otherwise on a card
-
-
-class Card:
-    """As much memory as fits one GiB less than is free, with one GiB that torch holds unused."""
-
-    def __init__(self, gibibytes):
-        self.free = gibibytes * 2**30
-
-    def mem_get_info(self, device):
-        return self.free - 2**30, 2**37
-
-    def memory_reserved(self, device):
-        return 3 * 2**29
-
-    def memory_allocated(self, device):
-        return 2**29
-
-
-@pytest.mark.parametrize(
-    ("gibibytes", "bounds", "slots"),
-    [
-        # An H100, a small card, and one that does not say.
-        (64, Budget(8192, 256, 5592, 2**29, True), 256),
-        (6, Budget(960, 256, 524, 50331648, True), 64),
-        (None, Budget(512, 256, 512, 2**24, True), 10),
-    ],
-)
-def test_bounds_come_from_the_free_memory(gibibytes, bounds, slots, monkeypatch):
-    lm = ours(tiny(), batch_size=1, slots=None)
-    monkeypatch.setattr(lm.model.config, "vocab_size", 128000)
-    monkeypatch.setattr(lm.model.config, "hidden_size", 4096)
-    lm._device = torch.device("meta")
-    if gibibytes:
-        monkeypatch.setattr(torch, "meta", Card(gibibytes), raising=False)
-    assert lm._budget([(None, [1] * 20, [2])]) == bounds
-    each = 2**31 // 10 if gibibytes is None else 2**25
-    monkeypatch.setattr(slot_refilling, "slot_bytes", lambda *_: each)
-    jobs = [None] * 999
-    assert lm._slots(jobs, 100) == slots
-    lm.batch_size_per_gpu, lm.max_batch_size = "auto", 8
-    assert lm._slots(jobs, 100) == 8
+# --- bounds
 
 
 def test_a_pass_on_a_cpu_holds_no_more_than_a_batch_and_a_floor():
     batch = [(None, [1] * 600, [2])]
     found = [ours(tiny(), batch_size=n, max_length=900)._budget(batch) for n in (1, 99)]
     assert [budget.tokens for budget in found] == [600, 1024]
-
-
-def test_keys_are_not_copied_for_each_head_where_a_card_can_group_them(
-    monkeypatch, share_however_little
-):
-    lm = ours(tiny(num_attention_heads=4, num_key_value_heads=2))
-    expected = SCORED.ask(hf(lm.model))
-    monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA", raising=False)
-    assert not Forward(lm)._groups_keys
-    monkeypatch.setattr(forward_module, "_groups_masked_keys", lambda *_: True)
-    monkeypatch.delattr(sdpa_attention, "repeat_kv")
-    assert_close(SCORED.ask(lm), expected)
-    assert "TRANSFORMERS_SDPA_FORCE_GQA" not in forward_module.os.environ

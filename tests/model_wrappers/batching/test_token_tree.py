@@ -100,7 +100,3 @@ def test_a_cut_is_made_where_the_path_is_short():
     tree = build_tree([[0] * 10 + [q] * 5 for q in range(1, 5)])
     pack = packs(tree, [0] * len(tree), Budget(23, 23, 23))[0]
     assert (pack.stop, tree.depth[pack.stop]) == (20, 10)
-
-
-def test_a_halved_budget_ends_at_one_token():
-    assert Budget(5, 2, 3, 7).halved().halved().halved() == Budget(1, 1, 1, 1)
