@@ -70,12 +70,13 @@ def test_two_processes_that_share_the_neurons_score_as_one(tiny_llama, tmp_path)
     evaluations.run(command, tmp_path, check=True)
     alone, config = evaluations.evaluate("pruned-hf", model_args, limit=5)
     expected = [float(value) for each in alone for value, _ in each]
-    for file in output.rglob("samples_*.jsonl"):
+    samples = [*output.rglob("samples_*.jsonl")]
+    assert samples
+    for file in samples:
         found = [json.loads(line) for line in file.read_text().splitlines()]
         found = [float(v) for each in found for v, _ in each["filtered_resps"]]
         # Sums round by the width of the parts.
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    (one, *others) = (json.loads(f.read_text()) for f in output.rglob("results_*.json"))
-    for each in (one, *others):
-        pruning = each["config"]["pruning"]
+    for file in output.rglob("results_*.json"):
+        pruning = json.loads(file.read_text())["config"]["pruning"]
         assert pruning == json.loads(json.dumps(config["pruning"]))
