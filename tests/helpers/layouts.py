@@ -78,10 +78,11 @@ def save_family(folder, family: str, width: int):
     return auto_class(config).from_pretrained(folder, **EAGER).eval()
 
 
-def save_gemma3n(folder, widths):
+def save_gemma3n(folder, widths, **more):
     """Write a checkpoint whose config has a list of widths, one per layer."""
     config = tiny_config(
         "gemma3n_text",
+        **more,
         intermediate_size=widths,
         vocab_size_per_layer_input=260,
         hidden_size_per_layer_input=8,
