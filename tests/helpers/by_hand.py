@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -87,16 +88,19 @@ def listed(kept):
     return lambda path, gate, up: torch.as_tensor(next(remaining))
 
 
-def sliced(model, kept_of):
+def sliced(model, kept_of, language=""):
     """Return ``(state_dict, masks)`` of an unpruned model pruned by hand.
 
     `kept_of` is a rule as `best` and `listed` return it: from the path of a module and its rows
     of gate and up to the neurons it keeps. `masks` maps the name of each parameter with down
-    columns to a mask that is 0 in the columns of removed neurons.
+    columns to a mask that is 0 in the columns of removed neurons. `language` is the path of the
+    part to prune.
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     masks = {}
     for path, module in model.named_modules():
+        if not path.startswith(language):
+            continue
         parts = dict(module.named_children()) | dict(module._parameters)
         for *rows, down in SEPARATE + FUSED:
             if {*rows, down} <= parts.keys() and isinstance(parts[rows[0]], nn.Linear):
@@ -157,3 +161,9 @@ def _experts(state, masks, path, module, kept_of):
     state |= {name: turned(torch.stack(new[name])) for name in (b, d)}
     if bias in state:
         state[bias] = torch.stack(new[bias])
+
+
+def share(percent, primary):
+    """Return the rule of ``prune_percent`` of the `primary` width; others keep its proportion."""
+    kept = primary - math.floor(percent * primary / 100)
+    return lambda path, width: math.ceil(width * kept / primary)
