@@ -162,7 +162,7 @@ def test_an_error_leaves_the_model_whole(made):
     with torch.no_grad():
         layers[4].mlp.gate_proj.weight[0, 0] = float("inf")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    name = r"model\.layers\.4\.mlp\.gate_proj\.weight holds 1 NaN or infinite"
+    name = r"mlp\.gate_proj\.weight holds 1 NaN or infinite"
     with pytest.raises(ValueError, match=name):
         prune_model(model, drop_layers="1+2", prune_percent=40)
     assert_state(model, before)
