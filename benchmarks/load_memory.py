@@ -8,7 +8,6 @@ The peak is that of CUDA's allocator, which is exact, or the largest growth of t
 process's private memory, which is sampled. On a device that is not
 the CPU, the run fails where the peak lies above what the loaded model holds, and one of its
 layers more. On the CPU, experts that are stored one by one are there whole.
-``tests/helpers/on_the_card.py`` counts every byte instead.
 """
 
 from __future__ import annotations

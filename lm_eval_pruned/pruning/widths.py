@@ -230,7 +230,8 @@ class Widths:
     ) -> None:
         """Write the widths of `targets` into ``per_layer_config`` where no key can hold them.
 
-        Where that cannot either, because MLPs of one layer share a key, nothing is written.
+        Where that cannot either, because MLPs of one layer share a key, nothing is written: a
+        config that says other widths than the tensors have is refused, one without them is not.
         `config` has the keys of `narrowed_config`.
         """
         if targets == self.configured == self.actual:
@@ -239,7 +240,7 @@ class Widths:
         for mlp in self.mlps if self.inexpressible(targets) else ():
             key = self.keys[mlp.name]
             value = targets[mlp.name] / key.factor
-            if key.layer is not None or value.denominator > 1:
+            if key.layer is not None:
                 continue
             if said.setdefault(key.of_layer(mlp.block), int(value)) != value:
                 said.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from fractions import Fraction
 
@@ -13,7 +14,6 @@ from hypothesis import example, given, settings, strategies as st
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lm_eval_pruned.checkpoints.configs import skeleton
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
     ALIASES,
@@ -104,14 +104,7 @@ def write(folder, layout):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Return the checkpoint of a layout, made once."""
-    known = {}
-
-    def of(layout):
-        if layout not in known:
-            known[layout] = write(tmp_path_factory.mktemp(layout), layout)
-        return known[layout]
-
-    return of
+    return functools.cache(lambda each: write(tmp_path_factory.mktemp(each), each))
 
 
 @pytest.fixture
@@ -132,6 +125,13 @@ def own_widths(model) -> dict[int, int]:
 
     by_hand.sliced(model, note)
     return dense | experts
+
+
+@torch.no_grad()
+def silenced(model, masks):
+    for name, mask in masks.items():
+        model.get_parameter(name).mul_(mask)
+    return model
 
 
 def in_proportion(kept, multiple=1):
@@ -179,18 +179,8 @@ def test_every_way_gives_the_model_sliced_by_hand(layout, cut, made, tmp_path):
     model = source.load(**asked)
     assert record.parameters_after == model.num_parameters()
     # What is left computes what the whole model computes without the removed neurons.
-    with torch.no_grad():
-        for name, mask in masks.items():
-            whole.get_parameter(name).mul_(mask)
-    torch.testing.assert_close(logits(model), logits(whole), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("layout", breadth(LAYOUTS, *QUICK))
-def test_the_own_size_is_the_identity(layout, made):
-    source = made(layout)
-    model = source.load(ratio="0.5")
-    assert_state(model, source.whole().state_dict())
-    assert model.prune_record.digest is None
+    silent = silenced(whole, masks)
+    torch.testing.assert_close(logits(model), logits(silent), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("criterion", BY_WEIGHTS)
@@ -248,24 +238,6 @@ def test_weights_are_ranked_as_they_are_stored_and_then_cast(
     assert_state(source.whole(tmp_path / "stored"), state)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_class_with_a_dtype_plan_is_cast_as_stock_transformers_does(
-    dtype, tmp_path
-):
-    checked = []
-    for model_type in sorted(listed("Pruned") & candidates().keys()):
-        config, auto = script().tiny_config(model_type), candidates()[model_type][1]
-        plan = skeleton(auto, config)
-        if plan._keep_in_fp32_modules or plan._keep_in_fp32_modules_strict:
-            folder = tmp_path / model_type
-            script().tiny_model(auto, config).save_pretrained(folder)
-            config.save_pretrained(folder)
-            assert_cast_alike(Source(folder, auto), dtype, folder)
-            checked.append(model_type)
-    assert len(checked) > 25
-
-
 OPEN = {
     **{criterion: {"criterion": criterion} for criterion in ACTIVITY},
     "global": {"criterion": "vow", "allocation": "global"},
@@ -310,7 +282,7 @@ def test_a_model_whose_layers_differ_is_saved_opened_and_pruned_again(
     own = widths_in_memory(first).actual
     ways = ("one file", "in memory", "saved", "exported")
     for number, size in enumerate(
-        [{"intermediate_size": 8}, {"ratio": "1/16"}, {"prune_percent": 25}]
+        [{"intermediate_size": 8}, {"ratio": "1/16"}, {"prune_percent": 30}]
         + [{"widths": {n: own - 2 for n, own in asked.items()}}]
     ):
         model = source.load(**size)
@@ -362,19 +334,6 @@ def test_tensors_tell_of_widths_that_no_config_does(
     assert_one_model(source, size, expected, folder, ways)
 
 
-def test_a_list_in_the_config_holds_any_widths(tmp_path):
-    layouts.save_gemma3n(tmp_path, [16, 24, 20])
-    for asked, widths in (
-        ({"layers": "1-2", "intermediate_size": 18}, [16, 18, 18]),
-        ({"prune_percent": 50}, [8, 12, 10]),
-    ):
-        rule = by_hand.best(lambda path, own, widths=widths: widths[layer_of(path)])
-        state, _ = by_hand.sliced(Source(tmp_path).whole(), rule)
-        folder, ways = tmp_path / str(widths[0]), ("one file", "saved")
-        record = assert_one_model(Source(tmp_path), asked, state, folder, ways)
-        assert record.config_expresses_widths
-
-
 @st.composite
 def architectures(draw):
     """Draw the arguments of `tiny_config` for a small model."""
@@ -422,18 +381,15 @@ def test_any_dense_model_on_load_in_memory_and_by_hand(
     assert_one_model(source, asked, sliced.state_dict(), folder, ways)
     assert torch.equal(logits(loaded), logits(sliced))
     # In float64 both sum the same terms, in another order: only rounding differs.
-    silent = by_hand.silence(full.double(), by_hand.listed(kept))
+    silent = silenced(full.double(), by_hand.sliced(full, by_hand.listed(kept))[1])
     close = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(logits(loaded.double()), logits(silent), **close)
 
 
-PRUNED = ("cohere", "gemma3", "aria_text", "t5gemma")
-SAMPLE = {**dict.fromkeys(PRUNED, "pruned"), "gpt2": "refused", "bitnet": "refused"}
-
-
-@pytest.mark.parametrize("model_type", breadth(SAMPLE, "gpt2", "bitnet"))
-def test_a_listed_architecture_is_pruned_or_refused(model_type):
-    outcome = SAMPLE[model_type]
+@pytest.mark.parametrize(
+    ("model_type", "outcome"), [("aria_text", "pruned"), ("bitnet", "refused")]
+)
+def test_a_listed_architecture_is_pruned_or_refused(model_type, outcome):
     assert script().check(*candidates()[model_type]).outcome == outcome
     assert model_type in listed(outcome.capitalize())
 

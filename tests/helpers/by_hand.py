@@ -89,17 +89,12 @@ def listed(kept):
 
 
 def sliced(model, kept_of, language=""):
-    """Return the state dict of `model` pruned by hand, and the removed neurons.
+    """Return ``(state_dict, masks)`` of an unpruned model pruned by hand.
 
-    Args:
-        model: An unpruned model.
-        kept_of: From the path of a module and its rows of gate and up to the
-            neurons it keeps, such as `best` and `listed` return.
-        language: Path of the part to prune.
-
-    Returns:
-        ``(state_dict, masks)``: masks maps the name of each parameter with down
-        columns to a mask that is 0 in the columns of removed neurons.
+    `kept_of` is a rule as `best` and `listed` return it: from the path of a module and its rows
+    of gate and up to the neurons it keeps. `masks` maps the name of each parameter with down
+    columns to a mask that is 0 in the columns of removed neurons. `language` is the path of the
+    part to prune.
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     masks = {}
@@ -123,14 +118,6 @@ def narrow(model, kept_of):
         if parameter.shape != state[name].shape:
             path, _, own = name.rpartition(".")
             setattr(model.get_submodule(path), own, nn.Parameter(state[name]))
-    return model
-
-
-@torch.no_grad()
-def silence(model, kept_of):
-    """Set the down columns of removed neurons to zero, in place, and return `model`."""
-    for name, mask in sliced(model, kept_of)[1].items():
-        model.get_parameter(name).mul_(mask)
     return model
 
 
@@ -177,9 +164,6 @@ def _experts(state, masks, path, module, kept_of):
 
 
 def share(percent, primary):
-    """Return the rule ``(path, width) -> kept width`` of ``prune_percent`` of the `primary` width.
-
-    Others keep the same proportion.
-    """
+    """Return the rule of ``prune_percent`` of the `primary` width; others keep its proportion."""
     kept = primary - math.floor(percent * primary / 100)
     return lambda path, width: math.ceil(width * kept / primary)

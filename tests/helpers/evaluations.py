@@ -25,13 +25,9 @@ TWO_PROCESSES = [
 ]
 
 
-def _unshared(model: str | Any, model_args: Any) -> Any:
+def _unshared(model: str, model_args: str) -> str:
     """Turn prefix sharing off: it sums in another order, and answers are compared exactly."""
-    if model != "pruned-hf":
-        return model_args
-    if isinstance(model_args, dict):
-        return {**model_args, "prefix_sharing": False}
-    return f"{model_args},prefix_sharing=false"
+    return model_args + ",prefix_sharing=false" * (model == "pruned-hf")
 
 
 @functools.cache
@@ -44,7 +40,7 @@ def _task_manager():
 
 
 def evaluate(
-    model: str, model_args: str | dict[str, Any], limit: int = 3
+    model: str, model_args: str, limit: int = 3
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return log-likelihoods of all answers to the first questions of the demo, and the config."""
     from lm_eval import simple_evaluate
@@ -79,13 +75,6 @@ def results(folder: Path) -> dict[str, Any]:
     """Return the only results file below `folder`."""
     (path,) = Path(folder).rglob("results_*.json")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read(output: Path) -> tuple[list[Any], dict[str, Any]]:
-    """Return what `command` wrote, in the form of `evaluate`."""
-    (samples,) = output.rglob("samples_*.jsonl")
-    rows = map(json.loads, samples.read_text().splitlines())
-    return [row["filtered_resps"] for row in rows], results(output)["config"]
 
 
 def lm_eval(*arguments: Any, check: bool = True, **options: Any):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +17,6 @@ from tests.helpers.checkpoints import (
     tiny_model,
 )
 
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 #: So that results can be compared bit for bit at any width; see
 #: `lm_eval_pruned.pruning.slicing.choose_experts_implementation`.
@@ -72,10 +69,10 @@ def overrides(family: str, width: int) -> dict:
     return _overrides(width)[family]
 
 
-def save_family(folder, family: str, width: int, seed: int = 0, **more):
+def save_family(folder, family: str, width: int):
     """Write a tiny checkpoint of a family with tokenizer and return the model."""
-    config = tiny_config(family, **{**overrides(family, width), **more})
-    model = tiny_model(config, seed)
+    config = tiny_config(family, **overrides(family, width))
+    model = tiny_model(config)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return auto_class(config).from_pretrained(folder, **EAGER).eval()
@@ -103,9 +100,9 @@ def layer_of(path: str) -> int:
     return int(re.search(r"\.(\d+)\.", path + ".")[1])
 
 
-def ragged(folder, widths, family="llama", config_width=16):
+def ragged(folder, widths):
     """Write a checkpoint as other pruners do: one width in the config, many in fact."""
-    model = save_family(folder, family, config_width)
+    model = save_family(folder, "llama", 16)
     kept_of = by_hand.best(lambda path, width: widths[layer_of(path)])
     state, _ = by_hand.sliced(model, kept_of)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -126,7 +123,7 @@ def logits(model) -> torch.Tensor:
     return model(**arguments, use_cache=False).logits
 
 
-def breadth(families: Iterable[str], *always: str) -> list[Any]:
+def breadth(families, *always: str) -> list[Any]:
     """Return families as parameters of a test; all but those that the fast tests have are slow."""
     slow = pytest.mark.slow
     return [f if f in always else pytest.param(f, marks=slow) for f in families]

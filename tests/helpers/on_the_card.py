@@ -6,14 +6,12 @@ The device stays registered for the rest of a process, so these tests have their
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning.repair import Moments
-from tests.helpers import simulated_card as card
+from tests.helpers import simulated_card  # noqa: F401 - registers the device
 from tests.helpers.checkpoints import auto_class, byte_tokenizer, tiny_config
 from tests.helpers.layouts import EAGER, FAMILIES, logits, save_family
 from tests.helpers.ways_to_load import write_texts
@@ -39,11 +37,6 @@ def test_the_card_refuses_what_cuda_refuses():
         with pytest.raises(RuntimeError, match=r"mixes|same device"):
             mix()
     assert torch.equal((there + there.sum()).cpu(), torch.full((3,), 4.0))
-    before = card.held_bytes()
-    more = torch.zeros(100, device="card")
-    assert card.held_bytes() == before + 400
-    del more
-    assert card.held_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -53,19 +46,11 @@ def test_the_card_refuses_what_cuda_refuses():
         *((family, criterion) for family in LAYOUTS for criterion in ("l2", "random")),
     ],
 )
-def test_loading_moves_what_is_kept_and_nothing_else(family, criterion, tmp_path):
+def test_loading_gives_the_same_model_on_the_card(family, criterion, tmp_path):
     save_family(tmp_path, family, 64)
     asked = {"intermediate_size": 48 if criterion == "maw" else 40}
     asked |= {"criterion": criterion, "auto_class": auto_class(tiny_config(family))}
-    # Of the tests before.
-    gc.collect()
-    before = card.held_bytes()
-    card.forget_peak()
     model = load_pruned(str(tmp_path), device="card", **EAGER, **asked)
-    peak = card.peak_bytes() - before
-    # No layer is there twice, not even one whose experts were stored one by one.
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert card.held_bytes() - before == held == peak
     expected = load_pruned(str(tmp_path), **EAGER, **asked)
     assert_same_on_the_card(model, expected)
     if not model.config.is_encoder_decoder:
@@ -105,18 +90,3 @@ def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkey
         prune_model(model, tokenizer=byte_tokenizer(), **arguments)
     assert {*ran} == ({"card"} if asked == "repair" else set())
     assert_same_on_the_card(model, expected, **close)
-
-
-@pytest.mark.parametrize("criterion", ["maw", "l2", "random"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_oss"])
-def test_a_default_device_changes_nothing(family, criterion, tmp_path, monkeypatch):
-    # In the calling thread, where the default holds.
-    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    whole = save_family(tmp_path, family, 64)
-    arguments = {"intermediate_size": 40, "criterion": criterion}
-    expected = load_pruned(str(tmp_path), **arguments)
-    with torch.device("card"):
-        model = load_pruned(str(tmp_path), device="card", **arguments)
-        assert_same_on_the_card(model, expected)
-        prune_model(whole, **arguments)
-    assert whole.prune_record.digest == expected.prune_record.digest

@@ -18,10 +18,10 @@ def made_curves(
     A share s of removed neurons costs s at random, 0.1 s more with each seed; by ``maw``
     4 s in layer 0 and 1.05 s elsewhere, by any other criterion 0.1 s.
     """
-    #: Criterion, seed, and what a share of 1 costs in layer 0 and elsewhere.
-    slopes: list[tuple[str, int | None, float, float]]
-    slopes = [(n, None, *((4.0, 1.05) if n == "maw" else (0.1, 0.1))) for n in criteria]
-    slopes += [("random", seed, 1 + 0.1 * seed, 1 + 0.1 * seed) for seed in seeds]
+    slopes: list = [
+        (n, None, (4.0, 1.05) if n == "maw" else (0.1, 0.1)) for n in criteria
+    ]
+    slopes += [("random", seed, (1 + 0.1 * seed, 1 + 0.1 * seed)) for seed in seeds]
     return {
         "format": "lm-eval-pruned sensitivity",
         "version": 1,
@@ -35,12 +35,11 @@ def made_curves(
                 "seed": seed,
                 "widths": list(kept),
                 "losses": [
-                    loss + (elsewhere if layer else first) * (1 - each / width)
-                    for each in kept
+                    loss + slope[layer > 0] * (1 - each / width) for each in kept
                 ],
             }
             for layer in range(layers)
-            for criterion, seed, first, elsewhere in slopes
+            for criterion, seed, slope in slopes
         ],
         "file": "text.jsonl",
         "sha256": "0" * 64,

@@ -1,10 +1,8 @@
 """A device called ``card``, simulated by CPU memory: what CUDA refuses, it refuses.
 
 Importing this registers the device for the rest of the process, so that tests run it
-in a process of its own (`tests.helpers.on_the_card`). Its operations compute on the CPU,
-raise if a tensor of another device is among their arguments, and count the bytes that
-the device holds, in all threads. A copy to it that is asked for with ``non_blocking``
-reads its source no sooner than someone waits for it, the latest moment that CUDA allows.
+in a process of its own (`tests.helpers.on_the_card`). Its operations compute on the CPU, and
+raise if a tensor of another device is among their arguments.
 
 Strides are those of contiguous tensors, also where the tensor is a view.
 """
@@ -23,35 +21,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _lock = threading.RLock()
 #: By identity of the storage of a tensor on the card: that storage, and its numbers.
 _numbers: dict[int, tuple[StorageWeakRef, torch.Tensor]] = {}
-_waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-_peak = 0
-
-
-def held_bytes() -> int:
-    """Return the bytes that tensors on the card hold."""
-    with _lock:
-        for key in [k for k, (storage, _) in _numbers.items() if storage.expired()]:
-            del _numbers[key]
-        storages = [numbers.untyped_storage() for _, numbers in _numbers.values()]
-        return sum({s._cdata: s.nbytes() for s in storages}.values())
-
-
-def peak_bytes() -> int:
-    """Return the most bytes that the card has held since `forget_peak`."""
-    return _peak
-
-
-def forget_peak() -> None:
-    global _peak
-    _peak = held_bytes()
-
-
-def _wait() -> None:
-    """Carry out the copies that nobody waited for yet."""
-    with _lock:
-        for target, source in _waiting:
-            target.copy_(source)
-        _waiting.clear()
 
 
 def _is_on_card(value) -> bool:
@@ -66,38 +35,25 @@ def _numbers_of(value):
 
 
 def _put(numbers: torch.Tensor) -> torch.Tensor:
-    global _peak
     tensor = torch._C._acc.create_empty_tensor(numbers.shape, numbers.dtype)
     storage = tensor.untyped_storage()
     with _lock:
+        for key in [k for k, (held, _) in _numbers.items() if held.expired()]:
+            del _numbers[key]
         _numbers[storage._cdata] = (StorageWeakRef(storage), numbers)
-        _peak = max(_peak, held_bytes())
     return tensor
-
-
-def _copy(target, source, non_blocking=False):
-    numbers, source_numbers = _numbers_of(target), _numbers_of(source)
-    if non_blocking and _is_on_card(target) and not _is_on_card(source):
-        with _lock:
-            _waiting.append((numbers, source_numbers))
-        return target
-    if _is_on_card(source):
-        _wait()
-    numbers.copy_(source_numbers)
-    return target
 
 
 def _run(operation, *args, **kwargs):
     aten = torch.ops.aten
-    if operation is aten.copy_.default:
-        return _copy(*args, **kwargs)
-    if operation is aten._copy_from.default:
-        source, target, *non_blocking = args
-        return _copy(target, source, *non_blocking, **kwargs)
+    if operation in (aten.copy_.default, aten._copy_from.default):
+        first, second, *_ = args
+        copied = operation is aten._copy_from.default
+        source, target = (first, second) if copied else (second, first)
+        _numbers_of(target).copy_(_numbers_of(source))
+        return target
     flat, structure = pytree.tree_flatten((args, kwargs))
     here = {id(_numbers_of(value)): value for value in flat if _is_on_card(value)}
-    if here and not any(r.alias_info for r in operation._schema.returns):
-        _wait()
     for value in flat:
         # Only a number may come from elsewhere.
         other = isinstance(value, torch.Tensor) and not _is_on_card(value)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers import checkpoints
+from tests.helpers.checkpoints import ROOT
 
 
 if TYPE_CHECKING:
@@ -17,19 +17,12 @@ if TYPE_CHECKING:
 
 def copy_of_the_tree(target: Path) -> Path:
     """Copy the tracked files, as they are now, to `target`; skip without git."""
-    tracked = subprocess.run(
-        ["git", "ls-files", "-z"],
-        cwd=checkpoints.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if tracked.returncode:
-        pytest.skip(
-            "this is not a clone of the repository, which tells what belongs to it"
-        )
-    for name in filter(None, tracked.stdout.split("\0")):
-        source = checkpoints.ROOT / name
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    listed = subprocess.run(["git", "ls-files", "-z"], check=False, **how)
+    if listed.returncode:
+        pytest.skip("this is not a clone of the repository")
+    for name in filter(None, listed.stdout.split("\0")):
+        source = ROOT / name
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink() or source.is_file():
             shutil.copy(source, target / name, follow_symlinks=False)

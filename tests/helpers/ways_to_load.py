@@ -139,11 +139,19 @@ WAYS = {
 
 def assert_state(model, state):
     """Fail unless a model has the tensors of a state dict, bit for bit."""
-    own = model.state_dict()
-    assert own.keys() == state.keys()
-    for name, tensor in state.items():
-        assert own[name].dtype == tensor.dtype, name
-        assert torch.equal(own[name], tensor), name
+    _assert_equal(model.state_dict(), state)
+
+
+def assert_same_model(one, other):
+    """Fail unless two models have the same parameters, bit for bit."""
+    _assert_equal(*(dict(model.named_parameters()) for model in (one, other)))
+
+
+def _assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name], tensor), name
 
 
 def assert_one_model(source, asked, state, folder, ways=tuple(WAYS)):

@@ -36,20 +36,19 @@ def test_the_real_model_on_truthfulqa(real_model, shared_data, tmp_path):
         assert abs(score["acc,none"] - full_set) < 4 * score["acc_stderr,none"]
 
 
-#: What goes beyond a size, on the real model; FILE, ADAPTER and GGUF are made by the test.
+#: What goes beyond a size, on the real model; FILE and ADAPTER are made by the test.
 REAL = {
     "layers": "skip_layers=[0,29]",
     "calibrated": "criterion=act,calibration=FILE,calibration_samples=2",
     "adapter": "peft=ADAPTER",
     "merged adapter": "peft=ADAPTER,peft_stage=before",
     "quantised": "load_in_8bit=true",
-    "GGUF": "gguf_file=GGUF",
 }
 
 
 @pytest.mark.parametrize("case", REAL)
 def test_what_goes_beyond_a_size_on_the_real_model(case, real_model, tmp_path):
-    arguments, pretrained = REAL[case], real_model
+    arguments = REAL[case]
     texts, adapter = tmp_path / "texts.jsonl", tmp_path / "adapter"
     texts.write_text('{"text": "Rivers carry sand."}\n{"text": "It rained all day."}\n')
     if "ADAPTER" in arguments:
@@ -59,14 +58,9 @@ def test_what_goes_beyond_a_size_on_the_real_model(case, real_model, tmp_path):
         get_peft_model(model, lora).save_pretrained(adapter)
     if case == "quantised":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    if case == "GGUF":
-        from lm_eval_pruned.checkpoints.default_model import _packaged_gguf
-
-        gguf = _packaged_gguf()
-        pretrained, arguments = gguf.parent, arguments.replace("=GGUF", f"={gguf.name}")
     arguments = arguments.replace("FILE", str(texts)).replace("ADAPTER", str(adapter))
     _, results = run(
-        *(tmp_path / "out", pretrained, f"prune_percent=40,{arguments}"),
+        *(tmp_path / "out", real_model, f"prune_percent=40,{arguments}"),
         *("pruned_demo_truthfulness", "--limit", "2", "--batch_size", "2"),
     )
     pruning = results["config"]["pruning"]

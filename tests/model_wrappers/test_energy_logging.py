@@ -444,7 +444,7 @@ def test_two_processes_of_one_machine_are_metered_once(tiny_llama, tmp_path):
     arguments = evaluations.command("pruned-hf", model_args, tmp_path / "two", limit=5)
     command = [*evaluations.TWO_PROCESSES, "-m", *arguments]
     evaluations.run(command, tmp_path, check=True, ACCELERATE_USE_CPU="true")
-    _, two = evaluations.read(tmp_path / "two")
+    two = evaluations.results(tmp_path / "two")["config"]
     _, one = evaluations.evaluate("pruned-hf", model_args, limit=5)
     assert (two["energy"]["status"], two["energy"]["machines"]) == ("ok", 1)
     record, whole = (each["energy"]["total"] for each in (two, one))

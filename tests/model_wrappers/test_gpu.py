@@ -17,7 +17,6 @@ from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
-from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.profiling.measure import generate, profile
 from lm_eval_pruned.profiling.options import ProfileRequest
 from lm_eval_pruned.profiling.prompts import make_batches
@@ -171,14 +170,3 @@ def test_energy_is_that_of_nvml(wide):
     monitor.stop()
     # The counter is renewed about ten times a second.
     assert reading.joules.gpu == pytest.approx(expected, rel=0.05)
-
-
-def test_an_evaluation_reports_the_energy_of_the_gpu(wide):
-    model = PrunedHFLM(str(wide), ratio=2.0, device="cuda", batch_size=8, energy=True)
-    SCORED.ask(model, [("a" * 200, "bc")] * 256)
-    GENERATED.ask(model, prompts(8, 64))
-    block = model.get_model_info()["energy"]
-    assert block["status"] == "ok"
-    assert block["sources"]["gpu"]["kind"] == "measured"
-    for record in block["request_types"].values():
-        assert record["joules"]["gpu"] > 0

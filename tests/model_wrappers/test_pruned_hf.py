@@ -14,8 +14,8 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import by_hand, checkpoints
 from tests.helpers.checkpoints import TINY, auto_class, byte_tokenizer, tiny_model
-from tests.helpers.comparing import assert_same_model
 from tests.helpers.layouts import ragged, save_family, save_gemma3n
+from tests.helpers.ways_to_load import assert_same_model
 
 
 def family(name, width):
@@ -39,11 +39,8 @@ CASES = [
     (family("llama", 88), HALF, [44]),
     (family("llama", 88), {}, [88]),
     (family("llama", 16), {"layers": "1-2", **HALF}, [16, 8]),
-    *(
-        (family(name, 16), {"intermediate_size": 8}, None)
-        for name in ("phi3", "glm4", "t5", "umt5", "mixtral", "qwen2_moe", "qwen3_moe")
-        + ("olmoe", "deepseek_v3")
-    ),
+    (family("t5", 16), HALF, [8]),
+    (family("qwen3_moe", 16), HALF, [24, 8]),
     (lambda folder: save_gemma3n(folder, [16, 24, 20]), HALF, [8, 12, 10]),
     (lambda folder: ragged(folder, [16, 5, 9]), {}, [16, 5, 9]),
     (text_tower, HALF, [44]),
@@ -74,10 +71,7 @@ def test_a_pruned_model_scores_as_its_saved_self(
 
     scores, told = results("pruned-hf", folder, **asked)
     pruning = told["pruning"]
-    if widths is None:
-        assert pruning["intermediate_size_after"] == 8
-    else:
-        assert [group["width_after"] for group in pruning["groups"]] == widths
+    assert [group["width_after"] for group in pruning["groups"]] == widths
     assert pruning["asked"].items() <= {n: str(v) for n, v in asked.items()}.items()
     model = load_pruned(folder, auto_class=auto_class(config), **asked)
     model.save_pretrained(saved)

@@ -10,12 +10,10 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.cli import main
 from lm_eval_pruned.pruning.calibration import calibrate, read_texts
 from lm_eval_pruned.pruning.criteria import ACTIVITY, CALIBRATED
-from tests.helpers import checkpoints, evaluations
+from tests.helpers import checkpoints
 from tests.helpers.checkpoints import byte_tokenizer
-from tests.helpers.comparing import assert_same_model
 from tests.helpers.ways_to_load import TEXTS, write_texts
 
 
@@ -27,26 +25,6 @@ def text(tmp_path):
 def kept_by(folder, text, criterion="act", **asked):
     asked = {"ratio": 1, "criterion": criterion, "calibration": text, **asked}
     return load_pruned(str(folder), **asked).prune_record
-
-
-@pytest.mark.parametrize("percent", [10, 40, 75])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_maw_act_keeps_what_optipfair_keeps(tmp_path, text, percent, seed):
-    from optipfair.pruning.mlp_glu import prune_model_mlp_glu
-
-    folder = str(checkpoints.save_tiny(tmp_path / "model", seed=seed))
-    asked = {"prune_percent": percent, "criterion": "maw_act", "calibration": text}
-    batches = [byte_tokenizer()(each, return_tensors="pt") for each in TEXTS]
-    theirs = prune_model_mlp_glu(
-        load_pruned(folder),
-        neuron_selection_method="MAW",
-        pruning_percentage=percent,
-        dataloader=[
-            {k: batch[k] for k in ("input_ids", "attention_mask")} for batch in batches
-        ],
-        show_progress=False,
-    )
-    assert_same_model(theirs, load_pruned(folder, **asked))
 
 
 def test_prune_model_observes_the_model_it_gets_and_leaves_no_hook(tiny_llama, text):
@@ -116,20 +94,6 @@ def test_overflowing_activations_are_named(tiny_llama, text):
     with pytest.raises(ValueError, match=r"layers\.1\.mlp produce NaN or infinite"):
         prune_model(model, tokenizer=byte_tokenizer(), **asked)
     assert model.config.intermediate_size == 88
-
-
-@pytest.mark.slow
-def test_through_the_harness_and_the_export(tiny_llama, tmp_path, text):
-    arguments = f"pretrained={tiny_llama},ratio=2,criterion=act,calibration={text}"
-    scores, config = evaluations.evaluate("pruned-hf", arguments)
-    assert config["pruning"]["calibration"]["texts"] == len(TEXTS)
-    output = tmp_path / "out"
-    command = ["prune", "--model_args", f"pretrained={tiny_llama}", "--ratio", "2"]
-    command += ["--output_path", str(output), "--criterion", "act"]
-    assert main([*command, "--calibration", text]) == 0
-    exported, _ = evaluations.evaluate("hf", f"pretrained={output}")
-    assert exported == scores
-    assert config["pruning"]["kept_digest"] in (output / "README.md").read_text()
 
 
 def test_samples_are_the_first_lines(text):

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lm_eval_pruned.pruning import criteria
 from lm_eval_pruned.pruning.calibration import NeuronActivity
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
@@ -59,14 +58,6 @@ def test_scores_follow_the_formula(name, seed, neurons, hidden, dtype, scale):
         else FORMULAS[name](g, u)
     )
     np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", BY_WEIGHTS)
-def test_scoring_in_blocks_changes_nothing(name, monkeypatch):
-    gate, up, _ = weights(0, 37, 8)
-    whole = score_neurons(gate, up, name)
-    monkeypatch.setattr(criteria, "_BLOCK_ELEMENTS", 8 * 5)
-    assert torch.equal(score_neurons(gate, up, name), whole)
 
 
 @given(arrays(np.float32, st.integers(1, 30), elements=st.integers(0, 4)))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned import prune_model
+from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning.criteria import score_neurons
 from tests.helpers import checkpoints
-from tests.helpers.comparing import assert_same_model
+from tests.helpers.ways_to_load import TEXTS, assert_same_model, write_texts
 
 
 #: Our names, and optipfair's for the same score.
@@ -53,3 +53,20 @@ def test_models_come_out_bit_for_bit(model, criterion, percent):
     assert unequal <= 2, "ties at the threshold are rare"
     if not unequal:
         assert_same_model(ours, theirs)
+
+
+@pytest.mark.parametrize("percent", [10, 40, 75])
+def test_activity_on_text_comes_out_bit_for_bit(percent, tiny_llama, tmp_path):
+    theirs = load_pruned(str(tiny_llama))
+    texts = [checkpoints.byte_tokenizer()(t, return_tensors="pt") for t in TEXTS]
+    keys = ("input_ids", "attention_mask")
+    pytest.importorskip("optipfair.pruning.mlp_glu").prune_model_mlp_glu(
+        theirs,
+        neuron_selection_method="MAW",
+        pruning_percentage=percent,
+        dataloader=[{key: text[key] for key in keys} for text in texts],
+        show_progress=False,
+    )
+    asked = {"criterion": "maw_act", "calibration": write_texts(tmp_path / "t.jsonl")}
+    ours = load_pruned(str(tiny_llama), prune_percent=percent, **asked)
+    assert_same_model(theirs, ours)

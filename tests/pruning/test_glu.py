@@ -1,8 +1,7 @@
-"""Where GLU-MLPs lie in a model: layouts, the part that is searched, and what is refused."""
+"""Where GLU-MLPs lie in a model: the part that is searched, and what is refused."""
 
 from __future__ import annotations
 
-import itertools
 import types
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from torch import nn
 
 from lm_eval_pruned.pruning.layouts import (
-    LAYOUTS,
     UnsupportedModelError,
     find_glu_mlps,
     resize,
@@ -45,12 +43,10 @@ def linears(bias=False, **weights):
 
 
 def tensors(**values):
-    """Return a module of parameters of the given values or shapes; others are attributes."""
+    """Return a module of parameters of the given shapes."""
     made = nn.Module()
-    for name, value in values.items():
-        given = torch.randn(value) if isinstance(value, tuple) else value
-        is_tensor = isinstance(given, torch.Tensor)
-        setattr(made, name, nn.Parameter(given) if is_tensor else given)
+    for name, shape in values.items():
+        setattr(made, name, nn.Parameter(torch.randn(shape)))
     return made
 
 
@@ -58,80 +54,27 @@ def mlp(names=PROJECTIONS):
     return linears(**dict(zip(names, ((5, 4), (5, 4), (4, 5)), strict=True)))
 
 
-def dense(names, bias):
-    """Return a module of one layout, and the weights of its MLP by projection and part."""
-    gate, up = torch.randn(2, WIDTH, HIDDEN)
-    down, biases = torch.randn(HIDDEN, WIDTH), torch.randn(2, WIDTH)
-    if names[0] == names[1]:
-        module = linears(bias, **{names[0]: torch.cat([gate, up]), names[2]: down})
-        of_names = {names[0]: biases.flatten()}
-    else:
-        module = linears(bias, **dict(zip(names, (gate, up, down), strict=True)))
-        of_names = {names[0]: biases[0], names[1]: biases[1]}
-    held = {
-        (p, "weight"): w for p, w in zip(PROJECTIONS, (gate, up, down), strict=True)
-    }
-    if bias:
-        for name, value in of_names.items():
-            module[name].bias = nn.Parameter(value)
-        held |= {("gate_proj", "bias"): biases[0], ("up_proj", "bias"): biases[1]}
-    return module, [held]
-
-
-def stacked(transposed, concatenated):
-    """Return the same for experts in one tensor."""
-    gate, up = torch.randn(2, EXPERTS, WIDTH, HIDDEN)
-    down, biases = torch.randn(EXPERTS, HIDDEN, WIDTH), torch.randn(2, EXPERTS, WIDTH)
-    if concatenated is False:
-        both = torch.stack([gate, up], 2).flatten(1, 2)
-        of_both = torch.stack([*biases], 2).flatten(1)
-    else:
-        both, of_both = torch.cat([gate, up], 1), torch.cat([*biases], 1)
-    module = tensors(
-        gate_up_proj=both.mT.contiguous() if transposed else both,
-        down_proj=down.mT.contiguous() if transposed else down,
-        gate_up_proj_bias=of_both,
-        down_proj_bias=(EXPERTS, HIDDEN),
-        **({} if concatenated is None else {"is_concatenated": concatenated}),
-    )
-    found = ((p, "weight") for p in PROJECTIONS), (gate, up, down)
-    held = dict(zip(*found, strict=True))
-    held |= {("gate_proj", "bias"): biases[0], ("up_proj", "bias"): biases[1]}
-    return module, [{k: w[n] for k, w in held.items()} for n in range(EXPERTS)]
-
-
-EACH = [(dense, each) for each in itertools.product(LAYOUTS, (False, True))]
-EACH += [(stacked, e) for e in itertools.product((False, True), (None, True, False))]
-
-
-def assert_holds(model, expected, width):
-    mlps = find_glu_mlps(model)
-    for number, (found, held) in enumerate(zip(mlps, expected, strict=True)):
-        name = "mlp" if len(expected) == 1 else f"mlp[{number}]"
-        assert (found.name, found.path, found.layer) == (name, "mlp", number)
-        assert (found.width, found.hidden_size) == (width, HIDDEN)
-        assert found.regions.keys() == held.keys()
-        assert all(found.weight(*place).equal(held[place]) for place in held)
-    return mlps
-
-
-@pytest.mark.parametrize(("make", "options"), EACH)
 @pytest.mark.parametrize("trainable", [True, False])
-def test_every_layout_is_found_and_narrowed(make, options, trainable):
-    module, expected = make(*options)
+def test_fused_rows_and_their_biases_are_found_and_narrowed(trainable):
+    """The layouts of models are those of `test_loading_contract`; none has these biases."""
+    gate, up, bias = torch.randn(WIDTH, HIDDEN), torch.randn(WIDTH, HIDDEN), range(10)
+    both = torch.cat([gate, up])
+    module = linears(True, gate_up_proj=both, down_proj=(HIDDEN, WIDTH))
+    module["gate_up_proj"].bias = nn.Parameter(torch.tensor([*map(float, bias)]))
     module.intermediate_size = module.expert_dim = WIDTH
     module.d_ff = "as configured"
     module.requires_grad_(trainable)
-    model, pieces = Made(mlp=module), {}
-    mlps = assert_holds(model, expected, WIDTH)
-    for found, held in zip(mlps, expected, strict=True):
-        for place, weight in held.items():
-            held[place] = (
-                weight[:, [1, 3]] if place[0] == "down_proj" else weight[[1, 3]]
-            )
-            pieces[found.name, *place] = held[place]
-    resize(mlps, pieces)
-    assert_holds(model, expected, 2)
+    (found,) = find_glu_mlps(Made(mlp=module))
+    assert (found.name, found.width, found.hidden_size) == ("mlp", WIDTH, HIDDEN)
+    pieces = {
+        ("mlp", *place): found.weight(*place).index_select(
+            int(place[0] == "down_proj"), torch.tensor([1, 3])
+        )
+        for place in found.regions
+    }
+    resize([found], pieces)
+    assert module["gate_up_proj"].weight.equal(torch.cat([gate[[1, 3]], up[[1, 3]]]))
+    assert module["gate_up_proj"].bias.tolist() == [1, 3, 6, 8]
     for child in module.children():
         assert (child.out_features, child.in_features) == tuple(child.weight.shape)
     assert all(p.requires_grad is trainable for p in module.parameters())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,9 +13,7 @@ from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.criteria import CALIBRATED, CRITERIA, RANDOM
-from tests.helpers.checkpoints import edit_weights
-from tests.helpers.comparing import assert_same_model
-from tests.helpers.ways_to_load import write_texts
+from tests.helpers.ways_to_load import assert_same_model, write_texts
 
 
 @pytest.fixture
@@ -111,13 +107,3 @@ def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, text, work
     assert all(row.layer_widths and row.layer_criteria for row in rows)
     alike = [row.parameters for row in plan_rows(*sizes)]
     assert [row.parameters for row in rows] == alike
-
-
-def test_a_checkpoint_that_changed_is_scored_again(tiny_llama, tmp_path, work, load):
-    folder = shutil.copytree(tiny_llama, tmp_path / "copy")
-    load(folder, ratio=1)
-    edit_weights(
-        folder, lambda held: held.update({n: w.flip(0) for n, w in held.items()})
-    )
-    load(folder, ratio=1)
-    assert work == ["score_neurons"] * 6

@@ -114,22 +114,3 @@ def test_positions_that_depend_on_the_length_of_a_batch(rope, longest):
     # The plain path's answers beyond the limit depend on what else is in the batch.
     check_scores(plain, shared, (20, 39, 40))
     assert SCORED.record(shared)["requests"].keys() == {"shared"}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lengths", [(40, 50, 56), (20, 31, 32, 33, 34, 56)])
-def test_attention_temperature_follows_the_position(lengths):
-    """Llama 4 takes the place in the row and the cache for the position."""
-    config = shrunk(
-        "llama4_text",
-        floor_scale=64,
-        attn_scale=0.5,
-        attention_chunk_size=500,
-        no_rope_layers=[0, 0, 1],
-        layer_types=["full_attention", "full_attention", "chunked_attention"],
-    )
-    plain, lm = sides(config)
-    assert attention_support.sequence_limit(config) == 32
-    check_scores(plain, lm, lengths)
-    prompts = ["a" * (length // 2) for length in lengths]
-    assert check_texts(plain, lm, *prompts).keys() == {"slots", "plain"}

@@ -8,21 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lm_eval_pruned.model_wrappers.batching import (
-    forward as forward_module,
-    prefix_pass,
-    slot_refilling,
-    slot_table,
-    slots as slots_module,
-)
-from lm_eval_pruned.model_wrappers.batching.attention_in_parts import AttentionInParts
+from lm_eval_pruned.model_wrappers.batching import prefix_pass
 from lm_eval_pruned.model_wrappers.batching.forward import (
     ALIGNMENT,
     Forward,
@@ -32,8 +23,7 @@ from lm_eval_pruned.model_wrappers.batching.prefix_pass import PathCache, Work, 
 from lm_eval_pruned.model_wrappers.batching.slot_table import SlotJob, SlotTable
 from lm_eval_pruned.model_wrappers.batching.slots import SlotCache, run_rows
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget, next_pack
-from tests.helpers.answering import GENERATED, SCORED, assert_close, hf, ours, tiny
-from tests.helpers.checkpoints import tiny_config, tiny_model
+from tests.helpers.answering import GENERATED, assert_close, hf, ours, tiny
 
 
 class Devices(TorchDispatchMode):
@@ -164,41 +154,6 @@ def test_chains_run_through_the_causal_kernel_without_a_mask(
     assert {mask is not None for mask in masks} == {masked}
 
 
-def test_attention_in_parts_equals_attention_to_the_whole_row(monkeypatch):
-    """One row of five questions behind a cached stem."""
-    monkeypatch.setattr(prefix_pass, "_BLOCK_QUERIES", 6)
-    work = Work.of(QUESTIONS, 64)
-    pack = next_pack(work.tree, work.scored_before, len(STEM), Budget(99, 99, 99))
-    row, cpu = pack.rows[0][None], torch.device("cpu")
-    mask = prefix_pass._mask(work.tree, pack, row, torch.float32, cpu)
-    parts = prefix_pass._parts(work.tree, pack, len(STEM))
-    assert len(parts) > 2
-    for _, queries, keys in parts:
-        # The stem, and the block's own nodes: no other question.
-        own = range(8 + queries.start, 8 + queries.stop)
-        assert keys.tolist() == [*range(8), *own]
-    torch.manual_seed(0)
-    query = torch.randn(1, 6, mask.shape[-2], 8)
-    key, value = torch.randn(2, 1, 2, mask.shape[-1], 8)
-
-    def attend(asked, in_parts=parts):
-        with AttentionInParts(mask, in_parts):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=asked, scale=0.3, enable_gqa=True
-            )
-
-    got = attend(mask)
-    assert got.transpose(1, 2).is_contiguous()
-    assert torch.equal(got, attend(mask[..., :]))
-    # A copy of the mask is another mask.
-    assert (got - attend(mask.clone(), ())).abs().max() < 1e-6
-    for other in (torch.zeros_like(mask), None):
-        assert torch.equal(attend(other), attend(other, ()))
-    # Attention to the whole row multiplies hidden values by 0, which NaN survives.
-    value[..., -1, :] = float("nan")
-    assert attend(mask)[..., : parts[-1].queries.start, :].isfinite().all()
-
-
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=4), min_size=1),
     st.lists(st.tuples(st.integers(0, 99), st.integers(0, 3)), min_size=1),
@@ -231,11 +186,6 @@ def test_steps_are_as_few_as_the_slots_allow():
     # The first token of an answer comes with its prompt.
     assert sum(steps) == sum(lengths) - len(lengths)
     assert (len(steps), max(steps)) == (8, 2)
-
-
-def test_attention_reads_each_group_to_its_end(monkeypatch):
-    monkeypatch.setattr(slots_module, "_GROUPS", 2)
-    assert slots_module.tokens_read(np.array([31, 21, 6, 10])) == 2 * 31 + 2 * 10
 
 
 def jobs_of(drawn):
@@ -287,23 +237,6 @@ def test_slots_hold_what_they_should(drawn, slots, budget):
     assert seen == {i: most for i, (_, most) in enumerate(drawn)}
 
 
-@pytest.mark.parametrize(
-    ("shared", "most_in_mask", "start"),
-    [(2, 2**26, 0), (8, 2**26, 8), (40, 2**26, 40), (40, 24 * 64 - 1, 0)],
-)
-def test_a_few_shared_tokens_are_not_worth_a_mask_and_nothing_a_huge_one(
-    shared, most_in_mask, start, monkeypatch
-):
-    monkeypatch.setattr(slot_table, "_MOST_IN_MASK", most_in_mask)
-    prompts = [*range(64)], [*range(shared), *range(100, 164 - shared)]
-    table, copied, starts = SlotTable(2, 65), [], []
-    table.cache.copy = lambda *copy: copied.append(copy)
-    for job in jobs_of([(prompt, 1) for prompt in prompts]):
-        starts += [row[2] for row in table.admit(deque([job]), 64)]
-    assert starts == [0, start]
-    assert copied == ([(0, 1, start)] if start else [])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_begin_as_zeros(dtype):
     cache = SlotCache(3, 64)
@@ -315,94 +248,10 @@ def test_slots_begin_as_zeros(dtype):
     assert keys.sum() == keys[0, :, :5].sum() == states.numel()
 
 
-# --- what is decided otherwise on a card
-
-
-class Shapes:
-    """A model on a card, as far as shapes go, which it notes."""
-
-    device, dtype = torch.device("cpu"), torch.float16
-    model = tiny_model(tiny_config(num_hidden_layers=1))
-
-    def __init__(self, rounds=True):
-        self.rounds = rounds
-        self.seen: set = set()
-
-    def __call__(self, tokens, positions, keep, parts, attention_mask=None, **_):
-        self.seen.add((tokens.shape, getattr(attention_mask, "shape", None)))
-        states = torch.zeros(*tokens.shape, 1)
-        return states if keep is None else keep(states)
-
-
-def test_hundreds_of_steps_have_twelve_shapes_at_most():
-    forward, draw, steps = Shapes(), np.random.default_rng(0), 0
-    lengths = draw.integers([30, 20], [300, 260], (48, 2)).tolist()
-    drawn = [([n, *range(p)], most) for n, (p, most) in enumerate(lengths)]
-    table = SlotTable(24, 600)
-    for group in passes_of(table, jobs_of(sorted(drawn, key=len)), 8192):
-        if all(len(job.tokens) - held == 1 for _, job, held in group):
-            rows = [(slot, job.tokens[held:], held) for slot, job, held in group]
-            run_rows(forward, table.cache, rows)
-            steps += 1
-    assert steps > 400
-    assert len(forward.seen) <= 12, forward.seen
-
-
-class Card:
-    """As much memory as fits one GiB less than is free, with one GiB that torch holds unused."""
-
-    def __init__(self, gibibytes):
-        self.free = gibibytes * 2**30
-
-    def mem_get_info(self, device):
-        return self.free - 2**30, 2**37
-
-    def memory_reserved(self, device):
-        return 3 * 2**29
-
-    def memory_allocated(self, device):
-        return 2**29
-
-
-@pytest.mark.parametrize(
-    ("gibibytes", "bounds", "slots"),
-    [
-        # An H100, a small card, and one that does not say.
-        (64, Budget(8192, 256, 5592, 2**29, True), 256),
-        (6, Budget(960, 256, 524, 50331648, True), 64),
-        (None, Budget(512, 256, 512, 2**24, True), 10),
-    ],
-)
-def test_bounds_come_from_the_free_memory(gibibytes, bounds, slots, monkeypatch):
-    lm = ours(tiny(), batch_size=1, slots=None)
-    monkeypatch.setattr(lm.model.config, "vocab_size", 128000)
-    monkeypatch.setattr(lm.model.config, "hidden_size", 4096)
-    lm._device = torch.device("meta")
-    if gibibytes:
-        monkeypatch.setattr(torch, "meta", Card(gibibytes), raising=False)
-    assert lm._budget([(None, [1] * 20, [2])]) == bounds
-    each = 2**31 // 10 if gibibytes is None else 2**25
-    monkeypatch.setattr(slot_refilling, "slot_bytes", lambda *_: each)
-    jobs = [None] * 999
-    assert lm._slots(jobs, 100) == slots
-    lm.batch_size_per_gpu, lm.max_batch_size = "auto", 8
-    assert lm._slots(jobs, 100) == 8
+# --- bounds
 
 
 def test_a_pass_on_a_cpu_holds_no_more_than_a_batch_and_a_floor():
     batch = [(None, [1] * 600, [2])]
     found = [ours(tiny(), batch_size=n, max_length=900)._budget(batch) for n in (1, 99)]
     assert [budget.tokens for budget in found] == [600, 1024]
-
-
-def test_keys_are_not_copied_for_each_head_where_a_card_can_group_them(
-    monkeypatch, share_however_little
-):
-    lm = ours(tiny(num_attention_heads=4, num_key_value_heads=2))
-    expected = SCORED.ask(hf(lm.model))
-    monkeypatch.delenv("TRANSFORMERS_SDPA_FORCE_GQA", raising=False)
-    assert not Forward(lm)._groups_keys
-    monkeypatch.setattr(forward_module, "_groups_masked_keys", lambda *_: True)
-    monkeypatch.delattr(sdpa_attention, "repeat_kv")
-    assert_close(SCORED.ask(lm), expected)
-    assert "TRANSFORMERS_SDPA_FORCE_GQA" not in forward_module.os.environ

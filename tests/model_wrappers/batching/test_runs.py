@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.helpers import checkpoints, evaluations
-from tests.helpers.answering import GENERATED, SCORED
+from tests.helpers.answering import GENERATED
 
 
 def loaded(cls, pretrained, **arguments):
@@ -47,38 +47,6 @@ def test_samples_and_scores_are_those_of_hf(
     assert paths["generate_until"]["requests"] == {"slots": 4}
     (prompt, _) = got["samples"]["tiny_generation"][0]["arguments"][0]
     assert prompt.endswith("<assistant>") == chat
-
-
-@pytest.mark.parametrize(
-    ("fast", "task", "requests", "passes"),
-    [
-        (SCORED, "tiny_choice", 12, 2),
-        pytest.param(GENERATED, "tiny_generation", 4, 12, marks=pytest.mark.slow),
-    ],
-    ids=["shared", "slots"],
-)
-def test_a_broken_run_resumes_from_the_cache(
-    fast, task, requests, passes, tiny_llama, evaluate, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(
-        "lm_eval_pruned.model_wrappers.batching.prefix_sharing._FEWEST_TOKENS", 32
-    )
-    cache = str(tmp_path / "answers")
-    lm, seen = loaded(PrefixHFLM, tiny_llama, slots=1), []
-
-    def breaks(*_):
-        seen.append(1)
-        if len(seen) > passes:
-            raise KeyboardInterrupt
-
-    lm.model.model.embed_tokens.register_forward_pre_hook(breaks)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(lm, [task], use_cache=cache)
-    got = evaluate(loaded(PrefixHFLM, tiny_llama), [task], use_cache=cache)
-    (again,) = got["config"]["answer_paths"][fast.request_type]["requests"].values()
-    assert 0 < again < requests
-    expected = evaluate(loaded(HFLM, tiny_llama), [task])
-    assert exact(got["results"]) == near(expected["results"])
 
 
 @pytest.mark.slow

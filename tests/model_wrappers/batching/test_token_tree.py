@@ -100,14 +100,3 @@ def test_a_cut_is_made_where_the_path_is_short():
     tree = build_tree([[0] * 10 + [q] * 5 for q in range(1, 5)])
     pack = packs(tree, [0] * len(tree), Budget(23, 23, 23))[0]
     assert (pack.stop, tree.depth[pack.stop]) == (20, 10)
-
-
-def test_a_halved_budget_ends_at_one_token():
-    assert Budget(5, 2, 3, 7).halved().halved().halved() == Budget(1, 1, 1, 1)
-
-
-def test_no_mask_of_thousands_of_tokens_by_as_many():
-    """What a GPU takes at once has masks of 2**24 entries at most, 32 MB in 16 bits."""
-    stem = list(range(9000))
-    tree = build_tree([stem[:n] + [1, 2] for n in range(100, 9000, 50)])
-    packs(tree, [1] * len(tree), Budget(8192, 1024, 2048))

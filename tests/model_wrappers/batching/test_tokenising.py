@@ -125,11 +125,3 @@ def test_a_text_is_encoded_once_and_once_for_all_models(asked, monkeypatch):
     monkeypatch.setattr(PrefixHFLM, "keeps_tokens", False)
     ask(add_bos_token=False)
     assert len(sent) == 3 * first
-
-
-def test_no_more_is_kept_than_there_is_room_for(asked, monkeypatch):
-    monkeypatch.setattr(tokenising, "_MOST_KEPT", 40)
-    for _ in range(2):
-        lm = ask()
-    assert 0 < len(lm._kept.find(PAIRS)) < 5
-    assert asked[0] == asked[1]
