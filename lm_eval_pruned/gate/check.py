@@ -7,15 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison import difference_test, settings_notes
-from lm_eval_pruned.compare.pairing import is_partial
 from lm_eval_pruned.compare.statistics import LEAST_UNITS, PairedTest, false_discovery
 from lm_eval_pruned.compare.verdicts import claims
 from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.gate.findings import ONLY_RUN, Finding
 from lm_eval_pruned.results.documents import Documents, read_documents
 from lm_eval_pruned.results.files import ResultsError, Run, Score
-from lm_eval_pruned.results.folder import is_sweep
-from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
+from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
 from lm_eval_pruned.results.settings import ASKED, OF_FEWSHOT, differing, shown
 
 
@@ -112,7 +110,7 @@ def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     score = run.scores[task, metric].value
     if not math.isfinite(score):
         return "fail", f"The score is {score}, not a finite number."
-    if is_partial(run, task):
+    if run.is_partial(task):
         part = f"{run.stopping[task].text} documents"
         return "undecided", f"The score is {part}: evaluate without --stop_when."
     one, other = before.settings.get(task, {}), run.settings.get(task, {})
@@ -222,7 +220,7 @@ def _sides(test: PairedTest, up: bool | None) -> tuple[float | None, float | Non
 
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
     """Return what differs from the baseline beside the scores, one sentence each."""
-    found = notes_on(runs.values())
+    found = [note for run in runs.values() for note in run.notes]
     for name, before in baseline.runs.items():
         if run := runs.get(name):
             tasks = [task for task in before.tasks() if task in run.tasks()]

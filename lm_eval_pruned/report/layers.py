@@ -14,7 +14,7 @@ import pandas as pd
 
 from lm_eval_pruned.report.page import Cell, Section, Table
 from lm_eval_pruned.results.files import ResultsError, read_json
-from lm_eval_pruned.results.folder import SENSITIVITY
+from lm_eval_pruned.results.runs import SENSITIVITY
 
 
 if TYPE_CHECKING:

@@ -6,10 +6,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import Difference, difference_test
-from lm_eval_pruned.compare.pairing import is_partial
+from lm_eval_pruned.compare.comparison import difference_of, difference_test
 from lm_eval_pruned.compare.statistics import false_discovery
-from lm_eval_pruned.compare.verdicts import verdict_of
 from lm_eval_pruned.report.page import run_label
 from lm_eval_pruned.report.sections import compared_section
 from lm_eval_pruned.results.files import as_mapping, left_of
@@ -19,6 +17,7 @@ from lm_eval_pruned.results.groups import healing_name, is_control, primary_metr
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lm_eval_pruned.compare.comparison import Difference
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.report.page import Section
@@ -105,24 +104,15 @@ def compared_pairs(
     keys = [(*each, key) for each in pairs for key in primary_metrics(each)]
     tests = [difference_test(*each, alpha, read) for each in keys]
     for n, (before, after, key) in enumerate(keys):
-        if is_partial(before, key[0]) or is_partial(after, key[0]):
+        if before.is_partial(key[0]) or after.is_partial(key[0]):
             # Where a run stops was decided against the unpruned model.
             test = replace(tests[n][0], method="none: a score is partial", sides=None)
             tests[n] = test, tests[n][1]
     families = [(key[0], is_control(after)) for _, after, key in keys]
     adjusted = false_discovery([test.p for test, _ in tests], families, alpha)
     rows = []
-    for each, (test, documents), (q, level) in zip(keys, tests, adjusted, strict=True):
+    for each, *found in zip(keys, tests, adjusted, strict=True):
         before, after, key = each
-        one, other = before.scores[key], after.scores[key].value
-        change, up = other - one.value, one.higher_is_better
-        rows.append(
-            Difference.made(
-                f"{run_label(after)} against {before.name}",
-                *(key, (one.value, other), test, q, level),
-                documents=documents,
-                verdict=verdict_of(change, q, alpha, up),
-                floor=known.get((after.name, *key)),
-            )
-        )
+        row = difference_of(*each, alpha, *found, floor=known.get((after.name, *key)))
+        rows.append(replace(row, run=f"{run_label(after)} against {before.name}"))
     return rows

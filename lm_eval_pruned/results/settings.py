@@ -77,12 +77,6 @@ def differing(
     return [name for name in names if one.get(name) != other.get(name)]
 
 
-def label(name: str) -> str:
-    """Return a setting's name as an argument is typed, else in words."""
-    words = ("answer_paths", "chat_template", "system_instruction")
-    return name.replace("_", " ") if name in words else name
-
-
 def shown(value: Any) -> str:
     """Return a setting for a message; hashes are cut."""
     text = "none" if value is None else str(value)

@@ -274,13 +274,6 @@ def test_documents_without_any_change_bound_the_share_of_those_that_do():
     assert 0.9 < paired(0, 5).smallest_detectable() < 1
 
 
-def test_unpaired_test_says_that_it_is_weaker():
-    result = statistics.unpaired_difference(0.1, 0.03, 0.04)
-    assert result.p == pytest.approx(2 * stats.norm.sf(2))
-    assert "weaker" in result.method
-    assert statistics.unpaired_difference(0.1, 0.0, 0.0).p is None
-
-
 @given(st.lists(st.tuples(st.one_of(st.none(), st.floats(0, 1)), st.booleans())))
 def test_the_correction_is_benjamini_and_hochberg_s_in_each_family(tests):
     found = statistics.false_discovery([p for p, _ in tests], [of for _, of in tests])
@@ -348,7 +341,6 @@ def test_the_benchmark_of_coverage_runs():
         assert len(benchmark.line(draw, units[0], 2)) == 5, (name, data)
     assert len(benchmark.correlations(2)) == 10
     assert all(float(row[2]) > 0.925 for row in benchmark.one_way())
-    (*_, wrong, any_wrong), (_, few, *alone) = benchmark.families(400)
     # 54 certainties leave room for two wrong discoveries; a family of one question does not.
-    assert (few, float(wrong) > 1.8, float(any_wrong) > 0.8) == (36, True, True)
-    assert max(map(float, alone)) < 0.08
+    (*_, wrong, _), (_, few, *alone) = benchmark.families(400)
+    assert (few, float(wrong) > 1.8, max(map(float, alone)) < 0.08) == (36, True, True)

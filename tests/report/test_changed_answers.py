@@ -21,7 +21,6 @@ from tests.helpers.results_files import (
 
 HOSTILE = (
     "</script><script>document.title='run'</script>",
-    "<!--<script>",
     "<img src=x onerror=\"document.title='run'\">",
     "]]>&lt;&amp;{{ 7*7 }}{% raw %}",
     "\u2028\u2029\ud800\x1b",
@@ -106,9 +105,6 @@ def test_a_row_of_the_page(tmp_path):
     assert row[3].startswith("document 0, ")
     assert re.findall(r'<div class="text">(.*?)</div>', page)[0] == f"{long} 0"[-2000:]
     assert row[-3:] == ["0", "one", "two"]
-    free = ({"quiz": {"em,none": writes([text], [1])}} for text in ("a", " x"))
-    _, page = read(sweep_of(tmp_path / "free", *free))
-    assert "x\n\nTaken from:  x" in page
 
 
 def test_tasks_without_right_and_wrong_take_another_metric_or_none(tmp_path):
@@ -206,32 +202,26 @@ def test_a_report_with_and_without_texts(tmp_path):
     pytest.importorskip("altair", reason="plots need the extra `report`")
     from lm_eval_pruned.report.report import write_report
 
-    endings = [f" {WORD}-choice {index}" for index in range(3)]
-    docs = {number: {"q": f"{WORD}-doc {number}"} for number in range(4)}
-    asked = {"prompt": f"{WORD}-prompt", "endings": endings, "docs": docs}
-    sweep = sweep_of(
-        tmp_path,
-        *(
-            {
-                "quiz": {"acc,none": picks(picked, **asked)},
-                "free": {"em,none": writes([f"{WORD}-answer {end}"] * 3, [1, 0, 1])},
-            }
-            for picked, end in (([0, 0, 1, 2], "."), ([0, 1, 2, 0], "!"))
-        ),
-    )
+    asked = {"prompt": WORD, "endings": [f" {WORD} {index}" for index in range(3)]}
+    tasks = [
+        {
+            "quiz": {"acc,none": picks(picked, **asked)},
+            "free": {"em,none": writes([f"{WORD} {end}"] * 3, [1, 0, 1])},
+        }
+        for picked, end in (([0, 0, 1, 2], "."), ([0, 1, 2, 0], "!"))
+    ]
+    sweep = sweep_of(tmp_path, *tasks)
 
-    def with_texts():
-        files = [path for path in (sweep / "report").rglob("*") if path.is_file()]
+    def with_texts(**options):
+        files = [each for each in write_report(sweep, **options) if each.is_file()]
         return {each.name for each in files if WORD.encode() in each.read_bytes()}
 
-    write_report(sweep)
     assert with_texts() == {PAGE}
     text = (sweep / "report/report.md").read_text(encoding="utf-8")
     assert "|p40 (2.40)|quiz|acc,none|4|1|1|75%|" in text
     assert f"]({PAGE})" in text
     # The texts of an earlier report go, too.
-    write_report(sweep, texts=False)
-    assert with_texts() == set()
+    assert with_texts(texts=False) == set()
     (samples,) = sweep.glob("units/base/quiz/samples_*.jsonl")
     digest = json.loads(samples.read_text().splitlines()[1])["doc_hash"]
     assert digest[:16] in (sweep / "report" / PAGE).read_text(encoding="utf-8")
@@ -239,4 +229,3 @@ def test_a_report_with_and_without_texts(tmp_path):
         file.unlink()
     write_report(sweep)
     assert not (sweep / "report" / PAGE).exists()
-    assert PAGE not in (sweep / "report/report.html").read_text()

@@ -64,36 +64,31 @@ def test_layers_of_different_widths_share_their_shares():
     [
         lambda data: data.pop("curves"),
         lambda data: data.update(version=9),
-        lambda data: data.update(curves=[]),
         lambda data: data["curves"][0]["widths"].pop(),
-        lambda data: data["curves"][0].update(width_before=0),
     ],
 )
 def test_damaged_curves_are_refused(damage):
-    data = made_curves()
-    damage(data)
+    damage(data := made_curves())
     with pytest.raises(ResultsError, match=r"^FILE holds no sensitivity curves"):
         LayerCurves.of(data, "FILE")
 
 
 @pytest.mark.parametrize(
-    "made",
+    ("made", "share"),
     [
-        made_curves(seeds=()),
-        made_curves(layers=1, kept=(50,)),
-        made_curves(criteria=()),
+        (made_curves(layers=1, kept=(50,)), 50),
+        (made_curves(criteria=(), seeds=()), 10),
         # Losses that fall.
-        made_curves() | {"loss": 9.0},
+        (made_curves() | {"loss": 9.0}, 10),
     ],
 )
-def test_the_section_of_a_sweep(tmp_path, made):
+def test_the_section_of_a_sweep(tmp_path, made, share):
     pytest.importorskip("altair", reason="plots need the extra `report`")
     write_sweep(tmp_path, {"base": (0, {"boolq": {"acc,none": [0.0, 1.0]}})})
     sweep = read_sweep(tmp_path)
     assert layers_section(sweep) is None
     (tmp_path / "sensitivity.json").write_text(json.dumps(made))
     section = layers_section(sweep)
-    share = 50 if made == made_curves(layers=1, kept=(50,)) else 10
     assert f"The table is of {share} % removed" in section.paragraphs[-1]
     (plot,) = section.plots
     assert plot.png.startswith(b"\x89PNG")
