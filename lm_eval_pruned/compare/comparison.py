@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.pairing import Reader
 
     Key = tuple[str, str]
+    #: A test, and of how many documents it is.
+    Tested = tuple[PairedTest, int | None]
+
+#: Settings that a unit which is looked at several times cannot share with its base.
+_OF_PARTS = ("answer_paths", "documents", "task_hash")
 
 
 @dataclass(frozen=True)
@@ -149,13 +154,11 @@ def compare(
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
     `subtasks` are the members of groups that have scores, and `read` knows documents already.
-    Without `texts`, nothing says which answer is the commonest. Runs
-    of models that know nothing are not compared: they are the floors of the others.
+    Without `texts`, nothing says which answer is the commonest. Runs of models that know nothing
+    are not compared: they are the floors of the others.
 
-    Raises:
-        ResultsError: Samples cannot be read, two runs saw different documents or
-            different versions of a task, or have no task in common.
-        ValueError: `alpha` is out of range.
+    ResultsError if samples cannot be read, or two runs saw different documents or versions of a task,
+    or have no task in common; ValueError if `alpha` is out of range.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
@@ -163,7 +166,7 @@ def compare(
     runs = [run for run in runs if not run.is_floor] or floors
     everything = [base, *(run for run in runs if run is not base)]
     notes = [note for run in everything for note in run.notes]
-    asked: list[tuple[Run, Key, bool]] = []
+    asked: list[tuple[Run, Key, bool, Tested, Stopping | None]] = []
     read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
@@ -172,37 +175,32 @@ def compare(
         for one, other in ((base, run), (run, base)):
             names, has = one.tasks(subtasks=subtasks), other.tasks()
             if lacks := ", ".join(task for task in names if task not in has):
-                notes.append(
-                    f"{other.name} has no results for {lacks}, which {one.name} has."
-                )
+                said = f"{other.name} has no results for {lacks}, which {one.name} has."
+                notes.append(said)
         notes += settings_notes(base, run, shared) + partial_notes(base, run, shared)
         primary = primary_metrics([base, run], subtasks=subtasks)
         both = [key for key in base.scores if key[0] in shared and key in run.scores]
-        asked += [(run, key, key in primary) for key in both]
-    families = [(key[0], is_control(run)) for run, key, _ in asked]
-    tests = [difference_test(base, run, key, alpha, read) for run, key, _ in asked]
-    stoppings = [stopping_of(base, run, key[0]) for run, key, _ in asked]
+        for key in both:
+            test = difference_test(base, run, key, alpha, read)
+            stopping = stopping_of(base, run, key[0])
+            asked.append((run, key, key in primary, test, stopping))
+    families = [(key[0], is_control(run)) for run, key, *_ in asked]
     # Of what was looked at several times, the record has p.
-    plain = [
-        test if primary and not stopping else None
-        for (_, _, primary), (test, _), stopping in zip(
-            asked, tests, stoppings, strict=True
-        )
-    ]
-    corrected = false_discovery([t and t.p for t in plain], families, alpha)
-    scores = [(margin, base.scores[key], run.scores[key]) for run, key, _ in asked]
-    claimed, rows = claims(plain, scores, families), []
-    stands = [(run, key) for run, key, primary in asked if primary]
+    tests = [t if main and not stop else None for *_, main, (t, _), stop in asked]
+    corrected = false_discovery([t and t.p for t in tests], families, alpha)
+    scores = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in asked]
+    claimed, rows = claims(tests, scores, families), []
+    stands = [(run, key) for run, key, main, *_ in asked if main]
     known = standings(base, floors, stands, alpha, read)
-    for (run, key, primary), *found in zip(
-        asked, tests, corrected, claimed, stoppings, strict=True
-    ):
-        more: dict[str, Any] = {"margin": margin, "primary": primary}
-        if primary:
+    found = zip(asked, corrected, claimed, strict=True)
+    for (run, key, main, test, stopping), shown, claim in found:
+        of = (test, shown, claim, stopping, margin, main)
+        more: dict[str, Any] = {}
+        if main:
             pair = paired_documents(base, run, *key, read)
             more["answers"] = agreement(pair, key[1], texts)
             more["floor"] = known.get((run.name, *key))
-        rows.append(difference_of(base, run, key, alpha, *found, **more))
+        rows.append(difference_of(base, run, key, alpha, *of, **more))
     of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
     notes += [each.note(base.name) for each in of_base if each.above_floor is False]
     notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
@@ -216,7 +214,7 @@ def compare(
 
 def difference_test(
     base: Run, run: Run, key: Key, alpha: float = 0.05, read: Reader = read_documents
-) -> tuple[PairedTest, int | None]:
+) -> Tested:
     """Test what a run differs by, on its documents where both have samples, else on stderrs.
 
     Returns the test, at the level of the last look where there were several, and how many documents
@@ -247,11 +245,10 @@ def difference_of(
     run: Run,
     key: Key,
     alpha: float,
-    tested: tuple[PairedTest, int | None],
+    tested: Tested,
     corrected: tuple[float | None, float | None],
     claim: Claim | None = None,
     stopping: Stopping | None = None,
-    *,
     margin: Margin | None = None,
     primary: bool = True,
     **more: Any,
@@ -291,9 +288,7 @@ def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
         names = differing(one, other, COMPARED)
         if stopping_of(base, run, task):
             # It has other documents by design, and is answered in parts.
-            names = [
-                n for n in names if n not in ("answer_paths", "documents", "task_hash")
-            ]
+            names = [name for name in names if name not in _OF_PARTS]
         if names:
             found.setdefault(", ".join(names), []).append(task)
     return [

@@ -163,9 +163,8 @@ def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return which tasks of a run, or of its base, are not of all documents."""
     notes = []
     for each in (base, run):
-        stopped = {task: each.stopping[task] for task in tasks if each.is_partial(task)}
-        if stopped:
-            of = [f"{task} ({v.text}, {v.reason})" for task, v in stopped.items()]
+        stopped = [(each.stopping[t], t) for t in tasks if each.is_partial(t)]
+        if of := [f"{task} ({how.text}, {how.reason})" for how, task in stopped]:
             notes.append(
                 f"{each.name} stopped when decided: {', '.join(of)}. Scores and differences are of these "
                 "documents; intervals and p hold for stopping. q bounds the chance of any wrong decision "

@@ -92,11 +92,11 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             except ResultsError as why:
                 found[key] = "undecided", str(why)
     found |= _by_documents(tests, baseline.rules, before, after)
-    findings = []
-    for key, (status, said) in sorted(found.items()):
-        one, other = (of[key].value if key in of else None for of in (before, after))
-        findings.append(Finding(*key, status, one, other, said))
-    return findings
+    values = lambda key: (
+        of[key].value if key in of else None for of in (before, after)
+    )
+    decided = sorted(found.items())
+    return [Finding(*k, status, *values(k), said) for k, (status, said) in decided]
 
 
 def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
@@ -169,20 +169,18 @@ def _by_documents(
     before: Mapping[Key, Score],
     after: Mapping[Key, Score],
 ) -> Iterator[tuple[Key, Decision]]:
-    """Decide the rules of documents together.
+    """Decide the rules ``alpha`` as one family, and those with a margin as another.
 
-    The p of all rules ``alpha`` are adjusted as one family, and those of all rules with a
-    margin as another, so that a gate of many metrics does not close by chance.
+    A gate of many metrics does not close by chance.
     """
     asked = [(rules[key].margin, before[key], after[key]) for key in tests]
     families = [margin is not None for margin, *_ in asked]
     ps = [_sides(tests[key], before[key].higher_is_better) for key in tests]
-    judged = zip(
-        *(tests.items(), asked, claims([*tests.values()], asked, families)),
-        *(false_discovery([p[side] for p in ps], families) for side in (0, 1)),
-        strict=True,
-    )
-    for (key, test), (margin, score, _), claim, (worse, _), (better, _) in judged:
+    found = tests.items(), asked, claims([*tests.values()], asked, families)
+    corrected = (false_discovery([p[side] for p in ps], families) for side in (0, 1))
+    for (key, test), (margin, score, _), claim, (worse, _), (better, _) in zip(
+        *found, *corrected, strict=True
+    ):
         way = "different" if score.higher_is_better is None else "worse"
         alpha = CLAIM_LEVEL if margin else float(rules[key].value)
         within = f"{margin.verdict} within {margin.text}" if margin else ""

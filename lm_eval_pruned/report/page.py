@@ -78,9 +78,9 @@ def run_label(run: Run) -> str:
     """Return what a run is called where its size matters, such as ``p20 (3.20)``."""
     if run.is_shallow:
         return f"{run.name} ({run.pruning.get('layers')} layers)"
-    ratio = run.expansion_ratio
-    label = "unpruned, " if run.is_baseline else ""
-    return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name
+    if (ratio := run.expansion_ratio) is None:
+        return run.name
+    return f"{run.name} ({'unpruned, ' * run.is_baseline}{ratio:.2f})"
 
 
 def rendered(template: str, **values: Any) -> str:

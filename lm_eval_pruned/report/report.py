@@ -56,7 +56,7 @@ def write_report(
     base, others = split_sweep(list(sweep.runs), str(folder))
     target = Path(output_path) if output_path else sweep.path / "report"
     runs, read = [base, *others], DocumentReader()
-    comparable = [run for run in others if set(run.tasks()) & set(base.tasks())]
+    comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
     asked = [*comparable, *sweep.floors] if comparable else []
     # Answers are on the page of changed answers alone, which can be left out.
     comparison = compare(base, asked, alpha=alpha, read=read, texts=False)
@@ -130,8 +130,7 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
             }
             difference = found.get((run.name, task, metric))
             compared = {name: getattr(difference, name, None) for name in _COMPARED}
-            compared |= {name: beside(difference).get(name) for name in more}
-            rows.append(row | compared | row)
+            rows.append(row | compared | more | beside(difference) | row)
     return csv_table(rows[0], rows)
 
 

@@ -27,17 +27,14 @@ HOSTILE = (
 )
 
 
-def picks(answers, *, prompt="Which?", endings=(" one", " two", " three"), **more):
+def picks(answers, *, prompt="Which?", endings=(" one", " two", " three")):
     """Return a task of multiple choice in which a model picked `answers`; 0 is right."""
-    rows = {
-        number: offering(
-            endings,
-            prompt=f"{prompt} {number}",
-            likelihoods=[-1.0 - (place != answer) for place in range(len(endings))],
-        )
-        for number, answer in enumerate(answers)
-    }
-    return {"values": [float(not answer) for answer in answers], "rows": rows, **more}
+    rows = {}
+    for number, answer in enumerate(answers):
+        likelihoods = [-1.0 - (place != answer) for place in range(len(endings))]
+        asked = f"{prompt} {number}"
+        rows[number] = offering(endings, prompt=asked, likelihoods=likelihoods)
+    return {"values": [float(not answer) for answer in answers], "rows": rows}
 
 
 def writes(texts, right):
@@ -103,8 +100,8 @@ def test_a_row_of_the_page(tmp_path):
     (row,) = rows_of(page)
     assert row[:3] == [LOST, "p40 (2.40)", "quiz"]
     assert row[3].startswith("document 0, ")
-    assert re.findall(r'<div class="text">(.*?)</div>', page)[0] == f"{long} 0"[-2000:]
     assert row[-3:] == ["0", "one", "two"]
+    assert re.findall(r'<div class="text">(.*?)</div>', page)[0] == f"{long} 0"[-2000:]
 
 
 def test_tasks_without_right_and_wrong_take_another_metric_or_none(tmp_path):
@@ -144,12 +141,11 @@ def shown(browser, tmp_path):
     """Return a function that opens the page of a sweep, in which nothing may fail."""
 
     def show(before, after, title="A model", **look):
-        _, page = read(sweep_of(tmp_path, before, after), title)
         file = tmp_path / PAGE
+        page = read(sweep_of(tmp_path, before, after), title)[1]
         file.write_text(page, encoding="utf-8")
         browser.open(file, **look)
-        assert browser.requests == [file.as_uri()]
-        assert browser.errors == []
+        assert (browser.requests, browser.errors) == ([file.as_uri()], [])
         return browser
 
     return show
@@ -160,10 +156,8 @@ VISIBLE = "[...document.querySelectorAll('tbody tr')].filter((e) => !e.hidden).l
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_the_page_is_searched(shown, width, scheme):
-    tasks = (
-        {task: {"acc,none": picks([n] * 20)} for task in ("birds", "beasts")}
-        for n in (0, 1)
-    )
+    names = ("birds", "beasts")
+    tasks = ({t: {"acc,none": picks([n] * 20)} for t in names} for n in (0, 1))
     page = shown(*tasks, width=width, scheme=scheme)
     assert page.run("document.documentElement.scrollWidth") == width
     ground = page.run("getComputedStyle(document.body).backgroundColor")
@@ -177,14 +171,10 @@ def test_the_page_is_searched(shown, width, scheme):
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_texts_are_never_markup(shown, hostile):
     asked = {"prompt": hostile, "endings": (f"{hostile} 1", f"{hostile} 2")}
-    free = [hostile, hostile + "2"]
-    tasks = (
-        {
-            "quiz": {"acc,none": picks([n], **asked)},
-            "free": {"em,none": writes([free[n]], [1 - n])},
-        }
-        for n in (0, 1)
-    )
+    tasks = []
+    for n, text in enumerate([hostile, hostile + "2"]):
+        free = {"em,none": writes([text], [1 - n])}
+        tasks.append({"quiz": {"acc,none": picks([n], **asked)}, "free": free})
     page = shown(*tasks, title=f"A model {hostile}")
     assert page.run(VISIBLE) == 2
     assert page.run("document.querySelectorAll('script, img').length") == 1
