@@ -43,12 +43,11 @@ def power_of(
     """Say how likely each run reaches a verdict on a task, from the answers that changed so far.
 
     `margin` is to be shown, and a difference of it to be seen, on as many `documents` as there are or
-    another number, by one test at level `alpha`.
+    another number, by one test at level `alpha`. Returns a row for each run and verdict: run, metric,
+    documents, share of them whose value changed, margin in the metric's own unit, verdict, what has
+    to be true for it, its chance then, and how many documents have a chance of 80 %, if any.
 
-    Returns a row for each run and verdict: run, metric, documents, share of them whose value changed,
-    margin in the metric's own unit, verdict, what has to be true for it, its chance then, and how
-    many documents have a chance of 80 %, if any. ResultsError if nobody has results or samples of
-    `task`, ValueError if `documents`, `alpha` or the margin is out of range.
+    ResultsError if nobody has results or samples of `task`; ValueError for numbers out of range.
     """
     if not 0 < alpha < 0.5 or (documents is not None and documents < 2):
         raise ValueError(

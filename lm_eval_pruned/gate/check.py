@@ -60,9 +60,9 @@ def make_baseline(
             key = name, task, metric
             if refused := _refused(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
-            baseline.rules[key] = kept.get(key, rule)
-            documents = baseline.rules[key].kind in OF_DOCUMENTS
-            if documents and (found := _documents(run, task, metric)):
+            own = baseline.rules[key] = kept.get(key, rule)
+            found = own.kind in OF_DOCUMENTS and _documents(run, task, metric)
+            if found:
                 baseline.documents[key] = found
     return baseline
 

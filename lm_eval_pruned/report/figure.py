@@ -129,21 +129,18 @@ def points_of(
     comparison: Comparison,
     levels: Mapping[tuple[str, str], Levels],
 ) -> pd.DataFrame:
-    """Return what is drawn of one series.
+    """Return what is drawn of one series, in a row for each task, size and measure.
 
-    Returns:
-        A row for each task, size and measure: ``ratio``, ``value`` with ``low`` and ``high``, the
-        levels of `_RULES`, and the columns of the table of differences.
+    Columns are ``ratio``, ``value`` with ``low`` and ``high``, the levels of `_RULES`, and those of
+    the table of differences.
     """
     ratios = {run.name: run.expansion_ratio for run in members}
     points: list[dict[str, Any]] = []
-    drawn: dict[tuple[str, str], list[Difference]] = {}
     floors = {(each.task, each.metric): each.floor for each in comparison.floors}
-    for row in comparison.rows:
-        if row.run in ratios and math.isfinite(row.score):
-            drawn.setdefault((row.task, row.metric), []).append(row)
+    drawn = [r for r in comparison.rows if r.run in ratios and math.isfinite(r.score)]
     for key in primary_metrics([base]):
-        if not (rows := drawn.get(key)):
+        rows = [row for row in drawn if (row.task, row.metric) == key]
+        if not rows:
             continue
         unpruned, known = base.scores[key], levels.get(key, Levels())
         share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])

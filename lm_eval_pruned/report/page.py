@@ -57,10 +57,8 @@ class Table:
 class Section:
     """One section; any of its parts may be missing.
 
-    Attributes:
-        scripts: What draws one of the plots at a time, as a reader chooses.
-        code: JSON that the page shows when a reader clicks at `folded`.
-        links: Texts with the names of files beside the report.
+    `scripts` draw one of the plots at a time, as a reader chooses; `code` is JSON that the page shows
+    when a reader clicks at `folded`, `links` are texts with the names of files beside the report.
     """
 
     heading: str

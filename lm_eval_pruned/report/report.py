@@ -42,15 +42,9 @@ def write_report(
 ) -> list[Path]:
     """Write the report of a sweep folder and return its files, ``report.html`` first.
 
-    Args:
-        folder: The sweep.
-        output_path: Where; default: ``report`` in the sweep folder.
-        alpha: Level of the tests.
-        texts: Whether ``flips.html`` shows the texts of documents and answers.
-
-    Raises:
-        ResultsError: The folder holds no sweep that can be read, or no baseline.
-        ValueError: `alpha` is out of range.
+    They go to `output_path`, by default ``report`` in the sweep folder. `alpha` is the level of the
+    tests; without `texts`, ``flips.html`` does not show what was asked and answered. ResultsError if
+    the folder holds no sweep that can be read, or no baseline; ValueError if `alpha` is out of range.
     """
     sweep = read_sweep(folder)
     base, others = split_sweep(list(sweep.runs), str(folder))

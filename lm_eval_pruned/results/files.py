@@ -127,9 +127,8 @@ class Run:
         name: Short name for tables.
         path: File or folder it was read from.
         scores: By task or group and metric as the harness writes it, such as ``acc,none``.
-        versions: Version of each task, as its YAML gives it.
-        subtasks: Direct members of each group.
-        samples: File of logged samples by task.
+        versions, subtasks, samples: The version of each task, the direct members of each group, and
+            the file of logged samples by task.
         config: The harness's ``config`` section: model, arguments, limit, seeds and,
             for ``pruned-hf``, ``pruning``.
         energy: What was measured beside the scores, by task.

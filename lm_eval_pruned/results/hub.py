@@ -27,9 +27,8 @@ EVAL_RESULTS = ".eval_results/lm_eval.yaml"
 def eval_results(path: str | Path, pruning: Mapping[str, Any]) -> str:
     """Return the scores of a results file, or of a folder of them, as the Hub reads them.
 
-    Raises:
-        ResultsError: They are of other neurons than the record `pruning` says, or of another
-            repair, or there are none that a data set of the Hub has all documents of.
+    ResultsError if they are of other neurons than the record `pruning` says, or of another repair,
+    or there are none that a data set of the Hub has all documents of.
     """
     import yaml
     from huggingface_hub import eval_result_entries_to_yaml

@@ -139,9 +139,8 @@ def read_sweep(path: str | Path) -> SweepResults:
             if newest_first(unit):
                 done.append(read_newest(unit))
             elif (unit / ERROR).is_file() and not name.startswith(FLOOR):
-                message = str(read_json(unit / ERROR).get("message") or "no message")
-                first_line = message.strip().partition("\n")[0]
-                failures.append(Failure(name, unit.name, first_line))
+                message = str(read_json(unit / ERROR).get("message")).strip()
+                failures.append(Failure(name, unit.name, message.partition("\n")[0]))
         if done:
             found[name] = _joined(name, folder, done)
     runs = [run for run in found.values() if not run.is_floor]
