@@ -154,13 +154,10 @@ def test_small_sweeps(tmp_path, runs, words, not_there):
 def test_families_by_size(tmp_path):
     def tasks(*right):
         names = ("mmlu", "truthfulqa_mc1", "truthfulqa_mc2")
-        answers = {
-            t: [float(n < k) for n in range(40)]
-            for t, k in zip(names, right, strict=True)
-        }
-        scores = {task: {"acc,none": values} for task, values in answers.items()}
+        answers = [{"acc,none": [float(n < k) for n in range(40)]} for k in right]
         # It cannot be tested.
-        return {**scores, "ifeval": {"f1,none": {"values": [1.0], "score": 0.3}}}
+        ifeval = {"ifeval": {"f1,none": {"values": [1.0], "score": 0.3}}}
+        return {**dict(zip(names, answers, strict=True)), **ifeval}
 
     random = pruning(40, criterion="random", seed=0)
     runs = {"base": (0, tasks(30, 20, 20)), "p20": (20, tasks(30, 20, 35))}
