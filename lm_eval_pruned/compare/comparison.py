@@ -187,7 +187,7 @@ def compare(
     families = [(key[0], is_control(run)) for run, key, *_ in asked]
     # Of what was looked at several times, the record has p.
     tests = [t if main and not stop else None for *_, main, (t, _), stop in asked]
-    corrected = false_discovery([t and t.p for t in tests], families, alpha)
+    corrected = false_discovery([t.p if t else None for t in tests], families, alpha)
     scores = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in asked]
     claimed, rows = claims(tests, scores, families), []
     stands = [(run, key) for run, key, main, *_ in asked if main]
@@ -276,7 +276,7 @@ def difference_of(
     share = finite_or_none(change / abs(before)) if before else None
     ends = test.interval(level or test.level)
     size = None if q is None else test.smallest_detectable(level)
-    shown = before, after, change, share, *ends, p, q, size, documents, method
+    shown: Any = before, after, change, share, *ends, p, q, size, documents, method
     return Difference(run.name, *key, *shown, primary, verdict, claim, of, **more)
 
 

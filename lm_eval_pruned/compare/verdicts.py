@@ -97,12 +97,13 @@ def claims(
     sizes: list[float] = []
     ps: list[float | None] = []
     for test, (margin, base, run) in zip(tests, asked, strict=True):
-        sizes.append((margin and margin.size(base.value, run.value)) or 0.0)
-        low, high = -sizes[-1], sizes[-1]
+        size = margin.size(base.value, run.value) if margin else None
+        low, high = -(size or 0.0), size or 0.0
         if margin and margin.claim == "not_worse" and base.higher_is_better is not None:
             # The other side is not asked about.
             low, high = (low, math.inf) if base.higher_is_better else (-math.inf, high)
-        ps.append(test.p_outside(low, high) if test and sizes[-1] else None)
+        sizes.append(size or 0.0)
+        ps.append(test.p_outside(low, high) if test and size else None)
     found = zip(sizes, ps, false_discovery(ps, families), strict=True)
     return [
         None if p is None else Claim(size, p, q or 0.0) for size, p, (q, _) in found
