@@ -92,11 +92,11 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             except ResultsError as why:
                 found[key] = "undecided", str(why)
     found |= _by_documents(tests, baseline.rules, before, after)
-    values = lambda key: (
-        of[key].value if key in of else None for of in (before, after)
-    )
-    decided = sorted(found.items())
-    return [Finding(*k, status, *values(k), said) for k, (status, said) in decided]
+    findings = []
+    for key, (status, said) in sorted(found.items()):
+        one, other = (of[key].value if key in of else None for of in (before, after))
+        findings.append(Finding(*key, status, one, other, said))
+    return findings
 
 
 def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
