@@ -276,8 +276,9 @@ def difference_of(
     share = finite_or_none(change / abs(before)) if before else None
     ends = test.interval(level or test.level)
     size = None if q is None else test.smallest_detectable(level)
-    shown: Any = before, after, change, share, *ends, p, q, size, documents, method
-    return Difference(run.name, *key, *shown, primary, verdict, claim, of, **more)
+    found: list[Any] = [before, after, change, share, *ends, p, q, size, documents]
+    found += [method, primary, verdict, claim, of]
+    return Difference(run.name, *key, *found, **more)
 
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:

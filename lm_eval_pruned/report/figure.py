@@ -258,8 +258,8 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
         points = pd.DataFrame(scores, columns=["x", "y"])
         points["ratio"] = [run.expansion_ratio for run in members]
         x, y = (f"{task}, {metric.removesuffix(',none')}" for task, metric in pair)
-        axis = {"scale": alt.Scale(zero=False)}
-        axes = alt.X("x:Q", title=x, **axis), alt.Y("y:Q", title=y, **axis)
+        scale = alt.Scale(zero=False)
+        axes = alt.X("x:Q", scale=scale, title=x), alt.Y("y:Q", scale=scale, title=y)
         chart = alt.Chart(points).encode(*axes)
         labels = chart.mark_text(align="left", dx=6, dy=-6)
         chart = alt.layer(
