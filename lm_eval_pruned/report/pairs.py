@@ -112,8 +112,8 @@ def compared_pairs(
     families = [(key[0], is_control(after)) for _, after, key in keys]
     adjusted = false_discovery([test.p for test, _ in tests], families, alpha)
     rows = []
-    for (before, after, key), test, left in zip(keys, tests, adjusted, strict=True):
+    for (before, after, key), of, left in zip(keys, tests, adjusted, strict=True):
         floor = known.get((after.name, *key))
-        row = difference_of(before, after, key, alpha, test, left, floor=floor)
+        row = difference_of(before, after, key, alpha, of, left, floor=floor)
         rows.append(replace(row, run=f"{run_label(after)} against {before.name}"))
     return rows
