@@ -74,7 +74,7 @@ def test_damaged_curves_are_refused(damage):
     ("made", "share"),
     [
         (made_curves(layers=1, kept=(50,)), 50),
-        (made_curves(criteria=(), seeds=()), 10),
+        (made_curves(criteria=()), 10),
         # Losses that fall.
         (made_curves() | {"loss": 9.0}, 10),
     ],
