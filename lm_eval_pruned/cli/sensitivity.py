@@ -45,7 +45,7 @@ def run(arguments) -> None:
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
     from lm_eval_pruned.report.layers import LayerCurves
-    from lm_eval_pruned.results.folder import SENSITIVITY
+    from lm_eval_pruned.results.runs import SENSITIVITY
 
     output = arguments.output_path and Path(arguments.output_path)
     if output:

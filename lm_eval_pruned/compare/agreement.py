@@ -51,15 +51,16 @@ def agreement(pair: Pair | None, metric: str, texts: bool) -> Agreement | None:
         return None
     kind = "normed" if metric.startswith("acc_norm") else "chosen"
     said = [[getattr(reply, kind) for reply in of] for of in replies]
-    likelihoods = ((reply.likelihoods for reply in of) for of in replies)
-    kl = float(np.mean([divergence(*both) for both in zip(*likelihoods, strict=True)]))
-    begun = np.mean([*map(_begun, *said)])
-    alike = None if math.isnan(kl) else kl, float(begun) if math.isnan(kl) else None
+    likelihoods = ([reply.likelihoods for reply in of] for of in replies)
+    kl = float(np.mean([*map(divergence, *likelihoods)]))
+    begun = float(np.mean([*map(_begun, *said)]))
+    alike = (None, begun) if math.isnan(kl) else (kl, None)
     equal = float(np.mean([one == other for one, other in zip(*said, strict=True)]))
-    (base, often), (run, now) = (Counter(of).most_common(1)[0] for of in said)
-    shares = often / len(said[0]), now / len(said[0])
-    base, run = (base, run) if texts else ("", "")
-    return Agreement(equal, *alike, *shares, base, run)
+    found = [Counter(of).most_common(1)[0] for of in said]
+    shares = [often / len(said[0]) for _, often in found]
+    return Agreement(
+        equal, *alike, *shares, *(answer if texts else "" for answer, _ in found)
+    )
 
 
 def divergence(before: Sequence[float], after: Sequence[float]) -> float:

@@ -13,21 +13,22 @@ from lm_eval_pruned.compare.pairing import (
     DocumentReader,
     paired_documents,
     paired_test,
+    partial_notes,
+    sequential,
+    stopping_of,
 )
 from lm_eval_pruned.compare.statistics import (
     PairedTest,
     false_discovery,
     unpaired_difference,
 )
-from lm_eval_pruned.compare.stopping import partial_notes, sequential, stopping_of
 from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
 from lm_eval_pruned.compare.verdicts import Claim, Margin, claims, verdict_of
 from lm_eval_pruned.results.documents import read_documents
-from lm_eval_pruned.results.files import ResultsError, Run, finite_or_none
-from lm_eval_pruned.results.folder import is_sweep
+from lm_eval_pruned.results.files import ResultsError, Run, Stopping, finite_or_none
 from lm_eval_pruned.results.groups import is_control, primary_metrics
-from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
-from lm_eval_pruned.results.settings import COMPARED, differing, label, listed
+from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
+from lm_eval_pruned.results.settings import COMPARED, differing, listed
 
 
 if TYPE_CHECKING:
@@ -36,8 +37,11 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.pairing import Reader
 
     Key = tuple[str, str]
-    #: A run, task and metric, whether that is the primary one, the test, and of how many documents.
-    Tested = tuple[Run, Key, bool, PairedTest, int | None]
+    #: A test, and of how many documents it is.
+    Tested = tuple[PairedTest, int | None]
+
+#: Settings that a unit which is looked at several times cannot share with its base.
+_OF_PARTS = ("answer_paths", "documents", "task_hash")
 
 
 @dataclass(frozen=True)
@@ -84,27 +88,6 @@ class Difference:
         at_floor = self.floor is not None and self.floor.above_floor is False
         return f"{self.verdict} (at floor)" if at_floor else self.verdict
 
-    @classmethod
-    def made(
-        cls,
-        run: str,
-        key: Key,
-        scores: tuple[float, float],
-        test: PairedTest,
-        q: float | None,
-        level: float | None,
-        **more: Any,
-    ) -> Difference:
-        """Make a row of the scores of base and run, their test, and what the correction left."""
-        before, after = scores
-        low, high = test.interval(level or test.level)
-        share = (after - before) / abs(before) if before else None
-        size = None if q is None else test.smallest_detectable(level)
-        row = {"p": test.p, "q": q, "smallest_detectable": size, "method": test.method}
-        ends = {"low": low, "high": high, "relative": finite_or_none(share)}
-        row |= {"difference": after - before, "primary": True, **ends}
-        return cls(run, *key, *scores, **{**row, **more})
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -128,14 +111,13 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     """
     found: list[Run] = []
     for number, path in enumerate(paths):
-        if is_sweep(path):
-            sweep = read_sweep(path)
-            baseline, others = split_sweep(list(sweep.runs), str(path))
-            found += [baseline] * (not number)
-            found += others * (number > 0 or len(paths) == 1)
-            found += sweep.floors
-        else:
+        if not is_sweep(path):
             found.append(read_run(path))
+            continue
+        sweep = read_sweep(path)
+        baseline, others = split_sweep(list(sweep.runs), str(path))
+        found += [baseline] * (not number)
+        found += [*others * (number > 0 or len(paths) == 1), *sweep.floors]
     if len(found) < 2:
         raise ResultsError(
             "There is nothing to compare: give a base and at least one other run, or a sweep "
@@ -172,21 +154,20 @@ def compare(
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
     `subtasks` are the members of groups that have scores, and `read` knows documents already.
-    Without `texts`, nothing says which answer is the commonest. Runs
-    of models that know nothing are not compared: they are the floors of the others.
+    Without `texts`, nothing says which answer is the commonest. Runs of models that know nothing
+    are not compared: they are the floors of the others.
 
-    Raises:
-        ResultsError: Samples cannot be read, two runs saw different documents or
-            different versions of a task, or have no task in common.
-        ValueError: `alpha` is out of range.
+    ResultsError if samples cannot be read, or two runs saw different documents or versions of a task,
+    or have no task in common; ValueError if `alpha` is out of range.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
     floors = [run for run in runs if run.is_floor]
     runs = [run for run in runs if not run.is_floor] or floors
     everything = [base, *(run for run in runs if run is not base)]
-    notes, read = notes_on(everything), read or DocumentReader()
-    found: list[Tested] = []
+    notes = [note for run in everything for note in run.notes]
+    asked: list[tuple[Run, Key, bool, Tested, Stopping | None]] = []
+    read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         if not shared:
@@ -194,49 +175,46 @@ def compare(
         for one, other in ((base, run), (run, base)):
             names, has = one.tasks(subtasks=subtasks), other.tasks()
             if lacks := ", ".join(task for task in names if task not in has):
-                notes.append(
-                    f"{other.name} has no results for {lacks}, which {one.name} has."
-                )
+                said = f"{other.name} has no results for {lacks}, which {one.name} has."
+                notes.append(said)
         notes += settings_notes(base, run, shared) + partial_notes(base, run, shared)
         primary = primary_metrics([base, run], subtasks=subtasks)
-        for key in base.scores:
-            if key[0] in shared and key in run.scores:
-                tested = difference_test(base, run, key, alpha, read)
-                found.append((run, key, key in primary, *tested))
-    families = [(key[0], is_control(run)) for run, key, *_ in found]
-    tests = [
-        test if primary and not stopping_of(base, run, key[0]) else None
-        for run, key, primary, test, _ in found
-    ]
-    asked = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in found]
-    qs = false_discovery([t.p if t else None for t in tests], families, alpha)
-    stands = [(run, key) for run, key, primary, *_ in found if primary]
+        both = [key for key in base.scores if key[0] in shared and key in run.scores]
+        for key in both:
+            test = difference_test(base, run, key, alpha, read)
+            stopping = stopping_of(base, run, key[0])
+            asked.append((run, key, key in primary, test, stopping))
+    families = [(key[0], is_control(run)) for run, key, *_ in asked]
+    # Of what was looked at several times, the record has p.
+    tests = [t if main and not stop else None for *_, main, (t, _), stop in asked]
+    corrected = false_discovery([t.p if t else None for t in tests], families, alpha)
+    scores = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in asked]
+    claimed, rows = claims(tests, scores, families), []
+    stands = [(run, key) for run, key, main, *_ in asked if main]
     known = standings(base, floors, stands, alpha, read)
-    rows, claimed = [], claims(tests, asked, families)
-    for of, (q, level), claim in zip(found, qs, claimed, strict=True):
-        row, (run, key, *_) = _row(base, of, q, level, claim, alpha, margin), of
-        if row.primary:
-            said = agreement(paired_documents(base, run, *key, read), key[1], texts)
-            row = replace(row, floor=known.get((run.name, *key)), answers=said)
-        rows.append(row)
+    found = zip(asked, corrected, claimed, strict=True)
+    for (run, key, main, test, stopping), shown, claim in found:
+        of = (test, shown, claim, stopping, margin, main)
+        more: dict[str, Any] = {}
+        if main:
+            pair = paired_documents(base, run, *key, read)
+            more["answers"] = agreement(pair, key[1], texts)
+            more["floor"] = known.get((run.name, *key))
+        rows.append(difference_of(base, run, key, alpha, *of, **more))
     of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
     notes += [each.note(base.name) for each in of_base if each.above_floor is False]
     notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
-    sized = {
-        r.task: margin and margin.size(r.base_score, r.score) for r in rows if r.primary
-    }
-    if margin and (without := [task for task, size in sized.items() if size is None]):
-        notes.append(
-            f"{margin.text} is no margin for {listed(without)}, whose scores are not "
-            "between 0 and 1: give a share such as 2%, or a number in the metric's own unit."
-        )
+    if margin:
+        sizes = {r.task: margin.size(r.base_score, r.score) for r in rows if r.primary}
+        if without := [task for task, size in sizes.items() if size is None]:
+            notes.append(margin.misfit(listed(without)))
     told = tuple(rows), *over_ratios(everything, alpha, read), tuple(notes)
     return Comparison(base.name, alpha, *told, margin, of_base)
 
 
 def difference_test(
     base: Run, run: Run, key: Key, alpha: float = 0.05, read: Reader = read_documents
-) -> tuple[PairedTest, int | None]:
+) -> Tested:
     """Test what a run differs by, on its documents where both have samples, else on stderrs.
 
     Returns the test, at the level of the last look where there were several, and how many documents
@@ -257,44 +235,50 @@ def difference_test(
     elif stopping:
         why = f"{stopping.text} documents, without usable samples"
     else:
-        return unpaired_difference(
-            difference, one.stderr, other.stderr, alpha=alpha
-        ), None
+        stderrs = one.stderr, other.stderr
+        return unpaired_difference(difference, *stderrs, alpha=alpha), None
     return PairedTest(difference, f"none: {why}", level=level), documents
 
 
-def _row(
+def difference_of(
     base: Run,
-    tested: Tested,
-    q: float | None,
-    level: float | None,
-    claim: Claim | None,
+    run: Run,
+    key: Key,
     alpha: float,
-    margin: Margin | None,
+    tested: Tested,
+    corrected: tuple[float | None, float | None],
+    claim: Claim | None = None,
+    stopping: Stopping | None = None,
+    margin: Margin | None = None,
+    primary: bool = True,
+    **more: Any,
 ) -> Difference:
-    """Return a row with its verdict, and with all else at the level that the correction leaves."""
-    run, key, primary, test, documents = tested
+    """Return a row of what `difference_test` found and `false_discovery` left, with its verdict."""
+    (test, documents), (q, level) = tested, corrected
     before, after = base.scores[key].value, run.scores[key].value
-    more: dict[str, Any] = {"documents": documents, "primary": primary}
-    if stopping := stopping_of(base, run, key[0]):
+    p, method, of = test.p, test.method, None
+    if stopping:
         if stopping.is_partial:
-            more["of"] = stopping.of
+            of = stopping.of
             # On the documents that were used.
             before = before if test.p is None else after - test.difference
         if documents:
-            method = f"{test.method}, group sequential, {stopping.text} documents"
-            more["method"] = method
+            method += f", group sequential, {stopping.text} documents"
         size, level = margin.size(before, after) if margin else None, test.level
-        found = sequential(stopping, key[1], test.difference, margin, size)
-        more["p"], q, claim = found if primary else (found[0], None, None)
-    verdict = "restated"
-    if not (math.isfinite(before) and math.isfinite(after)):
+        p, q, claim = sequential(stopping, key[1], test.difference, margin, size)
+        q, claim = (q, claim) if primary else (None, None)
+    verdict, change = "restated", after - before
+    if not math.isfinite(change):
         verdict = "not comparable"
     elif primary:
         up = base.scores[key].higher_is_better
-        verdict = verdict_of(after - before, q, alpha, up, margin, claim)
-    more |= {"verdict": verdict, "claim": claim}
-    return Difference.made(run.name, key, (before, after), test, q, level, **more)
+        verdict = verdict_of(change, q, alpha, up, margin, claim)
+    share = finite_or_none(change / abs(before)) if before else None
+    ends = test.interval(level or test.level)
+    size = None if q is None else test.smallest_detectable(level)
+    found: list[Any] = [before, after, change, share, *ends, p, q, size, documents]
+    found += [method, primary, verdict, claim, of]
+    return Difference(run.name, *key, *found, **more)
 
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
@@ -305,10 +289,9 @@ def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
         names = differing(one, other, COMPARED)
         if stopping_of(base, run, task):
             # It has other documents by design, and is answered in parts.
-            expected = ("answer_paths", "documents", "task_hash")
-            names = [name for name in names if name not in expected]
+            names = [name for name in names if name not in _OF_PARTS]
         if names:
-            found.setdefault(", ".join(map(label, names)), []).append(task)
+            found.setdefault(", ".join(names), []).append(task)
     return [
         f"{run.name} was evaluated with other settings than {base.name} "
         f"({labels}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "

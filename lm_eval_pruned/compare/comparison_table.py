@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def number_text(value: float | None, form: str) -> str:
-    """Return a number in the given format, or a dash without one."""
+    """Return a number in the given format, ``p`` for a p value; a dash without one."""
+    if form == "p" and value is not None:
+        return "<0.0001" if value < 0.0001 else f"{value:.4f}"
     return "-" if value is None else format(value, form)
 
 
@@ -57,10 +59,7 @@ class Column(NamedTuple):
                 values[-1] = getattr(values[-1], part, None)
         if values[1:]:
             return interval_text(values[0], values[1], int(self.form))
-        if self.form != "p":
-            return number_text(values[0], self.form)
-        small = values[0] is not None and values[0] < 0.0001
-        return "<0.0001" if small else number_text(values[0], ".4f")
+        return number_text(values[0], self.form)
 
 
 def filled(columns: Sequence[Column], rows: Sequence[Any]) -> list[Column]:
@@ -118,7 +117,7 @@ FLOORS = (
 TRENDS = (
     Column("series", "series"),
     Column("task", "task"),
-    Column("metric", lambda each: scale_name(each.metric)),
+    Column("metric", lambda each: scale_name("", each.metric)),
     Column("n", "trend.n", "d"),
     Column("slope", "trend.slope", "+.4f"),
     Column("interval", "trend.low trend.high", "4"),
@@ -130,8 +129,8 @@ TRENDS = (
 #: Of `TaskCorrelation`.
 CORRELATIONS = (
     Column("series", "series"),
-    Column("task", lambda pair: _scaled(*pair.tasks[0])),
-    Column("task", lambda pair: _scaled(*pair.tasks[1])),
+    Column("task", lambda pair: scale_name(*pair.tasks[0])),
+    Column("task", lambda pair: scale_name(*pair.tasks[1])),
     Column("n", "correlation.n", "d"),
     Column("Pearson r", "correlation.pearson", "+.3f"),
     Column("interval", "correlation.pearson_low correlation.pearson_high", "2"),
@@ -162,10 +161,6 @@ CORRELATION = (
 )
 
 
-def _scaled(task: str, metric: str) -> str:
-    return f"{task} {scale_name(metric)}"
-
-
 def as_table(
     comparison: Comparison, *, everything: bool = True, padded: bool = False
 ) -> str:
@@ -176,11 +171,8 @@ def as_table(
     tables = [("", DIFFERENCES, shown), (FLOOR, FLOORS, comparison.floors)]
     about = ["--all shows all columns, restated metrics, trends and correlations."]
     if everything:
-        about = [DIFFERENCE]
-        if not all(row.primary for row in rows):
-            about.append(
-                "Rows that are `restated` are other metrics of the same answers."
-            )
+        restated = "Rows that are `restated` are other metrics of the same answers."
+        about = [DIFFERENCE, *[restated] * any(not row.primary for row in rows)]
         if margin:
             about.append(
                 f"Margin: {margin.text}; {margin.verdict} is shown where q margin is below "

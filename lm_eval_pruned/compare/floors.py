@@ -71,16 +71,15 @@ def standings(
     families = [(key[0], run is base, is_control(run)) for run, key, *_ in asked]
     qs = statistics.false_discovery([p for *_, p, _ in asked], families, alpha)
     found: dict[tuple[str, str, str], Standing] = {}
-    for (run, key, best, p, test), (q, _) in zip(asked, qs, strict=True):
-        score, above = run.scores[key], None if q is None else q < alpha
-        gain = (
-            score.value - best[1] if score.higher_is_better else best[1] - score.value
-        )
-        above = False if gain <= 0 else above
+    for (run, key, (name, level, _), p, test), (q, _) in zip(asked, qs, strict=True):
+        score = run.scores[key].value
+        gain = score - level if run.scores[key].higher_is_better else level - score
+        above = False if gain <= 0 else None if q is None else q < alpha
         own = found.get((base.name, *key))
         shown = own.above_floor if own else above, above
-        standing = Standing(*key, score.value, *best[:2], p, q, test, *shown)
-        found[run.name, key[0], key[1]] = standing
+        found[run.name, key[0], key[1]] = Standing(
+            *key, score, name, level, p, q, test, *shown
+        )
     return found
 
 
@@ -89,18 +88,13 @@ def highest_floor(
 ) -> Floor | None:
     """Return name, score and run of the best floor of a metric; None if none is known."""
     up, documents = base.scores[key].higher_is_better, read(base, *key)
-    known: list[tuple[str, float | None, Run | None]] = [
-        (run.name, run.scores[key].value, run) for run in floors if key in run.scores
-    ]
-    if documents:
-        known.append(("chance", documents.levels.chance, None))
-        known.append(("commonest answer", documents.levels.majority, None))
-    found = [
-        (name, level, run)
-        for name, level, run in known
-        if up is not None and level is not None and math.isfinite(level)
-    ]
-    return max(found, key=lambda each: each[1] if up else -each[1], default=None)
+    found: list[Floor]
+    found = [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
+    levels = (documents.levels.chance, documents.levels.majority) if documents else ()
+    for name, level in zip(("chance", "commonest answer"), levels, strict=False):
+        found += [] if level is None else [(name, level, None)]
+    known = [each for each in found if up is not None and math.isfinite(each[1])]
+    return max(known, key=lambda each: each[1] if up else -each[1], default=None)
 
 
 def _p_above(
@@ -108,7 +102,7 @@ def _p_above(
 ) -> tuple[float | None, str]:
     """Return the p of "the run is not above the floor", and the test that it comes from."""
     score, documents, (_, level, of) = run.scores[key], read(run, *key), floor
-    if pairing.is_partial(run, key[0]) or not math.isfinite(score.value):
+    if run.is_partial(key[0]) or not math.isfinite(score.value):
         return None, "none: the score is partial or no finite number"
     if of and (pair := pairing.paired_documents(of, run, *key, read)):
         test = pairing.paired_test(pair)

@@ -43,21 +43,20 @@ def power_of(
     """Say how likely each run reaches a verdict on a task, from the answers that changed so far.
 
     `margin` is to be shown, and a difference of it to be seen, on as many `documents` as there are or
-    another number, by one test at level `alpha`.
+    another number, by one test at level `alpha`. Returns a row for each run and verdict: run, metric,
+    documents, share of them whose value changed, margin in the metric's own unit, verdict, what has
+    to be true for it, its chance then, and how many documents have a chance of 80 %, if any.
 
-    Returns a row for each run and verdict: run, metric, documents, share of them whose value changed,
-    margin in the metric's own unit, verdict, what has to be true for it, its chance then, and how
-    many documents have a chance of 80 %, if any. ResultsError if nobody has results or samples of
-    `task`, ValueError if `documents`, `alpha` or the margin is out of range.
+    ResultsError if nobody has results or samples of `task`; ValueError for numbers out of range.
     """
     if not 0 < alpha < 0.5 or (documents is not None and documents < 2):
         raise ValueError(
             f"alpha={alpha} has to be between 0 and 0.5, and documents={documents} 2 or more."
         )
     found: list[list[object]] = []
-    for run in [run for run in runs if not run.is_floor]:
+    for run in runs:
         metric = dict(primary_metrics([base, run], subtasks=True)).get(task)
-        if metric is None:
+        if metric is None or run.is_floor:
             continue
         pair = paired_documents(base, run, task, metric)
         if pair is None:
@@ -67,10 +66,7 @@ def power_of(
             )
         size = margin.size(*(each.scores[task, metric].value for each in (base, run)))
         if size is None:
-            raise ValueError(
-                f"{margin.text} is no margin for {metric} of {task}, whose score is not between 0 "
-                "and 1: give a share such as 2%, or a number in the metric's own unit."
-            )
+            raise ValueError(margin.misfit(task))
         seen, changed = len(pair[0].keys), (pair[0].values != pair[1].values).mean()
         power = partial(chances, paired_test(pair), seen, size, alpha)
         about, n = [run.name, metric, seen, changed, size], documents or seen
@@ -116,8 +112,9 @@ def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chanc
     """
     different = chance_seen(changing, n, size, alpha)
     if n * changing > 200:
-        normal = power_of_means(math.sqrt(changing / n), n - 1, size, alpha)
-        return *normal[:2], different
+        return *power_of_means(math.sqrt(changing / n), n - 1, size, alpha)[
+            :2
+        ], different
     changes = np.arange(stats.binom.isf(1e-7, n, changing) + 1)
     ups, downs = np.meshgrid(changes, changes)
     chance = stats.binom.pmf(ups + downs, n, changing)

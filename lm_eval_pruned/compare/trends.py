@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.compare.pairing import grouping, is_partial, paired_documents
+from lm_eval_pruned.compare.pairing import grouping, paired_documents
 from lm_eval_pruned.compare.statistics import SCALES, false_discovery, paired_t
 from lm_eval_pruned.results.groups import is_perplexity, primary_metrics, series_of
 
@@ -106,15 +106,16 @@ def trend(
     `ratios` are of shape (k,), two of them different, the `values` of the documents of shape (k, n);
     for the others see `statistics.paired_difference`.
     """
-    rows, centred = np.array(values, dtype=float), np.asarray(ratios, dtype=float)
-    centred = centred - centred.mean()
+    rows, centred = np.array(values, dtype=float), np.array(ratios, dtype=float)
+    centred -= centred.mean()
     # Less the first row, documents that never change have a slope of exactly 0.
     slopes = SCALES[transform] * (centred / (centred @ centred)) @ (rows - rows[0])
     weights = np.broadcast_to(np.asarray(weights, dtype=float), slopes.shape)
     test = paired_t(slopes * weights, weights, alpha=alpha, **groups)
     method = test.method.replace("paired t test", "t test of slopes")
-    ends = test.interval(alpha)
-    return Trend(len(rows), test.difference, *ends, test.p, method, test.units)
+    return Trend(
+        len(rows), test.difference, test.low, test.high, test.p, method, test.units
+    )
 
 
 def over_ratios(
@@ -126,7 +127,7 @@ def over_ratios(
     for name, members in series_of(runs).items():
         ratios, scores = [run.expansion_ratio or 0.0 for run in members], {}
         for key in primary_metrics(members) if len({*ratios}) > 2 else ():
-            if any(is_partial(run, key[0]) for run in members):
+            if any(run.is_partial(key[0]) for run in members):
                 # What they showed decided how many documents there are.
                 continue
             values = np.array([run.scores[key].value for run in members])
@@ -134,15 +135,13 @@ def over_ratios(
             scores[key] = np.log(values) if logs else values
             same = [paired_documents(members[0], run, *key, read) for run in members]
             rows = [pair[1].values for pair in same if pair]
+            found = Trend(len(same), float(np.polyfit(ratios, scores[key], 1)[0]))
             if same[0] and len(rows) == len(same):
                 found = trend(ratios, rows, **grouping(same[0][1]), alpha=alpha)
-            else:
-                slope = float(np.polyfit(ratios, scores[key], 1)[0])
-                found = Trend(len(members), slope)
             trends.append(TaskTrend(name, *key, found))
-        for both in itertools.combinations(scores, 2):
-            correlation = correlate(*(scores[key] for key in both), alpha=alpha)
-            pairs.append(TaskCorrelation(name, both, correlation))
-    ps, series = [each.trend.p for each in trends], [each.series for each in trends]
-    adjusted = zip(trends, false_discovery(ps, series), strict=True)
-    return tuple(pairs), tuple(replace(each, q=q) for each, (q, _) in adjusted)
+        for one, other in itertools.combinations(scores, 2):
+            r = correlate(scores[one], scores[other], alpha=alpha)
+            pairs.append(TaskCorrelation(name, (one, other), r))
+    qs = false_discovery([e.trend.p for e in trends], [e.series for e in trends])
+    told = [replace(each, q=q) for each, (q, _) in zip(trends, qs, strict=True)]
+    return tuple(pairs), tuple(told)

@@ -45,8 +45,7 @@ class Margin:
 
         None for percentage points of scores that are not between 0 and 1, and for a share of 0.
         """
-        form = r"(\d+\.?\d*|\.\d+)\s*(pts?|%|)"
-        found = re.fullmatch(form, str(self.text).strip())
+        found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(pts?|%|)", str(self.text).strip())
         if not found or not 0 < float(found[1]) < math.inf:
             raise ValueError(
                 f"{self.claim}={self.text} is no margin: give percentage points such as 1pt, a "
@@ -64,6 +63,13 @@ class Margin:
     def verdict(self) -> str:
         """What is claimed, in words."""
         return self.claim.replace("_", " ")
+
+    def misfit(self, tasks: str) -> str:
+        """Return what to say of tasks for which `size` is None."""
+        return (
+            f"{self.text} is no margin for {tasks}, whose scores are not between 0 and 1: give a "
+            "share such as 2%, or a number in the metric's own unit."
+        )
 
 
 @dataclass(frozen=True)
@@ -88,20 +94,19 @@ def claims(
     `asked` are the margin of each row, the score of its base and that of its run; tests of one of
     `families` are adjusted together.
     """
-    found: list[tuple[float | None, float | None]] = []
+    sizes: list[float] = []
+    ps: list[float | None] = []
     for test, (margin, base, run) in zip(tests, asked, strict=True):
-        size, p = margin.size(base.value, run.value) if margin else None, None
-        if margin and size and test:
-            low, high, up = -size, size, base.higher_is_better
-            if margin.claim == "not_worse" and up is not None:
-                # The other side is not asked about.
-                low, high = (low, math.inf) if up else (-math.inf, high)
-            p = test.p_outside(low, high)
-        found.append((size, p))
-    qs = false_discovery([p for _, p in found], families)
+        size = margin.size(base.value, run.value) if margin else None
+        low, high = -(size or 0.0), size or 0.0
+        if margin and margin.claim == "not_worse" and base.higher_is_better is not None:
+            # The other side is not asked about.
+            low, high = (low, math.inf) if base.higher_is_better else (-math.inf, high)
+        sizes.append(size or 0.0)
+        ps.append(test.p_outside(low, high) if test and size else None)
+    found = zip(sizes, ps, false_discovery(ps, families), strict=True)
     return [
-        None if size is None or p is None or q is None else Claim(size, p, q)
-        for (size, p), (q, _) in zip(found, qs, strict=True)
+        None if p is None else Claim(size, p, q or 0.0) for size, p, (q, _) in found
     ]
 
 

@@ -112,9 +112,9 @@ def read_baseline(file: str | Path) -> Baseline:
                     scores[task, metric] = Score(float(record["score"]), None, up, None)
                     if "documents" in record:
                         baseline.documents[key] = _from_dict(**record["documents"])
-            versions = {task: tasks[task].get("version") for task in tasks}
-            settings = {task: tasks[task].get("settings", {}) for task in tasks}
-            run = Run("the baseline", file, scores, versions, settings=settings)
+            versions = {task: of.get("version") for task, of in tasks.items()}
+            about = {task: of.get("settings", {}) for task, of in tasks.items()}
+            run = Run("the baseline", file, scores, versions, settings=about)
             baseline.runs[name] = run
         if not baseline.rules:
             raise ValueError("it expects nothing")

@@ -7,15 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison import difference_test, settings_notes
-from lm_eval_pruned.compare.pairing import is_partial
 from lm_eval_pruned.compare.statistics import LEAST_UNITS, PairedTest, false_discovery
 from lm_eval_pruned.compare.verdicts import claims
 from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.gate.findings import ONLY_RUN, Finding
 from lm_eval_pruned.results.documents import Documents, read_documents
 from lm_eval_pruned.results.files import ResultsError, Run, Score
-from lm_eval_pruned.results.folder import is_sweep
-from lm_eval_pruned.results.runs import notes_on, read_run, read_sweep
+from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
 from lm_eval_pruned.results.settings import ASKED, OF_FEWSHOT, differing, shown
 
 
@@ -62,9 +60,9 @@ def make_baseline(
             key = name, task, metric
             if refused := _refused(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
-            baseline.rules[key] = kept.get(key, rule)
-            documents = baseline.rules[key].kind in OF_DOCUMENTS
-            if documents and (found := _documents(run, task, metric)):
+            own = baseline.rules[key] = kept.get(key, rule)
+            found = own.kind in OF_DOCUMENTS and _documents(run, task, metric)
+            if found:
                 baseline.documents[key] = found
     return baseline
 
@@ -112,7 +110,7 @@ def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     score = run.scores[task, metric].value
     if not math.isfinite(score):
         return "fail", f"The score is {score}, not a finite number."
-    if is_partial(run, task):
+    if run.is_partial(task):
         part = f"{run.stopping[task].text} documents"
         return "undecided", f"The score is {part}: evaluate without --stop_when."
     one, other = before.settings.get(task, {}), run.settings.get(task, {})
@@ -171,20 +169,18 @@ def _by_documents(
     before: Mapping[Key, Score],
     after: Mapping[Key, Score],
 ) -> Iterator[tuple[Key, Decision]]:
-    """Decide the rules of documents together.
+    """Decide the rules ``alpha`` as one family, and those with a margin as another.
 
-    The p of all rules ``alpha`` are adjusted as one family, and those of all rules with a
-    margin as another, so that a gate of many metrics does not close by chance.
+    A gate of many metrics does not close by chance.
     """
     asked = [(rules[key].margin, before[key], after[key]) for key in tests]
     families = [margin is not None for margin, *_ in asked]
     ps = [_sides(tests[key], before[key].higher_is_better) for key in tests]
-    judged = zip(
-        *(tests.items(), asked, claims([*tests.values()], asked, families)),
-        *(false_discovery([p[side] for p in ps], families) for side in (0, 1)),
-        strict=True,
-    )
-    for (key, test), (margin, score, _), claim, (worse, _), (better, _) in judged:
+    found = tests.items(), asked, claims([*tests.values()], asked, families)
+    corrected = (false_discovery([p[side] for p in ps], families) for side in (0, 1))
+    for (key, test), (margin, score, _), claim, (worse, _), (better, _) in zip(
+        *found, *corrected, strict=True
+    ):
         way = "different" if score.higher_is_better is None else "worse"
         alpha = CLAIM_LEVEL if margin else float(rules[key].value)
         within = f"{margin.verdict} within {margin.text}" if margin else ""
@@ -222,7 +218,7 @@ def _sides(test: PairedTest, up: bool | None) -> tuple[float | None, float | Non
 
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
     """Return what differs from the baseline beside the scores, one sentence each."""
-    found = notes_on(runs.values())
+    found = [note for run in runs.values() for note in run.notes]
     for name, before in baseline.runs.items():
         if run := runs.get(name):
             tasks = [task for task in before.tasks() if task in run.tasks()]

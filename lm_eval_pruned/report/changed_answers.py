@@ -48,13 +48,9 @@ def changed_answers(
 ) -> tuple[Section | None, str]:
     """Compare the answers of runs with those of the base, document by document.
 
-    Returns:
-        The section, and the page `PAGE` that it links; None and no page where no task logged
-        samples of answers that are right or wrong. Without `texts` the page names documents by
-        number and hash alone.
-
-    Raises:
-        ResultsError: A file of samples cannot be read or is incomplete.
+    Returns the section, and the page `PAGE` that it links; None and no page where no task logged
+    samples of answers that are right or wrong. Without `texts` the page names documents by number
+    and hash alone. ResultsError if a file of samples cannot be read or is incomplete.
     """
     rows, not_counted, changes = find_changes(base, others)
     if not rows:
@@ -96,10 +92,10 @@ def find_changes(
                 if (was := before.get(key)) is None:
                     continue
                 pair = [sample.answer(metric) for _, sample in (was, now)]
-                kinds.append(_kind(was[0], now[0], pair))
-                if kinds[-1]:
+                kinds.append(kind := _kind(was[0], now[0], pair))
+                if kind:
                     texts = [_text(each, metric) for _, each in (was, now)]
-                    changes.append(Change(kinds[-1], label, key[0], was[1], *texts))
+                    changes.append(Change(kind, label, key[0], was[1], *texts))
             if kinds:
                 counts = len(kinds), kinds.count(LOST), kinds.count(GAINED)
                 share = sum(map(bool, kinds)) / len(kinds)
@@ -145,6 +141,4 @@ def _kind(was_right: bool, is_right: bool, answers: Sequence[str | None]) -> str
 
 def _text(sample: Sample, metric: str) -> str:
     chosen = sample.answer(metric) or ""
-    if chosen and sample.text not in ("", chosen):
-        return f"{chosen}\n\nTaken from: {sample.text}"
-    return chosen or sample.text
+    return "\n\nTaken from: ".join(filter(None, dict.fromkeys([chosen, sample.text])))

@@ -129,21 +129,18 @@ def points_of(
     comparison: Comparison,
     levels: Mapping[tuple[str, str], Levels],
 ) -> pd.DataFrame:
-    """Return what is drawn of one series.
+    """Return what is drawn of one series, in a row for each task, size and measure.
 
-    Returns:
-        A row for each task, size and measure: ``ratio``, ``value`` with ``low`` and ``high``, the
-        levels of `_RULES`, and the columns of the table of differences.
+    Columns are ``ratio``, ``value`` with ``low`` and ``high``, the levels of `_RULES`, and those of
+    the table of differences.
     """
     ratios = {run.name: run.expansion_ratio for run in members}
     points: list[dict[str, Any]] = []
-    drawn: dict[tuple[str, str], list[Difference]] = {}
     floors = {(each.task, each.metric): each.floor for each in comparison.floors}
-    for row in comparison.rows:
-        if row.run in ratios and math.isfinite(row.score):
-            drawn.setdefault((row.task, row.metric), []).append(row)
+    drawn = [r for r in comparison.rows if r.run in ratios and math.isfinite(r.score)]
     for key in primary_metrics([base]):
-        if not (rows := drawn.get(key)):
+        rows = [row for row in drawn if (row.task, row.metric) == key]
+        if not rows:
             continue
         unpruned, known = base.scores[key], levels.get(key, Levels())
         share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])
@@ -255,31 +252,26 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
         if not all(known) or len(members) < 2:
             continue
         pair = [(of[0], metrics[of[0]]) for of in known]
-        rows += [
-            each
-            for each in comparison.correlations
-            if each.series == series and {*each.tasks} == {*pair}
-        ]
+        asked = series, {*pair}
+        rows += [r for r in comparison.correlations if (r.series, {*r.tasks}) == asked]
         scores = [[run.scores[key].value for key in pair] for run in members]
         points = pd.DataFrame(scores, columns=["x", "y"])
         points["ratio"] = [run.expansion_ratio for run in members]
         x, y = (f"{task}, {metric.removesuffix(',none')}" for task, metric in pair)
         scale = alt.Scale(zero=False)
-        chart = alt.Chart(points).encode(
-            alt.X("x:Q", scale=scale, title=x), alt.Y("y:Q", scale=scale, title=y)
-        )
+        axes = alt.X("x:Q", scale=scale, title=x), alt.Y("y:Q", scale=scale, title=y)
+        chart = alt.Chart(points).encode(*axes)
         labels = chart.mark_text(align="left", dx=6, dy=-6)
-        chart = (
-            chart.mark_line(color=HUES[0], opacity=0.5).encode(order="ratio:Q")
-            + chart.mark_point(color=HUES[0], filled=True, opacity=1)
-            + labels.encode(text=alt.Text("ratio:Q", format=".2f"))
+        chart = alt.layer(
+            chart.mark_line(color=HUES[0], opacity=0.5).encode(order="ratio:Q"),
+            chart.mark_point(color=HUES[0], filled=True, opacity=1),
+            labels.encode(text=alt.Text("ratio:Q", format=".2f")),
         )
         title = f"{pair[1][0]} against {pair[0][0]} ({series})"
         said = "One point per configuration, labelled with its expansion ratio."
         plots.append(Plot(f"knowledge-truthfulness-{slug(series)}", title, said, chart))
     heading = "Knowledge against truthfulness"
     said = "The interval takes the sizes for independent draws, which steps of pruning are not."
-    if not plots:
-        return None
     table = declared_table(heading, CORRELATIONS, rows, comparison.alpha)
-    return Section(heading, [said], table=table if rows else None, plots=plots)
+    section = Section(heading, [said], table=table if rows else None, plots=plots)
+    return section if plots else None

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lm_eval_pruned.report.page import Cell, Section, Table
+from lm_eval_pruned.report.page import MARKS, Cell, Section, Table
 from lm_eval_pruned.results.files import ResultsError, read_json
-from lm_eval_pruned.results.folder import SENSITIVITY
+from lm_eval_pruned.results.runs import SENSITIVITY
 
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ RANDOM = "random"
 VERSION = 1
 #: The table of a report is of the share that is nearest to this one, in percent.
 _SHOWN = 25
-_MARKS = {"worse": " \u25bc", "better": " \u25b2", "": ""}
 #: Rises below this, in nats per token, are drawn on a linear scale, greater ones on a
 #: logarithmic one: one layer can cost a hundred times as much as another.
 _LINEAR = 0.02
@@ -76,10 +75,9 @@ class LayerCurves:
         chance = control["rise"].agg(low="min", high="max", seeds="size")
         rises = every.groupby(["layer", "criterion", "share"], as_index=False)["rise"]
         rises = rises.mean().join(chance, on=["layer", "share"])
-        chosen = rises["criterion"] != RANDOM
         above, below = rises["rise"] > rises["high"], rises["rise"] < rises["low"]
-        ways = [above & chosen, below & chosen]
-        rises["verdict"] = np.select(ways, ["worse", "better"], "")
+        rises["verdict"] = np.select([above, below], ["worse", "better"], "")
+        rises.loc[rises["criterion"] == RANDOM, "verdict"] = ""
         criteria = tuple(name for name in every["criterion"].unique() if name != RANDOM)
         shares = tuple(sorted(every["share"].unique().tolist()))
         seeds = 0 if chance.empty else int(chance["seeds"].min())
@@ -88,12 +86,12 @@ class LayerCurves:
     def table(self, share: int) -> Table:
         """Return the rise of the loss by layer and criterion where `share` percent are removed."""
         columns = {name: name for name in self.criteria}
-        columns |= {RANDOM: f"random, {self._seeds}"} if self.seeds else {}
+        columns |= {RANDOM: f"random, seeds: {self.seeds}"} if self.seeds else {}
         rows: list[list[Cell | str]] = []
         for layer, of in self.rises.groupby("layer"):
             cells = {}
             for each in of[of["share"] == share].itertuples():
-                text = f"{each.rise:+.3f}{_MARKS[each.verdict]}"
+                text = f"{each.rise:+.3f} {MARKS.get(each.verdict, '')}".rstrip()
                 if each.criterion == RANDOM:
                     text += f" [{each.low:+.3f}, {each.high:+.3f}]"
                 cells[each.criterion] = Cell(text, each.verdict)
@@ -109,20 +107,11 @@ class LayerCurves:
             f"cut and all others are whole: {self.text}."
         )
         chance = (
-            f"The zero line is random with {self._seeds}: \u25bc worse and \u25b2 better than "
+            f"The zero line is random, seeds: {self.seeds}; \u25bc worse and \u25b2 better than "
             "every seed. A criterion that chooses as chance does is worse than every seed in one of "
             f"{self.seeds + 1} layers."
         )
-        if not self.seeds:
-            chance = (
-                "The criterion random was not measured, so nothing says which layers a criterion "
-                "misjudges: add random to --criteria."
-            )
-        return [first, chance]
-
-    @property
-    def _seeds(self) -> str:
-        return f"{self.seeds} seed{'s' * (self.seeds != 1)}"
+        return [first, *[chance] * bool(self.seeds)]
 
     def plots(self) -> list[Plot]:
         """Return the rise of the loss over the layers, by criterion. Needs the extra ``report``."""
@@ -133,16 +122,20 @@ class LayerCurves:
         names = {"criterion": "line", "low": "least", "high": "most"}
         rises = self.rises.rename(columns=names)
         rises["removed"] = rises["share"].astype(str) + " % removed"
-        width = max(240, min(720, 22 * rises["layer"].nunique()))
         over = alt.X("layer:Q", scale=alt.Scale(nice=False))
         scale = alt.Scale(type="symlog", constant=_LINEAR)
         y = alt.Y("rise:Q", title="rise of the loss (nats per token)", scale=scale)
         seeds = alt.Chart().mark_bar(size=14, opacity=0.25, color="var(--ink)")
         seeds = seeds.transform_filter(f"datum.line == '{RANDOM}'")
         seeds = seeds.encode(over, alt.Y("least:Q"), alt.Y2("most"))
-        look = line_look([*self.criteria, *([RANDOM] if self.seeds else [])])
-        drawn = lines(rises, over, y, look).layer
-        panels = alt.layer(seeds, *drawn, data=rises, width=width, height=180)
+        look = line_look([*self.criteria, *[RANDOM] * bool(self.seeds)])
+        size = {
+            "width": max(240, min(720, 22 * rises["layer"].nunique())),
+            "height": 180,
+        }
+        panels = alt.layer(
+            seeds, *lines(rises, over, y, look).layer, data=rises, **size
+        )
         panels = panels.facet(row=alt.Row("removed:N", sort=None, title=None))
         said = (
             "Rise of the loss where one layer alone is cut, by criterion; the bars span the seeds of "

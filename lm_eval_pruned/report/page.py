@@ -57,10 +57,8 @@ class Table:
 class Section:
     """One section; any of its parts may be missing.
 
-    Attributes:
-        scripts: What draws one of the plots at a time, as a reader chooses.
-        code: JSON that the page shows when a reader clicks at `folded`.
-        links: Texts with the names of files beside the report.
+    `scripts` draw one of the plots at a time, as a reader chooses; `code` is JSON that the page shows
+    when a reader clicks at `folded`, `links` are texts with the names of files beside the report.
     """
 
     heading: str
@@ -78,9 +76,9 @@ def run_label(run: Run) -> str:
     """Return what a run is called where its size matters, such as ``p20 (3.20)``."""
     if run.is_shallow:
         return f"{run.name} ({run.pruning.get('layers')} layers)"
-    ratio = run.expansion_ratio
-    label = "unpruned, " if run.is_baseline else ""
-    return f"{run.name} ({label}{ratio:.2f})" if ratio is not None else run.name
+    if (ratio := run.expansion_ratio) is None:
+        return run.name
+    return f"{run.name} ({'unpruned, ' * run.is_baseline}{ratio:.2f})"
 
 
 def rendered(template: str, **values: Any) -> str:

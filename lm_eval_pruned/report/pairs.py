@@ -6,10 +6,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import Difference, difference_test
-from lm_eval_pruned.compare.pairing import is_partial
+from lm_eval_pruned.compare.comparison import difference_of, difference_test
 from lm_eval_pruned.compare.statistics import false_discovery
-from lm_eval_pruned.compare.verdicts import verdict_of
 from lm_eval_pruned.report.page import run_label
 from lm_eval_pruned.report.sections import compared_section
 from lm_eval_pruned.results.files import as_mapping
@@ -20,6 +18,7 @@ from lm_eval_pruned.util.pruning_record import left_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lm_eval_pruned.compare.comparison import Difference
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.report.page import Section
@@ -38,10 +37,10 @@ def healing_section(
 ) -> Section | None:
     """Each healed size against the run of the same weights before, and what the training took."""
     healed = [run for run in others if run.healing]
-    unhealed = [run for run in others if not run.healing]
-    before = {left_of(e.pruning): e for e in unhealed if e.pruning.get("kept_digest")}
-    left = [(left_of(run.pruning), run) for run in healed]
-    pairs = [(before[each], run) for each, run in left if each in before]
+    cut = [run for run in others if not run.healing and run.pruning.get("kept_digest")]
+    before = {left_of(run.pruning): run for run in cut}
+    found = [(before.get(left_of(run.pruning)), run) for run in healed]
+    pairs = [(one, other) for one, other in found if one]
     text = (
         "Each size after it was trained again against the same size before, paired by document. q: "
         "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
@@ -83,15 +82,15 @@ def random_section(
         "seed at a time, paired by document: what the criterion is worth. q: p after "
         "Benjamini-Hochberg over the rows of each task."
     )
-    notes = []
     paired = [run for _, run in pairs]
-    if missing := [run_label(run) for run in chosen if run not in paired]:
-        criteria = dict.fromkeys([*(r.pruning["criterion"] for r in pruned), "random"])
-        notes.append(
-            f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
-            f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
-            "evaluated again."
-        )
+    missing = [run_label(run) for run in chosen if run not in paired]
+    criteria = dict.fromkeys([*(run.pruning["criterion"] for run in pruned), "random"])
+    note = (
+        f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
+        f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
+        "evaluated again."
+    )
+    notes = [note] * bool(missing)
     rows = compared_pairs(pairs, alpha, read, known)
     return compared_section("Against pruning at random", text, rows, alpha, notes)
 
@@ -104,26 +103,18 @@ def compared_pairs(
 ) -> list[Difference]:
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
     keys = [(*each, key) for each in pairs for key in primary_metrics(each)]
-    tests = [difference_test(*each, alpha, read) for each in keys]
-    for n, (before, after, key) in enumerate(keys):
-        if is_partial(before, key[0]) or is_partial(after, key[0]):
+    tests = []
+    for before, after, key in keys:
+        test, documents = difference_test(before, after, key, alpha, read)
+        if before.is_partial(key[0]) or after.is_partial(key[0]):
             # Where a run stops was decided against the unpruned model.
-            test = replace(tests[n][0], method="none: a score is partial", sides=None)
-            tests[n] = test, tests[n][1]
+            test = replace(test, method="none: a score is partial", sides=None)
+        tests.append((test, documents))
     families = [(key[0], is_control(after)) for _, after, key in keys]
     adjusted = false_discovery([test.p for test, _ in tests], families, alpha)
     rows = []
-    for each, (test, documents), (q, level) in zip(keys, tests, adjusted, strict=True):
-        before, after, key = each
-        one, other = before.scores[key], after.scores[key].value
-        change, up = other - one.value, one.higher_is_better
-        rows.append(
-            Difference.made(
-                f"{run_label(after)} against {before.name}",
-                *(key, (one.value, other), test, q, level),
-                documents=documents,
-                verdict=verdict_of(change, q, alpha, up),
-                floor=known.get((after.name, *key)),
-            )
-        )
+    for (before, after, key), of, left in zip(keys, tests, adjusted, strict=True):
+        floor = known.get((after.name, *key))
+        row = difference_of(before, after, key, alpha, of, left, floor=floor)
+        rows.append(replace(row, run=f"{run_label(after)} against {before.name}"))
     return rows

@@ -42,21 +42,15 @@ def write_report(
 ) -> list[Path]:
     """Write the report of a sweep folder and return its files, ``report.html`` first.
 
-    Args:
-        folder: The sweep.
-        output_path: Where; default: ``report`` in the sweep folder.
-        alpha: Level of the tests.
-        texts: Whether ``flips.html`` shows the texts of documents and answers.
-
-    Raises:
-        ResultsError: The folder holds no sweep that can be read, or no baseline.
-        ValueError: `alpha` is out of range.
+    They go to `output_path`, by default ``report`` in the sweep folder. `alpha` is the level of the
+    tests; without `texts`, ``flips.html`` does not show what was asked and answered. ResultsError if
+    the folder holds no sweep that can be read, or no baseline; ValueError if `alpha` is out of range.
     """
     sweep = read_sweep(folder)
     base, others = split_sweep(list(sweep.runs), str(folder))
     target = Path(output_path) if output_path else sweep.path / "report"
     runs, read = [base, *others], DocumentReader()
-    comparable = [run for run in others if set(run.tasks()) & set(base.tasks())]
+    comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
     asked = [*comparable, *sweep.floors] if comparable else []
     # Answers are on the page of changed answers alone, which can be left out.
     comparison = compare(base, asked, alpha=alpha, read=read, texts=False)
@@ -130,8 +124,7 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
             }
             difference = found.get((run.name, task, metric))
             compared = {name: getattr(difference, name, None) for name in _COMPARED}
-            compared |= {name: beside(difference).get(name) for name in more}
-            rows.append(row | compared | row)
+            rows.append(row | compared | more | beside(difference) | row)
     return csv_table(rows[0], rows)
 
 

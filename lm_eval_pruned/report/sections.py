@@ -96,8 +96,8 @@ def floors_section(comparison: Comparison) -> Section | None:
 def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> Section:
     """All scores, with marks where the difference to the unpruned model is significant."""
     found = {(row.run, row.task, row.metric): row for row in comparison.rows}
-    compared = [(row.task, row.metric) for row in comparison.rows if row.primary]
-    primary = {*primary_metrics([base]), *compared}
+    primary = {(row.task, row.metric) for row in comparison.rows if row.primary}
+    primary |= {*primary_metrics([base])}
     floors = {(each.task, each.metric): each for each in comparison.floors}
     arrows = {True: " \u2191", False: " \u2193", None: " "}
     rows: list[list[Cell | str]] = []
@@ -174,13 +174,8 @@ def declared_table(
     label: str, columns: Sequence[Column], rows: Sequence[Any], alpha: float
 ) -> Table:
     """Return rows in columns that `compare` declares."""
-    cells = [
-        [
-            Cell(each.text(row), row.verdict if each.title in COLOURED else "")
-            for each in columns
-        ]
-        for row in rows
-    ]
+    colour = lambda row, of: row.verdict if of.title in COLOURED else ""
+    cells = [[Cell(e.text(row), colour(row, e)) for e in columns] for row in rows]
     return Table(label, titles(columns, alpha), cells, text=3)
 
 
@@ -210,9 +205,9 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
                 joules = as_mapping(record.get("joules")).get("total")
                 per_token = record.get("joules_per_processed_token")
                 latency = 1000 * seconds / tokens if seconds and tokens else None
-                totals = [number_text(each, ",.1f") for each in (seconds, joules)]
-                shares = [number_text(each, ".4g") for each in (per_token, latency)]
-                rows.append([run_label(run), tasks, kind, *totals, *shares])
+                forms = ",.1f", ",.1f", ".4g", ".4g"
+                told = map(number_text, (seconds, joules, per_token, latency), forms)
+                rows.append([run_label(run), tasks, kind, *told])
     if not rows:
         return None
     said = (
@@ -239,12 +234,10 @@ def repeating_section(sweep: SweepResults, base: Run) -> Section:
         "pruning": {run.name: run.pruning for run in sweep.runs},
         **sweep.definition,
     }
-    lines = [
-        f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False, default=str)}"
-        for name, value in facts.items()
-        if value is not None
-    ]
-    code = "{\n" + ",\n".join(lines) + "\n}"
+    text = lambda value: json.dumps(value, ensure_ascii=False, default=str)
+    known = {name: value for name, value in facts.items() if value is not None}
+    lines = ",\n".join(f"{text(name)}: {text(value)}" for name, value in known.items())
+    code = f"{{\n{lines}\n}}"
     title = "Versions, settings of the unpruned model's run, what was pruned, and sweep.json"
     return Section("To repeat this", code=code, folded=title)
 
@@ -253,11 +246,8 @@ def remarks_section(
     sweep: SweepResults, others: Sequence[Run], comparison: Comparison
 ) -> Section | None:
     """What failed, and what the reader of the scores has to know."""
-    compared = {row.run for row in comparison.rows}
-    alone = [run.name for run in others if run.name not in compared]
-    notes = [
-        *(f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures),
-        *comparison.notes,
-        *(f"{name} shares no task with the unpruned model." for name in alone),
-    ]
+    alone = {run.name: run for run in others}.keys() - {r.run for r in comparison.rows}
+    notes = [f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures]
+    notes += comparison.notes
+    notes += [f"{e} shares no task with the unpruned model." for e in sorted(alone)]
     return Section("Remarks", notes=notes) if notes else None

@@ -19,9 +19,6 @@ from lm_eval_pruned.results.files import ResultsError, Run, as_mapping, is_numbe
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    #: What documents are matched by: ``doc_hash`` and which repetition of the document it is.
-    Key = tuple[str, int]
-
 #: Documents that share this field belong together: they ask about the same text.
 CLUSTER_FIELDS = {
     r"(^|_)musr(_|$)": "narrative",
@@ -121,16 +118,12 @@ class Documents:
         order = [place.get(key, -1) for key in other.keys]
         if -1 in order or (len(order) < len(place) and not part):
             return None
-        clusters = self.clusters and tuple(self.clusters[index] for index in order)
-        replies = self.replies and tuple(self.replies[index] for index in order)
-        values, weights = self.values[order], self.weights[order]
-        ordered = replace(self, keys=other.keys, values=values, weights=weights)
-        return replace(ordered, clusters=clusters, replies=replies)
-
-    def is_scored_like(self, other: Documents) -> bool:
-        """Whether the same documents in the same order make up their score in one way."""
-        alike = np.allclose(self.weights, other.weights)
-        return alike and self.transform == other.transform
+        found: dict[str, Any] = {"keys": other.keys}
+        found |= {"values": self.values[order], "weights": self.weights[order]}
+        for name in ("clusters", "replies"):
+            of = getattr(self, name)
+            found[name] = of and tuple(of[index] for index in order)
+        return replace(self, **found)
 
     @property
     def strata(self) -> tuple[str, ...] | None:
@@ -145,11 +138,10 @@ def read_documents(run: Run, task: str, metric: str) -> Documents | None:
 
 
 def read_task(run: Run, task: str) -> dict[str, Documents]:
-    """Read the scores of single documents of a task or group from the logged samples, by metric.
+    """Read the documents of a task or group from the logged samples, by metric, as `read_samples` does.
 
     Metrics are left out where samples are missing, or where no aggregation known here makes the
-    reported score of them (some of the harness's are not functions of a mean). Raises what
-    `read_samples` does.
+    reported score of them (some of the harness's are not functions of a mean).
     """
     lines: dict[str, list[Any]] = {m: [] for name, m in run.scores if name == task}
     for leaf in run.leaves(task):
@@ -159,11 +151,11 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
         for metric, of in lines.items():
             size = len(read[metric])
             of += [((leaf, *key), size, *rest) for key, *rest in read[metric]]
-    found = {
-        metric: _documents(metric, of, run.scores[task, metric].value)
-        for metric, of in lines.items()
+    scores = {metric: run.scores[task, metric].value for metric in lines}
+    made = {
+        metric: _documents(metric, lines[metric], scores[metric]) for metric in lines
     }
-    return {metric: documents for metric, documents in found.items() if documents}
+    return {metric: documents for metric, documents in made.items() if documents}
 
 
 def _documents(
@@ -220,19 +212,15 @@ def _levels(samples: Sequence[Sample], weights: np.ndarray) -> Levels:
 
 def read_samples(
     run: Run, task: str, metrics: Iterable[str]
-) -> dict[str, list[tuple[Key, Any, Sample]]]:
+) -> dict[str, list[tuple[Any, ...]]]:
     """Read the logged documents of one task, not of a group, in the order of ``doc_id``.
 
-    Returns:
-        By metric, the key of each document that has it, the value and the sample.
-
-    Raises:
-        ResultsError: The file cannot be read, or holds another number of documents than
-            the results file says.
+    Returns by metric what each document that has it is matched by (``doc_hash`` and which repetition
+    it is), the value and the sample. ResultsError if the file cannot be read, or holds another
+    number of documents than the results file says.
     """
     file, logged = run.samples[task], Counter[str]()
-    parts = {metric: metric.rpartition(",")[::2] for metric in metrics}
-    rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in parts}
+    rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in metrics}
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -244,26 +232,24 @@ def read_samples(
                     "or was not written by lm-eval 0.4.3 or later."
                 ) from None
             logged[row.get("filter")] += 1
-            sample = None
-            for metric, (name, of) in parts.items():
+            place, sample = row.get("doc_id", number), read_sample(row, task)
+            for metric, found in rows.items():
+                name, _, of = metric.rpartition(",")
                 if row.get("filter") == of and row.get(name) is not None:
-                    sample = sample or read_sample(row, task)
-                    place = row.get("doc_id", number)
-                    rows[metric].append((place, digest, row[name], sample))
-    found = {}
-    for metric, (_, of) in parts.items():
-        score = run.scores.get((task, metric))
+                    found.append((place, digest, row[name], sample))
+    for metric, found in rows.items():
+        of, score = metric.rpartition(",")[2], run.scores.get((task, metric))
         if score and score.documents not in (None, logged[of]):
             raise ResultsError(
                 f"{file} holds {logged[of]} documents of {task} (filter {of!r}), and the results "
                 f"file says {score.documents}: one of them is incomplete."
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
-        found[metric] = [
+        rows[metric] = [
             ((digest, next(seen[digest])), value, sample)
-            for _, digest, value, sample in sorted(rows[metric], key=lambda row: row[0])
+            for _, digest, value, sample in sorted(found, key=lambda row: row[0])
         ]
-    return found
+    return rows
 
 
 def read_sample(row: Mapping[str, Any], task: str = "") -> Sample:

@@ -6,15 +6,14 @@ import glob
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.settings import settings_of
-from lm_eval_pruned.results.stopping_record import SCHEMA, Stopping
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import TypeGuard
 
@@ -22,6 +21,8 @@ _SECTIONS = (
     *("results", "config", "group_subtasks", "higher_is_better", "n-samples", "n-shot"),
     *("stopping", "task_hashes", "versions"),
 )
+#: Version of the block ``stopping`` of a results file.
+STOPPING_SCHEMA = 3
 #: Model types that know nothing.
 _FLOORS = ("constant", "echo")
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
@@ -44,6 +45,81 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """The looks at a unit's comparison with the unpruned model, and what ended them.
+
+    Attributes:
+        rule: As the user wrote it: ``decided`` or ``decided:MARGIN``.
+        task: Task or group.
+        of: Documents that there are.
+        level: Chance that any of the `sizes` of a sweep is decided wrongly at any look.
+        metric: The metric that decided, with filter.
+        reason: ``difference`` shown; ``equivalent`` within the margin; ``all documents``
+            used; empty while the unit goes on.
+        looks: Documents at each look so far.
+        p: Two-sided p of no difference, which holds at all looks of one size; 1 without a test.
+        p_margin: The same of a difference outside of the margin.
+        difference: Score less that of the unpruned model on the same documents, or None.
+        scores: The interval of each score by metric, as (low, high), which holds at all looks.
+    """
+
+    rule: str
+    task: str
+    of: int
+    level: float
+    sizes: int
+    metric: str = ""
+    reason: str = ""
+    looks: Sequence[int] = ()
+    p: float = 1.0
+    p_margin: float = 1.0
+    difference: float | None = None
+    scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether there are documents that were not used."""
+        return self.looks[-1] < self.of
+
+    @property
+    def text(self) -> str:
+        """How many documents were used, such as ``partial: 800 of 3200``."""
+        return (
+            f"{'partial' if self.is_partial else 'all'}: {self.looks[-1]} of {self.of}"
+        )
+
+    @property
+    def margin(self) -> str:
+        """The margin of the rule; empty without one."""
+        return self.rule.partition(":")[2]
+
+    @property
+    def share(self) -> float:
+        """Share of the level that the last look may spend."""
+        before, now = (0, *self.looks)[-2:]
+        return spent(now, self.of) - spent(before, self.of)
+
+    @property
+    def nominal_level(self) -> float:
+        """Level of a single test at the last look."""
+        return self.level / self.sizes * self.share
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the block ``stopping`` of a results file."""
+        return {"schema_version": STOPPING_SCHEMA, **asdict(self)}
+
+
+def spent(documents: int, of: int) -> float:
+    """Return the share of the level that looks at up to so many documents may spend together.
+
+    Half of the level goes in proportion to the documents, the rest with the last of them.
+
+    Source: Lan and DeMets 1983, Biometrika 70, 659-663.
+    """
+    return 1.0 if documents == of else documents / of / 2
+
+
+@dataclass(frozen=True)
 class Run:
     """The results of one model on some tasks.
 
@@ -51,9 +127,8 @@ class Run:
         name: Short name for tables.
         path: File or folder it was read from.
         scores: By task or group and metric as the harness writes it, such as ``acc,none``.
-        versions: Version of each task, as its YAML gives it.
-        subtasks: Direct members of each group.
-        samples: File of logged samples by task.
+        versions, subtasks, samples: The version of each task, the direct members of each group, and
+            the file of logged samples by task.
         config: The harness's ``config`` section: model, arguments, limit, seeds and,
             for ``pruned-hf``, ``pruning``.
         energy: What was measured beside the scores, by task.
@@ -111,6 +186,10 @@ class Run:
         tasks = dict.fromkeys(task for task, _ in self.scores)
         below = {member for task in tasks for member in self.members(task)[1:]}
         return [task for task in tasks if subtasks or task not in below]
+
+    def is_partial(self, task: str) -> bool:
+        """Whether the run stopped before it had all documents of a task."""
+        return task in self.stopping and self.stopping[task].is_partial
 
     def members(self, task: str) -> list[str]:
         """Return `task` and all its subtasks, at any depth, each once."""
@@ -171,17 +250,16 @@ def read_results_file(file: Path) -> Run:
     samples = _find_samples(file, {*data["results"]}.union(*subtasks.values()))
     found = file.stem, file, scores, data["versions"], subtasks, samples, config
     # Measured over all tasks of the file together.
-    energy = {
-        ", ".join(data["results"]): each for each in [config.get("energy")] if each
-    }
-    run, record, stopped = Run(*found, energy), data["stopping"], {}
+    energy = {", ".join(data["results"]): config.get("energy")}
+    run = Run(*found, energy if config.get("energy") else {})
+    record, stopped = data["stopping"], {}
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
     if record:
-        if record.get("schema_version") != SCHEMA:
+        if record.pop("schema_version", None) != STOPPING_SCHEMA:
             raise ResultsError(
                 f"{file} says that it stopped early, in a way that this version cannot read."
             )
-        stopping = Stopping.from_dict(record)
+        stopping = Stopping(**record)
         stopped = dict.fromkeys(run.members(stopping.task), stopping)
     return replace(run, settings=settings, stopping=stopped)
 

@@ -139,6 +139,6 @@ def is_share(metric: str, values: Iterable[float]) -> bool:
     return not named and all(0 <= value <= 1 for value in values)
 
 
-def scale_name(metric: str) -> str:
-    """Return the name of a metric on the scale of trends and correlations."""
-    return f"log {metric}" if is_perplexity(metric) else metric
+def scale_name(task: str, metric: str) -> str:
+    """Return the name of a task's metric on the scale of trends and correlations."""
+    return f"{task} {'log ' * is_perplexity(metric)}{metric}".strip()

@@ -109,14 +109,10 @@ def _entries(content: dict[str, Any]) -> Iterator[tuple[str, EvalResultEntry]]:
         scores = content["results"].get(task, {}).items()
         named = [(n, v) for n, v in scores if n.partition(",")[0] == first]
         for metric, value in named[: documents == counted["original"]]:
+            of = {
+                "dataset_id": place,
+                "task_id": asked.get("dataset_name") or "default",
+            }
             said = f"{task}: {metric}, {shots}-shot, {documents} documents"
-            yield (
-                task,
-                EvalResultEntry(
-                    dataset_id=place,
-                    task_id=asked.get("dataset_name") or "default",
-                    value=value,
-                    date=day,
-                    notes=f"lm-evaluation-harness, {said}",
-                ),
-            )
+            of |= {"date": day, "notes": f"lm-evaluation-harness, {said}"}
+            yield task, EvalResultEntry(value=value, **of)

@@ -41,11 +41,11 @@ def settings_of(
     # The harness gives a group a number only if all its members have the same.
     shots = {leaf: data["n-shot"].get(leaf) for leaf in leaves}
     common = shots if len({*map(str, shots.values())}) > 1 else shots[leaves[0]]
-    hashes = [f"{leaf} {every_hash.get(leaf)}\n" for leaf in sorted(leaves)]
     task_hash = every_hash.get(leaves[0])
     if len(leaves) > 1:
+        hashes = "".join(f"{leaf} {every_hash.get(leaf)}\n" for leaf in sorted(leaves))
         whole = every_hash.keys() >= {*leaves}
-        task_hash = hashlib.sha256("".join(hashes).encode()).hexdigest() * whole
+        task_hash = hashlib.sha256(hashes.encode()).hexdigest() * whole
     width = pruning.get("intermediate_size_after")
     alike = [{"mlps": pruning.get("layers"), "width_after": width}] * bool(width)
     groups = pruning.get("groups") or alike
@@ -75,12 +75,6 @@ def differing(
 ) -> list[str]:
     """Return those of `names` in which the settings of two runs differ on a task."""
     return [name for name in names if one.get(name) != other.get(name)]
-
-
-def label(name: str) -> str:
-    """Return a setting's name as an argument is typed, else in words."""
-    words = ("answer_paths", "chat_template", "system_instruction")
-    return name.replace("_", " ") if name in words else name
 
 
 def shown(value: Any) -> str:

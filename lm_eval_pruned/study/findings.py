@@ -10,7 +10,6 @@ from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report.pairs import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, as_mapping
-from lm_eval_pruned.results.folder import FLOOR
 from lm_eval_pruned.results.groups import (
     LEFT,
     TAKEN,
@@ -19,6 +18,7 @@ from lm_eval_pruned.results.groups import (
     is_perplexity,
     primary_metrics,
 )
+from lm_eval_pruned.results.runs import FLOOR
 
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 A unit is written below ``DIR/.unfinished``, flushed to the disk and renamed into place,
 so a process that dies at any moment leaves either the whole unit or none of it. What the
-files are called and say is `lm_eval_pruned.results.folder`.
+files are called and say is `lm_eval_pruned.results.runs`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.results.folder import (
+from lm_eval_pruned.results.runs import (
     DEFINITION,
     ERROR,
     UNIT,
@@ -32,7 +32,7 @@ from lm_eval_pruned.util.atomic import sync, write_atomically
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lm_eval_pruned.results.folder import UnitRecord
+    from lm_eval_pruned.results.runs import UnitRecord
 
 
 class SweepFolder:

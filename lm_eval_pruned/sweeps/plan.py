@@ -31,8 +31,8 @@ from lm_eval_pruned.pruning import arguments as of_pruning
 from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
-from lm_eval_pruned.results.folder import ADAPTERS, FLOOR
-from lm_eval_pruned.results.stopping_record import SCHEMA
+from lm_eval_pruned.results.files import STOPPING_SCHEMA as SCHEMA
+from lm_eval_pruned.results.runs import ADAPTERS, FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
 from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number

@@ -12,7 +12,7 @@ import uuid
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.results.folder import is_sweep, read_definition
+from lm_eval_pruned.results.runs import is_sweep, read_definition
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.options import refuse_ray
 from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
     from pathlib import Path
 
-    from lm_eval_pruned.results.folder import UnitRecord
+    from lm_eval_pruned.results.runs import UnitRecord
     from lm_eval_pruned.sweeps.unit import Ended
 
     #: A unit, its state, and what the folder held of it when the sweep was planned.

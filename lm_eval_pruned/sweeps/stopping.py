@@ -15,10 +15,10 @@ from lm_eval.api.samplers import FirstNSampler
 from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_pruned.compare.stopping import LEVEL, look, with_scores
+from lm_eval_pruned.compare.pairing import LEVEL, look, with_scores
 from lm_eval_pruned.compare.verdicts import Margin
+from lm_eval_pruned.results.files import Stopping
 from lm_eval_pruned.results.runs import read_newest
-from lm_eval_pruned.results.stopping_record import Stopping
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import refuse_ray
 

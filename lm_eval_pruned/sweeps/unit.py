@@ -17,8 +17,7 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_pruned.results.folder import unit_folder
-from lm_eval_pruned.results.runs import read_newest
+from lm_eval_pruned.results.runs import read_newest, unit_folder
 from lm_eval_pruned.sweeps.folder import SweepFolder, write_results
 from lm_eval_pruned.sweeps.options import deciding
 from lm_eval_pruned.sweeps.plan import MODELS

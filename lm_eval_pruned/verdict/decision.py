@@ -18,8 +18,8 @@ from lm_eval_pruned.results.files import (
     newest_first,
     read_json,
 )
-from lm_eval_pruned.results.folder import read_unit
 from lm_eval_pruned.results.groups import is_share, primary_metrics
+from lm_eval_pruned.results.runs import read_unit
 
 
 if TYPE_CHECKING:

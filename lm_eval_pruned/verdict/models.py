@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.compare.comparison import read_comparands
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.folder import FLOOR, UNITS, is_sweep
-from lm_eval_pruned.results.runs import read_sweep
+from lm_eval_pruned.results.runs import FLOOR, UNITS, is_sweep, read_sweep
 from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep

@@ -155,12 +155,3 @@ def test_a_floor_of_other_documents_is_refused(tmp_path):
     floor = write_run(tmp_path / "few", few, config={"model": "constant"})
     with pytest.raises(ResultsError, match="different documents"):
         comparison.compare(*comparison.read_comparands([str(folder), str(floor)]))
-
-
-def test_a_base_is_compared_with_a_floor_where_there_is_nothing_else(tmp_path):
-    paths = [
-        str(write_run(tmp_path / model, CONSTANT, config={"model": model}))
-        for model in ("pruned-hf", "constant")
-    ]
-    rows = comparison.compare(*comparison.read_comparands(paths)).rows
-    assert [row.difference for row in rows] == [0, 0]

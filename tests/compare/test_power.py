@@ -41,12 +41,11 @@ def test_power_of_means_is_that_of_the_test_simulated():
     assert found == pytest.approx(shown / times, abs=4 * (0.25 / times) ** 0.5)
 
 
-def test_many_changes_are_as_good_as_normal():
+def test_documents_for_is_where_the_chance_reaches_80_percent():
+    # Many changes are as good as normal.
     counted, normal = (power_of_shares(0.1, n, 0.02, 0.05) for n in (1999, 2001))
     assert counted == pytest.approx(normal, abs=0.01)
 
-
-def test_documents_for_is_where_the_chance_reaches_80_percent():
     def power(n):
         return power_of_shares(0.1, n, 0.05, 0.05)
 

@@ -159,19 +159,16 @@ def test_p_outside_is_where_the_interval_leaves_the_margin(seen, margin, alpha):
 @given(st.integers(0, 400), st.sampled_from([*statistics.SCALES]), levels)
 def test_p_intervals_and_claims_of_means_agree(seed, transform, alpha):
     rng = np.random.default_rng(seed)
-    base = rng.normal(-3, 1, size=30)
-    run, words = base + rng.normal(0.2, 0.5, size=30), rng.integers(1, 40, size=30)
-    options = {"weights": words, "transform": transform, "alpha": alpha}
-    test = paired_difference(base, run, **options)
+    base, noise = rng.normal(size=(2, 30))
+    about = {"weights": rng.integers(1, 40, size=30), "transform": transform}
+    test = paired_difference(base - 3, base - 2.8 + noise / 2, **about, alpha=alpha)
     assert (test.p < alpha) == (test.low > 0 or test.high < 0)
     assert test.low < test.difference < test.high
     assert (test.sides[0] < 0.5) == (test.difference < 0)
     low, high = test.distribution.ends(alpha)
     assert test.p_outside(low, math.inf) == pytest.approx(alpha / 2, abs=1e-6)
     assert test.p_outside(-math.inf, high) == pytest.approx(alpha / 2, abs=1e-6)
-    assert test.p_outside(low / 2, high) > alpha / 2 or low > 0
-    small, large = (test.smallest_detectable(level) for level in (alpha, alpha / 99))
-    assert small < large
+    assert test.smallest_detectable(alpha) < test.smallest_detectable(alpha / 99)
 
 
 def test_means_of_documents_are_the_paired_t_test():
@@ -182,12 +179,10 @@ def test_means_of_documents_are_the_paired_t_test():
     assert (result.p, *result.sides) == pytest.approx(expected)
     interval = stats.ttest_rel(run, base).confidence_interval()
     assert (result.low, result.high) == pytest.approx(interval)
-    one_sided = [
-        stats.ttest_1samp(run - base, end, alternative=side).pvalue
-        for end, side in ((-0.5, "greater"), (0.5, "less"))
-    ]
-    assert result.p_outside(-0.5, 0.5) == pytest.approx(max(one_sided))
-    assert result.p_outside(-0.5, math.inf) == pytest.approx(one_sided[0])
+    above = stats.ttest_1samp(run - base, -0.5, alternative="greater").pvalue
+    below = stats.ttest_1samp(run - base, 0.5, alternative="less").pvalue
+    assert result.p_outside(-0.5, 0.5) == pytest.approx(max(above, below))
+    assert result.p_outside(-0.5, math.inf) == pytest.approx(above)
     size = result.smallest_detectable() / ((run - base).std(ddof=1) / np.sqrt(50))
     power = stats.nct.sf(stats.t.isf(0.025, 49), 49, size)
     assert power == pytest.approx(statistics.POWER, abs=1e-4)
@@ -241,10 +236,6 @@ def test_a_perplexity_is_tested_as_its_logarithm():
     result = paired_difference(base, run, weights=words, transform="perplexity")
     one, other = (np.exp(-np.average(each, weights=words)) for each in (base, run))
     assert result.difference == pytest.approx(other - one)
-    # One that explodes is still worse.
-    far = paired_difference(base, base - 8 - run / 9, transform="perplexity")
-    assert far.p < 1e-6
-    assert 0 < far.low < far.difference < far.high
 
 
 @pytest.mark.parametrize(
@@ -263,22 +254,12 @@ def test_what_cannot_be_tested_says_why(base, run, p, words):
     assert words in result.method
     assert result.smallest_detectable() is None
     assert p or (result.low, result.p_outside(-1, 1)) == (None, None)
-
-
-def test_documents_without_any_change_bound_the_share_of_those_that_do():
+    # So many scores that do not change bound the share of those that do.
     scores = np.linspace(0.1, 0.9, 60)
     same = paired_difference(scores, scores)
     assert (same.low, same.high) == pytest.approx((-0.0602, 0.0602), abs=5e-5)
-    assert same.p_outside(-0.07, 0.07) < 0.05 < same.p_outside(-0.02, 0.02)
     assert paired(0, 4).smallest_detectable() is None
     assert 0.9 < paired(0, 5).smallest_detectable() < 1
-
-
-def test_unpaired_test_says_that_it_is_weaker():
-    result = statistics.unpaired_difference(0.1, 0.03, 0.04)
-    assert result.p == pytest.approx(2 * stats.norm.sf(2))
-    assert "weaker" in result.method
-    assert statistics.unpaired_difference(0.1, 0.0, 0.0).p is None
 
 
 @given(st.lists(st.tuples(st.one_of(st.none(), st.floats(0, 1)), st.booleans())))
@@ -348,7 +329,6 @@ def test_the_benchmark_of_coverage_runs():
         assert len(benchmark.line(draw, units[0], 2)) == 5, (name, data)
     assert len(benchmark.correlations(2)) == 10
     assert all(float(row[2]) > 0.925 for row in benchmark.one_way())
-    (*_, wrong, any_wrong), (_, few, *alone) = benchmark.families(400)
     # 54 certainties leave room for two wrong discoveries; a family of one question does not.
-    assert (few, float(wrong) > 1.8, float(any_wrong) > 0.8) == (36, True, True)
-    assert max(map(float, alone)) < 0.08
+    (*_, wrong, _), (_, few, *alone) = benchmark.families(400)
+    assert (few, float(wrong) > 1.8, max(map(float, alone)) < 0.08) == (36, True, True)

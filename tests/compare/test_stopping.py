@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare.stopping import LEVEL, sequential
+from lm_eval_pruned.compare.pairing import LEVEL, sequential
 from lm_eval_pruned.compare.verdicts import Margin
-from lm_eval_pruned.results.stopping_record import Stopping, spent
+from lm_eval_pruned.results.files import Stopping, read_results_file, spent
+from tests.helpers.results_files import write_run
+
+
+POINT = Margin("equivalent", "1pt")
 
 
 def record(*looks, of=800, sizes=1, rule="decided", **more):
@@ -23,12 +29,20 @@ def test_the_looks_share_the_level_and_spend_all_of_it_with_the_last_document():
     assert record(100, sizes=5).nominal_level == pytest.approx(LEVEL / 16 / 5)
 
 
+def test_a_results_file_gives_the_record_back(tmp_path):
+    made = record(25, 50, p=0.01, difference=-0.1, scores={"acc,none": (0.25, 0.5)})
+    tasks = {"boolq": {"acc,none": [1.0]}}
+    read = read_results_file(write_run(tmp_path, tasks, stopping=made.as_dict()))
+    found = read.stopping["boolq"]
+    assert json.dumps(found.as_dict()) == json.dumps(made.as_dict())
+    assert (found.text, read.is_partial("boolq")) == ("partial: 50 of 800", True)
+
+
 def test_four_looks_err_no_more_often_than_the_level():
     looks = np.array([409, 818, 1635, 3270])
-    rng = np.random.default_rng(0)
     steps = np.sqrt(np.diff(looks, prepend=0))
-    sums = (rng.normal(size=(40_000, 4)) * steps).cumsum(axis=1)
-    p = 2 * stats.norm.sf(np.abs(sums) / np.sqrt(looks))
+    normal = np.random.default_rng(0).normal(size=(40_000, 4))
+    p = 2 * stats.norm.sf(np.abs((normal * steps).cumsum(axis=1)) / np.sqrt(looks))
     shares = np.diff([spent(n, 3270) for n in looks.tolist()], prepend=0)
     crossed = (p < LEVEL * shares).any(axis=1).mean()
     # Bonferroni's inequality gives a little away, because looks share their documents.
@@ -37,24 +51,15 @@ def test_four_looks_err_no_more_often_than_the_level():
 
 def test_differences_and_a_margin_share_one_level():
     """Of six sizes three have no difference, and three one as large as the margin."""
-    margin, sizes = Margin("equivalent", "10pt"), 6
+    shared = {"of": 400, "sizes": 6, "rule": "decided:1pt", "difference": 0.0}
 
     def wrong(seed):
-        ps = [*np.random.default_rng(seed).random(sizes)]
-        pairs = [(p, 1e-9) for p in ps[:3]] + [(1e-9, p) for p in ps[3:]]
-        found = [
-            sequential(
-                record(
-                    *(400,), of=400, sizes=sizes, rule="decided:10pt",
-                    p=p, p_margin=p_margin, difference=0.0,
-                ),
-                *("acc,none", 0.0, margin, 0.1),
-            )
-            for p, p_margin in pairs
-        ]  # fmt: skip
-        return any(q < LEVEL for _, q, _ in found[:3]) or any(
-            claim.q < LEVEL for _, _, claim in found[3:]
-        )
+        ps = np.random.default_rng(seed).random(6).reshape(2, 3).tolist()
+        none = [record(400, p=p, p_margin=1e-9, **shared) for p in ps[0]]
+        large = [record(400, p=1e-9, p_margin=p, **shared) for p in ps[1]]
+        told = [sequential(e, "acc,none", 0.0, POINT, 0.01) for e in none + large]
+        q, of_claims = [q for _, q, _ in told[:3]], [claim.q for *_, claim in told[3:]]
+        return min(q + of_claims) < LEVEL
 
     # Holm for each of both questions would be wrong in 9.7 % of sweeps.
     assert np.mean([wrong(seed) for seed in range(4000)]) < 0.055
@@ -62,11 +67,9 @@ def test_differences_and_a_margin_share_one_level():
 
 def test_another_metric_difference_or_margin_has_no_p():
     stopping = record(100, rule="decided:1pt", p=1e-6, difference=-0.4)
-    nothing = (None, None, None)
-    margin = Margin("equivalent", "1pt")
-    assert sequential(stopping, "acc_norm,none", -0.4, margin, 0.01) == nothing
-    assert sequential(stopping, "acc,none", -0.3, margin, 0.01) == nothing
-    p, _, claim = sequential(
-        stopping, "acc,none", -0.4, Margin("equivalent", "2pt"), 0.02
-    )
+    for metric, difference in (("acc_norm,none", -0.4), ("acc,none", -0.3)):
+        told = sequential(stopping, metric, difference, POINT, 0.01)
+        assert told == (None, None, None)
+    other = Margin("equivalent", "2pt")
+    p, _, claim = sequential(stopping, "acc,none", -0.4, other, 0.02)
     assert (p, claim) == (1e-6, None)

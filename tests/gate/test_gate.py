@@ -57,6 +57,7 @@ def gate(tmp_path, held):
     return run
 
 
+SHOTS = {"tf": 5, "lambada": 0}
 TOO_FEW = "5 independent documents are too few to decide, at least 10"
 
 
@@ -65,7 +66,6 @@ TOO_FEW = "5 independent documents are too few to decide, at least 10"
     [
         ("absolute 0.05", answers(0.5), answers(0.46), 0, "1 as expected"),
         ("absolute 0.05", answers(0.5), answers(0.43), 1, "Worse by 0.06"),
-        ("relative 0.1", answers(0.5), answers(0.46), 0, "1 as expected"),
         ("relative 0.1", answers(0.5), answers(0.43), 1, "of the expected score"),
         ("alpha 0.05", answers(0.5), answers(0.44), 0, "1 as expected"),
         ("alpha 0.05", answers(0.5), answers(0.3), 1, "Significantly worse"),
@@ -73,14 +73,12 @@ TOO_FEW = "5 independent documents are too few to decide, at least 10"
         ("alpha 0.05", [1.0] * 30, [0.0] * 4 + [1.0] * 26, 1, "q = 0.0312"),
         ("alpha 0.05", [1.0] * 30, [0.0] * 3 + [1.0] * 27, 0, "1 as expected"),
         ("alpha 0.05", [1.0] * 5, [0.0] * 5, 2, TOO_FEW),
-        ("alpha 0.05", [0.3] * 5, [0.3] * 5, 2, TOO_FEW),
         ("not_worse 10pt", answers(0.5), answers(0.5), 0, "1 as expected"),
         ("not_worse 1pt", answers(0.5), answers(0.3), 1, "Significantly worse"),
         ("not_worse 1pt", answers(0.5), answers(0.8), 0, "1 as expected"),
         ("equivalent 15%", answers(0.5), answers(0.5), 0, "1 as expected"),
         ("equivalent 1pt", answers(0.5), answers(0.48), 2, "Not shown to be equiv"),
         ("equivalent 1pt", answers(0.5), answers(0.8), 0, "IMPROVED"),
-        ("", answers(0.5), answers(0.5), 0, "1 as expected"),
         ("", answers(0.5), answers(0.48), 1, "allowed is 0."),
     ],
 )
@@ -114,14 +112,17 @@ def test_what_is_missing_fails(gate):
     ("code", "words", "sections"),
     [
         (1, "version 2.0, and the baseline is of", {"versions": {"tf": 2.0}}),
-        (2, "num_fewshot 5 and in the baseline 0", {"n-shot": {"tf": 5, "lambada": 0}}),
+        (2, "num_fewshot 5 and in the baseline 0", {"n-shot": SHOTS}),
         (2, "chat_template ffffffffffff and", {"chat_template_sha": "f" * 64}),
-        (2, "system_instruction f00 and", {"system_instruction_sha": "f00"}),
         (2, "gen_kwargs", {"config": {"gen_kwargs": {"temperature": 1}}}),
         (2, "documents none and in the baseline 60", {"n-samples": {}}),
         # Another width is another model, and another choice of neurons is none.
         (2, "widths 2 x 320 and in the baseline 2 x 240", {"pruning": pruning(20)}),
         (0, "2 as exp", {"pruning": {**pruning(40), "kept_digest": "e" * 64}}),
+        # It may move a score, but is no other test; without examples, their seed is none.
+        (0, "baseline (task_hash) on tf, so", {"task_hashes": {"tf": "f00"}}),
+        (0, "2 as exp", {"config": {"fewshot_seed": 7}}),
+        (2, "fewshot_seed 7 and", {"config": {"fewshot_seed": 7}, "n-shot": SHOTS}),
     ],
 )
 def test_what_was_asked_otherwise_is_not_compared(gate, rule, code, words, sections):
@@ -135,28 +136,6 @@ def test_a_failure_outweighs_what_is_undecided(gate):
     assert code == 1
     assert "FAIL     tf acc,none: 0.5 -> nan" in text
     assert "UNDECIDED lambada" in text
-
-
-@pytest.mark.parametrize(
-    ("words", "sections"),
-    [
-        ("(task_hash) on tf, so", {"task_hashes": {"tf": "f00"}}),
-        # Nothing depends on the seed of examples that there are none of.
-        ("(fewshot_as_multiturn), so", {"fewshot_as_multiturn": True}),
-    ],
-)
-def test_what_else_differs_is_noted(gate, words, sections):
-    code, text = gate(BEFORE, BEFORE, **sections)
-    note = "NOTE     after was evaluated with other settings than the baseline"
-    assert (code, f"{note} {words}" in text) == (0, True)
-
-
-def test_another_few_shot_seed_matters_with_examples(tmp_path, held):
-    for name, seed in (("before", 1), ("after", 2)):
-        about = {"n-shot": {"tf": 5}, "config": {"fewshot_seed": seed}}
-        write_run(tmp_path / name, one(answers(0.5)), **about)
-    assert held("before", "--update")[0] == 0
-    assert "fewshot_seed 2 and in the baseline 1" in held("after")[1]
 
 
 def test_documents_are_missing_or_others(gate, held, tmp_path):
@@ -176,13 +155,12 @@ def test_a_group_by_significance(tmp_path, held):
     """Documents of the members, in clusters, go through the file and back."""
     docs = {n: {"n": n, "narrative": f"{n // 5}"} for n in range(20)}
     for name, share in (("before", 0.6), ("after", 0.3)):
-        rng = np.random.default_rng(0)
-        values = {f"musr_{n}": rng.random(20) < share for n in range(12)}
+        right = (np.random.default_rng(0).random((12, 20)) < share).astype(float)
         tasks = {
-            task: {"acc,none": {"values": [*map(float, each)], "docs": docs}}
-            for task, each in values.items()
+            f"musr_{n}": {"acc,none": {"values": values, "docs": docs}}
+            for n, values in enumerate(right.tolist())
         }
-        scores = {"musr": {"acc,none": float(np.mean([*values.values()]))}}
+        scores = {"musr": {"acc,none": right.mean()}}
         about = {"groups": {"musr": [*tasks]}, "group_scores": scores}
         write_run(tmp_path / name, tasks, **about)
     assert held("before", "--update", *ALPHA)[0] == 0
@@ -198,17 +176,15 @@ def test_a_group_by_significance(tmp_path, held):
 
 def test_notes_and_names_cannot_break_a_format(gate):
     nasty, shots = {"a:b,c%": {"acc,none": answers(0.5)}}, {"n-shot": {"a:b,c%": 5}}
-    said = {
-        form: gate(nasty, nasty, "--format", form, **shots)[1]
-        for form in ("json", "junit", "github")
-    }
-    assert "(num_fewshot)" in json.loads(said["json"])["notes"][0]
-    suite = ElementTree.fromstring(said["junit"]).find("testsuite")  # noqa: S314
+    forms = ("json", "junit", "github")
+    said = [gate(nasty, nasty, "--format", form, **shots)[1] for form in forms]
+    assert "(num_fewshot)" in json.loads(said[0])["notes"][0]
+    suite = ElementTree.fromstring(said[1]).find("testsuite")  # noqa: S314
     assert "num_fewshot" in suite.find("testcase/error").get("message")
     assert "num_fewshot" in suite.find("system-out").text
-    lines = said["github"].splitlines()
-    assert lines[0].startswith("::error title=a%3Ab%2Cc%25 acc%2Cnone::Not comparable")
-    assert lines[1].startswith("::warning title=not as in the baseline::after was")
+    first, second, _ = said[2].splitlines()
+    assert first.startswith("::error title=a%3Ab%2Cc%25 acc%2Cnone::Not comparable")
+    assert second.startswith("::warning title=not as in the baseline::after was")
 
 
 def test_a_sweep_is_checked_run_by_run(tmp_path, held):
@@ -270,8 +246,8 @@ def baseline_of(**record):
     return {"schema_version": 2, "runs": {"run": tasks}}
 
 
-def documents(values, transform="mean", **more):
-    made = {"transform": transform, "values": values, **more}
+def documents(values, transform="mean"):
+    made = {"transform": transform, "values": values}
     return baseline_of(score=0.5, alpha=0.05, documents=made)
 
 
@@ -280,15 +256,12 @@ def documents(values, transform="mean", **more):
     [
         ({"results": {}}, "it lacks 'schema_version'"),
         ({"schema_version": 3, "runs": {}}, "schema_version is 3"),
-        ({"schema_version": 2, "runs": {}}, "it expects nothing"),
         ({"schema_version": 2, "runs": {"run": {"tf": {}}}}, "it lacks 'metrics'"),
         (baseline_of(score=float("nan"), absolute=1), "needs a score and one of"),
         (baseline_of(score=0.5, absolute=0.1, relative=0.1), "one of"),
         (baseline_of(score=0.5, absolute=-1), "absolute=-1 is not between"),
-        (baseline_of(score=0.5, alpha=2), "alpha=2 is not between 0 and 1"),
         (baseline_of(score=0.5, not_worse="much"), "not_worse=much is no margin"),
         (documents({"a b 0": None}), "documents without scores"),
-        (documents({"a b 0": 1, "a c 0": 1}, clusters={"a b 0": "0"}), "documents w"),
         (documents({"a b 0": 1}, transform="sum"), "a known transform"),
     ],
 )

@@ -63,11 +63,8 @@ def sweep(tmp_path_factory):
     write_sweep(folder, {**runs, "p80": (80, {})}, p80="mmlu")
     record = {"seconds": 20.0, "joules": {"total": 300.0}, "generated_tokens": 1000}
     record["joules_per_processed_token"] = 0.3
-    block = {
-        "sources": {"cpu": {"kind": "modelled"}, "gpu": None},
-        "notes": ["a note of the meter"],
-        "request_types": {"generate_until": record},
-    }
+    block = {"sources": {"cpu": {"kind": "modelled"}, "gpu": None}}
+    block["request_types"] = {"generate_until": record}
     for file in folder.glob("units/*/wikitext/results_*.json"):
         data = json.loads(file.read_text())
         data["config"]["energy"] = block

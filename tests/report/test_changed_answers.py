@@ -21,24 +21,20 @@ from tests.helpers.results_files import (
 
 HOSTILE = (
     "</script><script>document.title='run'</script>",
-    "<!--<script>",
     "<img src=x onerror=\"document.title='run'\">",
     "]]>&lt;&amp;{{ 7*7 }}{% raw %}",
     "\u2028\u2029\ud800\x1b",
 )
 
 
-def picks(answers, *, prompt="Which?", endings=(" one", " two", " three"), **more):
+def picks(answers, *, prompt="Which?", endings=(" one", " two", " three")):
     """Return a task of multiple choice in which a model picked `answers`; 0 is right."""
-    rows = {
-        number: offering(
-            endings,
-            prompt=f"{prompt} {number}",
-            likelihoods=[-1.0 - (place != answer) for place in range(len(endings))],
-        )
-        for number, answer in enumerate(answers)
-    }
-    return {"values": [float(not answer) for answer in answers], "rows": rows, **more}
+    rows = {}
+    for number, answer in enumerate(answers):
+        likelihoods = [-1.0 - (place != answer) for place in range(len(endings))]
+        asked = f"{prompt} {number}"
+        rows[number] = offering(endings, prompt=asked, likelihoods=likelihoods)
+    return {"values": [float(not answer) for answer in answers], "rows": rows}
 
 
 def writes(texts, right):
@@ -104,11 +100,8 @@ def test_a_row_of_the_page(tmp_path):
     (row,) = rows_of(page)
     assert row[:3] == [LOST, "p40 (2.40)", "quiz"]
     assert row[3].startswith("document 0, ")
-    assert re.findall(r'<div class="text">(.*?)</div>', page)[0] == f"{long} 0"[-2000:]
     assert row[-3:] == ["0", "one", "two"]
-    free = ({"quiz": {"em,none": writes([text], [1])}} for text in ("a", " x"))
-    _, page = read(sweep_of(tmp_path / "free", *free))
-    assert "x\n\nTaken from:  x" in page
+    assert re.findall(r'<div class="text">(.*?)</div>', page)[0] == f"{long} 0"[-2000:]
 
 
 def test_tasks_without_right_and_wrong_take_another_metric_or_none(tmp_path):
@@ -148,12 +141,11 @@ def shown(browser, tmp_path):
     """Return a function that opens the page of a sweep, in which nothing may fail."""
 
     def show(before, after, title="A model", **look):
-        _, page = read(sweep_of(tmp_path, before, after), title)
         file = tmp_path / PAGE
+        page = read(sweep_of(tmp_path, before, after), title)[1]
         file.write_text(page, encoding="utf-8")
         browser.open(file, **look)
-        assert browser.requests == [file.as_uri()]
-        assert browser.errors == []
+        assert (browser.requests, browser.errors) == ([file.as_uri()], [])
         return browser
 
     return show
@@ -164,10 +156,8 @@ VISIBLE = "[...document.querySelectorAll('tbody tr')].filter((e) => !e.hidden).l
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
 def test_the_page_is_searched(shown, width, scheme):
-    tasks = (
-        {task: {"acc,none": picks([n] * 20)} for task in ("birds", "beasts")}
-        for n in (0, 1)
-    )
+    names = ("birds", "beasts")
+    tasks = ({t: {"acc,none": picks([n] * 20)} for t in names} for n in (0, 1))
     page = shown(*tasks, width=width, scheme=scheme)
     assert page.run("document.documentElement.scrollWidth") == width
     ground = page.run("getComputedStyle(document.body).backgroundColor")
@@ -181,14 +171,10 @@ def test_the_page_is_searched(shown, width, scheme):
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_texts_are_never_markup(shown, hostile):
     asked = {"prompt": hostile, "endings": (f"{hostile} 1", f"{hostile} 2")}
-    free = [hostile, hostile + "2"]
-    tasks = (
-        {
-            "quiz": {"acc,none": picks([n], **asked)},
-            "free": {"em,none": writes([free[n]], [1 - n])},
-        }
-        for n in (0, 1)
-    )
+    tasks = []
+    for n, text in enumerate([hostile, hostile + "2"]):
+        free = {"em,none": writes([text], [1 - n])}
+        tasks.append({"quiz": {"acc,none": picks([n], **asked)}, "free": free})
     page = shown(*tasks, title=f"A model {hostile}")
     assert page.run(VISIBLE) == 2
     assert page.run("document.querySelectorAll('script, img').length") == 1
@@ -206,32 +192,26 @@ def test_a_report_with_and_without_texts(tmp_path):
     pytest.importorskip("altair", reason="plots need the extra `report`")
     from lm_eval_pruned.report.report import write_report
 
-    endings = [f" {WORD}-choice {index}" for index in range(3)]
-    docs = {number: {"q": f"{WORD}-doc {number}"} for number in range(4)}
-    asked = {"prompt": f"{WORD}-prompt", "endings": endings, "docs": docs}
-    sweep = sweep_of(
-        tmp_path,
-        *(
-            {
-                "quiz": {"acc,none": picks(picked, **asked)},
-                "free": {"em,none": writes([f"{WORD}-answer {end}"] * 3, [1, 0, 1])},
-            }
-            for picked, end in (([0, 0, 1, 2], "."), ([0, 1, 2, 0], "!"))
-        ),
-    )
+    asked = {"prompt": WORD, "endings": [f" {WORD} {index}" for index in range(3)]}
+    tasks = [
+        {
+            "quiz": {"acc,none": picks(picked, **asked)},
+            "free": {"em,none": writes([f"{WORD} {end}"] * 3, [1, 0, 1])},
+        }
+        for picked, end in (([0, 0, 1, 2], "."), ([0, 1, 2, 0], "!"))
+    ]
+    sweep = sweep_of(tmp_path, *tasks)
 
-    def with_texts():
-        files = [path for path in (sweep / "report").rglob("*") if path.is_file()]
+    def with_texts(**options):
+        files = [each for each in write_report(sweep, **options) if each.is_file()]
         return {each.name for each in files if WORD.encode() in each.read_bytes()}
 
-    write_report(sweep)
     assert with_texts() == {PAGE}
     text = (sweep / "report/report.md").read_text(encoding="utf-8")
     assert "|p40 (2.40)|quiz|acc,none|4|1|1|75%|" in text
     assert f"]({PAGE})" in text
     # The texts of an earlier report go, too.
-    write_report(sweep, texts=False)
-    assert with_texts() == set()
+    assert with_texts(texts=False) == set()
     (samples,) = sweep.glob("units/base/quiz/samples_*.jsonl")
     digest = json.loads(samples.read_text().splitlines()[1])["doc_hash"]
     assert digest[:16] in (sweep / "report" / PAGE).read_text(encoding="utf-8")
@@ -239,4 +219,3 @@ def test_a_report_with_and_without_texts(tmp_path):
         file.unlink()
     write_report(sweep)
     assert not (sweep / "report" / PAGE).exists()
-    assert PAGE not in (sweep / "report/report.html").read_text()

@@ -47,8 +47,7 @@ def test_of_several_results_in_a_folder_the_newest_of_each_task_counts(tmp_path,
     assert read_documents(run, "boolq", "acc,none").values.tolist() == [1.0]
     versions = {"boolq": "0.4.13", "tf": "0.4.14"}
     assert setting_of(run, "lm_eval_version") == versions
-    assert setting_of(run, "num_fewshot") == 0
-    assert (run.name, run.notes) == (tmp_path.name, ())
+    assert (run.name, setting_of(run, "num_fewshot")) == (tmp_path.name, 0)
 
 
 @pytest.mark.parametrize("folders", [("", ""), ("x", "z")])
@@ -68,11 +67,9 @@ def test_results_of_one_model_are_joined_and_of_two_are_not(tmp_path, folders):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "not whole JSON"),
         (b"\x80\x81\xff\x00", "not whole JSON"),
         (b"[" * 200_000, "not whole JSON"),
         (b"[1, 2]", "holds a list"),
-        (b'{"scores": {"tf": 1}}', "no results file"),
         (b'{"results": {}}', "no results file"),
         (b'{"results": {"tf": {"acc,none": [1]}}}', "no results file"),
     ],
@@ -170,7 +167,6 @@ def test_what_the_harness_writes(tmp_path):
         assert settings["documents"] == len(rows)
         assert (settings["num_fewshot"], settings["fewshot_seed"]) == (0, 1234)
         assert len(settings["task_hash"]) == 64
-        assert settings["lm_eval_version"] == setting_of(run, "lm_eval_version")
     for task, metric in run.scores:
         documents = read_documents(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
