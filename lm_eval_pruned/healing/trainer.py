@@ -65,8 +65,7 @@ class HealingTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, **more)
         with torch.no_grad():
             expected = self._teacher(input_ids=inputs["input_ids"]).logits
-        weight = self._weight
-        loss: Any = 0.0
+        weight, loss = self._weight, 0.0
         if weight == 1:
             # Next-token loss would be computed, and its gradient, to be multiplied by 0.
             outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
@@ -81,8 +80,7 @@ class Checkpoints(TrainerCallback):
     """Writes a record into each checkpoint, and makes one when the training is interrupted."""
 
     def __init__(self, record: dict[str, Any], cost: TrainingCost) -> None:
-        self._record, self._cost = record, cost
-        self._stopping = False
+        self._record, self._cost, self._stopping = record, cost, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Begin to count what is spent."""

@@ -51,11 +51,9 @@ def profile(
     load: Callable[..., Any] = load_pruned,
     on_repeat: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure the models of `request` on `prompts`.
+    """Measure the models of `request` on `prompts`; `clock` returns seconds, for tests.
 
     Args:
-        request, prompts, monitor: What to measure, on which texts, and the energy with what.
-        clock: Returns seconds; for tests.
         load: `load_pruned`, or `lm_eval_pruned.profiling.engine.EngineModel`.
         on_repeat: Called with what there is so far after each repeat.
 
@@ -151,11 +149,11 @@ class _Profiler:
     def window(
         self, run: Callable[..., dict[str, Any]], size: int, least: float = 0
     ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-        """Generate for all batches, until `least` seconds are over; add the joules of a batch."""
+        """Generate for all batches, for `least` seconds or longer; add the joules of a batch."""
         timed: list[dict[str, Any]] = []
         self.monitor.begin_window("pass")
-        start = self.clock() if least else 0.0
-        while not timed or (least and self.clock() - start < least):
+        end = self.clock() + least
+        while not timed or self.clock() < end:
             timed += map(run, self.batches[size])
         reading = self.monitor.end_window("pass")
         self.notes += reading.notes

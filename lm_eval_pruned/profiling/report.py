@@ -130,10 +130,9 @@ def _written(value: Any, scale: float, form: str) -> str:
 
 
 def draw(profile: dict[str, Any]) -> Plot:
-    """Draw times, rates and energies against expansion ratio.
+    """Draw figures against expansion ratio, for models whose layers are equally wide.
 
-    There is a line for each batch size and output length; a model whose layers differ in width
-    is a point with a name.
+    There is a line for each batch size and output length.
     """
     import altair as alt
 
@@ -141,11 +140,9 @@ def draw(profile: dict[str, Any]) -> Plot:
 
     models = pd.DataFrame(profile["models"]).set_index("name")
     cells = pd.json_normalize(profile["cells"]).join(models, on="model")
-    cells["line"] = [
-        f"batch size {cell.batch_size}, {cell.mode} length"
-        + f", {cell.model}" * bool(cell.layer_widths)
-        for cell in cells.itertuples()
-    ]
+    cells = cells[cells["layer_widths"] == ""]
+    sizes = cells["batch_size"].astype(str)
+    cells["line"] = "batch size " + sizes + ", " + cells["mode"] + " length"
     look = line_look(list(cells["line"].unique()))
     panels = []
     for label, metric, scale, _ in _COLUMNS[1:9]:
@@ -154,9 +151,8 @@ def draw(profile: dict[str, Any]) -> Plot:
         parts = {f"{where}.{part}": part for part in ("mean", "low", "high")}
         drawn = cells.reindex(columns=list(parts)).rename(columns=parts) * scale
         drawn = cells[["line", "expansion_ratio"]].join(drawn.astype(float))
-        drawn = drawn.dropna(subset=["mean"])
-        title = f"{label} (not measured)" if drawn.empty else label
-        y = alt.Y("mean:Q", scale=alt.Scale(domainMin=0)).title(title)
-        panels.append(lines(drawn, over_ratios("expansion_ratio"), y, look))
+        y = alt.Y("mean:Q", scale=alt.Scale(domainMin=0)).title(label)
+        over = over_ratios("expansion_ratio")
+        panels.append(lines(drawn.dropna(subset=["mean"]), over, y, look))
     about = "Means over repeats, with bands of their 95 % intervals."
     return Plot("profile", "Profile", about, alt.concat(*panels, columns=3))
