@@ -166,7 +166,7 @@ def test_an_adapter_of_other_neurons_is_refused_by_its_record(
 ):
     """The widths agree: nothing but the record tells."""
     given = {"device": "cpu", "criterion": "l2", **KEPT}
-    with pytest.raises(ValueError, match="peft=.*was trained on .*the kept set"):
+    with pytest.raises(ValueError, match=r"peft=.*was trained on .*the kept set"):
         PrunedHFLM(str(tiny_llama), peft=str(adapter), **given)
     for file in adapter.glob("adapter*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
