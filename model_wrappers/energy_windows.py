@@ -99,7 +99,7 @@ class EnergyLog:
     def begin(self) -> None:
         """Forget the evaluation so far; what the idle machine uses stays known."""
         self._own, self._all = (
-            {key: usage for key, usage in windows.items() if key == _IDLE}
+            {key: usage for key, usage in windows.items() if key[0] == "idle"}
             for windows in (self._own, self._all)
         )
         self._is_over, self._machines = False, 1

@@ -22,7 +22,7 @@ OPTIONS = (
 )
 # fmt: on
 _TITLES = ("run", "metric", "documents", "changed", "margin", "verdict")
-_TITLES += ("if there is", "chance", "documents for 80 %")
+_MORE = ("if there is", "chance", "documents for 80 %")
 _FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
 
 
@@ -44,5 +44,5 @@ def run(arguments) -> None:
     print(
         f"Chance of a verdict on {arguments.task} with {asked}, if as many answers change as did in "
         f"these samples; one test, without a correction for others.\n\n"
-        f"{markdown_table(_TITLES, rows, 'llrrrllrr')}"
+        f"{markdown_table(_TITLES + _MORE, rows, 'llrrrllrr')}"
     )

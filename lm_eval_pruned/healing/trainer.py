@@ -65,7 +65,8 @@ class HealingTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, **more)
         with torch.no_grad():
             expected = self._teacher(input_ids=inputs["input_ids"]).logits
-        weight, loss = self._weight, 0.0
+        weight = self._weight
+        loss: Any = 0.0
         if weight == 1:
             # Next-token loss would be computed, and its gradient, to be multiplied by 0.
             outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})

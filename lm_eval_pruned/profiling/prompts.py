@@ -62,7 +62,7 @@ def batches_of(
     if chat := request.apply_chat_template:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         how = {"tokenize": False, "add_generation_prompt": True}
-        prompts = tokenizer.apply_chat_template(turns, **how)
+        prompts = tokenizer.apply_chat_template(turns, **how)  # type: ignore[arg-type, assignment]
     batches = {
         size: make_batches(tokenizer, prompts, size, request.device, bare=chat)
         for size in request.batch_sizes
