@@ -21,7 +21,8 @@ COMMANDS = {
 #: As in the metadata of the package.
 DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
 #: The extra that brings a package which not every command needs, by the name it is imported by.
-EXTRAS = {"altair": "report", "vl_convert": "report", "ray": "ray", "vllm": "vllm"}
+EXTRAS = {"altair": "report", "vl_convert": "report", "gguf": "demo"}
+EXTRAS |= {"ray": "ray", "vllm": "vllm"}
 
 
 def parser():
