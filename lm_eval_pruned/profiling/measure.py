@@ -152,8 +152,8 @@ class _Profiler:
         """Generate for all batches, for `least` seconds or longer; add the joules of a batch."""
         timed: list[dict[str, Any]] = []
         self.monitor.begin_window("pass")
-        end = self.clock() + least
-        while not timed or self.clock() < end:
+        start = self.clock() if least else 0.0
+        while not timed or (least and self.clock() - start < least):
             timed += map(run, self.batches[size])
         reading = self.monitor.end_window("pass")
         self.notes += reading.notes
