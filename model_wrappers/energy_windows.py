@@ -7,7 +7,8 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial, reduce
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
@@ -20,7 +21,7 @@ from lm_eval_pruned.model_wrappers.batching.fast_path import check_flag
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     #: What was used, by section of the block, such as ``tasks``, and the names within it.
     Windows = dict[tuple[str, ...], "Usage"]
@@ -41,7 +42,6 @@ class Usage:
 
     Attributes:
         requests: Requests that reached the model, with the repeats of the harness.
-        tokens: Tokens of these requests.
         reading: Energy of the machine; None in a process that is not the one to meter it.
     """
 
@@ -49,12 +49,13 @@ class Usage:
     tokens: TokenCounts = field(default_factory=TokenCounts)
     reading: EnergyReading | None = None
 
-    def plus(self, other: Usage, *, at_once: bool = False) -> Usage:
-        """Add what was used afterwards, or (`at_once`) by a process beside this one."""
-        readings = [r for r in (self.reading, other.reading) if r is not None]
-        return Usage(
-            self.requests + other.requests,
-            self.tokens + other.tokens,
+    @classmethod
+    def sum(cls, usages: list[Usage], *, at_once: bool = False) -> Usage:
+        """Add what was used one after the other, or (`at_once`) by processes side by side."""
+        readings = [each.reading for each in usages if each.reading is not None]
+        return cls(
+            sum(each.requests for each in usages),
+            sum((each.tokens for each in usages), TokenCounts()),
             add_up(readings, at_once=at_once) if readings else None,
         )
 
@@ -73,25 +74,22 @@ class Usage:
         }
 
 
-def _add(to: Windows, more: Windows, *, at_once: bool = False) -> None:
-    for key, usage in more.items():
-        to[key] = to.get(key, Usage()).plus(usage, at_once=at_once)
+def _merged(each: Sequence[Windows], *, at_once: bool = False) -> Windows:
+    keys = dict.fromkeys(chain(*each))
+    of = {key: [windows[key] for windows in each if key in windows] for key in keys}
+    return {key: Usage.sum(usages, at_once=at_once) for key, usages in of.items()}
 
 
 class EnergyLog:
-    """The windows of one evaluation of a model, and the block they become.
-
-    `monitor` is None in a process that is not the one to meter its machine.
-    """
+    """The windows of one evaluation of a model, and the block they become."""
 
     def __init__(
         self,
-        monitor: EnergyMonitor | None,
+        monitor: EnergyMonitor,
         idle_seconds: float = 0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.monitor = monitor or EnergyMonitor(None)
-        self._meters = monitor is not None
+        self.monitor = monitor
         self._idle_seconds, self._sleep = idle_seconds, sleep
         # What this process used since it last met the others, and what all used before.
         self._own: Windows = {}
@@ -100,20 +98,23 @@ class EnergyLog:
 
     def begin(self) -> None:
         """Forget the evaluation so far; what the idle machine uses stays known."""
-        for windows in (self._own, self._all):
-            for key in windows.keys() - {_IDLE}:
-                del windows[key]
+        self._own, self._all = (
+            {key: usage for key, usage in windows.items() if key[0] == "idle"}
+            for windows in (self._own, self._all)
+        )
         self._is_over, self._machines = False, 1
 
-    def count_cached(self) -> None:
-        """Count an answer that cost this evaluation nothing."""
-        self._note(_CACHED, Usage(1))
+    def note(self, key: tuple[str, ...], usage: Usage) -> None:
+        """Add what was used to a window."""
+        if self._is_over:
+            self.begin()
+        self._own = _merged([self._own, {key: usage}])
 
     def measure_idle(self) -> None:
         """Measure the idle machine, the first time this is called."""
         if self._idle_seconds:
+            # The processes that do not meter their machine keep still as well.
             with self.window(*_IDLE):
-                # The processes that do not meter their machine keep still as well.
                 self._sleep(self._idle_seconds)
             self._idle_seconds = 0
 
@@ -121,20 +122,17 @@ class EnergyLog:
     def window(self, *key: str, lm: Any = None, requests: int = 0) -> Iterator[None]:
         """Measure what is done in a ``with`` block; forget it where that raises.
 
-        `key` is a section of the block, and the names within it; the windows around one of
-        ``set_up`` leave out its energy. `lm` takes the requests, and its ``token_counts`` rise.
+        `key` is where the block has it; the windows around one of ``set_up`` leave out its
+        energy. `lm` takes the requests, and its ``token_counts`` rise.
         """
         before = lm and replace(lm.token_counts)
         self.monitor.begin_window(" ".join(key))
         yield
         reading = self.monitor.end_window(" ".join(key), apart=key[0] == "set_up")
         tokens = lm.token_counts - before if lm else TokenCounts()
-        self._note(key, Usage(requests, tokens, reading if self._meters else None))
-
-    def _note(self, key: tuple[str, ...], usage: Usage) -> None:
-        if self._is_over:
-            self.begin()
-        _add(self._own, {key: usage})
+        self.note(
+            key, Usage(requests, tokens, reading if self.monitor.meters else None)
+        )
 
     def take(self) -> Windows:
         """Return what this process used since the last call."""
@@ -145,10 +143,7 @@ class EnergyLog:
         """Add what all processes, side by side, used since they last met."""
         machines = [any(u.reading for u in windows.values()) for windows in processes]
         self._machines = max(self._machines, sum(machines))
-        together: Windows = {}
-        for windows in processes:
-            _add(together, windows, at_once=True)
-        _add(self._all, together)
+        self._all = _merged([self._all, _merged(processes, at_once=True)])
 
     def finish(self) -> dict[str, Any]:
         """End the evaluation; return its block for the results file. None is *not measured*."""
@@ -159,14 +154,14 @@ class EnergyLog:
         idle = windows.pop(_IDLE, Usage()).reading
         cached = windows.pop(_CACHED, Usage()).requests
         types = [usage for key, usage in windows.items() if key[0] == "request_types"]
-        total = reduce(Usage.plus, types or [Usage(reading=EnergyReading(0.0))])
+        total = Usage.sum(types or [Usage(reading=EnergyReading(0.0))])
         noted = [each.notes for each in (total.reading, idle) if each is not None]
-        notes = [*dict.fromkeys(sum(noted, tuple(self.monitor.failures)))]
+        notes = [*dict.fromkeys(chain(self.monitor.failures, *noted))]
         meter = self.monitor.describe()
         block: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "status": ("partial" if notes else "ok") if meter else "not measured",
-            **dict.fromkeys(each.name for each in fields(MeterDescription)),
+            **{each.name: None for each in fields(MeterDescription)},
             **(asdict(meter) if meter else {}),
             "machines": self._machines,
             "cached_answers": cached,
@@ -178,11 +173,12 @@ class EnergyLog:
             "notes": notes,
         }
         block["meter"] = block.pop("name")
-        for (*names, last), usage in windows.items():
-            place = reduce(lambda at, name: at.setdefault(name, {}), names, block)
-            place[last] = usage.as_dict(idle)
-            if names[0] == "set_up":
-                place[last] = (usage.reading or EnergyReading()).as_dict()
+        for key, usage in windows.items():
+            place, reading = block, usage.reading or EnergyReading()
+            for name in key:
+                place = place.setdefault(name, {})
+            is_set_up = key[0] == "set_up"
+            place.update(reading.as_dict() if is_set_up else usage.as_dict(idle))
         return block
 
 
@@ -203,14 +199,13 @@ class EnergyWindows(TemplateLM):
         """A model with energy readings under ``config.energy`` of the results file.
 
         Args:
-            *args: As in the model.
+            *args, **kwargs: Those of the model.
             energy: Measure wall time, tokens and energy of each request type.
             energy_per_task: Measure the requests of each task in a separate window.
             energy_idle_seconds: First measure the idle machine for this many seconds, and also
                 report net energy.
             energy_country: ISO 3166 alpha-3 code of the country whose carbon intensity
                 turns energy into emissions, which are reported only with it.
-            **kwargs: Everything the model takes.
 
         Raises:
             ValueError: An argument is out of range, or needs ``energy=true``.
@@ -234,7 +229,7 @@ class EnergyWindows(TemplateLM):
         if energy:
             country = None if country is None else check_country(country)
             meter = CodecarbonMeter(country) if meters_the_machine() else None
-            self._energy = EnergyLog(EnergyMonitor(meter) if meter else None, wait)
+            self._energy = EnergyLog(EnergyMonitor(meter), wait)
         self._energy_per_task = energy_per_task
         self._request_type = ""
         self._warmed_up = False
@@ -249,7 +244,7 @@ class EnergyWindows(TemplateLM):
         raise NotImplementedError
 
     def _wait_for_accelerators(self) -> None:
-        """Let work that was only sent off be done before a meter is read."""
+        """Wait for work that was only sent off, before a meter is read."""
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
         return self._measured("loglikelihood", requests, disable_tqdm)
@@ -261,10 +256,7 @@ class EnergyWindows(TemplateLM):
         return self._measured("generate_until", requests, disable_tqdm)
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Take the hook, and count the answers that the harness reads from its cache.
-
-        `CachingLM` keeps such requests to itself: reads are all that can be seen of them.
-        """
+        """Take the hook, and count the answers that `CachingLM` reads and keeps to itself."""
         super().set_cache_hook(cache_hook)
         energy, answers = self._energy, cache_hook.dbdict
         if energy is not None and answers is not None:
@@ -272,7 +264,7 @@ class EnergyWindows(TemplateLM):
             class Counted(type(answers)):  # type: ignore[misc]
                 def __getitem__(cache, key: Any) -> Any:
                     answer = super().__getitem__(key)
-                    energy.count_cached()  # type: ignore[union-attr]
+                    energy.note(_CACHED, Usage(1))  # type: ignore[union-attr]
                     return answer
 
             answers.__class__ = Counted
@@ -283,7 +275,7 @@ class EnergyWindows(TemplateLM):
             self._energy.begin()
 
     def energy_info(self) -> dict[str, Any]:
-        """Return the block ``energy`` of the results, if it is on; log its total."""
+        """Return the block ``energy`` of the results, if it is on, and log its total."""
         if self._energy is None:
             return {}
         block = self._energy.finish()

@@ -37,8 +37,8 @@ def run(arguments) -> int:
     from lm_eval_pruned.gate import baseline as files, check as gate
     from lm_eval_pruned.gate.findings import FORMATS, exit_code
 
-    options = {kind: getattr(arguments, kind) for kind in files.RULES}
-    rules = [files.Rule(*each) for each in options.items() if each[1] is not None]
+    given = {kind: getattr(arguments, kind) for kind in files.RULES}
+    rules = [files.Rule(k, value) for k, value in given.items() if value is not None]
     if rules and not arguments.update:
         raise ValueError(
             f"--{rules[0].kind} {rules[0].value} makes rules for a new baseline: give it together "
@@ -51,7 +51,7 @@ def run(arguments) -> int:
         print(FORMATS[arguments.format](findings, gate.notes(runs, baseline)), end="")
         return exit_code(findings)
     previous = files.read_baseline(file) if Path(file).exists() else None
-    rule = rules[0] if rules else files.Rule("absolute", 0.0)
+    (rule,) = rules or [files.Rule("absolute", 0.0)]
     baseline = gate.make_baseline(runs, rule, previous)
     files.write_baseline(file, baseline)
     for finding in gate.check(runs, baseline):

@@ -7,34 +7,27 @@ import sys
 from lm_eval_pruned.util.options import Row, row
 
 
+# fmt: off
 #: What a margin is written in.
 UNIT = "1pt (a percentage point), 2%% (of the base's score), or a number in the metric's own unit"
-
-
-_LEVEL = "level of the tests; intervals cover 1 - A (default: 0.05)"
-
-
-def alpha(about: str = _LEVEL) -> Row:
-    """Return the option for the level of tests."""
-    return row("--alpha", "A", about, type=float, default=0.05)
+ALPHA = row("--alpha", "A", "level of the tests; intervals cover 1 - A (default: 0.05)", type=float,
+            default=0.05)
 
 
 def margins(also: str = "") -> list[Row]:
     """Return the options that ask for a claim, of which one can be given; say `also` of both."""
-    ask = "ask whether scores are shown to be"
-    found = {"equivalent": "neither better nor worse", "not_worse": "not worse"}
+    claims = {"equivalent": "neither better nor worse", "not_worse": "not worse"}
     return [
-        row(f"--{claim}", "MARGIN", f"{ask} {words} by it: {UNIT}{also}")
-        for claim, words in found.items()
+        row(f"--{claim}", "MARGIN", f"ask whether scores are shown to be {words} by it: {UNIT}{also}")
+        for claim, words in claims.items()
     ]
 
 
-# fmt: off
 OPTIONS = (
     row("paths", "RESULTS",
         "the base, then the runs: results files, folders that `lm_eval --output_path` filled, or "
         "sweep folders; one sweep folder alone is compared with its own baseline", nargs="+"),
-    alpha(),
+    ALPHA,
     row("--subtasks", "", "compare the members of groups too, such as the subjects of MMLU"),
     margins(),
     row("--format", None,
@@ -51,12 +44,13 @@ def run(arguments) -> None:
     from lm_eval_pruned.compare.comparison_table import FORMATS, as_table
     from lm_eval_pruned.compare.verdicts import CLAIMS, Margin
 
-    asked = [(claim, getattr(arguments, claim)) for claim in CLAIMS]
-    margin = next((Margin(*each) for each in asked if each[1] is not None), None)
+    asked = {claim: getattr(arguments, claim) for claim in CLAIMS}
+    margin = next((Margin(n, v) for n, v in asked.items() if v is not None), None)
     options = {"alpha": arguments.alpha, "subtasks": arguments.subtasks}
     result = compare(*read_comparands(arguments.paths), margin=margin, **options)
-    form = "markdown" if arguments.format == "table" else arguments.format
-    if arguments.format == "table" and sys.stdout.isatty():
+    if arguments.format != "table":
+        print(FORMATS[arguments.format](result), end="")
+    elif sys.stdout.isatty():
         print(as_table(result, everything=arguments.all, padded=True), end="")
     else:
-        print(FORMATS[form](result), end="")
+        print(FORMATS["markdown"](result), end="")

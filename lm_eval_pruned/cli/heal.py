@@ -37,10 +37,9 @@ def run(arguments) -> int:
     how = {"resume": arguments.resume, "merge": arguments.merge}
     healed = heal(model_args, *where, options, **how)
     steps, tokens = healed.record["steps"], healed.record["tokens_seen"]
-    speaks = PartialState().is_main_process
-    if speaks and healed.finished:
-        print(f"Trained {steps} steps on {tokens:,} tokens; wrote {healed.folder}.")
-    elif speaks:
-        kept = f"Stopped after {steps} steps, which are kept in {healed.folder}"
-        print(f"{kept}: the same command with --resume goes on.", file=sys.stderr)
+    told = f"Trained {steps} steps on {tokens:,} tokens; wrote {healed.folder}."
+    if not healed.finished:
+        told = f"Stopped after {steps} steps: the same command with --resume goes on."
+    if PartialState().is_main_process:
+        print(told, file=sys.stdout if healed.finished else sys.stderr)
     return 0 if healed.finished else 130

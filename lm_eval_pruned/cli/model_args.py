@@ -36,12 +36,11 @@ def read_with_pruning(
     Raises:
         ValueError: One was given in both ways, or one of loading is not among `loading`.
     """
-    model_args = read(arguments)
+    model_args, known = read(arguments), ("pretrained", *loading)
     given = {n: v for n in options if (v := getattr(arguments, n)) is not None}
     pruning = merged(take_prune_arguments(model_args), given)
     if arguments.trust_remote_code:
         model_args["trust_remote_code"] = True
-    known = ("pretrained", *loading)
     for name in [each for each in model_args if each not in known]:
         names = f"it knows {', '.join(known)} and the arguments of pruning."
         raise ValueError(
@@ -52,11 +51,7 @@ def read_with_pruning(
 
 
 def with_default_model(given: dict[str, Any], doing: str) -> dict[str, Any]:
-    """Return arguments of loading that name a model; `doing` is for the notice of the default.
-
-    Raises:
-        OSError: The default model is wanted and cannot be had.
-    """
+    """Return arguments of loading that name a model; `doing` is for the notice of the default."""
     if "pretrained" in given:
         return given
     from lm_eval_pruned.checkpoints.default_model import find_default_model

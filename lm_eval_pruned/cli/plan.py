@@ -10,6 +10,7 @@ from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, SEVERAL_SIZES, opti
 from lm_eval_pruned.util.options import merged, row
 
 
+_SIZES = {**SEVERAL_SIZES, "drop_layers": "drop_layers"}
 #: What else decides how wide each layer becomes.
 _SHARING = [name for name in DECLARED if name not in CUTS]
 OPTIONS = (
@@ -28,13 +29,11 @@ def run(arguments) -> None:
 
     source = planning.SOURCE_ARGUMENTS
     model_args, pruning = loading.read_with_pruning(arguments, _SHARING, source)
-    options = {**SEVERAL_SIZES, "drop_layers": "drop_layers"}
-    given = {name: getattr(arguments, option) for option, name in options.items()}
+    given = {name: getattr(arguments, option) for option, name in _SIZES.items()}
     sizes = {name: values for name, values in given.items() if values is not None}
     asked = merged({n: [pruning.pop(n)] for n in CUTS if n in pruning}, sizes)
     if not asked:
-        names = ", ".join(f"--{name}" for name in options)
-        raise ValueError(f"No size was given: pass one of {names}.")
+        raise ValueError(f"No size was given: pass one of --{', --'.join(_SIZES)}.")
     model = loading.with_default_model(model_args, "planning") | pruning
     # Sizes of two kinds are refused by the arguments of pruning, in one sentence.
     first, *others = asked

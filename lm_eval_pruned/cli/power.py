@@ -3,7 +3,7 @@ its runs, say how likely `compare` calls them equivalent or not worse if there i
 how likely it sees a difference of the margin.
 """
 
-from lm_eval_pruned.cli.compare import UNIT, alpha
+from lm_eval_pruned.cli.compare import UNIT
 from lm_eval_pruned.util.options import row
 
 
@@ -16,10 +16,16 @@ OPTIONS = (
     row("--margin", "MARGIN", UNIT, required=True),
     row("--documents", "N",
         "how many documents to ask about (default: as many as were evaluated)", type=int),
-    alpha("level of one test (default: 0.05); with several rows in a table their correction leaves "
-          "less"),
+    row("--alpha", "A",
+        "level of one test (default: 0.05); with several rows in a table their correction leaves less",
+        type=float, default=0.05),
 )
 # fmt: on
+_TITLES = ("run", "metric", "documents", "changed", "margin", "verdict")
+_MORE = ("if there is", "chance", "documents for 80 %")
+_FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
+
+
 def run(arguments) -> None:
     """Print the chances of a verdict."""
     from lm_eval_pruned.compare import comparison, power
@@ -30,16 +36,13 @@ def run(arguments) -> None:
     base, runs = comparison.read_comparands(arguments.paths)
     options = {"documents": documents, "alpha": arguments.alpha}
     found = power.power_of(base, runs, arguments.task, margin, **options)
-    titles = ["run", "metric", "documents", "changed", "margin", "verdict"]
-    titles += ["if there is", "chance", "documents for 80 %"]
-    forms = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
     rows = [
-        ["-" if v is None else format(v, f) for v, f in zip(each, forms, strict=True)]
+        ["-" if v is None else format(v, f) for v, f in zip(each, _FORMS, strict=True)]
         for each in found
     ]
     asked = f"{documents} documents" if documents else "as many documents as there are"
     print(
         f"Chance of a verdict on {arguments.task} with {asked}, if as many answers change as did in "
-        "these samples; one test, without a correction for others.\n\n"
-        f"{markdown_table(titles, rows, 'llrrrllrr')}"
+        f"these samples; one test, without a correction for others.\n\n"
+        f"{markdown_table(_TITLES + _MORE, rows, 'llrrrllrr')}"
     )

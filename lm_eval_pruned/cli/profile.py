@@ -49,9 +49,9 @@ def run(arguments) -> int:
         )
     model_args = loading.with_default_model(model_args, "profiling")
     file, limit = arguments.prompts, arguments.limit
-    prompts = (demo_prompts() if file is None else read_prompts(Path(file)))[:limit]
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no prompt: pass at least 1.")
+    prompts = (demo_prompts() if file is None else read_prompts(Path(file)))[:limit]
     sizes = {name: getattr(arguments, name) for name in (*SEVERAL_SIZES, "criterion")}
     request = ProfileRequest.of(
         ProfileRequest.parsed(arguments),
@@ -63,7 +63,7 @@ def run(arguments) -> int:
         load_arguments=model_args,
     )
     if why := plots_missing():
-        print(f"There will be no plots: {why}.", file=sys.stderr)
+        print(f"There will be no figure: {why}.", file=sys.stderr)
     found = profile(
         request,
         prompts,
@@ -74,6 +74,4 @@ def run(arguments) -> int:
     paths = profile_report.write(found, folder)
     print(profile_report.as_markdown(found))
     print(f"Written to {', '.join(map(str, paths))}.", file=sys.stderr)
-    if found["interrupted"]:
-        print("Interrupted: the files hold what was finished before.", file=sys.stderr)
     return 130 if found["interrupted"] else 0

@@ -9,15 +9,11 @@ from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, option_row
 from lm_eval_pruned.util.options import row
 
 
-_GROUPS = {names[0]: [*map(option_row, names)] for names in EXCLUSIVE.values()}
 _GROUPED = [name for names in EXCLUSIVE.values() for name in names[1:]]
-_ROWS = _GROUPS | {
-    "recipe": row(
-        *("--recipe", "NAME"),
-        "what to prune by: study, fast or best (default: best, or fast where text cannot be run)",
-    )
-}
 # fmt: off
+_ROWS = {names[0]: [*map(option_row, names)] for names in EXCLUSIVE.values()} | {"recipe": row(
+    "--recipe", "NAME",
+    "what to prune by: study, fast or best (default: best, or fast where text cannot be run)")}
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--output_path", "DIR", "folder to write; new or empty", required=True),

@@ -2,7 +2,7 @@
 flips.html with every changed answer. Needs the extra `report`.
 """
 
-from lm_eval_pruned.cli.compare import alpha
+from lm_eval_pruned.cli.compare import ALPHA
 from lm_eval_pruned.util.options import row
 
 
@@ -10,7 +10,7 @@ from lm_eval_pruned.util.options import row
 OPTIONS = (
     row("folder", "DIR", "sweep folder"),
     row("--output_path", "DIR", "where to write (default: `report` in the sweep folder)"),
-    alpha(),
+    ALPHA,
     row("--no_texts", "",
         "leave the texts of documents and answers out, for a report that is published"),
 )

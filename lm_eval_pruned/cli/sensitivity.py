@@ -61,11 +61,10 @@ def run(arguments) -> None:
     tokenizer = model_args.pop("tokenizer", None)
     if arguments.device is not None:
         model_args["device_map"] = {"": arguments.device}
+    given = (pretrained, PruneArguments(), model_args)
     asked = {name[2:]: getattr(arguments, name[2:]) for name, _ in _MEASURING}
     measured = measure_sensitivity(
-        LoadRequest.resolve(
-            AutoModelForCausalLM, pretrained, PruneArguments(), model_args
-        ),
+        LoadRequest.resolve(AutoModelForCausalLM, *given),
         tokenizer=tokenizer and AutoTokenizer.from_pretrained(tokenizer),
         **{name: value for name, value in asked.items() if value},
     )
@@ -78,12 +77,12 @@ def run(arguments) -> None:
         print(markdown_table(table.columns, rows, padded=True))
     if not output:
         return
-    measured.write(output / SENSITIVITY)
     files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
     if why := plots_missing():
         print(f"There are no plots: {why}.", file=sys.stderr)
     else:
         files |= curves.plots()[0].files()
+    measured.write(output / SENSITIVITY)
     for name, content in files.items():
         write_atomically(output / name, content)
     print(f"Wrote {', '.join([SENSITIVITY, *files])} to {output}.", file=sys.stderr)

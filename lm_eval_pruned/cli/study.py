@@ -3,7 +3,7 @@ energy and latency. It ends with one page: does the dichotomy hold for this mode
 goes on where it stopped. Needs the extra `report`.
 """
 
-from lm_eval_pruned.sweeps import options
+from lm_eval_pruned.cli import sweep
 from lm_eval_pruned.util.options import row
 
 
@@ -15,21 +15,16 @@ OPTIONS = (
         "and tasks (default: as the tokenizer and the name say)", choices=("base", "instruct")),
     row("--quick", "",
         "few documents, three sizes, one seed: about 15 minutes for the default model on two cores"),
-    options.add_arguments,
+    *sweep.OPTIONS,
 )
 # fmt: on
 
 
 def run(arguments) -> int:
     """Run the study; return its exit code."""
-    given = options.read_options(arguments, needs=("output_path",))
-    shard = options.parse_shard(arguments.shard) if arguments.shard else None
-    from lm_eval.utils import setup_logging
-
+    given, how = sweep.read(arguments, needs=("output_path",))
     from lm_eval_pruned.cli import main
     from lm_eval_pruned.study.run import run_study
 
-    setup_logging()
-    names = ("kind", "quick", "retry_failed", "dry_run")
-    how = {name: getattr(arguments, name) for name in names}
-    return run_study(arguments.models, given, main, shard=shard, **how)
+    how |= {"kind": arguments.kind, "quick": arguments.quick}
+    return run_study(arguments.models, given, main, **how)

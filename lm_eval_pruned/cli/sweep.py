@@ -2,20 +2,28 @@
 is kept at once; the same command goes on where it stopped.
 """
 
+from typing import Any
+
 from lm_eval_pruned.sweeps import options
 
 
 OPTIONS = (options.add_arguments,)
 
 
-def run(arguments) -> int:
-    """Run the sweep; return its exit code."""
-    asked = options.read_options(arguments)
+def read(arguments, **needs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of a sweep, and how its units are run; log as `lm_eval` does."""
+    asked = options.read_options(arguments, **needs)
     shard = options.parse_shard(arguments.shard) if arguments.shard else None
     from lm_eval.utils import setup_logging
 
-    from lm_eval_pruned.sweeps.run import run_sweep
-
     setup_logging()
     how = {"retry_failed": arguments.retry_failed, "dry_run": arguments.dry_run}
-    return run_sweep(asked, shard=shard, **how)
+    return asked, {"shard": shard, **how}
+
+
+def run(arguments) -> int:
+    """Run the sweep; return its exit code."""
+    asked, how = read(arguments)
+    from lm_eval_pruned.sweeps.run import run_sweep
+
+    return run_sweep(asked, **how)

@@ -1,8 +1,7 @@
 """codecarbon as a meter: machine-wide, offline, silent.
 
-codecarbon's ``stop()`` and ``flush()`` return *emissions* in kg CO2e. Energy is read
-from the `EmissionsData` that it hands to an output, field ``energy_consumed`` and the
-components beside it, in kWh.
+Its ``stop()`` and ``flush()`` return *emissions* in kg CO2e. Energy is ``energy_consumed`` and the
+components beside it, in kWh, of the `EmissionsData` that it hands to an output.
 """
 
 from __future__ import annotations
@@ -44,14 +43,7 @@ class ComponentSource:
 
 @dataclass(frozen=True)
 class MeterDescription:
-    """What a meter is and what its numbers hold.
-
-    Attributes:
-        scope: What is metered and what is left out.
-        resolution_seconds: Time by which the edge of a window may be off, in seconds.
-        hardware: Model names, by component.
-        country: ISO 3166 alpha-3 code that the carbon intensity belongs to, or None.
-    """
+    """What a meter is and what its numbers hold; the keys are those of docs/energy.md."""
 
     name: str
     scope: str
@@ -62,11 +54,7 @@ class MeterDescription:
 
 
 def check_country(country: str) -> str:
-    """Return an ISO 3166 alpha-3 country code in capitals.
-
-    Raises:
-        ValueError: codecarbon has no carbon intensity for it.
-    """
+    """Return an ISO 3166 alpha-3 code in capitals; ValueError if codecarbon does not know it."""
     from codecarbon.input import DataSource
 
     code = str(country).upper()
@@ -79,17 +67,14 @@ def check_country(country: str) -> str:
 
 
 class CodecarbonMeter:
-    """Counts the energy of this machine with codecarbon, without files and network.
+    """Counts the energy of this machine with codecarbon, and emissions where `country` is given.
 
-    `country` is the ISO 3166 alpha-3 code whose carbon intensity gives the emissions, or None. Of
-    the user's codecarbon configuration, ``force_...``, ``pue`` and ``rapl_...`` apply.
-
+    Of the user's codecarbon configuration, ``force_...``, ``pue`` and ``rapl_...`` apply.
     Source: codecarbon 3.3.2, `emissions_tracker.py`, `core/resource_tracker.py`.
     """
 
     def __init__(self, country: str | None = None) -> None:
         self._country = country
-        self._tracker: Any = None
         self._sources: dict[str, ComponentSource] = {}
         self._latest: EmissionsData | None = None
 
@@ -114,7 +99,7 @@ class CodecarbonMeter:
             def _measure_power_and_energy_if_stale(self, *_: Any, **__: Any) -> None:
                 self._measure_power_and_energy()
 
-        self._tracker = Tracker(
+        self._tracker: Any = Tracker(
             output_methods=[],
             output_handlers=[Output()],
             emissions_endpoint=False,
@@ -160,11 +145,9 @@ class CodecarbonMeter:
             for name, source in self._sources.items()
             if source.kind != "none"
         }
-        return EnergyReading(
-            None,
-            Joules(**joules, total=data.energy_consumed * JOULES_PER_KWH),
-            data.emissions if self._country else None,
-        )
+        total = data.energy_consumed * JOULES_PER_KWH
+        emissions = data.emissions if self._country else None
+        return EnergyReading(None, Joules(**joules, total=total), emissions)
 
     def stop(self) -> None:
         self._tracker.stop()
@@ -189,8 +172,8 @@ def _source(name: str, part: Any) -> ComponentSource:
         library = "NVML" if "Nvidia" in type(devices[0]).__name__ else "AMD SMI"
         counted = all(getattr(each, "_has_counter", False) for each in devices)
         means = "energy counter" if counted else "power, sampled each second"
-        count = f"{len(part._get_gpu_ids())} device(s)"
-        return ComponentSource("measured", f"{library} {means} of {count}")
+        count = len(part._get_gpu_ids())
+        return ComponentSource("measured", f"{library} {means} of {count} device(s)")
     if mode == "RAM":
         watts = f"{part.total_power().W:g} W"
         if part._force_ram_power is not None:

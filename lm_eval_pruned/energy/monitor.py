@@ -22,17 +22,17 @@ logger = logging.getLogger("lm_eval.pruned.energy")
 class EnergyMonitor:
     """Measures named windows, which may nest and overlap, with a meter that may fail.
 
-    What the meter does wrong raises nothing: it is in the notes of the readings.
+    What the meter does wrong raises nothing: it is in `failures`, a sentence each, and in the notes
+    of the readings.
 
     Args:
-        meter: The meter, which the first window starts. None in a process that is not the one
-            to meter its machine: only time is measured.
+        meter: The meter, which the first window starts. None where another process meters the
+            machine: only time is measured.
         clock: Returns seconds; for tests.
 
     Attributes:
-        failures: What the meter did wrong, one sentence each, in order.
-        required: Components without which there is no total, such as ``gpu`` for a model
-            that runs on one.
+        meters: Whether there is a meter, also one that failed since.
+        required: Components without which there is no total, such as ``gpu``.
     """
 
     def __init__(
@@ -42,12 +42,13 @@ class EnergyMonitor:
     ) -> None:
         self.failures: list[str] = []
         self.required: set[str] = set()
+        self.meters = meter is not None
         self._meter, self._clock, self._running = meter, clock, False
         self._description: MeterDescription | None = None
         self._open: dict[str, EnergyReading] = {}
         # What no open window holds.
         self._apart = EnergyReading(0.0, Joules(0.0, 0.0, 0.0, 0.0), 0.0)
-        if meter is None:
+        if not self.meters:
             self.failures.append("another process of this machine meters it")
 
     def start(self) -> None:
@@ -68,7 +69,6 @@ class EnergyMonitor:
         return self._description
 
     def begin_window(self, name: str) -> None:
-        """Open a window."""
         self.start()
         self._open[name] = self._counters()
 
@@ -107,9 +107,9 @@ class EnergyMonitor:
         ]
         if not notes:
             return took
-        del parts["total"]
         measured = {name: part for name, part in parts.items() if part and part > 0}
-        return EnergyReading(took.seconds, Joules(**measured), notes=tuple(notes))
+        joules = Joules(**measured | {"total": None})
+        return EnergyReading(took.seconds, joules, notes=tuple(notes))
 
     def _ask(self, call: Callable[[], Any], failure: str) -> Any:
         """Return what the meter answers; one that fails is not asked again."""

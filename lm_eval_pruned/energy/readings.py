@@ -23,10 +23,7 @@ COMPONENTS = ("cpu", "gpu", "ram")
 class Joules:
     """Energy by component, in joules; None where it was not measured.
 
-    Attributes:
-        cpu, gpu, ram: All processors and memory modules that the meter sees.
-        total: As the meter adds them up; None where one that the meter has, or that the model
-            runs on, was not measured.
+    `total` is None where a component that the meter has, or that the model runs on, is missing.
     """
 
     cpu: float | None = None
@@ -39,10 +36,7 @@ class Joules:
 class EnergyReading:
     """What one window, or several added up, took; or what a meter's counters show.
 
-    Attributes:
-        seconds: Wall time in seconds; None where it was not measured.
-        emissions_kg: Emissions in kg CO2e; None without a carbon intensity.
-        notes: Why something was not measured.
+    Emissions are kg CO2e, and None without a carbon intensity; `notes` say what is missing and why.
     """
 
     seconds: float | None = None

@@ -20,9 +20,7 @@ _UNMETERED = {"joules": {}, "notes": ["the first part was trained without a mete
 class TrainingCost:
     """Seconds and joules of a training; what could not be measured is None, with a note.
 
-    Args:
-        metered: Whether energy is measured.
-        before: What the record of the checkpoint says that the training goes on from.
+    `before` is the record of the checkpoint that the training goes on from.
     """
 
     def __init__(
@@ -45,9 +43,7 @@ class TrainingCost:
         before = self._before
         if not self._open:
             # All steps were taken before.
-            return {
-                name: before[name] for name in ("seconds", "energy") if name in before
-            }
+            return {k: before[k] for k in ("seconds", "energy") if k in before}
         # One window to the end: in a short one a counter may not move at all.
         reading = self._monitor.read_window("training")
         if before:

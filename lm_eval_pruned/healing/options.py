@@ -61,36 +61,28 @@ class HealingOptions(DeclaredOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.teacher_weight <= 1:
-            why = (
-                f"teacher_weight={self.teacher_weight} is no share of the loss: pass a number from "
-                "0 to 1"
-            )
-        elif not 0 < self.temperature < math.inf:
-            why = (
-                f"temperature={self.temperature} divides logits: pass a number above 0"
-            )
-        elif self.temperature != 1 and self.teacher_weight == 0:
-            why = (
-                f"temperature={self.temperature} compares the model with a teacher, but there is "
-                "none: add teacher_weight, or leave it out"
-            )
+        weight, temperature, why = self.teacher_weight, self.temperature, ""
+        if not 0 <= weight <= 1:
+            why = f"teacher_weight={weight} is no share of the loss: pass 0 to 1"
+        elif not 0 < temperature < math.inf:
+            why = f"temperature={temperature} divides logits: pass a number above 0"
+        elif temperature != 1 and not weight:
+            why = f"temperature={temperature} compares the model with a teacher, but there is none: "
+            why += "add teacher_weight, or leave it out"
         elif self.peft_args and self.method == "full":
-            why = (
-                f"peft_args={written(self.peft_args)} describes an adapter, but method=full "
-                "trains none: leave it out, or pass method=lora"
-            )
-        else:
-            return
-        raise ValueError(f"{why}.")
+            why = f"peft_args={written(self.peft_args)} describes an adapter, but method=full trains "
+            why += "none: leave it out, or pass method=lora"
+        if why:
+            raise ValueError(f"{why}.")
 
     def trainer_arguments(self, folder: Path) -> TrainingArguments:
-        """Return what `transformers.Trainer` is told; raise ValueError where it takes no such thing."""
+        """Return what `Trainer` is told; raise ValueError where it takes no such thing."""
         from transformers import TrainingArguments
 
         own = {"output_dir": str(folder), "max_steps": self.max_steps or -1}
-        every = {**self.training(), **own}
-        return _made(TrainingArguments, "training_args", self.training_args, every)
+        return self._made(
+            TrainingArguments, "training_args", {**self.training(), **own}
+        )
 
     def training(self) -> dict[str, Any]:
         """Return the training arguments that are given, and those that differ by default."""
@@ -104,14 +96,31 @@ class HealingOptions(DeclaredOptions):
         if self.method == "full":
             return None
         own = {"use_dora": self.method == "dora", "task_type": "CAUSAL_LM"}
-        every = {**ADAPTER, **self.peft_args, **own}
-        return _made(LoraConfig, "peft_args", self.peft_args, every)
+        return self._made(LoraConfig, "peft_args", {**ADAPTER, **self.peft_args, **own})
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the record of a healing holds, and what a resumed one must share."""
         teacher = {"weight": self.teacher_weight, "temperature": self.temperature}
         shared = {"method": self.method, "max_length": self.max_length}
         return {**shared, "teacher": teacher if self.teacher_weight else None}
+
+    def _made(self, kind: Any, argument: str, every: Mapping[str, Any]) -> Any:
+        """Make the arguments of a library from `every` one, of which an option gives some."""
+        given = getattr(self, argument)
+        for name, value in given.items():
+            if every[name] != value:
+                raise ValueError(
+                    f"{argument} has {name}={value}, which other options of heal decide: leave it "
+                    "out."
+                )
+        try:
+            return kind(**every)
+        except (TypeError, ValueError, ImportError, AttributeError) as error:
+            library = kind.__module__.partition(".")[0]
+            raise ValueError(
+                f"{argument}={written(given)} cannot be used ({error}): pass what "
+                f"{library}.{kind.__name__} takes."
+            ) from None
 
 
 #: The options by name.
@@ -121,22 +130,3 @@ DECLARED = HealingOptions.declared()
 def written(arguments: Mapping[str, Any]) -> str:
     """Return arguments as the command line takes them."""
     return ",".join(f"{name}={value}" for name, value in arguments.items())
-
-
-def _made(
-    kind: Any, argument: str, given: Mapping[str, Any], every: Mapping[str, Any]
-) -> Any:
-    """Make the arguments of a library from `every` one, of which `argument` gives some."""
-    for name, value in given.items():
-        if every[name] != value:
-            raise ValueError(
-                f"{argument} has {name}={value}, which other options of heal decide: leave it out."
-            )
-    try:
-        return kind(**every)
-    except (TypeError, ValueError, ImportError, AttributeError) as error:
-        library = kind.__module__.partition(".")[0]
-        raise ValueError(
-            f"{argument}={written(given)} cannot be used ({error}): pass what "
-            f"{library}.{kind.__name__} takes."
-        ) from None

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class Healed(NamedTuple):
-    """The adapter or model, or the checkpoint of a healing that was interrupted; and its record."""
+    """The folder of the result, or of the checkpoint of what was interrupted; and its record."""
 
     folder: Path
     record: dict[str, Any]
@@ -70,7 +70,7 @@ def prepare(
     where = "training_args say where to train, such as use_cpu=true"
     quantised = "quantised weights cannot be trained, so quantise what comes out"
     refused = {"peft": "merge it into a checkpoint first"}
-    refused |= dict.fromkeys(("device", "device_map"), where)
+    refused |= {"device": where, "device_map": where}
     refused |= dict.fromkeys(quantising_arguments(model_args), quantised)
     for name, advice in refused.items():
         if model_args.get(name) is not None:
@@ -120,15 +120,13 @@ def heal(
 ) -> Healed:
     """Train a pruned model, to recover some of what pruning cost.
 
-    Checkpoints go to a folder beside `output` whose name ends in ``.checkpoints``;
-    `output` appears when the training is over. The first Ctrl-C ends it after the step
-    that runs, with a checkpoint.
+    Checkpoints go to `checkpoints_of` `output`, which appears when the training is over. The first
+    Ctrl-C ends it after the step that runs, with a checkpoint.
 
     Args:
         model_args: ``pretrained``, arguments of pruning and what else ``from_pretrained`` takes.
         data: Text to train on, none of which may be evaluated; see `texts_of`.
         output: Folder to write; it must not exist, or be empty.
-        options: How to train.
         resume: Go on from the last checkpoint of the same healing. None: if there is one.
         merge: Also write the merged model, as a checkpoint in the folder ``merged`` below `output`.
         metered: Whether to measure the energy of the training.
@@ -151,20 +149,18 @@ def heal(
     arguments, adapter, request, tokenizer = prepare(*given)
     blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
     text = {"file": Path(data).name, "sha256": digest_of(data), "texts": len(texts)}
-    text["tokens"] = len(blocks) * length
-    shared = {**options.as_dict(), "data": text}
-    before = read_healing(str(last)) if last else None
-    _check_same(last, before, shared)
-    model: Any = load_request(request, tokenizer)
-    pruned: PruneRecord = model.prune_record
-    pruning = pruned.as_dict()
-    _check_same(last, before and _left(before["pruning"]), _left(pruning))
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
-        **shared,
+        **options.as_dict(),
+        "data": {**text, "tokens": len(blocks) * length},
         "training_args": options.training(),
-        "pruning": pruning,
     }
+    before = (last and read_healing(str(last))) or {}
+    _check_same(last, before, options.as_dict() | {"data": record["data"]})
+    model: Any = load_request(request, tokenizer)
+    pruned: PruneRecord = model.prune_record
+    record["pruning"] = pruned.as_dict()
+    _check_same(last, before and _left(before["pruning"]), _left(record["pruning"]))
 
     from transformers import set_seed
 
@@ -239,7 +235,7 @@ def _left(pruning: dict[str, Any]) -> dict[str, Any]:
 
 def _check_same(last: Path | None, before: Any, now: dict[str, Any]) -> None:
     for name, value in now.items():
-        if before is not None and before.get(name) != value:
+        if before and before.get(name) != value:
             raise ValueError(
                 f"{last} is of a healing with {name}={before.get(name)}, but this one has "
                 f"{name}={value}: pass the same to resume, or another output to begin."

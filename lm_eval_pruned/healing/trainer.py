@@ -81,8 +81,7 @@ class Checkpoints(TrainerCallback):
     """Writes a record into each checkpoint, and makes one when the training is interrupted."""
 
     def __init__(self, record: dict[str, Any], cost: TrainingCost) -> None:
-        self._record, self._cost = record, cost
-        self._stopping = False
+        self._record, self._cost, self._stopping = record, cost, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Begin to count what is spent."""

@@ -1,8 +1,4 @@
-"""A model in vLLM, as far as a profile asks for it.
-
-Times are those of a client of the engine: they hold what its scheduler and the way to its
-processes take.
-"""
+"""A model in vLLM, as far as a profile asks for it; times are those of a client of the engine."""
 
 from __future__ import annotations
 

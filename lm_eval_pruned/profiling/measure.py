@@ -1,8 +1,6 @@
 """Measure models side by side: prefill and decode, at a fixed and at the natural output length.
 
-Each repeat loads and measures all models once, one after the other in an order that rotates, so
-that a machine that gets slower does so for all of them. Only the fixed length compares speed: who
-stops earlier is not faster.
+Only the fixed length compares speed: a model that stops earlier is not faster.
 """
 
 from __future__ import annotations
@@ -53,19 +51,15 @@ def profile(
     load: Callable[..., Any] = load_pruned,
     on_repeat: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure the models of `request` on `prompts`.
+    """Measure the models of `request` on `prompts`; `clock` returns seconds, for tests.
 
     Args:
-        request, prompts, monitor: What to measure, on which texts, and the energy with what.
-        clock: Returns seconds; for tests.
         load: `load_pruned`, or `lm_eval_pruned.profiling.engine.EngineModel`.
         on_repeat: Called with what there is so far after each repeat.
 
     Returns:
-        What ``profile.json`` holds (JSON types only): the request, the environment, how it was
-        measured, ``energy`` (meter, scope, source of each component, and what went wrong),
-        ``models`` (see `plan_models`) and ``cells`` (see `cells_of`). After an interrupt from the
-        keyboard, what was finished, with ``interrupted`` set.
+        What ``profile.json`` holds (JSON types only), with ``models`` of `plan_models` and
+        ``cells`` of `cells_of`. After Ctrl-C, what was finished, with ``interrupted`` set.
 
     Raises:
         ValueError: A size is out of range, or a prompt is too long for the model.
@@ -82,6 +76,7 @@ def profile(
         monitor.start()
         for repeat in trange(request.repeats, desc="Profiling", unit="repeat"):
             shift = repeat % len(models)
+            # The order rotates: a machine that gets slower does so for all models.
             for spec in models[shift:] + models[:shift]:
                 profiler.measure(repeat, spec)
                 release_memory()
@@ -131,7 +126,7 @@ class _Profiler:
             for batch in batches[:2]:
                 timed(batch, min(8, tokens), fixed=True)
                 self.warm_up_batches += 1
-            _clear_peaks(model.device)
+            _peaks(model.device, clear=True)
             key = {"batch_size": size, "model": spec["name"], "repeat": repeat}
             run = partial(timed, max_new_tokens=1, fixed=True)
             _, prefill = self.window(run, size, ENERGY_WINDOW_SECONDS)
@@ -154,7 +149,7 @@ class _Profiler:
     def window(
         self, run: Callable[..., dict[str, Any]], size: int, least: float = 0
     ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-        """Generate for all batches, until `least` seconds are over; add the joules of a batch."""
+        """Generate for all batches, for `least` seconds or longer; add the joules of a batch."""
         timed: list[dict[str, Any]] = []
         self.monitor.begin_window("pass")
         start = self.clock() if least else 0.0
@@ -202,26 +197,22 @@ class _Profiler:
         }
 
 
-def _clear_peaks(device: torch.device | None) -> None:
-    """Look for new peaks from now on."""
-    if device is not None and device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):
-        # Starts the system's record of the peak anew (man 5 proc).
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peaks(device: torch.device | None) -> dict[str, int]:
-    """Return ``peak_device_bytes`` and ``peak_host_bytes``, those that are known of the device."""
+def _peaks(device: torch.device | None, *, clear: bool = False) -> dict[str, int]:
+    """Return the peaks of memory that are known; `clear` begins new ones."""
     found: dict[str, int] = {}
     if device is None:
         return found
     if device.type == "cuda":
         found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, AttributeError):
+        if clear:
+            torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        if clear:
+            # Starts the system's record of the peak anew (man 5 proc).
+            Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
-        high = re.search(r"VmHWM:\s*(\d+) kB", status)
-        found["peak_host_bytes"] = int(high[1]) * 1024  # type: ignore[index]
+        if high := re.search(r"VmHWM:\s*(\d+) kB", status):
+            found["peak_host_bytes"] = int(high[1]) * 1024
     return found
 
 
@@ -255,35 +246,34 @@ def generate(
         pad_token_id=pad_token,
         use_cache=True,
     )
-    times: list[float] = []
+    first: list[float] = []
 
-    def look_at_clock() -> None:
+    def now() -> float:
         if ids.device.type == "cuda":
             torch.cuda.synchronize(ids.device)
-        times.append(clock())
+        return clock()
 
-    def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        # This criterion never stops: it is what is called after the first token.
-        if len(times) == 1:
-            look_at_clock()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=ids.device)
+    def never_stop(*_: Any, **__: Any) -> torch.Tensor:
+        # A criterion is what is called after the first token.
+        if not first:
+            first.append(now())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    look_at_clock()
+    start = now()
     with torch.inference_mode():
         output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=batch["attention_mask"],
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([stop]),
+            stopping_criteria=StoppingCriteriaList([never_stop]),
         )
-    look_at_clock()
-    start, first, end = times
+    end = now()
     tokens = output[:, ids.shape[1] :]
     return {
         "rows": len(tokens),
         "prompt_tokens": int(batch["attention_mask"].sum()),
         "output_tokens": tokens.numel() if fixed else count_generated(tokens, ends),
         "steps": tokens.shape[1],
-        "first": first - start,
+        "first": first[0] - start,
         "total": end - start,
     }

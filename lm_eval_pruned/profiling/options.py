@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
-from lm_eval_pruned.pruning.arguments import RECIPES, STUDY
+from lm_eval_pruned.pruning.arguments import RECIPES, SEVERAL_SIZES, STUDY
 from lm_eval_pruned.util.options import DeclaredOptions, option
 
 
@@ -72,34 +72,27 @@ def plan_models(request: ProfileRequest) -> list[dict[str, Any]]:
     """Resolve the sizes to widths, without reading weights; equal ones are measured once.
 
     Returns:
-        A row for each model, the baseline first: ``name``, such as ``ratio=2.4
-        multiple_of=64``; ``asked``, the arguments of `load_pruned` that make it;
-        ``intermediate_size``, its kept width in neurons (the mean where the layers differ);
-        ``expansion_ratio``; ``parameters``, of which tied ones count once; ``model_bytes`` of
-        weights and buffers in memory, None before it was loaded; and ``layer_widths``, such as
-        ``0:1200,1-29:900``, empty where all layers are alike.
+        A row for each model, the baseline first: ``name``, such as ``ratio=2.4 multiple_of=64``;
+        ``asked``, the arguments of `load_pruned` that make it; ``model_bytes`` of weights and
+        buffers in memory, None before it was loaded; and figures of `PlanRow`, of which
+        ``layer_widths`` is empty where all layers are alike.
 
     Raises:
         ValueError, UnsupportedModelError, OSError: See `plan_rows`.
     """
-    sizes: list[tuple[str, Any]] = [("ratio", ratio) for ratio in request.ratios]
-    sizes += [("prune_percent", percent) for percent in request.prune_percents]
-    sizes += [("widths", file) for file in request.widths]
-    asked: dict[str, dict[str, Any]] = {"baseline": {"prune_percent": 0}}
-    for (argument, value), multiple in product(sizes, request.multiple_of):
-        rounded = f" multiple_of={multiple}" * (multiple != 1)
-        size = {argument: value, "multiple_of": multiple}
-        asked[f"{argument}={value}{rounded}"] = size
+    asked: list[tuple[str, Any, int]] = [("prune_percent", 0, 1)]
+    for several, argument in SEVERAL_SIZES.items():
+        asked += product([argument], getattr(request, several), request.multiple_of)
     models: dict[tuple[float, str], dict[str, Any]] = {}
-    for name, size in asked.items():
-        (argument, value), *more = size.items()
-        given = {**dict(more), **request.source()}
+    for argument, value, multiple in asked:
+        given = {"multiple_of": multiple, **request.source()}
         (row,) = plan_rows(request.pretrained, argument, [value], **given)
         # A file may give all layers one width.
         by_layer = row.layer_widths if "," in row.layer_widths else ""
+        name = f"{argument}={value}" + f" multiple_of={multiple}" * (multiple != 1)
         model = {
-            "name": name,
-            "asked": size if models else {},
+            "name": name if models else "baseline",
+            "asked": {argument: value, "multiple_of": multiple} if models else {},
             "intermediate_size": row.intermediate_size,
             "expansion_ratio": row.expansion_ratio,
             "parameters": row.parameters,

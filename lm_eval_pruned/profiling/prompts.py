@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from itertools import chain
 from pathlib import Path
@@ -25,13 +26,11 @@ def read_prompts(path: Path) -> list[str]:
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     prompts = [line for line in lines if line.strip()]
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         if path.suffix != ".txt":
             prompts = [json.loads(line)["prompt"] for line in prompts]
         if prompts and all(isinstance(prompt, str) for prompt in prompts):
             return prompts
-    except (ValueError, KeyError, TypeError):
-        pass
     raise ValueError(
         f"prompts={path} does not hold prompts: pass a .txt file with one prompt a line, or JSON "
         'Lines with a text under the key "prompt".'
@@ -60,11 +59,14 @@ def batches_of(
     tokenizer = AutoTokenizer.from_pretrained(name, **source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    chat, batches = request.apply_chat_template, {}
-    for size in request.batch_sizes:
-        batches[size] = make_batches(
-            tokenizer, prompts, size, request.device, chat=chat
-        )
+    if chat := request.apply_chat_template:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        how = {"tokenize": False, "add_generation_prompt": True}
+        prompts = tokenizer.apply_chat_template(turns, **how)  # type: ignore[arg-type, assignment]
+    batches = {
+        size: make_batches(tokenizer, prompts, size, request.device, bare=chat)
+        for size in request.batch_sizes
+    }
     longest = max(each["input_ids"].shape[1] for each in chain(*batches.values()))
     config = AutoConfig.from_pretrained(name, **source).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -79,23 +81,16 @@ def batches_of(
 def make_batches(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    batch_size: int,
+    size: int,
     device: str,
     *,
-    chat: bool = False,
+    bare: bool = False,
 ) -> list[BatchEncoding]:
-    """Tokenise prompts into left-padded batches, in their order."""
-    if chat:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        how = {"tokenize": False, "add_generation_prompt": True}
-        prompts = tokenizer.apply_chat_template(turns, **how)  # type: ignore[arg-type, assignment]
+    """Tokenise prompts, `bare` ones without special tokens, into left-padded batches in order."""
+    how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     return [
-        tokenizer(
-            list(prompts[start : start + batch_size]),
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not chat,
-            return_tensors="pt",
-        ).to(device)
-        for start in range(0, len(prompts), batch_size)
+        tokenizer(prompts[at : at + size], add_special_tokens=not bare, **how).to(
+            device
+        )  # type: ignore[arg-type]
+        for at in range(0, len(prompts), size)
     ]

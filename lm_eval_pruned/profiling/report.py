@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from itertools import product
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -50,12 +51,6 @@ _OF_CHANGES: tuple[_Column, ...] = (
     ("to", "high", 1, "+.1f"),
     ("verdict", "verdict", 1, ""),
 )
-#: What each plot draws.
-_PLOTS = {
-    "latency": _COLUMNS[1:4],
-    "throughput": _COLUMNS[4:6],
-    "energy": _COLUMNS[6:9],
-}
 
 
 def write(profile: dict[str, Any], folder: Path) -> list[Path]:
@@ -63,9 +58,7 @@ def write(profile: dict[str, Any], folder: Path) -> list[Path]:
     write_json(profile, folder)
     files: dict[str, str | bytes] = {"profile.md": as_markdown(profile)}
     if plots_missing() is None:
-        for name in _PLOTS:
-            plot = draw(profile, name)
-            files |= {f"{name}.png": plot.png, f"{name}.svg": plot.svg}
+        files |= draw(profile).files()
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in ("profile.json", *files)]
@@ -78,25 +71,24 @@ def write_json(profile: dict[str, Any], folder: Path) -> None:
 
 def as_markdown(profile: dict[str, Any]) -> str:
     """Return the profile as Markdown: two tables per batch size and output length."""
-    request, tokens = profile["request"], profile["request"]["max_new_tokens"]
+    tokens = profile["request"]["max_new_tokens"]
     headings = {
         "fixed": f"every model generates exactly {tokens} tokens",
         "natural": f"generation ends at end of text, or at {tokens} tokens",
     }
-    chunks = [f"# Profile of {request['pretrained']}", _setting(profile)]
+    chunks = [f"# Profile of {profile['request']['pretrained']}", _setting(profile)]
     chunks.append(_table(_OF_MODELS, profile["models"]))
-    for size, mode in product(request["batch_sizes"], headings):
-        key = (size, mode)
-        cells = [c for c in profile["cells"] if (c["batch_size"], c["mode"]) == key]
+    of = itemgetter("batch_size", "mode")
+    for (size, mode), group in groupby(sorted(profile["cells"], key=of), of):
+        cells = list(group)
         changes = [
             {"model": cell["model"], "metric": metric.replace("_", " "), **found}
             for cell in cells
             for metric, found in cell["deltas"].items()
         ]
-        if cells:
-            chunks.append(f"## Batch size {size}, {mode} length: {headings[mode]}")
-            chunks.append(_table((("model", "model", 1, ""), *_COLUMNS), cells))
-            chunks.append(_table(_OF_CHANGES, changes))
+        chunks.append(f"## Batch size {size}, {mode} length: {headings[mode]}")
+        chunks.append(_table((("model", "model", 1, ""), *_COLUMNS), cells))
+        chunks.append(_table(_OF_CHANGES, changes))
     return "\n\n".join(chunks) + "\n"
 
 
@@ -104,14 +96,8 @@ def _setting(profile: dict[str, Any]) -> str:
     environment, energy = profile["environment"], profile["energy"]
     done = max((cell["repeats"] for cell in profile["cells"]), default=0)
     lines = [
-        (
-            f"{done} of {profile['request']['repeats']} repeats, each of which loads every model "
-            f"once; {profile['warm_up_batches']} warm-up batches, not counted."
-        ),
-        (
-            f"{environment['device']} ({environment['device_name']}), {environment['threads']} "
-            f"thread(s), torch {environment['torch']}, transformers {environment['transformers']}."
-        ),
+        f"{done} of {profile['request']['repeats']} repeats, each of which loads every model once.",
+        f"{environment['device']} ({environment['device_name']}), {environment['threads']} threads.",
         "Intervals are 95 %, over repeats. n/m: not measured.",
     ]
     if profile["interrupted"]:
@@ -134,20 +120,19 @@ def _table(columns: Sequence[_Column], rows: list[dict[str, Any]]) -> str:
 
 def _written(value: Any, scale: float, form: str) -> str:
     if isinstance(value, dict):
-        text, low = _written(value["mean"], scale, form), value.get("low")
-        if low is not None:
-            text += f" ± {_written((value['high'] - low) / 2, scale, form)}"
-        return text
+        text = _written(value["mean"], scale, form)
+        if value.get("low") is None:
+            return text
+        return f"{text} ± {_written((value['high'] - value['low']) / 2, scale, form)}"
     if isinstance(value, str):
         return value
     return "n/m" if value is None else format(value * scale, form)
 
 
-def draw(profile: dict[str, Any], name: str) -> Plot:
-    """Draw ``latency``, ``throughput`` or ``energy`` against expansion ratio.
+def draw(profile: dict[str, Any]) -> Plot:
+    """Draw figures against expansion ratio, for models whose layers are equally wide.
 
-    There is a line for each batch size and output length; a model whose layers differ in width
-    is a point with a name.
+    There is a line for each batch size and output length.
     """
     import altair as alt
 
@@ -155,22 +140,19 @@ def draw(profile: dict[str, Any], name: str) -> Plot:
 
     models = pd.DataFrame(profile["models"]).set_index("name")
     cells = pd.json_normalize(profile["cells"]).join(models, on="model")
-    cells["line"] = [
-        f"batch size {cell.batch_size}, {cell.mode} length"
-        + f", {cell.model}" * bool(cell.layer_widths)
-        for cell in cells.itertuples()
-    ]
+    cells = cells[cells["layer_widths"] == ""]
+    sizes = cells["batch_size"].astype(str)
+    cells["line"] = "batch size " + sizes + ", " + cells["mode"] + " length"
     look = line_look(list(cells["line"].unique()))
     panels = []
-    for label, metric, scale, _ in _PLOTS[name]:
+    for label, metric, scale, _ in _COLUMNS[1:9]:
         # The figures of latencies are those of batches; repeats have intervals.
         where = "latency_estimates." * metric.startswith("seconds") + metric
         parts = {f"{where}.{part}": part for part in ("mean", "low", "high")}
         drawn = cells.reindex(columns=list(parts)).rename(columns=parts) * scale
         drawn = cells[["line", "expansion_ratio"]].join(drawn.astype(float))
-        drawn = drawn.dropna(subset=["mean"])
-        title = f"{label} (not measured)" if drawn.empty else label
-        y = alt.Y("mean:Q", scale=alt.Scale(domainMin=0)).title(title)
-        panels.append(lines(drawn, over_ratios("expansion_ratio"), y, look))
+        y = alt.Y("mean:Q", scale=alt.Scale(domainMin=0)).title(label)
+        over = over_ratios("expansion_ratio")
+        panels.append(lines(drawn.dropna(subset=["mean"]), over, y, look))
     about = "Means over repeats, with bands of their 95 % intervals."
-    return Plot(name, name.capitalize(), about, alt.hconcat(*panels))
+    return Plot("profile", "Profile", about, alt.concat(*panels, columns=3))

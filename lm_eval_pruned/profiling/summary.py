@@ -32,6 +32,7 @@ _RATIOS = {
     "joules_per_output_token": ("both_total", "output_tokens"),
     "mean_output_tokens": ("output_tokens", "rows"),
 }
+_LATENCIES = [name for name in _RATIOS if name.startswith("seconds")]
 
 
 def cells_of(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
@@ -44,11 +45,10 @@ def cells_of(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
         baseline: The model that the others are compared with.
 
     Returns:
-        For each, with None for *not measured*: in one repeat ``prompts`` and ``prompt_tokens``
-        without padding; the `distribution` of each latency over batches, and in
-        ``latency_estimates`` its `estimate` over repeats; other ratios as `estimate`; ``joules`` of
-        a pass, ``decode`` being ``both`` less ``prefill``; peaks of memory; and ``deltas``, the
-        `change` from the baseline.
+        None is *not measured*. Of each latency the `distribution` over batches, and in
+        ``latency_estimates`` the `estimate` over repeats; other ratios as `estimate`; ``joules``
+        of a pass, ``decode`` being ``both`` less ``prefill``; ``deltas``, the `change` from the
+        baseline.
     """
     keys, parts = _PASS[:3], (*COMPONENTS, "total")
     table = pd.DataFrame(rows).set_index(_PASS).astype(float).assign(batches=1)
@@ -64,11 +64,14 @@ def cells_of(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
         size, mode, name = key
         sums, of = (found.xs(key, level=keys) for found in (passes, ratios))
         base = ratios.xs((size, mode, baseline), level=keys)
-        estimates = {metric: estimate(of[metric]) for metric in _RATIOS}
-        latencies = {m: estimates.pop(m) for m in [*estimates] if m.startswith("sec")}
-        by_batch = _ratios(batches)
         ours, theirs = of.align(base, join="inner")
         changes = {m: change(ours[m], theirs[m]) for m in of if name != baseline}
+        estimates = {metric: estimate(of[metric]) for metric in _RATIOS}
+        by_batch = _ratios(batches)
+        joules = {
+            phase: {p: _number(sums[f"{phase}_{p}"].mean(skipna=False)) for p in parts}
+            for phase in ("prefill", "decode", "both")
+        }
         highest = batches.reindex(columns=_PEAKS).max().items()
         cell = {
             "model": name,
@@ -77,17 +80,11 @@ def cells_of(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
             "repeats": len(of),
             "prompts": int(sums["rows"].iloc[0]),
             "prompt_tokens": int(sums["prompt_tokens"].iloc[0]),
-            **{m: distribution(by_batch[m].dropna()) for m in latencies},
-            "latency_estimates": {m: e for m, e in latencies.items() if e},
             **estimates,
+            **{m: distribution(by_batch[m].dropna()) for m in _LATENCIES},
+            "latency_estimates": {m: e for m in _LATENCIES if (e := estimates[m])},
             "mean_output_tokens": float(of["mean_output_tokens"].mean()),
-            "joules": {
-                phase: {
-                    part: _number(sums[f"{phase}_{part}"].mean(skipna=False))
-                    for part in parts
-                }
-                for phase in ("prefill", "decode", "both")
-            },
+            "joules": joules,
             **{m: None if np.isnan(peak) else int(peak) for m, peak in highest},
             "deltas": {metric: found for metric, found in changes.items() if found},
         }
@@ -104,23 +101,19 @@ def _ratios(table: pd.DataFrame) -> pd.DataFrame:
 def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
     """Describe the latencies of batches; None for no batch.
 
-    Returns:
-        ``n``, ``mean``, ``sd`` (n - 1; None for one), and the percentiles ``p50``,
-        ``p90`` and ``p99``, interpolated: below 100 samples, p99 is close to the largest.
+    ``sd`` (n - 1) is None for one; below 100 samples, ``p99`` is close to the largest.
     """
-    if not len(seconds):
-        return None
-    found = pd.Series(seconds).describe([0.5, 0.9, 0.99])
+    found = pd.Series(seconds, dtype=float).describe([0.5, 0.9, 0.99])
     names = {"mean": "mean", "sd": "std", "p50": "50%", "p90": "90%", "p99": "99%"}
-    return {"n": len(seconds)} | {k: _number(found[name]) for k, name in names.items()}
+    described = {k: _number(found[name]) for k, name in names.items()}
+    return {"n": len(seconds), **described} if len(seconds) else None
 
 
 def estimate(values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
     """Return ``n``, ``mean`` and the ends ``low`` and ``high`` of its 95 % interval.
 
-    Args:
-        values: One for each repeat. With a NaN among them, there is no estimate; a single
-            value has no interval (None).
+    `values` has one for each repeat. With a NaN among them, there is no estimate; a single one
+    has no interval (None).
     """
     if np.isnan(values).any():
         return None
@@ -135,9 +128,7 @@ def change(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
 
     Returns:
         ``percent`` of the baseline (geometric mean of the ratios), the ends ``low`` and
-        ``high`` of its 95 % interval (Student's t on log ratios), and ``verdict``: ``no
-        difference seen`` where that holds 0, ``higher``, ``lower``, or ``one repeat, no
-        interval``.
+        ``high`` of its 95 % interval (Student's t on log ratios), and ``verdict``.
     """
     if not len(values) or not (np.minimum(values, baseline) > 0).all():
         return None

@@ -57,9 +57,7 @@ class Plot:
 
     Attributes:
         name: Name of its files, without suffix.
-        title: Heading.
         description: What it shows, in a sentence or two; the text alternative.
-        chart: The chart, in the variables of a page.
     """
 
     name: str
@@ -92,10 +90,8 @@ class Plot:
 
     def files(self, folder: str = "") -> dict[str, str | bytes]:
         """Return both files by their names in a folder."""
-        return {
-            f"{folder}{self.name}.svg": self.svg,
-            f"{folder}{self.name}.png": self.png,
-        }
+        path = f"{folder}{self.name}"
+        return {f"{path}.svg": self.svg, f"{path}.png": self.png}
 
     @cached_property
     def _on_paper(self) -> str:
@@ -122,10 +118,8 @@ def line_look(
 
     Colours come from `hues`, by name, or else one after the other.
     """
-    turns = list(range(len(names)))
     of = [hues[name] if hues else HUES[n % len(HUES)] for n, name in enumerate(names)]
-    if hues:
-        turns = [of[:n].count(hue) for n, hue in enumerate(of)]
+    turns = [of[:n].count(hue) if hues else n for n, hue in enumerate(of)]
     dashes = [DASHES[n % len(DASHES)] for n in turns]
     hue, dash = (alt.Scale(domain=list(names), range=each) for each in (of, dashes))
     return {
@@ -143,12 +137,9 @@ def lines(
 ) -> alt.LayerChart | alt.FacetChart:
     """Draw a line with points for each value of the column ``line``.
 
-    Args:
-        data: Besides it and the fields of the axes, ``low`` and ``high`` may be the ends of an
-            interval of y, and ``mark``, one of `MARKS`, with ``filled`` says how a point is drawn.
-        x, y: The axes.
-        look: See `line_look`.
-        tooltip: Columns that are shown where a reader points at a point.
+    In `data`, ``low`` and ``high`` may be the ends of an interval of y, and ``mark``, one of `MARKS`,
+    with ``filled`` says how a point is drawn. `look` is that of `line_look`; `tooltip` are columns
+    that are shown where a reader points at a point.
     """
     hue = look["color"]
     chart = alt.Chart().encode(x=x, color=hue)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
 import re
 from dataclasses import MISSING, Field, field, fields
@@ -52,9 +51,8 @@ def option(kind: Any, default: Any, metavar: str | None = None, **more: Any) -> 
             with `expected`, what to say of a value that it refuses.
         default: The value where nobody gives one; of an option that takes several, a tuple.
         metavar: Placeholder for the value in ``--help``.
-        **more: ``least`` value; all ``choices``; ``check``, which is called with name and value and
-            returns what to keep; ``help``, in place of the docstring; ``nargs`` of argparse, where
-            ``?`` makes the value optional.
+        **more: ``least`` value; ``choices``; ``check``, which returns what to keep of name and
+            value; ``help``, in place of the docstring; ``nargs`` of argparse.
     """
     shown = {"kind": kind, "metavar": metavar, **more}
     if kind is dict:
@@ -94,12 +92,12 @@ class DeclaredOptions:
         each = cls.declared()[name]
         if "help" in each.metadata:
             return each.metadata["help"]
-        explained = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2]
+        explained = (cls.__doc__ or "").partition("Args:\n")[2]
         found = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
         about = " ".join(found[1].split())  # type: ignore[index]
         if not about[:2].isupper():
             about = about[:1].lower() + about[1:]
-        if each.default is MISSING or each.default is None or each.default is False:
+        if any(each.default is nothing for nothing in (MISSING, None, False)):
             return about
         values = each.default if isinstance(each.default, tuple) else [each.default]
         return f"{about} (default: {', '.join(map(str, values))})"
@@ -110,8 +108,7 @@ class DeclaredOptions:
         each, how = cls.declared()[name], {"default": None}
         if nargs := each.metadata.get("nargs", "+" * isinstance(each.default, tuple)):
             how |= {"nargs": nargs} | ({"const": True} if nargs == "?" else {})
-        flag = each.metadata["kind"] is bool
-        metavar = "" if flag else each.metadata["metavar"]
+        metavar = "" if each.metadata["kind"] is bool else each.metadata["metavar"]
         return row(f"--{name}", metavar, cls.help_of(name), **how)
 
     @classmethod
@@ -137,24 +134,23 @@ class DeclaredOptions:
             if name not in known:
                 hint = nearest(str(name), known)
                 raise ValueError(f"{where} has the unknown key {name}: {hint}")
-            kind = known[name].metadata["kind"]
-            several = isinstance(known[name].default, tuple)
+            kind, several = known[name].metadata["kind"], known[name].default
             try:
-                every = [_converted(kind, v) for v in (value if several else [value])]
-                values[name] = tuple(every) if several else every[0]
+                if isinstance(several, tuple):
+                    values[name] = tuple(_converted(kind, each) for each in value)
+                else:
+                    values[name] = _converted(kind, value)
             except (TypeError, ValueError, OSError):
-                expected = known[name].metadata.get("expected") or _EXPECTED[kind]
+                wanted = known[name].metadata.get("expected") or _EXPECTED[kind]
                 raise ValueError(
-                    f"{where} has {name}={value}: pass {expected}."
+                    f"{where} has {name}={value}: pass {wanted}."
                 ) from None
         return cls(**values, **others)
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """Return advice on an unknown name: the known one that it resembles, else `otherwise` or all."""
-    every = list(known)
-    near = difflib.get_close_matches(name, every, n=1)
-    if near:
+    if near := difflib.get_close_matches(name, every := list(known), n=1):
         return f"did you mean {near[0]}?"
     return otherwise or f"known: {', '.join(every)}."
 
@@ -171,8 +167,6 @@ def merged(model_args: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
 
 def _converted(kind: Any, value: Any) -> Any:
     """Return a value as its option has it, or raise TypeError or ValueError."""
-    if kind not in _EXPECTED:
-        return kind(value)
     if kind is dict:
         from lm_eval.utils import handle_arg_string, simple_parse_args_string
 
@@ -185,6 +179,7 @@ def _converted(kind: Any, value: Any) -> Any:
             for name, each in every.items()
         }
     cut_off = kind is int and isinstance(value, float)
-    if cut_off or isinstance(value, bool) is not (kind is bool):
+    flag = kind in _EXPECTED and isinstance(value, bool) is not (kind is bool)
+    if cut_off or flag:
         raise TypeError
     return kind(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from datetime import timedelta
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,7 @@ class Progress:
     """Prints a line where a unit starts and where it ends.
 
     Args:
-        done: Units of this sweep that were finished before.
-        failed: Units that failed before and are not tried again.
+        done, failed: Units of this sweep that were finished, or failed, before.
         waiting: Names of the tasks of the units to run.
         seconds: Task and seconds of units that were finished before, to estimate the time left.
         quick: Configuration and task of further units to run, which take no time to speak of.
@@ -39,13 +39,13 @@ class Progress:
 
     def start(self, configuration: str, task: str) -> None:
         """Say that a unit starts."""
-        self._say(self.done + self.failed + 1, f"{configuration} / {task} starts")
+        self._say(1, f"{configuration} / {task} starts")
 
     def leave(self, configuration: str, task: str) -> None:
         """Leave a unit to another process."""
+        self.elsewhere += 1
         if (configuration, task) not in self._quick:
             self._waiting.remove(task)
-        self.elsewhere += 1
 
     def finish(
         self,
@@ -68,8 +68,7 @@ class Progress:
             what = f"FAILED with {error['type']}: {message}"
         left = self.remaining_seconds()
         known = "time left unknown" if left is None else f"{_clock(left)} left"
-        ended = f"{configuration} / {task}: {what} ({_clock(seconds)}, {known})"
-        self._say(self.done + self.failed, ended)
+        self._say(0, f"{configuration} / {task}: {what} ({_clock(seconds)}, {known})")
 
     def remaining_seconds(self) -> float | None:
         """Estimate the time left by units of the same tasks, else of all; None while none is known."""
@@ -80,13 +79,14 @@ class Progress:
         left = sum(known.get(task, fmean(known.values())) for task in self._waiting)
         return left / max(1, min(self.workers, len(self._waiting)))
 
-    def _say(self, number: int, what: str) -> None:
+    def _say(self, more: int, what: str) -> None:
+        number = self.done + self.failed + more
         print(f"[{number}/{self._total}] {what}", flush=True)
 
 
 @contextlib.contextmanager
 def steps(total: int, what: str) -> Iterator[Callable[[int], object]]:
-    """Yield what counts the steps of `what`: a bar on a terminal, and nothing elsewhere."""
+    """Yield what counts the steps of `what`: a bar on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=what, unit="step", leave=False, disable=None) as bar:
@@ -94,5 +94,4 @@ def steps(total: int, what: str) -> Iterator[Callable[[int], object]]:
 
 
 def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    return str(timedelta(seconds=round(seconds)))

@@ -21,12 +21,8 @@ def markdown_table(
 ) -> str:
     r"""Return a Markdown table; no cell can end early or break its row.
 
-    Args:
-        columns: Names of the columns, n of them.
-        rows: Rows of n cells each, which are written with ``str``.
-        align: One letter for each column: ``l`` for words, ``r`` for numbers. By
-            default words in the first column, numbers in the others.
-        padded: Make the cells of a column equally wide, for readers of a terminal.
+    `align` has a letter for each column: ``l`` for words, ``r`` for numbers, by default words in the
+    first one. If `padded`, the cells of a column are equally wide, for readers of a terminal.
 
     Raises:
         ValueError: `align` or a row has another length than `columns`.

@@ -15,9 +15,7 @@ def study():
     """Return docs/make_study_energy.py, and the runs that it reads."""
     path = checkpoints.ROOT / "docs" / "make_study_energy.py"
     spec = importlib.util.spec_from_file_location("make_study_energy", path)
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclass looks itself up there.
-    sys.modules[spec.name] = module
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, module.read()
 

@@ -35,8 +35,5 @@ def test_no_two_of_many_lines_look_alike():
     names = [str(number) for number in range(42)]
     for shown, hues in ((names, None), (names[:6], dict.fromkeys(names, "#000000"))):
         look = line_look(shown, hues)
-        colours, dashes = (
-            look[key].to_dict()["scale"]["range"] for key in ("color", "strokeDash")
-        )
-        pairs = {(hue, *dash) for hue, dash in zip(colours, dashes, strict=True)}
-        assert len(pairs) == len(shown)
+        of = (look[key].to_dict()["scale"]["range"] for key in ("color", "strokeDash"))
+        assert len({(hue, *dash) for hue, dash in zip(*of, strict=True)}) == len(shown)

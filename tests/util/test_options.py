@@ -69,7 +69,6 @@ def test_a_command_has_them_with_a_line_of_help(capsys):
         ({"hours": "long"}, "cook has hours=long: pass a number"),
         ({"hours": True}, "hours=True"),
         ({"pots": 3}, "pots=3: pass a whole number"),
-        ({"covered": 1}, "covered=1: pass true or false"),
         ({"spices": "{"}, "spices={: pass a mapping"),
         ({"pots": ["0"]}, "pots=0 is too small: pass 1"),
         ({"heat": "x"}, "heat=x is unknown: pass one of low, high"),
