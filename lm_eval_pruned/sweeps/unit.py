@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import re
-import subprocess
 import time
 import traceback
 from pathlib import Path
@@ -18,6 +17,7 @@ from accelerate.utils import release_memory
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import get_git_commit_hash
 
 from lm_eval_pruned.results.folder import read_unit, unit_folder
 from lm_eval_pruned.results.runs import read_newest
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lm_eval.pruned.sweep")
 #: What a traceback says where the device failed, for which too little memory does not count.
 _OF_DEVICE = r"Error: (CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
-#: The harness asks git for a commit, which complains outside of a repository.
-_quiet = functools.partial(subprocess.check_output, stderr=subprocess.DEVNULL)
 
 
 class UnitRunner:
@@ -166,7 +164,7 @@ class UnitRunner:
             own_cache += f"_{configuration.id}_{key}{self._part}"
         options |= {f"{name}_seed": seed for name, seed in seeds}
         try:
-            with mock.patch("subprocess.check_output", _quiet):
+            with mock.patch("lm_eval.evaluator.get_git_commit_hash", _commit):
                 results = lm_eval.simple_evaluate(
                     model=lm,
                     model_args=sweep.model_args(configuration),
@@ -203,6 +201,13 @@ def _unpruned_run(sweep: Sweep, unit: Unit) -> Run:
             "evaluate baseline first, and then use --retry_failed."
         )
     return read_newest(place)
+
+
+def _commit() -> str | None:
+    """Return what git says of the repository that we are in; elsewhere it would complain."""
+    here = Path.cwd()
+    inside = any((place / ".git").exists() for place in (here, *here.parents))
+    return get_git_commit_hash() if inside else None
 
 
 def _bytes_of(held: Any) -> int:
