@@ -8,7 +8,6 @@ files are called and say is `lm_eval_pruned.results.runs`.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -16,17 +15,11 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.results.runs import (
-    DEFINITION,
-    ERROR,
-    UNIT,
-    as_text,
-    error_text,
-    read_unit,
-    unit_folder,
-)
+from filelock import FileLock, Timeout
+
+from lm_eval_pruned.results import runs as layout
 from lm_eval_pruned.sweeps.tasks import fingerprint
-from lm_eval_pruned.util.atomic import sync, write_atomically
+from lm_eval_pruned.util.atomic import sync
 
 
 if TYPE_CHECKING:
@@ -36,28 +29,32 @@ if TYPE_CHECKING:
 
 
 class SweepFolder:
-    """The folder of one sweep, or of part I of N where `shard` is ``(I, N)``.
+    """The folder of one sweep, of which a process holds the whole, a part, or a unit."""
 
-    Processes for which it is `shared` hold units of it, one at a time.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        shard: tuple[int, int] | None = None,
-        shared: bool = False,
-    ) -> None:
-        self.path, self._shared = Path(path), shared
-        self._part = f"shard-{shard[0]}-of-{shard[1]}" if shard else "sweep"
-        self._unfinished = self.path / ".unfinished" / self._part
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._unfinished = self.path / ".unfinished"
 
     def read(self, configuration: str, task: str) -> UnitRecord | None:
         """Return what is there for a unit; None for nothing, or nothing whole."""
-        return read_unit(unit_folder(self.path, configuration, task))
+        return layout.read_unit(layout.unit_folder(self.path, configuration, task))
 
-    def write_definition(self, definition: dict[str, Any]) -> None:
-        """Write ``sweep.json``, the same bytes for the same definition."""
-        write_atomically(self.path / DEFINITION, as_text(definition))
+    @contextlib.contextmanager
+    def held(self, part: str | Path) -> Iterator[None]:
+        """Hold a part, and remove what a process that died left of it; ValueError if one has it."""
+        lock = self.path / ".locks" / f"{part}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            holding = FileLock(lock).acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"--output_path {self.path} is in use by another sweep: wait until it has ended, "
+                "stop it, or pass another folder."
+            ) from None
+        with holding:
+            self._unfinished = self.path / ".unfinished" / part
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+            yield
 
     @contextlib.contextmanager
     def new_unit(self) -> Iterator[Path]:
@@ -89,7 +86,8 @@ class SweepFolder:
         else:
             for file in folder.iterdir():
                 file.unlink()
-            (folder / ERROR).write_text(error_text(error), encoding="utf-8")
+            text = layout.error_text(error)
+            (folder / layout.ERROR).write_text(text, encoding="utf-8")
         unit = {
             "configuration": names[0],
             "task": names[1],
@@ -97,83 +95,21 @@ class SweepFolder:
             "seconds": round(seconds, 3),
             "definition": definition,
         }
-        (folder / UNIT).write_text(as_text(unit), encoding="utf-8")
+        (folder / layout.UNIT).write_text(layout.as_text(unit), encoding="utf-8")
         for path in (*folder.iterdir(), folder):
             sync(path)
-        target = unit_folder(self.path, *names)
+        target, before = layout.unit_folder(self.path, *names), self.read(*names)
+        if before and before.error:
+            shutil.rmtree(target)
+        elif target.exists():
+            place = self.path / "superseded" / target.parent.name / target.name
+            place.mkdir(parents=True, exist_ok=True)
+            os.rename(target, place / folder.name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            self._set_aside(target)
         os.rename(folder, target)
         for path in (target.parent, target.parent.parent, self.path):
             sync(path)
         return scores
-
-    def _set_aside(self, target: Path) -> None:
-        record = read_unit(target)
-        if record is not None and record.error is not None:
-            shutil.rmtree(target)
-            return
-        name = record.fingerprint[:12] if record else "unreadable"
-        place = self.path / "superseded" / target.parent.name / target.name / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        number = itertools.count(1)
-        while place.exists():
-            place = place.with_name(f"{name}-{next(number)}")
-        os.rename(target, place)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder, or its part, against a second process, and remove what one that died left.
-
-        Where it is shared, units are held instead; see `claimed`.
-
-        Raises:
-            ValueError: Another process holds it.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self._shared:
-            yield
-            return
-        with locked(self.path / f"{self._part}.lock"):
-            shutil.rmtree(self._unfinished, ignore_errors=True)
-            yield
-
-    @contextlib.contextmanager
-    def claimed(self, names: tuple[str, str]) -> Iterator[bool]:
-        """Hold a unit, and say whether it could be held: another process may have it."""
-        key = unit_folder(self.path, *names).relative_to(self.path)
-        lock = self.path / ".locks" / key.parent / f"{key.name}.lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(locked(lock))
-            except ValueError:
-                yield False
-                return
-            self._unfinished = self.path / ".unfinished" / key
-            shutil.rmtree(self._unfinished, ignore_errors=True)
-            yield True
-
-
-@contextlib.contextmanager
-def locked(file: Path, wait: float = 0) -> Iterator[None]:
-    """Hold a file against other processes, after at most `wait` seconds; -1 waits for ever.
-
-    Raises:
-        ValueError: Another process still holds it.
-    """
-    from filelock import FileLock, Timeout
-
-    try:
-        lock = FileLock(file).acquire(timeout=wait)
-    except Timeout:
-        raise ValueError(
-            f"--output_path {file.parent} is in use by another sweep: wait until it has ended, "
-            "stop it, or pass another folder."
-        ) from None
-    with lock:
-        yield
 
 
 def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:
@@ -197,10 +133,9 @@ def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:
 
 def _own_scores(results: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a results file's group, or of its only task."""
-    rows = results.get("groups") or results.get("results") or {}
-    row: dict[str, Any] = next(iter(rows.values()), {})
+    rows = results.get("groups") or results["results"]
     return {
         name.removesuffix(",none"): value
-        for name, value in row.items()
+        for name, value in next(iter(rows.values())).items()
         if isinstance(value, (int, float)) and "," in name and "_stderr," not in name
     }

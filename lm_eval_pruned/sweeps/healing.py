@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from lm_eval.api.registry import get_model
 
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
@@ -13,7 +14,6 @@ from lm_eval_pruned.healing.options import ADAPTER, HealingOptions
 from lm_eval_pruned.healing.run import checkpoints_of, heal, prepare
 from lm_eval_pruned.healing.text import digest_of, texts_of
 from lm_eval_pruned.pruning.arguments import DECLARED
-from lm_eval_pruned.sweeps.folder import locked
 from lm_eval_pruned.sweeps.options import refuse_ray
 
 
@@ -36,19 +36,13 @@ _HOW = (
 
 
 class SweepHealing:
-    """How the `pruned` configurations of a sweep with the option ``heal`` are trained.
-
-    Raises:
-        ValueError: An option is unknown or of no use, the text cannot be read, or the
-            sweep evaluates in a way that has no adapters.
-    """
+    """How the `pruned` configurations of a sweep with the option ``heal`` are trained."""
 
     def __init__(self, asked: Mapping[str, Any], pruned: Sequence[Any]) -> None:
         given = dict(asked["heal"])
         data, model = given.pop("data", None), asked.get("model", "pruned-hf")
         wrong = {
-            "heal has no text to train on: add data=FILE.jsonl, one such as lm-eval-pruned heal "
-            "takes as --data.": data is None,
+            "heal has no text to train on: add data=FILE.jsonl.": data is None,
             "heal has method=full, which leaves a checkpoint that no longer says what was pruned: "
             "pass method=lora or method=dora.": given.get("method") == "full",
             f"heal trains what pruned-hf evaluates, but the sweep has model={model}: leave model "
@@ -66,8 +60,7 @@ class SweepHealing:
 
     def definition(self) -> dict[str, Any]:
         """Return what decides the weights that come out, beside the model."""
-        options = self._options
-        training = options.training().items()
+        options, training = self._options, self._options.training().items()
         return {
             **options.as_dict(),
             "data": {"sha256": self._sha256, "texts": len(self._texts)},
@@ -78,23 +71,22 @@ class SweepHealing:
 
     def check(self, model_args: Mapping[str, Any], place: Path) -> None:
         """Refuse a training to `place` that cannot be, before a model is loaded."""
-        given = dict(model_args), self._data, self._texts, self._options
-        prepare(*given, checkpoints_of(place))
+        texts, place = self._texts, checkpoints_of(place)
+        prepare(dict(model_args), self._data, texts, self._options, place)
 
     def train(
         self, model_args: Mapping[str, Any], place: Path, device: str | None
     ) -> None:
         """Train an adapter to `place`, or wait for a process that does, unless it is there.
 
-        Raises:
-            KeyboardInterrupt: The training was stopped by hand, with a checkpoint.
+        KeyboardInterrupt if someone stopped the training, of which a checkpoint is left.
         """
         options = self._options
         if device == "cpu":
-            training = {"use_cpu": True, **options.training_args}
-            options = replace(options, training_args=training)
+            on_cpu = {"use_cpu": True, **options.training_args}
+            options = replace(options, training_args=on_cpu)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with locked(place.with_name(f".{place.name}.lock"), wait=-1):
+        with FileLock(place.with_name(f".{place.name}.lock")):
             for dead in place.parent.glob(f".{place.name}.unfinished-*"):
                 shutil.rmtree(dead, ignore_errors=True)
             if not place.is_dir():
@@ -107,8 +99,7 @@ class SweepHealing:
 def training_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model type without those that only evaluations know.
 
-    Raises:
-        ValueError: One of them changes what is evaluated, and a training has no such thing.
+    ValueError for one that changes what is evaluated, which a training does not know.
     """
     for name in ("delta", "tokenizer", "autogptq", "gptqmodel"):
         if model_args.get(name) is not None:

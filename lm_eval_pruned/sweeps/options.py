@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
-from lm_eval_pruned.util.options import DeclaredOptions, merged, option
+from lm_eval_pruned.util import options as declaring
 
 
 if TYPE_CHECKING:
@@ -56,24 +56,23 @@ def _samples(value: Any) -> dict[str, list[int]]:
 
 
 def _boolean(value: Any) -> bool:
-    word = str(value).lower()
-    if word not in ("true", "1", "yes", "false", "0", "no"):
-        raise ValueError
-    return word in ("true", "1", "yes")
+    place = ("false", "0", "no", "true", "1", "yes").index(str(value).lower())
+    return place > 2
 
 
 def _name_or_flag(value: Any) -> bool | str:
     return value if isinstance(value, bool) else _text(value)
 
 
-#: ``nargs`` of argparse, and what to say of a wrong value, by the function that converts it.
-_SHAPES = {
-    _texts: ("+", "one or more names or numbers"),
-    _text: (None, "one value"),
-    _mapping: ("+", "key=value pairs or a mapping"),
-    _samples: (None, 'JSON such as {"boolq": [0, 1]}, or a file of it'),
-    _boolean: ("?", "true or false"),
-    _name_or_flag: ("?", "true, false or a name"),
+#: What is declared of an option besides, by the function that converts it.
+_SHAPES: dict[Any, dict[str, Any]] = {
+    _texts: {"nargs": "+", "expected": "one or more names or numbers"},
+    _text: {"expected": "one value"},
+    _mapping: {"nargs": "+", "expected": "key=value pairs or a mapping"},
+    _samples: {"expected": 'JSON such as {"boolq": [0, 1]}, or a file of it'},
+    _boolean: {"nargs": "?", "expected": "true or false"},
+    _name_or_flag: {"nargs": "?", "expected": "true, false or a name"},
+    float: {"least": 0},
 }
 
 
@@ -84,10 +83,8 @@ def _option(kind: Any, decides: str, metavar: str | None, about: str) -> Any:
     units are run, so that a sweep may go on under another, such as a smaller batch; ``where`` they
     run and what they write lies; or else ``what`` is evaluated.
     """
-    nargs, expected = _SHAPES.get(kind, (None, None))
-    least = {"least": 0} if kind is float else {}
-    shown = {"help": about, "nargs": nargs, "expected": expected, **least}
-    return option(kind, None, metavar, decides=decides, **shown)
+    more = {"help": about, "decides": decides, **_SHAPES.get(kind, {})}
+    return declaring.option(kind, None, metavar, **more)
 
 
 #: Arguments of pruning of which all models of a sweep have one value.
@@ -157,11 +154,19 @@ GROUPS = {
             "shown, or equivalence within the margin (such as 1pt)"),
     },
 }
+#: Options of a command alone.
+WHICH = (
+    declaring.row("--shard", "I/N",
+        "run part I of N, I from 0 to N-1; or next: take one unit after the other that no other "
+        "process of the same folder has"),
+    declaring.row("--retry_failed", "", "run failed units again"),
+    declaring.row("--dry_run", "", "print the plan and evaluate nothing"),
+)
 # fmt: on
 _SweepOptions: Any = make_dataclass(
     "SweepOptions",
     [(name, Any, each) for group in GROUPS.values() for name, each in group.items()],
-    bases=(DeclaredOptions,),
+    bases=(declaring.DeclaredOptions,),
 )
 OPTIONS = tuple(_SweepOptions.declared().values())
 #: Names of the options that the harness reads.
@@ -182,16 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for title, options in GROUPS.items():
         _SweepOptions.add_to(parser.add_argument_group(title), options)
     which = parser.add_argument_group("which units run")
-    about = (
-        "run part I of N, I from 0 to N-1; or next: take one unit after the other that no other "
-        "process of the same folder has"
-    )
-    which.add_argument("--shard", metavar="I/N", help=about)
-    for flag, about in (
-        ("--retry_failed", "run failed units again"),
-        ("--dry_run", "print the plan and evaluate nothing"),
-    ):
-        which.add_argument(flag, action="store_true", help=about)
+    declaring.add_options(which, WHICH)
 
 
 def read_options(
@@ -199,17 +195,13 @@ def read_options(
 ) -> dict[str, Any]:
     """Return the checked options that were given, the command line before the file.
 
-    `needs` are those that have to be among them.
-
-    Raises:
-        ValueError: One sentence naming the key or option, its value and what works.
-        OSError: The file cannot be read.
+    ValueError for one of no use, or where one of `needs` is missing.
     """
     options = read_file(arguments.config) if arguments.config else {}
     options |= _checked(_SweepOptions.parsed(arguments), "sweep")
     shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
     if shared:
-        options["model_args"] = merged(options.get("model_args", {}), shared)
+        options["model_args"] = declaring.merged(options.get("model_args", {}), shared)
     for name, example in {"output_path": "sweep", "tasks": "boolq"}.items():
         if name in needs and not options.get(name):
             raise ValueError(
@@ -223,15 +215,12 @@ def read_file(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        why = f"is not valid YAML: {' '.join(str(error).split())}"
-        raise ValueError(f"--config {path} {why}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(  # noqa: TRY004
-            f"--config {path} holds a {type(content).__name__}, but a sweep is a mapping of "
-            "options such as `ratios: [3.6, 2.0]`."
-        )
+        content = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--config {path} is not a YAML mapping of options such as `ratios: [3.6, 2.0]`: "
+            f"{' '.join(str(error).split())}."
+        ) from None
     given = {name: value for name, value in content.items() if value is not None}
     return _checked(given, f"--config {path}")
 
@@ -246,7 +235,7 @@ def read_mapping(value: Any, where: str) -> dict[str, Any]:
     try:
         return _mapping(value)
     except (TypeError, ValueError):
-        expected = _SHAPES[_mapping][1]
+        expected = _SHAPES[_mapping]["expected"]
         raise ValueError(f"{where} is {value!r}: pass {expected}.") from None
 
 

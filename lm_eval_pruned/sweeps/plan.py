@@ -13,7 +13,7 @@ import itertools
 import operator
 from argparse import Namespace
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -82,25 +82,17 @@ class Configuration:
     healed: bool = False
     floor: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what ``sweep.json`` says of it."""
-        if self.floor:
-            return {"id": self.id, "model": self.floor, "arguments": self.arguments}
-        return {k: v for k, v in asdict(self).items() if k != "floor"}
-
-
-def _constant(name: str, answer: str, rule: str) -> Configuration:
-    arguments = {"answer": answer, "loglikelihood": rule}
-    return Configuration(f"{FLOOR}{name}-{rule}", arguments, floor="constant")
-
 
 #: Each with a text for what is generated and a rule for choices, so that few of them do for any task.
 #: Not ``first``: data sets such as TruthfulQA list the right answer first, where no model sees it.
-FLOORS = (
-    _constant("yes", "Yes", "commonest"),
-    _constant("dot", ".", "shortest"),
-    _constant("the-the", "the the", "longest"),
-    Configuration(f"{FLOOR}echo-equal", {"loglikelihood": "equal"}, floor="echo"),
+FLOORS = tuple(
+    Configuration(f"{FLOOR}{name}-{rule}", {**told, "loglikelihood": rule}, floor=kind)
+    for kind, name, told, rule in (
+        ("constant", "yes", {"answer": "Yes"}, "commonest"),
+        ("constant", "dot", {"answer": "."}, "shortest"),
+        ("constant", "the-the", {"answer": "the the"}, "longest"),
+        ("echo", "echo", {}, "equal"),
+    )
 )
 
 
@@ -117,17 +109,10 @@ class Unit(NamedTuple):
 
 
 class Sweep:
-    """A sweep that has been planned: nothing is loaded, nothing is evaluated.
+    """A sweep as planned from `options.read_options`: nothing is loaded, nothing is evaluated.
 
-    Args:
-        options: From `options.read_options`.
-
-    Attributes:
-        stop_when: What ends a unit of a pruned model, or None for its last document.
-        settings: The harness's own reading of the options.
-        configurations: The unpruned `baseline` first, then in the order asked for, and behind each
-            pruned one, where the sweep has `healing`, the same trained again.
-        floors: Models that know nothing. They come first, and are none of the configurations.
+    The unpruned `baseline` is the first of the `configurations`. Behind each pruned one, where the
+    sweep has `healing`, is the same trained again.
 
     Raises:
         ValueError: A size, criterion, model type, task or setting cannot be used.
@@ -148,7 +133,8 @@ class Sweep:
         self._base = self.settings.model_args
         self.configurations = _configurations(options, self._base)
         self.baseline, *pruned = self.configurations
-        self.floors = FLOORS if options.get("floors", True) else ()
+        wanted = options.get("floors", True)
+        self.floors: Sequence[Configuration] = FLOORS if wanted else ()
         self.healing = SweepHealing(options, pruned) if "heal" in options else None
         if self.healing is not None:
             # What is wrong with one size is wrong with all that are asked for alike.
@@ -162,16 +148,11 @@ class Sweep:
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
         """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""
         part, parts = shard or (0, 1)
+        kinds = self.floors, self.configurations
+        order = [each.id for kind in kinds for each in kind]
         # Dealt out task by task: N parts of N configurations get one model each.
-        count = len(self.configurations)
-        kinds: tuple[Sequence[Configuration], ...] = self.floors, self.configurations
-        return [
-            Unit(configuration, task)
-            for kind in kinds
-            for place, configuration in enumerate(kind)
-            for number, task in enumerate(self.tasks)
-            if (number * count + place) % parts == part
-        ]
+        dealt = [Unit(c, task) for kind in kinds for task in self.tasks for c in kind]
+        return sorted(dealt[part::parts], key=lambda unit: order.index(unit[0].id))
 
     def model_args(self, configuration: Configuration) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
@@ -196,10 +177,10 @@ class Sweep:
 
     def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
-        own = self.options.get("metadata") or {}
         # The documents of some tasks depend on the arguments of the model.
         seen = self.baseline if configuration.floor else configuration
-        return of_tasks.with_metadata(self._manager, {**self.model_args(seen), **own})
+        metadata = {**self.model_args(seen), **self.options.get("metadata", {})}
+        return of_tasks.with_metadata(self._manager, metadata)
 
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, str | None]]:
@@ -234,7 +215,7 @@ class Sweep:
             "task": task.name,
             "task_sha256": task.digest,
             "settings": {name: getattr(self.settings, name) for name in decide},
-            "metadata": self.options.get("metadata") or {},
+            "metadata": self.options.get("metadata", {}),
             "versions": {name: version(name) for name in ("lm-eval", "lm-eval-pruned")},
         }
         if self.may_stop(configuration):
@@ -251,11 +232,18 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``, the same for every shard and every start."""
-        left_out, every = deciding("how", "where"), (*self.floors, *self.configurations)
+        left_out = deciding("how", "where")
+        floors = [
+            {"id": each.id, "model": each.floor, "arguments": each.arguments}
+            for each in self.floors
+        ]
+        models = [{**vars(each)} for each in self.configurations]
+        for each in models:
+            del each["floor"]
         return {
             "definition": {k: v for k, v in self.options.items() if k not in left_out},
             "sources": self.sources,
-            "configurations": [each.as_dict() for each in every],
+            "configurations": floors + models,
             "tasks": [each.name for each in self.tasks],
         }
 
@@ -282,15 +270,11 @@ class Sweep:
 
 
 class Waiting:
-    """Units that wait to be run, by whoever holds a model.
-
-    Attributes:
-        held: The id of the configuration whose model someone holds, by who it is.
-        known: Tasks and seconds of units that have run.
-    """
+    """Units that wait to be run, by whoever holds a model; `known` are tasks and seconds of others."""
 
     def __init__(self, units: Sequence[Unit], known: list[tuple[str, float]]) -> None:
         self.units, self.known = list(units), known
+        #: The id of the configuration whose model someone holds, by who it is.
         self.held: dict[Any, str] = {}
 
     def take(self, holder: Any) -> Unit:
@@ -304,14 +288,12 @@ class Waiting:
             times[task].append(seconds)
         spent = {task: fmean(each) for task, each in times.items()}
         usual = fmean(spent.values()) if spent else 1.0
-        tasks = [
-            (u.configuration.id, spent.get(u.task.name, usual)) for u in self.units
-        ]
+        costs = [(u.names[0], spent.get(u.names[1], usual)) for u in self.units]
         left: dict[str, float] = defaultdict(float)
-        for name, seconds in tasks:
+        for name, seconds in costs:
             left[name] += seconds
         own, held = self.held.get(holder), [*self.held.values()]
-        ranks = [(n != own, n in held, -left[n], -s) for n, s in tasks]
+        ranks = [(name != own, name in held, -left[name], -s) for name, s in costs]
         return self.units.pop(ranks.index(min(ranks)))
 
 
@@ -325,11 +307,10 @@ def model_source(base: dict[str, Any]) -> dict[str, Any]:
 
 def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]:
     """Return what identifies a checkpoint: of a folder its content, on the Hub the commit."""
-    folder = Path(name)
-    if folder.is_dir():
-        inner = folder / str(base.get("subfolder") or "")
+    if Path(name).is_dir():
+        inner = Path(name, base.get("subfolder") or "")
         # Other folders in it, such as the checkpoints of a training, do not count.
-        return {"sha256": of_tasks.hash_folder(inner if inner.is_dir() else folder)}
+        return {"sha256": of_tasks.hash_folder(inner if inner.is_dir() else Path(name))}
     commit = None
     with contextlib.suppress(OSError, ValueError, IndexError):
         found = cached_file(name, file, revision=base.get("revision") or "main")
@@ -347,7 +328,6 @@ def harness_settings(
     if "seed" in read:
         seeds = [part.strip() for part in read["seed"].split(",")]
         read["seed"] = [None if part.lower() == "none" else part for part in seeds]
-    # from_cli takes what is true or zero, as lm_eval run has it.
     return EvaluatorConfig.from_cli(Namespace(**read))
 
 

@@ -17,6 +17,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from lm_eval.utils import setup_logging
+
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 
@@ -30,15 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 
-#: How often a unit starts again after its worker or node was lost.
-RETRIES = 3
-
 
 class Answer(NamedTuple):
-    """What a worker sends back of a unit: seconds, the harness's files, and what it failed with.
-
-    It is `usable` for another unit unless its device has failed.
-    """
+    """What a worker sends back of a unit; it can take another unless its device has failed."""
 
     seconds: float = 0.0
     files: Mapping[str, bytes] = {}
@@ -55,29 +52,33 @@ def run_on_ray(
 ) -> Generator[Ended]:
     """Evaluate units on the cluster that the sweep asks for, and yield them as they end.
 
-    Raises:
-        ValueError: Ray is not installed, the cluster cannot be reached, or no node of it has
-            what a unit needs.
+    ValueError where it cannot be reached, or no node of it has what a unit needs.
     """
     options, count = sweep.options, len(waiting.units)
     with _cluster(options["ray"]) as ray, contextlib.ExitStack() as stack:
         cpus = options.get("cpus_per_unit", 1)
         has_gpus = ray.cluster_resources().get("GPU")
         gpus = options.get("gpus_per_unit", 1 if has_gpus else 0)
-        asked, free = {"CPU": cpus, "GPU": gpus}, ray.available_resources()
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        most = min(count, sum(_places(each, asked, count) for each in nodes))
+        free, nodes = ray.available_resources(), [n for n in ray.nodes() if n["Alive"]]
+
+        def places(resources: Mapping[str, float]) -> int:
+            asked = {"CPU": cpus, "GPU": gpus}.items()
+            shares = [resources.get(name, 0) / n for name, n in asked if n]
+            return int(min([*shares, count]) + 1e-9)
+
+        most = min(count, sum(places(each["Resources"]) for each in nodes))
         needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
         if not most:
             raise ValueError(f"{needs} are more than any node has: ask for less.")
         logger.info("The sweep waits for workers, each of which needs %s.", needs)
         # A worker without a number shares the free CPUs with the others.
-        share = free.get("CPU", 1) / max(1, _places(free, asked, most))
+        share = free.get("CPU", 1) / max(1, min(most, places(free)))
         threads = max(1, int(options.get("cpus_per_unit") or share))
-        limit = 60 * (options.get("minutes_per_unit") or math.inf)
-        restarts = {"max_restarts": -1, "max_task_retries": RETRIES}
+        # A unit starts again three times after its worker or node was lost.
+        restarts = {"max_restarts": -1, "max_task_retries": 3}
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **restarts)(Worker)
         started, moved = 0, set()
+        limit = 60 * (options.get("minutes_per_unit") or math.inf)
         # A worker with its unit and when that has to end; without one until the worker has a place.
         running: dict[Any, tuple[Any, Unit | None, float]] = {}
         while waiting.units or any(unit for _, unit, _ in running.values()):
@@ -105,8 +106,8 @@ def run_on_ray(
                 seconds = 0.0 if ended else limit
                 answer = Answer(seconds, failure=describe_error(error), usable=False)
                 moved.add(unit.names)
+            # The device may be to blame, or the unit: another worker will tell.
             if unit and not answer.usable and unit.names not in moved:
-                # The device may be to blame, or the unit: another worker will tell.
                 moved.add(unit.names)
                 waiting.units.append(unit)
             elif unit:
@@ -158,14 +159,6 @@ def _cluster(asked: bool | str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _places(
-    resources: Mapping[str, float], asked: Mapping[str, float], most: int
-) -> int:
-    """Return how many workers, `most` at most, that ask for so much find a place."""
-    shares = [resources.get(name, 0) / n for name, n in asked.items() if n]
-    return int(min([*shares, most]) + 1e-9)
-
-
 class Worker:
     """Evaluates units in a process of the cluster."""
 
@@ -175,9 +168,6 @@ class Worker:
         # Relative paths in the options start from where the sweep was started.
         if Path(folder).is_dir():
             os.chdir(folder)
-        import torch
-        from lm_eval.utils import setup_logging
-
         setup_logging()
         torch.set_num_threads(threads)
         sweep = Sweep(options)

@@ -10,28 +10,28 @@ import contextlib
 import os
 import uuid
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.results.runs import is_sweep, read_definition
+from lm_eval_pruned.results import runs as layout
 from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.options import refuse_ray
 from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.unit import UnitRunner
+from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.progress import Progress
 from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
-    from pathlib import Path
 
-    from lm_eval_pruned.results.runs import UnitRecord
     from lm_eval_pruned.sweeps.unit import Ended
 
     #: A unit, its state, and what the folder held of it when the sweep was planned.
-    Entry = tuple[Unit, str, UnitRecord | None]
+    Entry = tuple[Unit, str, layout.UnitRecord | None]
 
 DONE, FAILED, TO_RUN = STATES = ("done", "failed", "to run")
 
@@ -54,8 +54,7 @@ def run_sweep(
         could not be run, 130 after Ctrl-C.
 
     Raises:
-        ValueError: The sweep cannot be planned, or its folder is in use.
-        OSError: The model's config or the folder cannot be read or written.
+        ValueError: The sweep cannot be planned, or its folder is in use; OSError likewise.
     """
     if (size := os.environ.get("WORLD_SIZE") or "1") != "1":
         raise ValueError(
@@ -64,21 +63,23 @@ def run_sweep(
         )
     sweep = sweep or Sweep(options)
     fixed = shard if isinstance(shard, tuple) else None
-    shared, part = shard == "next", ""
-    if fixed:
-        part = f"_shard{fixed[0]}of{fixed[1]}"
+    shared = shard == "next"
+    name = f"shard{fixed[0]}of{fixed[1]}" if fixed else ""
     if shared:
         refuse_ray("--shard next", options)
-        part = f"_shard_{os.environ.get('SLURM_ARRAY_TASK_ID') or uuid.uuid4().hex[:8]}"
-    folder = SweepFolder(options["output_path"], fixed, shared)
+        name = f"shard_{os.environ.get('SLURM_ARRAY_TASK_ID') or uuid.uuid4().hex[:8]}"
+    part = f"_{name}" if name else ""
+    folder = SweepFolder(options["output_path"])
     units = sweep.units(fixed)
-    runner = UnitRunner(sweep, part, folder)
+    runner = UnitRunner(sweep, part)
     if dry_run:
         print(_plan_table(sweep, _entries(sweep, folder, units), folder.path), end="")
         return 0
-    with folder.held():
+    with contextlib.nullcontext() if shared else folder.held(name or "sweep"):
         entries = _entries(sweep, folder, units)
-        folder.write_definition(sweep.as_dict())
+        definition = layout.as_text(sweep.as_dict())
+        write_atomically(folder.path / layout.DEFINITION, definition)
+        states = Counter(state for _, state, _ in entries)
         chosen = (TO_RUN, FAILED) if retry_failed else (TO_RUN,)
         to_run = [unit for unit, state, _ in entries if state in chosen]
         # Models that know nothing take no time, and tell nothing of that of the others.
@@ -89,30 +90,25 @@ def run_sweep(
         ]
         timed = [unit.task.name for unit in to_run if not unit.configuration.floor]
         quick = [unit.names for unit in to_run if unit.configuration.floor]
-        done = sum(state == DONE for _, state, _ in entries)
-        failed = len(units) - len(to_run) - done
-        progress = Progress(done, failed, timed, known, quick)
+        failed = len(units) - len(to_run) - states[DONE]
+        progress = Progress(states[DONE], failed, timed, known, quick)
         waiting = Waiting(to_run, known)
-        ended: Generator[Ended]
+        mine: Iterable[Unit] = to_run
+        if shared:
+            mine = _open_units(folder, entries, waiting, progress)
+        ended = _run_here(runner, mine, folder, progress)
         if options.get("ray") and to_run:
             ended = run_on_ray(sweep, waiting, folder.new_unit, progress, part)
-        elif shared:
-            mine = _open_units(folder, entries, waiting, progress)
-            ended = _run_here(runner, mine, folder, progress)
-        else:
-            ended = _run_here(runner, to_run, folder, progress)
         with contextlib.closing(ended):
             try:
                 for unit, files, spent, error in ended:
-                    definition = sweep.definition(*unit)
-                    scores = folder.keep(files, unit.names, spent, definition, error)
+                    made_by = sweep.definition(*unit)
+                    scores = folder.keep(files, unit.names, spent, made_by, error)
                     progress.finish(*unit.names, spent, scores, error)
             except KeyboardInterrupt:
                 ended.close()
-                print(
-                    f"Stopped: {progress.done} of {len(units)} units are done. The same "
-                    "command goes on from here."
-                )
+                done = f"{progress.done} of {len(units)} units are done"
+                print(f"Stopped: {done}. The same command goes on from here.")
                 return 130
     if runner.device_failed:
         print(
@@ -136,12 +132,13 @@ def _open_units(
     seen = {unit.names: record for unit, _, record in entries}
     while waiting.units:
         unit = waiting.take("here")
-        with folder.claimed(unit.names) as free:
-            if free and folder.read(*unit.names) == seen[unit.names]:
-                waiting.held["here"] = unit.configuration.id
-                yield unit
-                continue
-        if not free:
+        try:
+            with folder.held(layout.unit_folder(Path(), *unit.names)):
+                if folder.read(*unit.names) == seen[unit.names]:
+                    waiting.held["here"] = unit.configuration.id
+                    yield unit
+                    continue
+        except ValueError:
             waiting.held[unit.names] = unit.configuration.id
         progress.leave(*unit.names)
 
@@ -160,14 +157,7 @@ def _run_here(
 
 
 def _entries(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
-    """Return which units are done, and say what becomes of other results in the folder."""
-    listed = read_definition(folder.path)[1] if is_sweep(folder.path) else []
-    own = [each.id for each in (*sweep.floors, *sweep.configurations)]
-    if left_out := [name for name in listed if name not in own]:
-        print(
-            f"{folder.path} also holds {', '.join(left_out)}, which this sweep does not name: "
-            "compare and report leave them out until a sweep into this folder names them again."
-        )
+    """Return which units are done, and say which have another definition."""
     entries: list[Entry] = []
     again, changed = 0, set()
     for unit in units:

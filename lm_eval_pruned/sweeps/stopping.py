@@ -40,8 +40,7 @@ LEAST = 25
 def read_rule(options: Mapping[str, Any]) -> str | None:
     """Return the rule that stops units, ``decided`` or ``decided:MARGIN``, if there is one.
 
-    Raises:
-        ValueError: It is not usable, or not together with another option.
+    ValueError where it is not usable, or not together with another option.
     """
     rule: str | None = options.get("stop_when")
     if rule is None:
@@ -55,14 +54,11 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
                 f"stop_when={rule} compares documents look by look, and {name} is {wrong}: leave "
                 "one of them out."
             )
-    word, colon, margin = rule.partition(":")
-    if word != "decided" or (colon and not margin):
-        raise ValueError(
-            f"stop_when={rule} is no rule: pass decided, or decided:MARGIN with a "
-            "margin such as 1pt."
-        )
-    if margin:
-        Margin("equivalent", margin)
+    if rule.partition(":")[0] != "decided":
+        known = "decided, or decided:MARGIN with a margin such as 1pt"
+        raise ValueError(f"stop_when={rule} is no rule: pass {known}.")
+    if rule != "decided":
+        Margin("equivalent", rule.removeprefix("decided:"))
     return rule
 
 
@@ -95,8 +91,7 @@ def documents_of_looks(
     They are drawn at random from each task, by names, counts and seed alone, so that all sizes
     of a sweep have the same. Each look holds those of the look before.
     """
-    orders = {}
-    seed = (settings.seed or [None])[0] or 0
+    orders, seed = {}, (settings.seed or [None])[0] or 0
     for name, task in tasks.items():
         known = [*range(len(task.eval_docs))]
         if settings.samples and settings.samples.get(name):
@@ -128,9 +123,7 @@ def evaluate_until_decided(
 ) -> dict[str, Any]:
     """Evaluate the documents of one look after the other, until the comparison is decided.
 
-    Args:
-        name: Of the task or group that `tasks` make up.
-        evaluate: Takes indices of documents by task, and the prefix of a cache of earlier answers.
+    `evaluate` takes indices of documents by task, and the prefix of a cache of earlier answers.
 
     Returns:
         The harness's results on the documents of the last look, with the block ``stopping``.

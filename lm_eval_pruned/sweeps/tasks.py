@@ -11,11 +11,13 @@ import glob
 import hashlib
 import inspect
 import json
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from huggingface_hub.utils.sha import sha_fileobj
 from lm_eval.tasks import _factory
 from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 
@@ -31,12 +33,9 @@ _DATA = ("dataset_path", "dataset_kwargs")
 
 @dataclass(frozen=True)
 class SweepTask:
-    """One task, or one group that has a score.
+    """One task, or one group that has a score; `build` makes it with a factory, and loads data.
 
-    Attributes:
-        name: The harness's name of it.
-        digest: Hash of its settings, the folders of its functions and its local data.
-        build: Makes the harness's Task or Group with a factory, which loads the data.
+    The `digest` is the hash of its settings, the folders of its functions and its local data.
     """
 
     name: str
@@ -68,9 +67,7 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
 
     A group that aggregates its members' scores stays whole. A group that only collects tasks, and
     a tag, become one unit per member, with the settings that the group gives its members.
-
-    Raises:
-        ValueError: A name matches nothing, or one task is asked for in two ways.
+    ValueError if a name matches nothing, or one task is asked for in two ways.
     """
     planned = with_metadata(manager, {})
     planned._factory = _Planning(manager.task_index)
@@ -103,11 +100,8 @@ class _Planning(TaskFactory):
 
     def _build_task(self, entry, overrides) -> Any:
         config = self._load_full_config(entry, overrides)
-        return SweepTask(
-            config["task"],
-            _digest(config),
-            lambda factory: factory._build_task(entry, overrides),
-        )
+        build = operator.methodcaller("_build_task", entry, overrides)
+        return SweepTask(config["task"], fingerprint(_described(config)), build)
 
     def _build_group(self, group_name, raw_cfg, overrides, registry) -> Any:
         own = {k: v for k, v in raw_cfg.items() if k not in GROUP_FIELD_NAMES}
@@ -117,13 +111,10 @@ class _Planning(TaskFactory):
         if not raw_cfg.get("aggregate_metric_list"):
             return members
         below = [(task.name, task.digest) for task in _flat(members)]
-        return SweepTask(
-            group_name,
-            _digest([raw_cfg, given, below]),
-            lambda factory: factory._build_group(
-                group_name, raw_cfg, overrides, self._index
-            ),
-        )
+        asked = group_name, raw_cfg, overrides, self._index
+        build = operator.methodcaller("_build_group", *asked)
+        digest = fingerprint(_described([raw_cfg, given, below]))
+        return SweepTask(group_name, digest, build)
 
 
 def _inline(config: dict[str, Any]) -> SweepTask:
@@ -133,20 +124,17 @@ def _inline(config: dict[str, Any]) -> SweepTask:
         metadata = config["metadata"] | factory._meta
         return _factory.ConfigurableTask(config={**config, "metadata": metadata})
 
-    return SweepTask(config["task"], _digest(config), build)
+    return SweepTask(config["task"], fingerprint(_described(config)), build)
 
 
 def _flat(found: Any) -> list[SweepTask]:
-    is_one = isinstance(found, SweepTask)
-    return [found] if is_one else [task for each in found for task in _flat(each)]
-
-
-def _digest(config: Any) -> str:
-    """Return the hash of settings with code and local data by content, so that folders may move."""
-    return fingerprint(_described(config))
+    if isinstance(found, SweepTask):
+        return [found]
+    return [task for each in found for task in _flat(each)]
 
 
 def _described(value: Any, key: str = "") -> Any:
+    """Return settings with code and local data by content, so that folders may move."""
     if isinstance(value, dict):
         data = key in _DATA
         return {
@@ -193,7 +181,4 @@ def hash_folder(folder: Path, deep: bool = False, without: tuple[str, ...] = ())
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content."""
     with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()

@@ -16,7 +16,7 @@ logger = logging.getLogger("lm_eval.pruned.sweep")
 
 
 def check_tracking(settings: EvaluatorConfig) -> None:
-    """Raise ValueError where a package is missing, or W&B would put all units into one run."""
+    """Raise ValueError where a package is missing."""
     for package in ("wandb", "trackio"):
         given = getattr(settings, f"{package}_args")
         if given and importlib.util.find_spec(package) is None:
@@ -24,11 +24,6 @@ def check_tracking(settings: EvaluatorConfig) -> None:
                 f"{package}_args was given, but {package} is not installed: run "
                 f"`pip install {package}`, or leave {package}_args out."
             )
-    if "id" in settings.wandb_args:
-        raise ValueError(
-            f"wandb_args has id={settings.wandb_args['id']}, but each unit is a run by itself: "
-            "leave it out, or name what they share with group=..."
-        )
 
 
 def report(label: str, results: dict[str, Any], settings: EvaluatorConfig) -> None:

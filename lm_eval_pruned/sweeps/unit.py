@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import random
 import re
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lm_eval
@@ -17,54 +17,37 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_pruned.results.runs import read_newest, unit_folder
-from lm_eval_pruned.sweeps.folder import SweepFolder, write_results
+from lm_eval_pruned.results.runs import read_newest, read_unit, unit_folder
+from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
-from lm_eval_pruned.sweeps.plan import MODELS
+from lm_eval_pruned.sweeps.plan import MODELS, Unit
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.tracking import check_tracking, report
 
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.sweeps.plan import Configuration, Sweep, Unit
-    from lm_eval_pruned.sweeps.tasks import SweepTask
+    from lm_eval_pruned.sweeps.plan import Configuration, Sweep
 
     #: A unit, the folder of its files, its seconds, and None or what it failed with.
     Ended = tuple[Unit, Path, float, dict[str, str] | None]
 
-
 logger = logging.getLogger("lm_eval.pruned.sweep")
-
-#: Seconds of waiting before a unit that the Hub answered with 429 starts again; the Hub counts
-#: requests over five minutes.
-PAUSES = (30, 60, 120, 240)
-#: What a traceback says that ends with an answer of 429.
-_REFUSED = r"\b429 (Client Error|Too Many Requests)"
-#: What it says where the device failed, for which too little memory does not count.
+#: What a traceback says where the device failed, for which too little memory does not count.
 _OF_DEVICE = r"Error: (CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
 
 
 class UnitRunner:
     """Evaluates units, holding one model at a time, and the scores of all neurons.
 
-    Args:
-        sweep: The plan.
-        part: Distinguishes the cache files of processes that run side by side.
-        folder: Holds the unpruned model's results, for units that may stop early.
-
-    Attributes:
-        device_failed: Whether the accelerator failed, after which this process cannot use it.
+    `part` tells the cache files of processes that run side by side apart. Once its `device_failed`,
+    a process can evaluate nothing else.
     """
 
-    def __init__(
-        self, sweep: Sweep, part: str, folder: SweepFolder | None = None
-    ) -> None:
-        self._sweep, self._part, self._folder = sweep, part, folder
+    def __init__(self, sweep: Sweep, part: str) -> None:
+        self._sweep, self._part = sweep, part
         check_tracking(sweep.settings)
         self._holds: Configuration | None = None
         # The model, or what loading it raised.
@@ -75,34 +58,23 @@ class UnitRunner:
     def attempt(self, unit: Unit, folder: Path) -> tuple[float, dict[str, str] | None]:
         """Evaluate a unit and write the harness's files of it to `folder`, an empty one.
 
-        Where the Hub says 429, it starts again after a while.
-
         Returns:
             Seconds the evaluation took, without loading the model; and None, or ``type``,
             ``message`` and ``traceback`` of what the unit failed with.
         """
-        pauses = iter(PAUSES)
-        while True:
-            start = time.perf_counter()
-            try:
-                return self._run(unit, folder), None
-            except Exception as error:
-                logger.exception("%s / %s failed.", *unit.names)
-                told = describe_error(error)
-            seconds, why = time.perf_counter() - start, told["traceback"]
-            self.device_failed = re.search(_OF_DEVICE, why) is not None
-            pause = next(pauses, None) if re.search(_REFUSED, why) else None
-            if pause or getattr(self._lm, "engine_died", False):
-                # It holds what loading has raised, or answers nobody.
-                self.release()
-            elif not self.device_failed:
-                release_memory()
-            if not pause:
-                return seconds, told
-            # Those that were refused together do not come back together.
-            wait = pause * random.uniform(0.75, 1.25)
-            logger.warning("The Hub says 429: %s / %s waits %.0f s.", *unit.names, wait)
-            time.sleep(wait)
+        start = time.perf_counter()
+        try:
+            return self._run(unit, folder), None
+        except Exception as error:
+            logger.exception("%s / %s failed.", *unit.names)
+            told = describe_error(error)
+        seconds = time.perf_counter() - start
+        self.device_failed = re.search(_OF_DEVICE, told["traceback"]) is not None
+        if getattr(self._lm, "engine_died", False):
+            self.release()
+        elif not self.device_failed:
+            release_memory()
+        return seconds, told
 
     def release(self) -> None:
         """Free the model's memory."""
@@ -118,8 +90,8 @@ class UnitRunner:
             members = manager.load(tasks)["tasks"]
             # Those of the unpruned model, too, for which all sizes wait.
             check_tasks(sweep.stop_when, members, sweep.settings)
-            if self._folder and sweep.may_stop(configuration):
-                base = _unpruned_run(sweep, self._folder, task)
+            if sweep.may_stop(configuration):
+                base = _unpruned_run(sweep, Unit(sweep.baseline, task))
         self._load(configuration)
         start, tracker = time.perf_counter(), EvaluationTracker()
         given = configuration, manager, tasks, tracker
@@ -185,15 +157,14 @@ class UnitRunner:
         own_cache = None if configuration.floor else settings.use_cache
         if own_cache is not None:
             # The harness's key of a response holds the request and nothing of the model.
-            model = fingerprint(sweep.model_definition(configuration))[:12]
-            own_cache += f"_{configuration.id}_{model}{self._part}"
+            key = fingerprint(sweep.model_definition(configuration))[:12]
+            own_cache += f"_{configuration.id}_{key}{self._part}"
+        options |= {f"{name}_seed": seed for name, seed in seeds}
         try:
             results = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=sweep.model_args(configuration),
                 tasks=tasks,
-                **options,
-                **{f"{name}_seed": seed for name, seed in seeds},
                 # What it computes on, which need not be what was asked for.
                 device=str(getattr(lm, "device", settings.device)),
                 use_cache=own_cache or cache,
@@ -201,44 +172,41 @@ class UnitRunner:
                 task_manager=manager,
                 confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
                 metadata=manager.metadata,
+                **options,
             )
         finally:
             if (answers := getattr(lm.cache_hook, "dbdict", None)) is not None:
                 answers.close()
                 lm.set_cache_hook(CacheHook(None))
         # What `lm_eval run` records where it makes the model itself.
-        model = configuration.floor or sweep.model
-        size = weight_bytes(getattr(lm, "model", None))
-        told = {"model": model, "use_cache": own_cache, "weight_bytes": size}
-        results["config"] |= told
-        tracker.general_config_tracker.model_source = model
+        name, model = configuration.floor or sweep.model, getattr(lm, "model", None)
+        results["config"] |= {"model": name, "use_cache": own_cache}
+        is_here = isinstance(model, torch.nn.Module)
+        results["config"]["weight_bytes"] = _bytes_of(model) if is_here else None
+        tracker.general_config_tracker.model_source = name
         return results
 
 
-def _unpruned_run(sweep: Sweep, folder: SweepFolder, task: SweepTask) -> Run:
-    names, now = (sweep.baseline.id, task.name), sweep.definition(sweep.baseline, task)
-    record = folder.read(*names)
-    if record is None or record.error or record.fingerprint != fingerprint(now):
+def _unpruned_run(sweep: Sweep, unit: Unit) -> Run:
+    path = Path(sweep.options["output_path"])
+    place, now = unit_folder(path, *unit.names), fingerprint(sweep.definition(*unit))
+    record = read_unit(place)
+    if record is None or record.error or record.fingerprint != now:
         raise ValueError(
-            f"{task.name} has no results of the unpruned model to compare with in {folder.path}: "
+            f"{unit.task.name} has no results of the unpruned model to compare with in {path}: "
             "evaluate baseline first, and then use --retry_failed."
         )
-    return read_newest(unit_folder(folder.path, *names))
+    return read_newest(place)
 
 
-def weight_bytes(model: Any) -> int | None:
-    """Return how many bytes the parameters and buffers of a model take, or None for an engine."""
-    if not isinstance(model, torch.nn.Module):
-        return None
-    return sum(map(_bytes_of, [*model.parameters(), *model.buffers()]))
-
-
-def _bytes_of(tensor: Any) -> int:
+def _bytes_of(held: Any) -> int:
+    """Return how many bytes a tensor, or the parameters and buffers of a model, take."""
+    if isinstance(held, torch.nn.Module):
+        return sum(map(_bytes_of, [*held.parameters(), *held.buffers()]))
     # A quantised tensor of torchao is made of others.
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.nbytes)
-    names, _ = tensor.__tensor_flatten__()
-    return sum(_bytes_of(getattr(tensor, name)) for name in names)
+    if not hasattr(held, "__tensor_flatten__"):
+        return int(held.nbytes)
+    return sum(_bytes_of(getattr(held, name)) for name in held.__tensor_flatten__()[0])
 
 
 def describe_error(error: BaseException) -> dict[str, str]:

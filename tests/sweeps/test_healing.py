@@ -7,26 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
-from safetensors.torch import load_file
 
 from lm_eval_pruned.checkpoints.adapters import HEALING
-from lm_eval_pruned.cli import main
 from lm_eval_pruned.healing.trainer import HealingTrainer
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
-from tests.helpers.meters import FakeMeter
-from tests.helpers.sweeping import (
-    errors_of,
-    files_of,
-    forked,
-    results_of,
-    sweep_options,
-)
+from tests.helpers.sweeping import errors_of, files_of, forked, sweep_options
 
 
 TEXTS = [f"The tide of day {n} comes in twice, and goes out twice." for n in range(12)]
@@ -36,15 +26,13 @@ TRAINING = {
     "learning_rate": "1e-2",
     "save_steps": 2,
 }
-NAMES = ("baseline", "ratio-1.5", "ratio-1.5_healed")
+UNITS = [f"{c}/tiny_choice" for c in ("baseline", "ratio-1.5", "ratio-1.5_healed")]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ten_watts(quick):
+def unmetered(quick):
     with pytest.MonkeyPatch.context() as patch:
-        clock = type("Clock", (), {"now": property(lambda self: time.perf_counter())})
-        meter = "lm_eval_pruned.healing.cost.CodecarbonMeter"
-        patch.setattr(meter, lambda: FakeMeter(clock(), {"cpu": 10.0}))
+        patch.setattr("lm_eval_pruned.healing.cost.meters_the_machine", lambda: False)
         yield
 
 
@@ -54,12 +42,20 @@ def write_data(file, texts):
 
 
 @pytest.fixture(scope="module")
-def options(tiny_llama, tasks, tmp_path_factory):
+def done(tiny_llama, tasks, tmp_path_factory):
+    """The options of a sweep of one size before and after that has run."""
     folder = tmp_path_factory.mktemp("sweep")
     heal = {"data": write_data(folder / "data.jsonl", TEXTS), "training_args": TRAINING}
     heal |= {"max_length": 32, "max_steps": 4}
     more = {"tasks": ["tiny_choice"], "heal": heal}
-    return sweep_options(tiny_llama, tasks, folder / "sweep", **more)
+    options = sweep_options(tiny_llama, tasks, folder / "sweep", **more)
+    assert run_sweep(options) == 0
+    return options
+
+
+@pytest.fixture
+def options(done, tmp_path):
+    return {**done, "output_path": str(tmp_path / "here")}
 
 
 def healing(options, **more):
@@ -86,37 +82,19 @@ def trainer(monkeypatch):
     return noted
 
 
-@pytest.fixture(scope="module")
-def done(options):
-    """The options of a sweep of one size before and after that has run."""
-    assert run_sweep(options) == 0
-    return options
-
-
-def adapter_of(options):
-    sweep = Sweep(options)
-    return sweep.adapter(sweep.configurations[2])
-
-
-def test_each_size_is_evaluated_before_and_after(done, capsys):
-    assert set(files_of(done["output_path"])) == {
-        f"{name}/tiny_choice" for name in NAMES
-    }
-    adapter = adapter_of(done)
+def test_each_size_is_evaluated_before_and_after(done):
+    assert sorted(files_of(done["output_path"])) == UNITS
+    sweep = Sweep(done)
+    adapter = sweep.adapter(sweep.configurations[2])
     record = json.loads((adapter / HEALING).read_text())
-    runs = read_sweep(done["output_path"]).runs
-    before, after = (run.config for run in runs[1:])
+    before, after = (run.config for run in read_sweep(done["output_path"]).runs[1:])
     assert "healing" not in before
     assert after["healing"] | {"pruning": after["pruning"]} == record
     assert after["pruning"] == before["pruning"]
     assert (record["steps"], record["tokens_seen"]) == (4, 4 * 2 * 32)
     assert record["training_args"]["learning_rate"] == 1e-2
-    joules = record["energy"]["joules"]["total"]
-    assert joules == pytest.approx(10 * record["seconds"], abs=2)
     # The checkpoints have done their duty.
     assert [p for p in adapter.parent.iterdir() if p.is_dir()] == [adapter]
-    assert main(["compare", done["output_path"]]) == 0
-    assert all(f"|{name}|" in capsys.readouterr().out for name in NAMES[2:])
 
 
 @pytest.mark.slow
@@ -139,98 +117,72 @@ def test_what_decides_the_weights_defines_the_unit(options, tmp_path):
         _, *both = (sweep.definition(c, sweep.tasks[0]) for c in sweep.configurations)
         return (*both, sweep.adapter(sweep.configurations[2]))
 
-    pruned, healed, adapter = before = defined(options)
+    before = defined(options)
     for change in (
         {"max_steps": 3},
         {"training_args": {**TRAINING, "learning_rate": 1e-3}},
         {"peft_args": {"r": 2}},
         {"teacher_weight": 0.5},
     ):
-        found = defined(options, **change)
-        assert found[0] == pruned
-        assert found[1] != healed
-        assert found[2] != adapter
+        found = zip(defined(options, **change), before, strict=True)
+        assert [one == other for one, other in found] == [True, False, False]
     how = {**TRAINING, "save_steps": 3, "logging_steps": 1}
     moved = write_data(tmp_path / "moved.jsonl", TEXTS)
     assert defined(options, training_args=how, data=moved) == before
-    for more, same in (
-        ({"energy": True, "logits_cache": False}, True),
-        ({"dtype": "bfloat16"}, False),
-    ):
+    for more, same in (({"logits_cache": False}, True), ({"dtype": "bfloat16"}, False)):
         here = {**options, "model_args": {**options["model_args"], **more}}
-        assert (defined(here)[2] == adapter) is same
+        assert (defined(here)[2] == before[2]) is same
 
 
 @pytest.mark.slow
-def test_killed_while_it_trains_it_goes_on_from_the_checkpoint(done, trainer, tmp_path):
-    here = {**done, "output_path": str(tmp_path)}
-    trainer.at[3] = lambda: os.kill(os.getpid(), signal.SIGKILL)
-    assert forked(lambda: run_sweep(here)) == -signal.SIGKILL
-    assert set(files_of(tmp_path)) == {f"{name}/tiny_choice" for name in NAMES[:2]}
-    assert not adapter_of(here).exists()
-    del trainer.at[3]
-    assert run_sweep(here) == 0
-    assert trainer.steps == [2, 3]
-    file = "adapter_model.safetensors"
-    found, expected = (load_file(adapter_of(each) / file) for each in (here, done))
-    assert all(found[name].equal(tensor) for name, tensor in expected.items())
-    found, expected = (results_of(each["output_path"]) for each in (here, done))
-    assert all(found[unit] == expected[unit] for unit in found)
+@pytest.mark.parametrize(
+    ("stop", "step", "code", "left"),
+    [(signal.SIGKILL, 3, -9, [2, 3]), (signal.SIGINT, 2, 130, [3])],
+)
+def test_stopped_while_it_trains_it_goes_on_from_the_checkpoint(
+    options, trainer, stop, step, code, left
+):
+    trainer.at[step] = lambda: os.kill(os.getpid(), stop)
+    assert forked(lambda: run_sweep(options)) == code
+    assert sorted(files_of(options["output_path"])) == UNITS[:2]
+    del trainer.at[step]
+    assert run_sweep(options) == 0
+    assert trainer.steps == left
 
 
 @pytest.mark.slow
-def test_a_training_that_fails_fails_its_own_units(options, trainer, tmp_path):
-    here = {**options, "output_path": str(tmp_path), "tasks": ["tiny_both"]}
-
+def test_a_training_that_fails_fails_its_own_units(options, trainer):
     def failing():
         if len(trainer.trainings) == 1:
             raise RuntimeError("the memory ran out")
 
     trainer.at[0] = failing
-    assert run_sweep({**here, "prune_percents": ["20"]}) == 1
-    failed = errors_of(tmp_path)
-    assert {*failed} == {f"{NAMES[2]}/tiny_{task}" for task in ("choice", "sentence")}
+    asked = {**options, "tasks": ["tiny_both"], "prune_percents": ["20"]}
+    assert run_sweep(asked) == 1
+    failed = errors_of(options["output_path"])
+    assert {*failed} == {UNITS[2], UNITS[2].replace("choice", "sentence")}
     assert all("memory ran out" in error["message"] for error in failed.values())
-    assert (len(files_of(tmp_path)), len(trainer.trainings)) == (10, 2)
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_it_trains_keeps_the_step(options, trainer, tmp_path, capsys):
-    here = {**options, "output_path": str(tmp_path)}
-    trainer.at[2] = lambda: os.kill(os.getpid(), signal.SIGINT)
-    assert run_sweep(here) == 130
-    assert "Stopped: 2 of 3 units are done" in capsys.readouterr().out
-    assert list(tmp_path.rglob("checkpoint-3/healing.json"))
-    assert run_sweep(here) == 0
+    assert (len(files_of(options["output_path"])), len(trainer.trainings)) == (10, 2)
 
 
 @pytest.mark.slow
 def test_two_shards_train_one_adapter_once(options, tmp_path):
     """They share a healed configuration: one trains, the other waits for it."""
-    file, folder = tmp_path / "sweep.yaml", tmp_path / "sweep"
-    more = {"tasks": ["tiny_both"], "output_path": str(folder)}
-    file.write_text(json.dumps({**options, **more}))
+    file = tmp_path / "sweep.yaml"
+    file.write_text(json.dumps({**options, "tasks": ["tiny_both"]}))
     command = [sys.executable, "-m", "lm_eval_pruned.cli", "sweep", "--config", file]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    parts = [
-        subprocess.Popen([*command, "--shard", f"{n}/2"], env=env) for n in range(2)
-    ]
+    parts = [subprocess.Popen([*command, "--shard", f"{n}/2"]) for n in range(2)]
     assert [part.wait() for part in parts] == [0, 0]
-    assert len(files_of(folder)) == 6
-    assert len(list(folder.rglob("adapter_model.safetensors"))) == 1
+    assert len(files_of(options["output_path"])) == 6
+    assert len(list(tmp_path.rglob("adapter_model.safetensors"))) == 1
 
 
 @pytest.mark.parametrize(
     ("heal", "more", "message"),
     [
         ({"data": None}, {}, "add data=FILE"),
-        ({"data": "nowhere.jsonl"}, {}, "data=nowhere.jsonl"),
         ({"max_step": 3}, {}, "did you mean max_steps"),
-        ({"max_steps": 2.5}, {}, "max_steps=2.5"),
-        ({"training_args": {"learning_rte": 1}}, {}, "learning_rte"),
         ({"max_length": 5000}, {}, "512 positions"),
-        ({"max_length": 500, "data": "short.txt"}, {}, "each step needs"),
-        ({"peft_args": {"target_modules": "q"}}, {}, "Target modules q"),
         ({"method": "full"}, {}, "pass method=lora"),
         ({"teacher_weight": 1.0}, {"ratios": [], "drop_layers": ["1"]}, "no size"),
         ({}, {"ratios": []}, "add sizes"),
@@ -238,16 +190,11 @@ def test_two_shards_train_one_adapter_once(options, tmp_path):
         ({}, {"ray": True}, "leave out --ray"),
         ({}, {"model_args": {"peft": "x"}}, "model_args has peft=x"),
         ({}, {"model_args": {"delta": "x"}}, "model_args has delta=x"),
-        ({}, {"model_args": {"load_in_8bit": True}}, "quantised weights"),
     ],
 )
-def test_what_is_refused_before_a_model_is_loaded(
-    options, heal, more, message, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "short.txt").write_text("Not 500 tokens of text.")
-    here = {**healing(options, **heal), **more, "output_path": str(tmp_path / "out")}
+def test_what_is_refused_before_a_model_is_loaded(options, heal, more, message):
+    here = {**healing(options, **heal), **more}
     here["model_args"] = options["model_args"] | more.get("model_args", {})
     with pytest.raises(ValueError, match=message):
         run_sweep(here)
-    assert not (tmp_path / "out").exists()
+    assert not files_of(options["output_path"])

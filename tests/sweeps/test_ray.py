@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +11,13 @@ import torch
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.ray import Worker
 from lm_eval_pruned.sweeps.run import run_sweep
-from tests.helpers.sweeping import (
-    change,
-    errors_of,
-    files_of,
-    results_of,
-    sweep_options,
-    write_tasks,
-)
+from tests.helpers.sweeping import change, errors_of, files_of, results_of, write_tasks
 
 
 @pytest.fixture
-def options(tiny_llama, tmp_path):
-    written = write_tasks(tmp_path / "tasks")
-    return sweep_options(tiny_llama, written, tmp_path / "sweep", ray=True)
+def options(options, tmp_path):
+    tasks = write_tasks(tmp_path / "tasks")
+    return {**options, "include_path": str(tasks), "ray": True}
 
 
 def test_a_missing_package_is_named(options, monkeypatch):
@@ -49,27 +41,15 @@ def test_a_worker_sends_its_files_and_refuses_another_task(options, one_thread):
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray of two CPUs that lives as long as these tests."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # A busy machine is slow to start workers, and has little memory left.
+    patient = {"worker_register_timeout_seconds": 900, "memory_monitor_refresh_ms": 0}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {f"RAY_{name}": str(value) for name, value in patient.items()}
     ray = pytest.importorskip("ray", reason="the package ray is not installed")
     more = {"include_dashboard": False, "log_to_driver": False}
     ray.init("local", num_cpus=2, num_gpus=0, object_store_memory=100 * 2**20, **more)
     yield ray
     ray.shutdown()
-
-
-@pytest.fixture
-def one_cpu(cluster):
-    """Another program holds one of the two CPUs."""
-
-    @cluster.remote(num_cpus=1)
-    class Other:
-        def there(self):
-            pass
-
-    other = Other.remote()
-    cluster.get(other.there.remote())
-    yield
-    cluster.kill(other)
 
 
 @pytest.mark.slow
@@ -83,35 +63,39 @@ def test_same_results_as_without_ray(cluster, options, tmp_path, one_thread):
     assert files_of(tmp_path / "sweep") == before
 
 
-def in_the_first_process(options, statement):
-    """Have the process that first loads a task run a statement whenever it loads one."""
-    mark = Path(options["include_path"]).parent / "first"
+class Other:
+    """Another program on the cluster."""
+
+    def there(self):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("taken", "statement"),
+    [
+        (0, "os.kill(os.getpid(), signal.SIGKILL)"),
+        (1, "raise RuntimeError('CUDA error: an assert')"),
+    ],
+)
+def test_units_of_lost_workers_and_devices_run_again(
+    cluster, taken, statement, options, tmp_path
+):
+    """The process that first loads a task runs a statement whenever it loads one."""
+    other = cluster.remote(num_cpus=taken)(Other).remote()
+    cluster.get(other.there.remote())
     load = "def load(**kwargs):\n"
     first = f"""{load}    import os, signal
-    mark = Path({str(mark)!r})
+    mark = Path({str(tmp_path / "first")!r})
     if not mark.exists():
         mark.write_text(str(os.getpid()))
     if mark.read_text() == str(os.getpid()):
         {statement}
 """
     change(options["include_path"], "utils.py", load, first)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cpus", "statement"),
-    [
-        ("cluster", "os.kill(os.getpid(), signal.SIGKILL)"),
-        ("one_cpu", "os.kill(os.getpid(), signal.SIGKILL)"),
-        ("one_cpu", "raise RuntimeError('CUDA error: an assert')"),
-    ],
-)
-def test_units_of_lost_workers_and_devices_run_again(cpus, statement, options, request):
-    """A process is killed, as it is with a node that is lost; one worker finds no place."""
-    request.getfixturevalue(cpus)
-    in_the_first_process(options, statement)
     assert run_sweep(options) == 0
     assert len(files_of(options["output_path"])) == 4
+    cluster.kill(other)
 
 
 @pytest.mark.slow

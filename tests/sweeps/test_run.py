@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import lm_eval
 import pytest
@@ -18,10 +19,9 @@ from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning import measuring
-from lm_eval_pruned.results.groups import series_name
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.folder import SweepFolder
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import FLOORS, Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import (
     change,
@@ -54,49 +54,21 @@ def undisturbed(tiny_llama, tasks, tmp_path_factory):
 
 
 @pytest.fixture
-def loaded(monkeypatch):
-    """The ratio of each model that is loaded; loading may raise what `at` has for it."""
-    create = PrunedHFLM.create_from_arg_obj.__func__
-
-    class Loaded(list):
-        def __init__(self):
-            self.at = {}
-
-    ratios = Loaded()
-
-    def counted(cls, arguments, more=None):
-        ratios.append(arguments.get("ratio"))
-        if errors := ratios.at.get(ratios[-1]):
-            raise errors.pop()
-        return create(cls, arguments, more)
-
-    monkeypatch.setattr(PrunedHFLM, "create_from_arg_obj", classmethod(counted))
-    return ratios
+def calls(monkeypatch):
+    """Evaluations and loads, which go on unless a test gives them another effect."""
+    evaluate = Mock(wraps=lm_eval.simple_evaluate)
+    load = Mock(wraps=PrunedHFLM.create_from_arg_obj)
+    monkeypatch.setattr("lm_eval.simple_evaluate", evaluate)
+    monkeypatch.setattr(PrunedHFLM, "create_from_arg_obj", load)
+    return SimpleNamespace(evaluate=evaluate, load=load)
 
 
-@pytest.fixture
-def at_second(monkeypatch):
-    """Have something happen instead of the second evaluation; count all of them."""
-    evaluate, calls = lm_eval.simple_evaluate, []
-
-    def patched(happens):
-        def counted(**arguments):
-            calls.append(arguments)
-            if len(calls) == 2:
-                happens()
-            return evaluate(**arguments)
-
-        monkeypatch.setattr("lm_eval.simple_evaluate", counted)
-        return calls
-
-    return patched
+def at_second(effect):
+    return [DEFAULT, effect, *[DEFAULT] * 20]
 
 
-def raising(error):
-    def happens():
-        raise error
-
-    return happens
+def ratios_of(load):
+    return [call.args[0].get("ratio") for call in load.call_args_list]
 
 
 def results_file(folder, unit):
@@ -144,52 +116,37 @@ def test_same_as_the_stock_command(options, undisturbed, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on(options, folder, undisturbed, at_second):
-    at_second(lambda: os.kill(os.getpid(), signal.SIGKILL))
+def test_a_killed_sweep_goes_on(options, folder, undisturbed, calls):
+    def dying(**_):
+        if calls.evaluate.call_count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return DEFAULT
+
+    calls.evaluate.side_effect = dying
     before: dict = {}
-    for _ in UNITS[1:]:
-        assert forked(lambda: run_sweep(options)) == -signal.SIGKILL
+    for code in (-9, -9, -9, 0):
+        assert forked(lambda: run_sweep(options)) == code
         # Nothing that was finished is lost or made again.
         assert before.items() < files_of(folder).items()
         before = files_of(folder)
-    assert forked(lambda: run_sweep(options)) == 0
-    assert before.items() < files_of(folder).items()
     assert results_of(folder) == results_of(undisturbed)
     assert not list(folder.glob(".unfinished/*/*"))
 
 
 @pytest.mark.slow
 def test_a_second_start_evaluates_what_changed_and_keeps_the_old(
-    options, folder, capsys, monkeypatch
+    options, folder, capsys
 ):
     assert run_sweep(options) == 0
     old = files_of(folder)
-    with monkeypatch.context() as patch:
-        patch.setattr("lm_eval.simple_evaluate", lambda **_: pytest.fail("again"))
-        assert run_sweep({**options, "batch_size": "2"}) == 0
+    assert run_sweep({**options, "batch_size": "2"}) == 0
     assert files_of(folder) == old
-    assert "4 done, 0 failed before, 0 to run" in capsys.readouterr().out
     assert run_sweep({**options, "limit": 2.0}) == 0
     assert "another definition (settings)" in capsys.readouterr().out
-    kept = [
-        sorted(p.name for p in k.iterdir()) for k in folder.glob("superseded/*/*/*")
-    ]
-    assert sorted(map(tuple, kept)) == sorted(old.values())
     assert results_file(folder, UNITS[0])["n-samples"]["tiny_choice"]["effective"] == 2
-
-
-@pytest.mark.slow
-def test_a_second_sweep_says_which_sizes_of_the_first_it_leaves_out(options, capsys):
-    folder = options["output_path"]
-    assert run_sweep({**options, "tasks": ["tiny_choice"]}) == 0
-    second = {**options, "ratios": ["1"], "tasks": ["tiny_sentence"]}
-    assert run_sweep(second) == 0
-    assert f"{folder} also holds ratio-1.5, which" in capsys.readouterr().out
-    assert [run.name for run in read_sweep(folder).runs] == ["baseline", "ratio-1"]
-    assert run_sweep({**second, "ratios": ["1.5", "1"]}) == 0
-    both = ["tiny_choice", "tiny_sentence"]
-    found = {run.name: run.tasks() for run in read_sweep(folder).runs}
-    assert found == {"baseline": both, "ratio-1.5": both, "ratio-1": both[1:]}
+    aside = folder.glob("superseded/*/*/*")
+    kept = sorted(sorted(map(os.path.basename, each.iterdir())) for each in aside)
+    assert kept == sorted(map(list, old.values()))
 
 
 def test_a_failed_unit_is_recorded_and_the_rest_goes_on(
@@ -198,21 +155,20 @@ def test_a_failed_unit_is_recorded_and_the_rest_goes_on(
     broken = shutil.copytree(tasks, tmp_path / "tasks")
     change(broken, "choice.yaml", ".load", ".cannot_be_had")
     options = {**options, "include_path": str(broken)}
-    assert run_sweep(options) == 1
-    for unit, names in files_of(folder).items():
-        is_error = names == ("error.json", "unit.json")
-        assert is_error == unit.endswith("tiny_choice")
+    for retry, said in (
+        (False, "0 failed before, 4 to run"),
+        (False, "2 failed before, 0 to run"),
+        (True, "0 failed before, 2 to run"),
+    ):
+        assert run_sweep(options, retry_failed=retry) == 1
+        assert said in capsys.readouterr().out
+        for unit, names in files_of(folder).items():
+            is_error = names == ("error.json", "unit.json")
+            assert is_error == unit.endswith("tiny_choice")
     error = errors_of(folder)[UNITS[0]]
     assert error["type"] == "ConnectionError"
     assert error["message"] == "the data set cannot be had"
     assert "cannot_be_had" in error["traceback"]
-    for retry, said in (
-        (False, "2 failed before, 0 to run"),
-        (True, "0 failed before, 2"),
-    ):
-        capsys.readouterr()
-        assert run_sweep(options, retry_failed=retry) == 1
-        assert f"2 done, {said}" in capsys.readouterr().out
     # A task that was mended has another definition: no option is needed.
     assert run_sweep({**options, "include_path": str(tasks)}) == 0
     assert not errors_of(folder)
@@ -220,32 +176,26 @@ def test_a_failed_unit_is_recorded_and_the_rest_goes_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_sweep_whose_device_fails_ends(options, at_second, capsys, wrapped):
-    error = getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an assert")
-    if wrapped:
-        cause, error = error, ValueError("it cannot be evaluated")
-        error.__cause__ = cause
-    calls = at_second(raising(error))
+@pytest.mark.parametrize(
+    ("message", "count"),
+    [("CUDA error: an assert", 2), ("CUDA error: out of memory", 4)],
+)
+def test_a_sweep_whose_device_fails_ends(options, folder, calls, message, count):
+    error = ValueError("it cannot be evaluated")
+    error.__cause__ = getattr(torch, "AcceleratorError", RuntimeError)(message)
+    calls.evaluate.side_effect = at_second(error)
     assert run_sweep(options) == 1
-    assert "Stopped: after an error of its device" in capsys.readouterr().out
-    assert len(calls) == 2
+    assert [*errors_of(folder)] == UNITS[1:2]
+    assert calls.evaluate.call_count == count
     # The same command goes on, behind the unit that may be to blame.
     assert run_sweep(options) == 1
-    assert len(calls) == 4
+    assert calls.evaluate.call_count == 4
     assert run_sweep(options, retry_failed=True) == 0
 
 
 @pytest.mark.slow
-def test_too_little_memory_of_a_device_fails_one_unit(options, folder, at_second):
-    at_second(raising(RuntimeError("CUDA error: out of memory")))
-    assert run_sweep(options) == 1
-    assert [*errors_of(folder)] == UNITS[1:2]
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_and_the_next_start_goes_on(options, folder, at_second, capsys):
-    at_second(raising(KeyboardInterrupt()))
+def test_ctrl_c_stops_and_the_next_start_goes_on(options, folder, calls, capsys):
+    calls.evaluate.side_effect = at_second(KeyboardInterrupt())
     assert run_sweep(options) == 130
     assert "1 of 4 units are done" in capsys.readouterr().out
     assert len(files_of(folder)) == 1
@@ -254,86 +204,39 @@ def test_ctrl_c_stops_and_the_next_start_goes_on(options, folder, at_second, cap
 
 @pytest.mark.slow
 def test_a_model_is_loaded_once_and_one_that_cannot_be_fails_its_units(
-    options, folder, loaded
+    options, folder, calls
 ):
-    loaded.at[None] = [torch.OutOfMemoryError("no memory left")]
+    calls.load.side_effect = [torch.OutOfMemoryError("no memory left"), DEFAULT]
     assert run_sweep(options) == 1
     assert sorted(errors_of(folder)) == UNITS[:2]
-    assert len(list(folder.glob("units/ratio-1.5/*/results_*.json"))) == 2
-    assert loaded == [None, 1.5]
-
-
-def test_a_unit_that_the_hub_refuses_waits_longer_and_longer(
-    options, loaded, monkeypatch
-):
-    slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
-    refusal = "Client error '429 Too Many Requests' for url"
-    loaded.at[None] = [OSError("429 documents"), OSError(refusal), OSError(refusal)]
-    assert run_sweep({**options, "ratios": [], "tasks": ["tiny_choice"]}) == 1
-    assert slept[1] > slept[0] > 0
-    assert len(slept) == 2 and loaded == [None] * 3
+    assert len(files_of(folder)) == 4
+    assert ratios_of(calls.load) == [None, 1.5]
 
 
 @pytest.mark.slow
-def test_an_engine_that_died_is_started_again(options, folder, loaded, monkeypatch):
+def test_an_engine_that_died_is_started_again(options, folder, calls, monkeypatch):
     def dying(self, requests, **kwargs):
         self.engine_died = True
         raise RuntimeError("the engine ended")
 
     monkeypatch.setattr(PrunedHFLM, "loglikelihood", dying)
-    monkeypatch.setattr(PrunedHFLM, "close", lambda self: None, raising=False)
     assert run_sweep(options) == 1
     assert sorted(errors_of(folder)) == UNITS[::2]
-    assert len(list(folder.glob("units/*/tiny_sentence/results_*.json"))) == 2
-    assert loaded == [None, None, 1.5, 1.5]
+    assert ratios_of(calls.load) == [None, None, 1.5, 1.5]
 
 
 @pytest.mark.slow
-def test_neurons_are_scored_once_for_all_sizes(options, folder, monkeypatch):
-    scored = []
-
-    def counted(*args, name, score=measuring.score_neurons, **kwargs):
-        scored.append(name)
-        return score(*args, name=name, **kwargs)
-
-    monkeypatch.setattr(measuring, "score_neurons", counted)
-    sizes = {"ratios": ["1", "1.5", "2"], "drop_layers": ["1"]}
+def test_neurons_are_scored_once_for_all_sizes(options, monkeypatch):
+    score = Mock(wraps=measuring.score_neurons)
+    monkeypatch.setattr(measuring, "score_neurons", score)
+    sizes = {"ratios": ["1", "1.5"], "drop_layers": ["1"]}
     assert run_sweep({**options, **sizes, "tasks": ["tiny_choice"]}) == 0
-    assert sorted(scored) == [f"model.layers.{layer}.mlp" for layer in range(3)]
-    assert not [f for f in folder.rglob("*.json") if "known_scores" in f.read_text()]
-    pruning = results_file(folder, "drop_layers-1/tiny_choice")["config"]["pruning"]
-    assert pruning["layers_kept"] == "0,2"
-
-
-@pytest.mark.slow
-def test_losses_are_measured_once_and_every_model_is_told_apart(
-    options, folder, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    text = tmp_path / "texts.jsonl"
-    text.write_text('{"text": "the quick brown fox"}\n{"text": "a second text"}\n')
-    measured: Counter[str] = Counter()
-    losses = measuring.LoadedModel.losses
-
-    def counting(self, text, criterion, removed):
-        measured[criterion] += 1
-        return losses(self, text, criterion, removed)
-
-    monkeypatch.setattr(measuring.LoadedModel, "losses", counting)
-    options["model_args"] |= {"calibration": str(text)}
-    more = {"allocations": ["uniform", "sensitivity"], "criteria": ["maw", "best"]}
-    assert run_sweep({**options, **more, "tasks": ["tiny_choice"]}) == 0
-    # By maw for two configurations, and among maw and act for two more.
-    assert measured == {"maw": 1, "act": 1}
-    _, *runs = read_sweep(folder).runs
-    assert len({series_name(run) for run in runs}) == 4
-    assert all(sum(r.pruning["layer_widths"].values()) == 3 * 48 for r in runs[2:])
+    scored = sorted(call.kwargs["name"] for call in score.call_args_list)
+    assert scored == [f"model.layers.{layer}.mlp" for layer in range(3)]
 
 
 def test_a_full_disk_is_a_failure_and_not_a_result(options, folder, monkeypatch):
-    writing = "save_results_samples"
-    monkeypatch.setattr(EvaluationTracker, writing, lambda *_, **__: None)
+    monkeypatch.setattr(EvaluationTracker, "save_results_samples", Mock())
     assert run_sweep({**options, "ratios": [], "tasks": ["tiny_choice"]}) == 1
     assert "0 of 4 samples" in errors_of(folder)[UNITS[0]]["message"]
 
@@ -350,9 +253,8 @@ def test_shards_together_are_the_sweep(options, folder, undisturbed):
 
 @pytest.mark.slow
 def test_processes_take_the_next_open_unit(options, folder, undisturbed, capsys):
-    """One holds a unit and dies, two go on side by side."""
-    with SweepFolder(folder, shared=True).claimed(("baseline", "tiny_choice")) as mine:
-        assert mine
+    """One holds a unit and dies."""
+    with SweepFolder(folder).held(f"units/{UNITS[0]}"):
         assert run_sweep(options, shard="next") == 0
         assert "Other processes have 1 of 4 units." in capsys.readouterr().out
         assert sorted(results_of(folder)) == UNITS[1:]
@@ -373,7 +275,10 @@ def test_answers_are_kept_for_one_model_each(options, folder, undisturbed, tmp_p
         shutil.rmtree(folder)
 
 
-def test_groups_with_a_score_are_one_unit_and_keep_their_settings(options, folder):
+def test_groups_with_a_score_are_one_unit_and_keep_their_settings(
+    options, folder, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
     options = {**options, "tasks": ["tiny_nested"], "ratios": []}
     names = ["tiny_scored", "tiny_sentence"]
     assert [task.name for task in Sweep(options).tasks] == names
@@ -381,3 +286,26 @@ def test_groups_with_a_score_are_one_unit_and_keep_their_settings(options, folde
     results = results_file(folder, "baseline/tiny_scored")
     assert set(results["groups"]) == {"tiny_scored"}
     assert results["n-shot"]["tiny_choice"] == 1
+    # Outside of a repository, git complained for each unit.
+    assert "fatal" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_evaluates_floors_first_and_once(options, folder, capsys):
+    options["floors"] = True
+    assert run_sweep(options) == 0
+    ran = capsys.readouterr().out
+    started = [line.split()[1] for line in ran.splitlines() if "starts" in line]
+    ids = [floor.id for floor in FLOORS]
+    assert [*dict.fromkeys(started)] == [*ids, "baseline", "ratio-1.5"]
+    # What they took says nothing of the model's time.
+    before = ran.split("baseline / tiny_choice starts")[0]
+    assert before.count("time left unknown") == 8
+    assert run_sweep(options) == 0
+    assert "12 units: 12 done" in capsys.readouterr().out
+    models = [(run.name, run.config["model"]) for run in read_sweep(folder).floors]
+    assert models == [(floor.id, floor.floor) for floor in FLOORS]
+    # Half of the numbers are even, and an echo answers with the question.
+    yes, *_, echo = read_sweep(folder).floors
+    assert yes.scores["tiny_choice", "acc,none"].value == 0.5
+    assert echo.scores["tiny_sentence", "exact_match,none"].value == 1.0

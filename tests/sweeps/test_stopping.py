@@ -16,7 +16,6 @@ from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.gate.baseline import Rule
 from lm_eval_pruned.gate.check import check, make_baseline
 from lm_eval_pruned.results.files import ResultsError
-from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps import stopping as module
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.stopping import documents_of_looks, read_rule
@@ -62,8 +61,8 @@ def samples_of(folder, configuration):
 
 
 def test_decided_units_stop_and_say_so(stopped):
-    base, *runs = read_sweep(stopped["output_path"]).runs
-    key = ("tiny_choice", "acc,none")
+    folder, key = stopped["output_path"], ("tiny_choice", "acc,none")
+    base, runs = read_comparands([folder])
     assert (base.scores[key].value, base.scores[key].documents) == (1.0, 400)
     assert not base.stopping
     for run in runs:
@@ -74,30 +73,18 @@ def test_decided_units_stop_and_say_so(stopped):
         assert low <= score.value <= high < 1
         assert stopping.difference == pytest.approx(score.value - 1)
         assert stopping.p < 0.05 / 2
-    before = files_of(stopped["output_path"])
-    assert run_sweep(stopped) == 0
-    assert files_of(stopped["output_path"]) == before
-
-
-def test_sizes_share_one_order_of_documents_and_their_prompts(stopped):
-    base, *sizes = (
-        {
-            d: row["prompt_hash"]
-            for d, row in samples_of(stopped["output_path"], c).items()
-        }
-        for c in ("baseline", "ratio-1", "ratio-0.5")
-    )
-    few, many = sorted(sizes, key=len)
-    assert few.items() <= many.items() <= base.items()
+    # All share one order of documents, at random.
+    few, many = sorted((samples_of(folder, run.name) for run in runs), key=len)
+    assert {*few} <= {*many}
     assert sorted(few) != [*range(len(few))]
+    before = files_of(folder)
+    assert run_sweep(stopped) == 0
+    assert files_of(folder) == before
 
 
 @pytest.mark.slow
 def test_answers_are_those_of_a_run_without_the_rule(stopped, tmp_path):
     """Of the documents of all looks, and with a cache that an interrupted run left."""
-    whole = {**stopped, "output_path": str(tmp_path / "whole"), "ratios": ["0.5"]}
-    del whole["stop_when"]
-    assert run_sweep(whole) == 0
     again = {**stopped, "output_path": str(tmp_path / "again")}
     again["use_cache"] = str(tmp_path / "cache" / "answers")
 
@@ -109,10 +96,10 @@ def test_answers_are_those_of_a_run_without_the_rule(stopped, tmp_path):
     assert list((tmp_path / "cache").glob("answers_ratio-*"))
     assert run_sweep(again) == 0
     assert results_of(tmp_path / "again") == results_of(stopped["output_path"])
-    full, part = (
-        samples_of(tmp_path / name, "ratio-0.5") for name in ("whole", "again")
-    )
-    for document, row in part.items():
+    whole = {**stopped, "output_path": str(tmp_path / "whole"), "ratios": ["0.5"]}
+    assert run_sweep({**whole, "stop_when": None}) == 0
+    full = samples_of(tmp_path / "whole", "ratio-0.5")
+    for document, row in samples_of(tmp_path / "again", "ratio-0.5").items():
         for key in ("prompt_hash", "doc_hash", "acc"):
             assert row[key] == full[document][key]
         # Other requests in a batch may change the last digit.
@@ -120,33 +107,22 @@ def test_answers_are_those_of_a_run_without_the_rule(stopped, tmp_path):
             assert float(one[0][0]) == pytest.approx(float(other[0][0]), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rule", "looks", "reasons"),
-    [
-        ("decided:90pt", ((30,), (30, 60)), ("equivalent", "difference")),
-        pytest.param(
-            *("decided", ((30,), (30, 60)), ("all documents", "difference")),
-            marks=pytest.mark.slow,
-        ),
-    ],
+    ("rule", "other"),
+    [("decided:90pt", "equivalent"), ("decided", "all documents")],
 )
-def test_a_group_and_a_task_end_by_their_rule(options, rule, looks, reasons):
+def test_a_group_and_a_task_end_by_their_rule(options, rule, other):
     options |= {"tasks": ["tiny_choice", "tiny_scored"], "stop_when": rule}
     assert run_sweep(options) == 0
     base, (run,) = read_comparands([options["output_path"]])
     for task in ("tiny_choice", "tiny_scored"):
-        assert run.stopping[task].looks in looks
-        assert run.stopping[task].reason in reasons
-    claims = {
-        margin: [
-            row.claim
-            for row in compare(base, [run], margin=Margin("equivalent", margin)).rows
-        ]
-        for margin in ("90pt", "95pt")
-    }
+        assert run.stopping[task].looks in ((30,), (30, 60))
+        assert run.stopping[task].reason in (other, "difference")
     # Nothing is said about a margin that was not looked at.
-    assert not any(claims["95pt"])
-    assert any(claim and claim.q < 0.05 for claim in claims["90pt"]) == ("90pt" in rule)
+    for size, known in (("95pt", False), ("90pt", "90pt" in rule)):
+        found = compare(base, [run], margin=Margin("equivalent", size)).rows
+        assert any(row.claim and row.claim.q < 0.05 for row in found) == known
 
 
 @pytest.mark.parametrize(
@@ -163,18 +139,6 @@ def test_what_depends_on_other_documents_is_refused(options, task, more, why):
     assert all(f"{task} draws {why}" in error["message"] for error in errors)
 
 
-@pytest.mark.slow
-def test_first_examples_are_those_of_the_full_run(stopped, tmp_path):
-    tasks = shutil.copytree(stopped["include_path"], tmp_path / "tasks")
-    with (tasks / "tiny_choice.yaml").open("a") as file:
-        file.write("fewshot_config:\n  sampler: first_n\n")
-    here = {"include_path": str(tasks), "output_path": str(tmp_path / "sweep")}
-    assert run_sweep({**stopped, **here, "num_fewshot": 2, "ratios": ["0.5"]}) == 0
-    full, part = (samples_of(tmp_path / "sweep", c) for c in ("baseline", "ratio-0.5"))
-    for document, row in part.items():
-        assert row["prompt_hash"] == full[document]["prompt_hash"]
-
-
 def test_looks_take_members_in_proportion_and_hold_those_before():
     def looks(**options):
         found = {"limit": None, "samples": None, "seed": [3]} | options
@@ -186,11 +150,10 @@ def test_looks_take_members_in_proportion_and_hold_those_before():
     # An eighth of the documents would be too few to look at.
     assert list(found) == [26, 50, 100]
     assert [len(each["few"]) for each in found.values()] == [3, 5, 10]
-    before = {"few": [], "many": []}
-    for each in found.values():
-        assert each == {name: sorted(rows) for name, rows in each.items()}
-        assert all({*before[name]} <= {*each[name]} for name in each)
-        before = each
+    for name in ("few", "many"):
+        first, second, last = (each[name] for each in found.values())
+        assert {*first} < {*second} < {*last}
+        assert first == sorted(first)
     assert found == looks() != looks(seed=[4])
     assert looks(limit=1, seed=None) == {2: {"few": [0], "many": [0]}}
     assert looks(samples={"few": [7, 1], "many": [5]})[3]["few"] == [1, 7]
@@ -199,8 +162,8 @@ def test_looks_take_members_in_proportion_and_hold_those_before():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        *(({"stop_when": rule}, "pass decided") for rule in ("", "soon", "decided:")),
-        *(({"stop_when": f"decided:{m}"}, "percentage") for m in ("one", "0pt")),
+        *(({"stop_when": rule}, "pass decided") for rule in ("", "soon")),
+        *(({"stop_when": f"decided:{m}"}, "percentage") for m in ("", "one", "0pt")),
         ({"stop_when": "decided", "log_samples": False}, "log_samples is False"),
         ({"stop_when": "decided", "model_args": {"energy": True}}, "energy is True"),
         ({"stop_when": "decided", "ray": True}, "leave out --ray"),
@@ -232,7 +195,6 @@ def test_partial_scores_are_called_partial_by_compare_and_check(stopped):
         assert (row.q is not None) is row.primary
         assert row.low <= row.difference <= row.high
     assert any("not over all tasks" in note for note in comparison.notes)
-    assert not any("other settings" in note for note in comparison.notes)
     named = {run.name: run for run in (base, *runs)}
     with pytest.raises(ResultsError, match=r"partial: \d+ of 400 documents"):
         make_baseline(named, Rule("absolute", 0.5))
