@@ -103,7 +103,12 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
             f"{file} has schema version {schema}, and this version of lm-eval-pruned reads "
             f"{SCHEMA}: use the version that wrote it, or upgrade lm-eval-pruned."
         )
-    return definition, [str(each["id"]) for each in definition["configurations"]]
+    try:
+        return definition, [str(each["id"]) for each in definition["configurations"]]
+    except (KeyError, TypeError):
+        raise ResultsError(
+            f"{file} names no configurations by their id: put back the file that the sweep wrote."
+        ) from None
 
 
 class Failure(NamedTuple):

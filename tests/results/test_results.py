@@ -171,3 +171,11 @@ def test_what_the_harness_writes(tmp_path):
         documents = read_documents(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
         assert run.scores[task, metric].higher_is_better
+
+
+@pytest.mark.parametrize("configurations", [None, [{"name": "c"}], ["c"]])
+def test_a_sweep_that_was_edited_by_hand_is_named(tmp_path, configurations):
+    edited = {"schema_version": 1, "configurations": configurations}
+    (tmp_path / "sweep.json").write_text(json.dumps(edited))
+    with pytest.raises(ResultsError, match=r"sweep\.json names no configurations"):
+        read_sweep(tmp_path)

@@ -68,7 +68,7 @@ def test_decided_units_stop_and_say_so(stopped):
     for run in runs:
         stopping, score = run.stopping["tiny_choice"], run.scores[key]
         assert (stopping.reason, stopping.of, stopping.sizes) == ("difference", 400, 2)
-        assert score.documents == stopping.documents < 200
+        assert score.documents == stopping.looks[-1] < 200
         low, high = stopping.scores["acc,none"]
         assert low <= score.value <= high < 1
         assert stopping.difference == pytest.approx(score.value - 1)
