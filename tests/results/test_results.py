@@ -11,7 +11,7 @@ from lm_eval_pruned.results import runs
 from lm_eval_pruned.results.documents import read_documents
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import series_of
-from lm_eval_pruned.results.runs import read_run, setting_of
+from lm_eval_pruned.results.runs import read_run, read_sweep, setting_of
 from tests.helpers.results_files import DATE, pruning, write_run, write_sweep
 
 
