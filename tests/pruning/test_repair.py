@@ -221,9 +221,7 @@ def test_layers_that_return_what_is_known_are_as_they_were_after(monkeypatch):
     assert vars(first) == before
 
 
-@pytest.mark.parametrize(
-    "family", breadth(("mixtral", "qwen3_moe", "gpt_oss", "llama4_text"), "mixtral")
-)
+@pytest.mark.parametrize("family", breadth(("mixtral", "qwen3_moe"), "mixtral"))
 def test_stacked_experts_are_repaired_and_err_less(family, text, tmp_path, caplog):
     made(tmp_path, family)
     ids = torch.tensor([byte_tokenizer()(TEXTS[0])["input_ids"]])[:, :512]

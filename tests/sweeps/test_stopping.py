@@ -117,7 +117,7 @@ def test_a_group_and_a_task_end_by_their_rule(options, rule, other):
     assert run_sweep(options) == 0
     base, (run,) = read_comparands([options["output_path"]])
     for task in ("tiny_choice", "tiny_scored"):
-        assert run.stopping[task].looks in ((30,), (30, 60))
+        assert run.stopping[task].looks in ([30], [30, 60])
         assert run.stopping[task].reason in (other, "difference")
     # Nothing is said about a margin that was not looked at.
     for size, known in (("95pt", False), ("90pt", "90pt" in rule)):
