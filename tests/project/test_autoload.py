@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import textwrap
 
 import pytest
 
-from tests.helpers.checkpoints import ROOT
+from tests.helpers import evaluations
 
 
-def python(code: str, *, cwd=None, path=None, flags=()) -> str:
+def python(code: str, cwd=None, **environment) -> str:
     """Run `code` in a new interpreter and return what it printed."""
-    more = {} if path is None else {"PYTHONPATH": str(path)}
-    run = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **more},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    return evaluations.run(words, cwd, check=True, **environment).stdout.strip()
 
 
 def test_starting_python_imports_nothing_heavy_and_installs_once():
@@ -42,24 +31,6 @@ def test_starting_python_imports_nothing_heavy_and_installs_once():
     assert "lm_eval_pruned._autoload" in modules, "the .pth is not installed"
     assert not {"torch", "lm_eval", "transformers", "numpy"} & {*modules}
     assert installed == "1"
-
-
-def test_a_python_without_any_dependency_starts():
-    printed = python(
-        f"""
-        import sys
-        sys.path.insert(0, {str(ROOT)!r})
-        import lm_eval_pruned._autoload as autoload
-        autoload.install()
-        for name in ("lm_eval", "lm_eval.models", "torch"):
-            try:
-                __import__(name)
-            except ModuleNotFoundError as error:
-                print(error.name)
-        """,
-        flags=["-I", "-S"],
-    )
-    assert printed.split() == ["lm_eval", "lm_eval", "torch"]
 
 
 def test_the_installed_lm_eval_finds_the_model(tmp_path):
@@ -112,7 +83,7 @@ def test_another_release_of_lm_eval_is_left_alone(tmp_path, registry, said):
         path = tmp_path / "lm_eval" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(text))
-    assert re.fullmatch(said, python(CODE, path=tmp_path))
+    assert re.fullmatch(said, python(CODE, PYTHONPATH=tmp_path))
 
 
 def test_folders_behind_links_are_scanned_once(tmp_path):

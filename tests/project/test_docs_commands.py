@@ -132,7 +132,6 @@ def test_the_command_is_accepted(words, parse, capsys):
     [
         "lm_eval --model pruned-hf --model_args rato=2.0 --tasks pruned_demo",
         "lm_eval --model pruned-hf --model_args ratio=2.0 --tasks pruned_domo",
-        "lm-eval-pruned sweep --model_args pretrain=x --ratios 2 --tasks boolq --output_path x",
         "torchrun --standalone --nproc 2 -m lm_eval --modle pruned-hf",
         "python benchmarks/load_memory.py --no-such-option",
     ],

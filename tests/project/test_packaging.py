@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.installed import FOLDERS
-from tests.helpers.tracked import copy_of_the_tree
+from tests.helpers.installed import FOLDERS, copy_of_the_tree
 
 
 @pytest.fixture(scope="module")
