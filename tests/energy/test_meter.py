@@ -13,7 +13,7 @@ import codecarbon
 import pytest
 from codecarbon.external import hardware
 
-from lm_eval_pruned.energy.meter import CodecarbonMeter, check_country
+from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from tests.helpers import checkpoints
 
@@ -149,12 +149,6 @@ def test_measurements_come_one_at_a_time_and_fresh(fake_tracker):
         list(pool.map(lambda _: tracker.flush(), range(4)))
     assert tracker.most == 1
     assert tracker.kwh == pytest.approx(0.005)
-
-
-def test_unknown_countries_are_refused():
-    assert check_country("fra") == "FRA"
-    with pytest.raises(ValueError, match=r"energy_country=France.*FRA"):
-        check_country("France")
 
 
 def test_the_real_codecarbon_stays_off_the_network_the_disk_and_the_terminal(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
-from lm_eval_pruned.energy.readings import EnergyReading, Joules, add_up
+from lm_eval_pruned.energy.readings import EnergyReading, Joules
 from tests.helpers.meters import Clock, monitor_of
 
 
@@ -151,12 +151,3 @@ def test_net_is_gross_minus_idle_and_may_be_negative(idle_watts, run_watts, wait
     assert net["gpu"] is None
     for part in ("cpu", "total"):
         assert net[part] == pytest.approx((run_watts - idle_watts) * run, abs=slack)
-
-
-def test_sums_take_the_longest_time_of_windows_side_by_side():
-    first = EnergyReading(2.0, Joules(cpu=10.0, total=10.0))
-    second = EnergyReading(3.0, Joules(cpu=20.0, total=20.0), notes=("slow",))
-    expected = EnergyReading(3.0, Joules(cpu=30.0, total=30.0), notes=("slow",))
-    assert add_up([first, second], at_once=True) == expected
-    assert add_up([first, second]).seconds == 5.0
-    assert add_up([]) == EnergyReading(0.0)

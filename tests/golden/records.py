@@ -78,11 +78,9 @@ def healing_of(tiny: Path, folder: Path, **options: Any) -> Any:
 
 def observed() -> dict[str, Any]:
     """Return the keys and types of all records."""
-    with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name, each) for each in ("tiny", "profile", "plain", "taught")]
-        for folder in folders:
-            folder.mkdir()
-        tiny, profiled, plain, taught = folders
+    with tempfile.TemporaryDirectory() as place:
+        made = (Path(tempfile.mkdtemp(dir=place)) for _ in range(4))
+        tiny, profiled, plain, taught = made
         checkpoints.save_tiny(tiny)
         found = {
             "profile": profile_of(tiny, profiled),

@@ -50,7 +50,6 @@ LAUNCH = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}
         ({"fail_at": 2}, {}, "the meter died: the sensor is gone"),
         ({"on_gpu": True}, {}, "the model runs on a gpu that the meter does not see"),
         ({"before": {"seconds": 3.0}}, {}, "the first part was trained without"),
-        ({}, {"LOCAL_RANK": "1"}, "another process of this machine meters it"),
         ({}, LAUNCH, "only the first of several machines was metered"),
     ],
 )
@@ -63,9 +62,3 @@ def test_part_of_a_sum_is_no_sum(metered, monkeypatch, more, environment, note):
     assert energy["joules"]["total"] is None
     assert energy["notes"][0].startswith(note)
     cost.close()
-
-
-def test_without_a_meter_there_are_seconds_alone():
-    cost = TrainingCost(metered=False)
-    cost.begin(on_gpu=False)
-    assert set(cost.so_far()) == {"seconds"}

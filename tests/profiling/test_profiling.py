@@ -175,14 +175,6 @@ def test_padding_is_no_work_and_changes_no_text(run, tiny_llama):
         assert torch.equal(together[row, 6:], expected)
 
 
-def test_the_fixed_length_is_kept_although_the_text_ends(tiny_llama):
-    model = load_pruned(str(tiny_llama))
-    model.generation_config.eos_token_id = list(range(200))
-    (batch,) = make_batches(checkpoints.byte_tokenizer(), ["abc"], 1, "cpu")
-    timing = measure.generate(model, batch, 7, fixed=True, pad_token=258)
-    assert timing["steps"] == timing["output_tokens"] == 7
-
-
 def test_an_engine_times_itself_and_hides_its_memory(run):
     closed = []
 
@@ -220,20 +212,12 @@ def test_an_interrupt_keeps_what_was_finished(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("meter", "note"),
-    [
-        ({"fail_at": "start"}, "no permission"),
-        ({"fail_at": 3}, "the sensor is gone"),
-        # The meter knows a GPU, and its counter stays at 0.
-        ({"watts": {"cpu": 10.0, "gpu": 0.0}}, "no total"),
-    ],
-)
-def test_without_a_total_there_are_times_and_no_energy_per_token(run, meter, note):
-    found = run(meter=meter)
+def test_without_a_total_there_are_times_and_no_energy_per_token(run):
+    # The meter knows a GPU, and its counter stays at 0.
+    found = run(meter={"watts": {"cpu": 10.0, "gpu": 0.0}})
     assert means(cell(found))["seconds_to_first_token"] == pytest.approx(PREFILL)
     assert cell(found)["joules_per_output_token"] is None
-    assert any(note in each for each in found["energy"]["notes"])
+    assert any("no total" in each for each in found["energy"]["notes"])
     assert "n/m" in report.as_markdown(found)
     assert report.draw(found).spec
 
@@ -250,14 +234,6 @@ def test_a_model_on_a_gpu_requires_its_energy(run, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(device=device)
     assert required == [set(), {"gpu"}]
-
-
-def test_negative_decode_energy_is_noted(run):
-    # The prefill window draws far more power than the generation after it.
-    watts = {"cpu": [(0.0, 1000.0), (2 * (PREFILL + 4 * STEP) + 4 * PREFILL, 1.0)]}
-    found = run(meter={"watts": watts}, ratios=("2.75",), repeats=1)
-    assert cell(found)["joules"]["decode"]["total"] < 0
-    assert any("less energy than its prefill" in n for n in found["energy"]["notes"])
 
 
 def widths_file(folder, widths):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import shlex
 
 import nbformat
@@ -27,11 +26,3 @@ def test_its_studies_can_be_planned(tiny_llama, tmp_path, monkeypatch, capsys):
         plans.append(capsys.readouterr().out)
     assert plans[0] == plans[1]
     assert "|pruned_demo_truthfulness|" in plans[0]
-
-
-def test_it_is_a_page_although_it_was_not_run():
-    nbformat.validate(NOTEBOOK)
-    hook = runpy.run_path(str(ROOT / "docs" / "notebook_hook.py"))
-    page, plots = hook["as_markdown"](NOTEBOOK, "colab")
-    assert "sh benchmarks/gpu_check.sh --quick" in page
-    assert not plots

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.installed import FOLDERS
-from tests.helpers.tracked import copy_of_the_tree
+from tests.helpers.installed import FOLDERS, copy_of_the_tree
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +88,3 @@ def test_the_source_distribution_holds_all_and_gives_the_same_wheel(
     # The archive's order of names is that of the folder that was read.
     different = {name for name in first | again if first.get(name) != again.get(name)}
     assert not {name for name in different if "RECORD" not in name}
-
-
-def test_the_entry_points_are_declared(wheel):
-    files = unpacked(wheel)
-    (name,) = (n for n in files if n.endswith("entry_points.txt"))
-    declared = configparser.ConfigParser()
-    declared.read_string(files[name].decode())
-    assert declared["lm_eval.models"]["pruned-hf"].endswith("pruned_hf:PrunedHFLM")
-    assert declared["lm_eval.models"]["pruned-vllm"].endswith("pruned_vllm:PrunedVLLM")
-    assert set(declared["vllm.general_plugins"]) == {"lm_eval_pruned"}
-    assert declared["lm_eval.tasks"]["pruned"] == "lm_eval_pruned.tasks"
-    assert declared["console_scripts"]["lm-eval-pruned"] == "lm_eval_pruned.cli:main"

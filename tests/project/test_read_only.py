@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from tests.helpers.installed import FOLDERS
-from tests.helpers.tracked import copy_of_the_tree
+from tests.helpers.installed import FOLDERS, copy_of_the_tree
 
 
 PROGRAM = """

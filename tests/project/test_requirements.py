@@ -73,8 +73,3 @@ def test_a_command_that_lacks_a_package_names_its_extra(extra):
         assert named[name] == extra
         # The tests run with every extra.
         assert name in ON_REQUEST or TEST[name] == requirement
-
-
-@pytest.mark.parametrize("requirement", REQUIRED.values(), ids=str)
-def test_every_requirement_states_its_lowest_version(requirement):
-    assert any(clause.operator == ">=" for clause in requirement.specifier)

@@ -11,7 +11,37 @@ from lm_eval_pruned.report.layers import LayerCurves, layers_section
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers.results_files import write_sweep
-from tests.helpers.sensitivities import made_curves
+
+
+def made_curves(
+    layers=4, width=100, kept=(50, 90), criteria=("maw", "act"), seeds=(0, 1, 2)
+) -> dict:
+    """Return the content of ``sensitivity.json``, where ``maw`` misjudges layer 0, and ``act`` no layer.
+
+    A share s of removed neurons costs s at random, 0.1 s more with each seed; by ``maw``
+    4 s in layer 0 and 1.05 s elsewhere, by ``act`` 0.1 s.
+    """
+    loss, known = 3.0, {"maw": (4.0, 1.05), "act": (0.1, 0.1)}
+    slopes: list = [(name, None, known[name]) for name in criteria]
+    slopes += [("random", seed, (1 + 0.1 * seed,) * 2) for seed in seeds]
+    return {
+        "format": "lm-eval-pruned sensitivity",
+        "version": 1,
+        "model": "a model",
+        "loss": loss,
+        "curves": [
+            {"layer": layer, "width_before": width, "criterion": criterion}
+            | {"seed": seed, "widths": [*kept]}
+            | {"losses": [loss + slope[layer > 0] * (1 - k / width) for k in kept]}
+            for layer in range(layers)
+            for criterion, seed, slope in slopes
+        ],
+        "file": "text.jsonl",
+        "sha256": "0" * 64,
+        "texts": 2,
+        "tokens": 256,
+        "path": "layer by layer",
+    }
 
 
 def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):

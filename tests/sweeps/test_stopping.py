@@ -19,7 +19,7 @@ from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.sweeps import stopping as module
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.stopping import documents_of_looks, read_rule
-from tests.helpers.made_tasks import write_choice_task
+from tests.helpers.made_tasks import write_made_tasks
 from tests.helpers.sweeping import (
     errors_of,
     files_of,
@@ -39,7 +39,7 @@ def tasks(tmp_path_factory):
 def stopped(tiny_llama, tmp_path_factory):
     """Options of a sweep that stopped when decided, on a task that the unpruned model solves."""
     place = tmp_path_factory.mktemp("stopped")
-    made, tasks = write_choice_task(place / "tasks", questions=400), ["tiny_choice"]
+    made, tasks = write_made_tasks(place / "tasks", questions=400), ["tiny_choice"]
     first = sweep_options(tiny_llama, made, place / "first", ratios=[], tasks=tasks)
     assert run_sweep(first) == 0
     questions = place / "tasks" / "tiny_choice.jsonl"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
 import re
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -57,22 +55,6 @@ def test_questions_differ_and_follow_the_schema_of_truthfulqa():
         assert [truth[choice] for choice in mc1["choices"]] == mc1["labels"]
 
 
-def test_neither_place_nor_length_tells_the_best_answer():
-    rows = [row["mc1_targets"] for row in QUESTIONS]
-    places = Counter(row["labels"].index(1) for row in rows)
-    # The standard deviation of a count under a uniform draw.
-    expected, sigma = len(rows) / 4, math.sqrt(len(rows) * 0.25 * 0.75)
-    found = [places[n] for n in range(4)]
-    for extreme in (max, min):
-        hits = 0.0
-        for row in rows:
-            lengths = [len(choice) for choice in row["choices"]]
-            best = lengths[row["labels"].index(1)]
-            hits += (best == extreme(lengths)) / lengths.count(extreme(lengths))
-        found.append(hits)
-    assert found == pytest.approx([expected] * 6, abs=2 * sigma)
-
-
 def test_neither_questions_nor_prompts_are_those_of_the_benchmarks(shared_data):
     folder = shared_data / "truthfulqa" / "truthful_qa" / "multiple_choice"
     rows = rows_of(folder / "validation.jsonl")
@@ -120,16 +102,6 @@ def test_scores_of_extreme_log_likelihoods():
     assert np.isnan([*broken.values()]).all()
 
 
-def test_questions_on_people_are_balanced():
-    """Each person of a situation is the stereotype's answer once."""
-    answers = {(r["context"], r["choices"][r["stereotype"]]) for r in AMBIGUOUS}
-    assert len(answers) == len(AMBIGUOUS) == 40
-    for row in AMBIGUOUS:
-        assert len({*row["choices"]}) == 3
-        assert row["unknown"] != row["stereotype"]
-    assert min(Counter(row["unknown"] for row in AMBIGUOUS).values()) >= 8
-
-
 def test_twice_the_mean_minus_one_is_the_score_of_bbq():
     chosen = np.random.default_rng(1).choice(3, len(AMBIGUOUS), p=(0.2, 0.3, 0.5))
     theirs, ours = [], []
@@ -164,11 +136,6 @@ def test_instructions_are_complete_and_can_be_followed_and_broken(row):
         # Nothing is left to be drawn at random.
         assert set(given) == set(instruction.get_instruction_args_keys())
         assert not {*registry.INSTRUCTION_CONFLICTS[name]} & {*names[:index]}
-        words = [each for value in given.values() for each in np.atleast_1d(value)]
-        names_of_others = (kwargs["language"], kwargs["relation"], kwargs["letter"])
-        for word in map(str, words):
-            known = word.isdigit() or word in (*names_of_others, kwargs["let_relation"])
-            assert known or word.lower() in row["prompt"].lower()
 
     def followed(reply, way="strict"):
         return utils.score_instructions(row, [reply])[f"inst_level_{way}_acc"]
@@ -181,23 +148,14 @@ def test_instructions_are_complete_and_can_be_followed_and_broken(row):
     assert not any(map(all, kept))
 
 
-def test_answers_without_a_language_are_scored_alike_and_are_no_errors(
-    caplog, monkeypatch
-):
-    """IFEval draws at random, and logs them as errors with the whole answer; others it does log."""
+def test_answers_without_a_language_are_scored_alike_and_are_no_errors(caplog):
+    """IFEval draws at random, and logs them as errors with the whole answer."""
     (row, *_) = (r for r in INSTRUCTIONS if "language" in r["instruction_id_list"][0])
     for answer in ("no me la si", "\n\n____"):
         first, *others = (utils.score_instructions(row, [answer]) for _ in range(10))
         assert all(other == first for other in others)
     assert first["prompt_level_strict_acc"]
     assert not caplog.records
-    log = logging.getLogger("lm_eval.tasks.ifeval.instructions")
-    monkeypatch.setattr(
-        utils._ifeval(), "process_results", lambda *_: log.error("Unable to read x")
-    )
-    utils.score_instructions(row, ["answer"])
-    assert "Unable to read" in caplog.text
-    assert not log.filters
 
 
 def test_the_mean_over_instructions_is_the_harness_s_however_it_is_handed_on():
