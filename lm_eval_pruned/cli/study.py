@@ -14,7 +14,7 @@ OPTIONS = (
         "how the study asks a model: base without a chat template, instruct with it, at fewer sizes "
         "and tasks (default: as the tokenizer and the name say)", choices=("base", "instruct")),
     row("--quick", "",
-        "few documents, three sizes, one seed: about 15 minutes for the default model on two cores"),
+        "few documents that come with this package, three sizes, one seed: half an hour of CPU time"),
     *sweep.OPTIONS,
 )
 # fmt: on
