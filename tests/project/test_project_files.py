@@ -24,7 +24,9 @@ PROSE = [
     path
     for pattern in ("*.md", ".github/**/*.*", "docs/**/*.md", "tasks/**/*.md")
     for path in ROOT.glob(pattern)
-    if path.is_file() and not path.name.startswith("CHANGELOG") and "upstream" not in path.parts
+    if path.is_file()
+    and not path.name.startswith("CHANGELOG")
+    and "upstream" not in path.parts
 ]
 
 
