@@ -178,6 +178,6 @@ def read_healing(adapter: str, revision: str | None = None) -> dict[str, Any] | 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not a healing record ({error!r}), so the neurons that the adapter was "
-            "trained on are unknown: copy the record again beside the adapter."
+            "trained on are unknown: copy it to the adapter's folder again."
         ) from None
     return healing

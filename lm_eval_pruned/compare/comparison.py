@@ -190,8 +190,8 @@ def compare(
     corrected = false_discovery([t.p if t else None for t in tests], families, alpha)
     scores = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in asked]
     claimed, rows = claims(tests, scores, families), []
-    stands = [(run, key) for run, key, main, *_ in asked if main]
-    known = standings(base, floors, stands, alpha, read)
+    counted = [(run, key) for run, key, main, *_ in asked if main]
+    known = standings(base, floors, counted, alpha, read)
     found = zip(asked, corrected, claimed, strict=True)
     for (run, key, main, test, stopping), shown, claim in found:
         of = (test, shown, claim, stopping, margin, main)

@@ -68,8 +68,8 @@ class FastPathMixin(_Neighbour):
     It comes before `HFLM` among the bases, behind all mixins that are built on it.
 
     Attributes:
-        token_counts: Totals since the model was loaded. Of what `HFLM` computes itself the
-            only prompts of scored requests; a class that measures more adds it.
+        token_counts: Totals since the model was loaded. Of what `HFLM` itself computes, only the
+            prompts of scored requests count; a class that measures more adds it.
         answer_paths: How many requests took which path, and why.
     """
 
