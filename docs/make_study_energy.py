@@ -3,7 +3,7 @@
 ``tests/data/study_energy.csv`` holds the raw runs as they were published with arXiv
 2512.22671 (Martra 2025): Llama-3.2-1B on one NVIDIA L4, 7 sizes, 6 workloads, 3 seeds.
 Figures only. Columns ``published_...`` keep that name because they are not what the
-study calls them. The text is the end of ``docs/measurements/energy.md``.
+study calls them. The text is the end of ``docs/energy.md``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "measurements" / "energy.md"
+PAGE = ROOT / "docs" / "energy.md"
 #: What comes after it on the page is written by this script.
 BEGIN = "<!-- written by docs/make_study_energy.py -->\n\n"
 #: codecarbon's constants for a processor it does not know (half of 85 W) and for memory.

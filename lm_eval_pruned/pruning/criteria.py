@@ -2,7 +2,7 @@
 
 A criterion gives each neuron one score; the neurons with the highest scores are kept.
 `CRITERIA` has those of this package. Other packages add criteria under the entry-point
-group `GROUP`; ``docs/own-criterion.md`` shows how.
+group `GROUP`; ``docs/own.md`` shows how.
 Torch is imported only to compute, so that names can be checked without it.
 """
 

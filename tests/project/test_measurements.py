@@ -9,7 +9,7 @@ from tests.helpers.checkpoints import ROOT
 
 
 FOLDER = ROOT / "docs" / "measurements"
-PAGES = {"latency": FOLDER / "energy.md", "recipes": ROOT / "docs" / "pruning-well.md"}
+PAGES = {"latency": ROOT / "docs" / "energy.md", "recipes": ROOT / "docs" / "pruning-well.md"}
 #: Sections whose tables rest on what others published, or on data that were not kept.
 OTHERS = r"## (?:The study's|Repair\n|Compare with a published)(?:.*\n)+?(?=## |\Z)"
 

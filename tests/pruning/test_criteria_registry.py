@@ -96,7 +96,7 @@ def test_what_a_criterion_returns_is_checked(install, tiny_llama, returned, word
 
 
 def test_the_example_of_the_documentation(install, tiny_llama):
-    text = (checkpoints.ROOT / "docs" / "own-criterion.md").read_text()
+    text = (checkpoints.ROOT / "docs" / "own.md").read_text()
     code = text.split("```toml\n")[0].split("```python\n")[-1].split("```")[0]
     declaration = text.split("```toml\n")[1].split("```")[0]
     name, _, value = declaration.splitlines()[-1].replace('"', "").partition(" = ")
