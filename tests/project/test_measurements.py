@@ -9,7 +9,10 @@ from tests.helpers.checkpoints import ROOT
 
 
 FOLDER = ROOT / "docs" / "measurements"
-PAGES = {"latency": ROOT / "docs" / "energy.md", "recipes": ROOT / "docs" / "pruning-well.md"}
+PAGES = {
+    "latency": ROOT / "docs" / "energy.md",
+    "recipes": ROOT / "docs" / "pruning-well.md",
+}
 #: Sections whose tables rest on what others published, or on data that were not kept.
 OTHERS = r"## (?:The study's|Repair\n|Compare with a published)(?:.*\n)+?(?=## |\Z)"
 
