@@ -4,9 +4,10 @@
 
 takes at most 15 minutes on a card of 16 GB or more, and writes ``docs/measurements/gpu-CARD.md``: whether the
 fast paths answer as `hf` does, what pruning on load takes, and how fast prefix sharing and slot refilling
-are beside `hf`, at the shape of Llama-3.2-1B and, where it fits, of Llama-3.1-8B, and how fast ``pruned-vllm`` is
-where vLLM is installed. Without ``--quick`` there are more questions and repeats. Weights are random, so
-nothing is downloaded; cards below compute capability 8.0 run in float16, others in bfloat16.
+are beside `hf`, at the shape of Llama-3.2-1B and, where it fits, of Llama-3.1-8B; how fast ``pruned-vllm`` is
+where vLLM is installed; and whether scores of several cards are those of one, where several are visible.
+Without ``--quick`` there are more questions and repeats. Weights are random, so nothing is
+downloaded; cards below compute capability 8.0 run in float16, others in bfloat16.
 
 Each part runs in a separate process, with a time limit, and the page is written after each. A part
 that fails is reported with its error, one that cannot run here as skipped, with the reason.
@@ -19,6 +20,7 @@ weights. It shows that the script works, and measures nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -30,6 +32,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import markdown_table
@@ -61,6 +65,7 @@ def parts(quick: bool, rehearsed: bool) -> list[Part]:
         Part(f"Speed, {small}", "speed", small, 240 * times),
         *(Part(f"Speed, {shape}", "speed", shape, 240 * times) for shape in large),
         Part(f"pruned-vllm, {small}", "engine", small, 240 * times),
+        Part(f"Several cards, {small}", "cards", small, 180 * times),
     ]
     if not quick:
         found += [Part(f"Load, {shape}", "load", shape, 1800) for shape in large]
@@ -84,7 +89,10 @@ def run(part: Part, options: list[str], seconds: float) -> tuple[str, str]:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            # Together with the processes that it has started, such as vLLM's engine.
+            # Together with what it has started: the processes of launchers have their own sessions.
+            for each in psutil.Process(process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
             note = f"**Failed**: it took more than {seconds:.0f} s."

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Answer on a machine with a CUDA card everything that needs one, and write one Markdown page:
 # docs/measurements/gpu-CARD.md. `sh benchmarks/gpu_check.sh --help` says what it measures.
-# Before it: pip install .  (and "pip install vllm" or "pip install pytest" for the parts that need them)
+# Before it: pip install .  (and "pip install vllm" for the part that compares engines)
 set -eu
 exec python "$(dirname "$0")/gpu_check.py" "$@"

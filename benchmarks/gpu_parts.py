@@ -12,8 +12,10 @@ import traceback
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import gpu_cards
 import psutil
 import reporting
 import rounding
@@ -234,6 +236,27 @@ class Parts:
         yield markdown_table(columns, rows, "lrlrr")
         for kind, both in answers.items():
             yield f"{kind}: {reporting.agreement(*both)}."
+
+    def cards(self) -> Iterator[str]:
+        """Compare the scores of several cards with those of one, by the documented commands."""
+        if self.count < 2:
+            raise Skipped("one card is visible")
+        # So few tokens that rounding hardly changes a text.
+        self.scale = self.scale._replace(prompts=8, new_tokens=8)
+        self._need(4)
+        pruned = f"prune_percent={PERCENT},multiple_of={8 * self.count}"
+        model_args = f"pretrained={self._checkpoint()},dtype=float32,{pruned}"
+        heads = self.values["num_key_value_heads"]
+        with TemporaryDirectory(dir=self.folder.parent) as folder:
+            asked = self._questions(), self._prompts("w77")
+            gpu_cards.write_tasks(Path(folder), *asked)
+            given = model_args, Path(folder), str(self.device), self.count, heads
+            yield from gpu_cards.beside_one_card(*given)
+
+    @property
+    def count(self) -> int:
+        """Return how many cards are visible."""
+        return torch.cuda.device_count() if self.on_cuda else 1
 
     def _need(self, per_weight: int) -> None:
         """Raise Skipped where so many bytes per weight, and what a run needs, do not fit.

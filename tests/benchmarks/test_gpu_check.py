@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -43,10 +44,17 @@ def on_the_cpu(script, tmp_path):
 def test_one_command_writes_a_page_of_all_parts(on_the_cpu):
     code, results, page = on_the_cpu()
     parts = ("Answers equal to those of hf", "Load, tiny", "Speed, tiny")
-    assert results == {**dict.fromkeys(parts, "passed"), "pruned-vllm, tiny": "skipped"}
+    others = dict.fromkeys(("pruned-vllm, tiny", "Several cards, tiny"), "skipped")
+    assert results == {**dict.fromkeys(parts, "passed"), **others}
     assert code == 0
     assert "sh benchmarks/gpu_check.sh --quick --device cpu" in page
-    for said in ("slots", "pruned on load, 40 %", " / hf-prefix|", "attention"):
+    for said in (
+        "slots",
+        "pruned on load, 40 %",
+        " / hf-prefix|",
+        "attention",
+        "one card is visible",
+    ):
         assert said in page
     assert str(checkpoints.ROOT) not in page
 
@@ -66,7 +74,7 @@ def test_parts_follow_one_that_fails_until_time_is_over(
     monkeypatch.setattr(gpu_check, "run", run)
     code, results, page = on_the_cpu()
     assert code == 1
-    assert list(results.values()) == ["failed", "passed", "passed", "skipped"]
+    assert list(results.values()) == ["failed", "passed", "passed", *["skipped"] * 2]
     assert "the card is full" in page
     assert "minutes are over" in page
 
@@ -75,6 +83,63 @@ def test_a_part_that_takes_too_long_is_ended(script):
     part = script("gpu_check").Part("", "facts", "", 0)
     status, said = script("gpu_check").run(part, ["--device", "cpu"], 0)
     assert (status, "more than 0 s" in said) == ("failed", True)
+
+
+def test_it_ends_with_all_that_it_has_started(script, monkeypatch, tmp_path):
+    """Launchers give each process a session, which a signal to the part's group does not reach."""
+    gpu_check, file = script("gpu_check"), tmp_path / "number"
+    stub = tmp_path / "python"
+    own = f"setsid sh -c 'echo $$ > {file}; exec sleep 999' & wait"
+    stub.write_text(f"#!/bin/sh\n{own}\n")
+    stub.chmod(0o755)
+    monkeypatch.setattr(gpu_check.sys, "executable", str(stub))
+
+    class Started(subprocess.Popen):
+        def wait(self, timeout=None):
+            while timeout and not (file.exists() and file.read_text()):
+                pass
+            return super().wait(timeout and 0)
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Started)
+    gpu_check.run(gpu_check.Part("", "cards", "", 0), [], 1)
+    number = int(file.read_text())
+    assert not psutil.pid_exists(number) or psutil.Process(number).status() == "zombie"
+
+
+@pytest.mark.slow
+def test_scores_of_several_cards_are_those_of_one(part, script, monkeypatch):
+    """Two processes play two cards."""
+    monkeypatch.setattr(script("gpu_parts").Parts, "count", 2)
+    code, said = part("cards", "tiny")
+    assert code == 0, said
+    rows = re.findall(r"(?m)^\|([^|]+)\|\d+\|(\d+)\|(\S+) nats; 8 of 8 texts", said)
+    assert [(name, int(requests)) for name, requests, _ in rows] == [
+        ("one card", 24),
+        ("2 copies of the model", 12),
+        ("one model, split by layers", 24),
+        ("one model, split by tensors", 24),
+    ]
+
+
+def test_a_way_that_fails_or_scores_otherwise_is_named(part, script, monkeypatch):
+    cards, answered = script("gpu_cards"), iter([(4, [1.0], ["a"]), (4, [1.1], ["a"])])
+    monkeypatch.setattr(script("gpu_parts").Parts, "count", 3)
+    monkeypatch.setattr(cards, "_logged", lambda _: next(answered))
+    split = lambda launcher, model_args, *_: "parallelize" in model_args
+    monkeypatch.setattr(cards, "_evaluate", lambda *a: "NoCard" if split(*a) else None)
+    code, said = part("cards", "tiny")
+    assert (code, "|one card|" in said) == (1, True)
+    assert "3 copies of the model: the scores are not those of one card; " in said
+    assert "one model, split by layers: NoCard" in said
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")]
+)
+def test_cards_without_bfloat16_run_in_float16(script, monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    parts = script("gpu_parts").Parts("cuda", None, "tiny", checkpoints.ROOT)
+    assert parts.dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("shape, weights, most", [("1B", 2.3, 6), ("8B", 15.0, 20)])

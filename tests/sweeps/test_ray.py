@@ -76,6 +76,11 @@ class Other:
     [
         (0, "os.kill(os.getpid(), signal.SIGKILL)"),
         (1, "raise RuntimeError('CUDA error: an assert')"),
+        # It waits until the other worker, without a unit, has given its CPU back.
+        (
+            0,
+            "import ray, time\n        while not ray.available_resources().get('CPU'): time.sleep(1)",
+        ),
     ],
 )
 def test_units_of_lost_workers_and_devices_run_again(
