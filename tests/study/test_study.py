@@ -157,6 +157,7 @@ def test_the_estimate_counts_documents_tokens_hours_and_bytes(tiny_llama, tmp_pa
     assert "|mmlu|570|427,500|0|" in told and "|ifeval|10|600|12,800|" in told
     # 2 x 3e9 parameters x (427,500 + 600 + 5 x 12,800) tokens / (0.4 x 1e12 a second).
     assert "About 2.1 hours" in told and "Not counted: mine." in told
+    assert " GB are free." in told
 
 
 @pytest.mark.slow
