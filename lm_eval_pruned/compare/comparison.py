@@ -195,7 +195,7 @@ def compare(
     corrected = false_discovery([t.p if t else None for t in tests], families, alpha)
     scores = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in asked]
     claimed, rows = claims(tests, scores, families), []
-    counted = [(run, key) for run, key, main, *_ in asked if main]
+    counted = [each[:3] for each in asked]
     known = standings(base, floors, counted, alpha, read)
     found = zip(asked, corrected, claimed, strict=True)
     for (run, key, main, test, stopping, answers), shown, claim in found:
@@ -206,7 +206,8 @@ def compare(
         }
         rows.append(difference_of(base, run, key, alpha, *of, **more))
     of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
-    notes += [each.note(base.name) for each in of_base if each.above_floor is False]
+    low = [each for each in of_base if each.primary and each.above_floor is False]
+    notes += [each.note(base.name) for each in low]
     notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
     if margin:
         sizes = {r.task: margin.size(r.base_score, r.score) for r in rows if r.primary}
