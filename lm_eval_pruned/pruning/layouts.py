@@ -6,7 +6,6 @@ gate and up with column i of down. Only this file knows names and kinds of weigh
 
 from __future__ import annotations
 
-import functools
 import re
 import threading
 from dataclasses import dataclass
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     #: Where the ``(projection, "weight" or "bias")`` of a GLU-MLP lie.
     Regions = Mapping[tuple[str, str], "Region"]
@@ -49,21 +47,6 @@ _LAYER = re.compile(r".*?\.(\d+)(?=\.|$)")
 #: Held while a model is built or loaded: transformers replaces methods of all models and
 #: functions of torch meanwhile, and two threads restore each other's replacements.
 BUILDING = threading.RLock()
-
-
-def _waiting(load: Callable[..., Any]) -> Any:
-    """Return a class method that holds `BUILDING`, so that other people's loads wait for ours."""
-
-    @functools.wraps(load)
-    def waits(cls, *args, **kwargs):
-        with BUILDING:
-            return load(cls, *args, **kwargs)
-
-    return classmethod(waits)
-
-
-_load: Any = PreTrainedModel.from_pretrained
-PreTrainedModel.from_pretrained = _waiting(_load.__func__)  # type: ignore[method-assign]
 
 
 class UnsupportedModelError(ValueError):
