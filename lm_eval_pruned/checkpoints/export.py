@@ -65,9 +65,8 @@ _REPAIRED = """The down projections of the neurons that stayed were changed by l
 calibration text, and nothing was trained afterwards."""
 _COST = "On text in kinds that the calibration text of lm-eval-pruned does not have:"
 _IN_STOCK = "The checkpoint opens in stock transformers and `lm_eval --model hf`."
-_NOT_IN_STOCK = """Its layers differ in width, which the config has in `per_layer_config`. \
-transformers up to 5.24 builds no MLPs from that: open it with `lm_eval_pruned.load_pruned` or \
-`lm_eval --model pruned-hf`."""
+_NOT_IN_STOCK = """Its MLPs differ in width, and transformers up to 5.24 cannot build that from a \
+config: open it with `lm_eval_pruned.load_pruned` or `lm_eval --model pruned-hf`."""
 
 
 @dataclass(frozen=True)

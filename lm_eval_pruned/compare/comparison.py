@@ -24,7 +24,6 @@ from lm_eval_pruned.compare.statistics import (
 )
 from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
 from lm_eval_pruned.compare.verdicts import Claim, Margin, claims, verdict_of
-from lm_eval_pruned.results.documents import read_documents
 from lm_eval_pruned.results.files import ResultsError, Run, Stopping, finite_or_none
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
@@ -34,7 +33,7 @@ from lm_eval_pruned.results.settings import COMPARED, differing, listed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.pairing import Reader
+    from lm_eval_pruned.compare.pairing import Pair
 
     Key = tuple[str, str]
     #: A test, and of how many documents it is.
@@ -83,10 +82,14 @@ class Difference:
     answers: Agreement | None = None
 
     @property
+    def at_floor(self) -> bool:
+        """Whether the run is not shown to be above the floor; False where that was not tested."""
+        return self.floor is not None and self.floor.above_floor is False
+
+    @property
     def said(self) -> str:
-        """The verdict, and that the run is not shown to be above the floor where it is not."""
-        at_floor = self.floor is not None and self.floor.above_floor is False
-        return f"{self.verdict} (at floor)" if at_floor else self.verdict
+        """The verdict, and that the run is at the floor where it is."""
+        return f"{self.verdict} (at floor)" if self.at_floor else self.verdict
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def compare(
     runs = [run for run in runs if not run.is_floor] or floors
     everything = [base, *(run for run in runs if run is not base)]
     notes = [note for run in everything for note in run.notes]
-    asked: list[tuple[Run, Key, bool, Tested, Stopping | None]] = []
+    asked: list[tuple[Run, Key, bool, Tested, Stopping | None, Agreement | None]] = []
     read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
@@ -181,28 +184,30 @@ def compare(
         primary = primary_metrics([base, run], subtasks=subtasks)
         both = [key for key in base.scores if key[0] in shared and key in run.scores]
         for key in both:
-            test = difference_test(base, run, key, alpha, read)
-            stopping = stopping_of(base, run, key[0])
-            asked.append((run, key, key in primary, test, stopping))
+            pair = paired_documents(base, run, *key, read)
+            test = difference_test(base, run, key, pair, alpha)
+            answers = agreement(pair, key[1], texts) if key in primary else None
+            how = stopping_of(base, run, key[0]), answers
+            asked.append((run, key, key in primary, test, *how))
     families = [(key[0], is_control(run)) for run, key, *_ in asked]
     # Of what was looked at several times, the record has p.
-    tests = [t if main and not stop else None for *_, main, (t, _), stop in asked]
+    tests = [t if main and not stop else None for _, _, main, (t, _), stop, _ in asked]
     corrected = false_discovery([t.p if t else None for t in tests], families, alpha)
     scores = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in asked]
     claimed, rows = claims(tests, scores, families), []
-    counted = [(run, key) for run, key, main, *_ in asked if main]
+    counted = [each[:3] for each in asked]
     known = standings(base, floors, counted, alpha, read)
     found = zip(asked, corrected, claimed, strict=True)
-    for (run, key, main, test, stopping), shown, claim in found:
+    for (run, key, main, test, stopping, answers), shown, claim in found:
         of = (test, shown, claim, stopping, margin, main)
-        more: dict[str, Any] = {}
-        if main:
-            pair = paired_documents(base, run, *key, read)
-            more["answers"] = agreement(pair, key[1], texts)
-            more["floor"] = known.get((run.name, *key))
+        more: dict[str, Any] = {
+            "floor": known.get((run.name, *key)),
+            "answers": answers,
+        }
         rows.append(difference_of(base, run, key, alpha, *of, **more))
     of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
-    notes += [each.note(base.name) for each in of_base if each.above_floor is False]
+    low = [each for each in of_base if each.primary and each.above_floor is False]
+    notes += [each.note(base.name) for each in low]
     notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
     if margin:
         sizes = {r.task: margin.size(r.base_score, r.score) for r in rows if r.primary}
@@ -213,17 +218,16 @@ def compare(
 
 
 def difference_test(
-    base: Run, run: Run, key: Key, alpha: float = 0.05, read: Reader = read_documents
+    base: Run, run: Run, key: Key, pair: Pair | None, alpha: float = 0.05
 ) -> Tested:
-    """Test what a run differs by, on its documents where both have samples, else on stderrs.
+    """Test what a run differs by, on the `pair` of their documents, else on standard errors.
 
     Returns the test, at the level of the last look where there were several, and how many documents
-    it is of. Raises what `paired_documents` does.
+    it is of.
     """
     one, other = base.scores[key], run.scores[key]
     stopping = stopping_of(base, run, key[0])
     level = stopping.nominal_level if stopping else alpha
-    pair = paired_documents(base, run, *key, read)
     documents, difference = len(pair[0].keys) if pair else None, other.value - one.value
     endless = [r.name for r in (base, run) if not math.isfinite(r.scores[key].value)]
     if endless:

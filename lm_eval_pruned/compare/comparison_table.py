@@ -168,7 +168,8 @@ def as_table(
     rows, margin = comparison.rows, comparison.margin
     shown = [row for row in rows if everything or row.primary]
     tables: list[tuple[str, Sequence[Column], Sequence[Any]]]
-    tables = [("", DIFFERENCES, shown), (FLOOR, FLOORS, comparison.floors)]
+    floors = [each for each in comparison.floors if everything or each.primary]
+    tables = [("", DIFFERENCES, shown), (FLOOR, FLOORS, floors)]
     about = ["--all shows all columns, restated metrics, trends and correlations."]
     if everything:
         restated = "Rows that are `restated` are other metrics of the same answers."

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     Floor = tuple[str, float, Run | None]
 
 
+#: In place of a test, for another metric of answers that were tested.
+_RESTATED = "none: restated"
+
+
 @dataclass(frozen=True)
 class Standing:
     """Whether a model is shown to be above the floor of a task, and whether its base is.
@@ -42,6 +46,11 @@ class Standing:
     base_above_floor: bool | None
     above_floor: bool | None
 
+    @property
+    def primary(self) -> bool:
+        """Whether the metric is the one that counts of its task."""
+        return self.floor_test != _RESTATED
+
     def note(self, base: str) -> str:
         """Return what it means that the base is not above."""
         return (
@@ -53,20 +62,23 @@ class Standing:
 def standings(
     base: Run,
     floors: Sequence[Run],
-    compared: Sequence[tuple[Run, Key]],
+    compared: Sequence[tuple[Run, Key, bool]],
     alpha: float,
     read: pairing.Reader,
 ) -> dict[tuple[str, str, str], Standing]:
     """Test runs and, on the same scores, their base against the best of the `floors`.
 
+    `compared` says of each score whether it is the primary one of its task; others are not tested.
     Returns what is known by run, task and metric. ResultsError if a floor saw other documents.
     """
-    keys = dict.fromkeys(key for _, key in compared)
+    keys: dict[Key, bool] = {}
+    for _, key, main in compared:
+        keys[key] = main or keys.get(key, False)
     highest = {key: highest_floor(base, floors, key, read) for key in keys}
     asked = [
-        (run, key, floor, *_p_above(run, key, floor, read))
-        for run, key in [*((base, key) for key in keys), *compared]
-        if (floor := highest[key])
+        (run, key, of, *(_p_above(run, key, of, read) if main else (None, _RESTATED)))
+        for run, key, main in [*((base, *each) for each in keys.items()), *compared]
+        if (of := highest[key])
     ]
     families = [(key[0], run is base, is_control(run)) for run, key, *_ in asked]
     qs = statistics.false_discovery([p for *_, p, _ in asked], families, alpha)

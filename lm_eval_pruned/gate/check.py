@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison import difference_test, settings_notes
+from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.statistics import LEAST_UNITS, PairedTest, false_discovery
 from lm_eval_pruned.compare.verdicts import claims
 from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
@@ -154,7 +155,8 @@ def _tested(key: Key, run: Run, baseline: Baseline) -> PairedTest:
     name, task, metric = key
     before, stored = baseline.runs[name], baseline.documents.get(key)
     read = lambda each, *of: stored if each is before else _documents(run, *of)
-    test, documents = difference_test(before, run, (task, metric), read=read)
+    pair = paired_documents(before, run, task, metric, read)
+    test, documents = difference_test(before, run, (task, metric), pair)
     if documents is None:
         raise ResultsError(
             f"The rule {baseline.rules[key].kind} needs logged samples that make up {metric} of "

@@ -101,6 +101,11 @@ def figure_section(
         + " Dash-dotted rules, in the colours of the lines, are floors: the best scores without "
         "knowledge." * bool(comparison.floors)
     )
+    known = [each for each in comparison.floors if each.primary]
+    if low := [each.task for each in known if each.above_floor is False]:
+        said += (
+            f" The unpruned model is not shown to be above that of {', '.join(low)}."
+        )
     plots = []
     for series, members in series_of(runs).items():
         points = points_of(members, base, comparison, levels)

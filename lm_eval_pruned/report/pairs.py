@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import difference_of, difference_test
+from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.report.page import run_label
 from lm_eval_pruned.report.sections import compared_section
@@ -105,7 +106,8 @@ def compared_pairs(
     keys = [(*each, key) for each in pairs for key in primary_metrics(each)]
     tests = []
     for before, after, key in keys:
-        test, documents = difference_test(before, after, key, alpha, read)
+        pair = paired_documents(before, after, *key, read)
+        test, documents = difference_test(before, after, key, pair, alpha)
         if before.is_partial(key[0]) or after.is_partial(key[0]):
             # Where a run stops was decided against the unpruned model.
             test = replace(test, method="none: a score is partial", sides=None)

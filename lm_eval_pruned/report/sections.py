@@ -129,7 +129,7 @@ def _score_cell(row: Difference | None) -> Cell:
     if row is None:
         return Cell("-")
     part = "" if row.of is None else f" ({documents_text(row)})"
-    low = AT_FLOOR if row.said != row.verdict else ""
+    low = AT_FLOOR if row.at_floor else ""
     text = f"{row.score:.4f} {MARKS.get(row.verdict, '')}{low}".rstrip()
     return Cell(text + part, row.verdict)
 

@@ -172,7 +172,7 @@ def _documents(
         if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
-            levels = _levels(samples, weights) if metric[:3] == "acc" else Levels()
+            levels = _levels(samples, weights, metric[:3])
             replies = tuple(sample.reply for sample in samples)
             found = keys, values, weights, grouped, transform, levels, replies
             return Documents(*found)
@@ -197,11 +197,15 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield sums / weights, weights
 
 
-def _levels(samples: Sequence[Sample], weights: np.ndarray) -> Levels:
+def _levels(samples: Sequence[Sample], weights: np.ndarray, metric: str) -> Levels:
     chances = [each.chance for each in samples]
     rights = [each.right for each in samples]
-    if None in chances:
+    if None in chances or metric not in ("acc", "mc1", "mc2"):
         return Levels()
+    if metric == "mc1":
+        # The best answer has to beat the false ones, and not the other true ones.
+        false = [len(each.choices) * (1 - (each.chance or 0)) for each in samples]
+        chances = [1 / (1 + each) for each in false]
     chance = float(np.average(np.array(chances, dtype=float), weights=weights))
     # The same choice in words may be the right one in every other context.
     if None in rights or len({each.choices for each in samples}) > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.util.pruning_record import left_of
+
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +28,8 @@ CIRCUMSTANCES = (
 COMPARED = (*ASKED, *CIRCUMSTANCES, "answer_paths")
 #: Where the model comes from; paths are among them.
 MODEL = ("model_args", "model_sha")
+#: Which weights a pruning left.
+WEIGHTS = ("kept_digest", "repair", "repair_text", "repair_tokens")
 
 
 def settings_of(
@@ -65,7 +69,7 @@ def settings_of(
             for name, path in paths.items()
         },
         "widths": ", ".join(f"{of['mlps']} x {of['width_after']}" for of in groups),
-        "kept_digest": pruning.get("kept_digest"),
+        **dict(zip(WEIGHTS, left_of(pruning), strict=True)),
     }
     return {k: v if v or type(v) is int else None for k, v in found.items()}
 

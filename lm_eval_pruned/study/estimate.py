@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -79,13 +80,17 @@ def estimate(name: str, options: Mapping[str, Any], sweep: Sweep, speed: float) 
     operations = 2 * sum(each.parameters for each in models) * work
     size = documents * len(models) * _SAMPLE
     size += 4 * sweep.baseline.parameters if needs else 0
+    folder = Path(options["output_path"]).resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    short = f"; {there} has only {free / 1e9:.1f} GB free" if size > free else ""
     columns = ["task", "documents", "tokens read", "tokens written at most"]
     uncounted = [task.name for task in sweep.tasks if task.name not in known]
     hours = operations / _REACHED / speed / 3600
     lines = [
         f"{len(models)} configurations, each on these {documents:,} documents.",
         f"About {hours:.1f} hours on this machine, give or take a factor of 3.",
-        f"About {size / 1e9:.1f} GB of disk beside the data sets.",
+        f"About {size / 1e9:.1f} GB of disk beside the data sets{short}.",
         *needs,
         f"Data sets of the Hub, without a licence to accept: {', '.join(sorted(data)) or '-'}.",
         f"Not counted: {', '.join(uncounted) or '-'}.",

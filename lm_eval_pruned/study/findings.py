@@ -168,6 +168,9 @@ def open_questions(found: Findings) -> list[str]:
     ]
     limit = found.base.config.get("limit")
     draws = len({run.pruning.get("seed") for run in found.beside["random"]})
+    # Told already, in the first lines.
+    floors = {each.note(found.base.name) for each in found.comparison.floors}
+    notes = [note for note in found.comparison.notes if note not in floors]
     told = {
         f"No floor is known for {_joined(unknown)}.": unknown,
         f"Each task is cut to its first documents (limit {limit}), too few for small differences.": limit,
@@ -180,7 +183,7 @@ def open_questions(found: Findings) -> list[str]:
             if not each.can_fall
         ),
         *(text for text, applies in told.items() if applies),
-        *[*found.failed, *found.comparison.notes][:8],
+        *[*found.failed, *notes][:8],
     ]
 
 

@@ -91,9 +91,7 @@ def _table(found: Findings, published: Mapping[tuple[str, str, float], float]) -
     for each in found.tasks:
         key, cells = (each.task, each.metric), {}
         for row in each.rows:
-            below = "\u2264" * (
-                row.floor is not None and row.floor.above_floor is False
-            )
+            below = "\u2264" * row.at_floor
             text = f"{row.score:.3f} {MARKS.get(row.verdict, '')}{below}"
             cells[row.run] = Cell(text.rstrip(), row.verdict)
         unpruned = f"{each.rows[0].base_score:.3f}{'' if each.can_fall else ' ≤'}"

@@ -131,12 +131,13 @@ def _scores_section(
     notes = []
     for each in judged:
         row, floor = each.row, each.row.floor
+        word = f"{each.word} (at floor)" if row.at_floor else each.word
         scores = row.base_score, row.score, floor.floor if floor else None
         rows.append(
             [
                 row.task,
                 row.metric.removesuffix(",none"),
-                Cell(each.word, each.word),
+                Cell(word, each.word),
                 *(number_text(score, ".4f") for score in scores),
                 f"{row.difference:+.4f}",
                 interval_text(row.low, row.high, 4),

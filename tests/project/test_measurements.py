@@ -13,6 +13,8 @@ PAGES = {
     "latency": ROOT / "docs" / "energy.md",
     "recipes": ROOT / "docs" / "pruning-well.md",
 }
+#: Files whose figures a page shows as well.
+BESIDE = {"first_layer": ("dichotomy", "recipes"), "dichotomy": ("recipes",)}
 #: Sections whose tables rest on what others published, or on data that were not kept.
 OTHERS = r"## (?:The study's|Repair\n|Compare with a published)(?:.*\n)+?(?=## |\Z)"
 
@@ -31,8 +33,7 @@ def rows_of(stem):
     "stem", [path.stem for path in FOLDER.glob("*.csv") if path.stem != "coverage"]
 )
 def test_figures_in_tables_are_those_of_the_data(stem):
-    # The first layer is compared with models of the dichotomy.
-    rows = [*rows_of(stem), *(rows_of("dichotomy") if stem == "first_layer" else ())]
+    rows = [row for of in (stem, *BESIDE.get(stem, ())) for row in rows_of(of)]
     known = set().union(*(words for _, _, words, _ in rows))
     page = PAGES.get(stem, FOLDER / f"{stem}.md").read_text("utf-8")
     for table in re.findall(r"(?m)(?:^\|.*\n)+", re.sub(OTHERS, "", page)):

@@ -152,6 +152,18 @@ def test_chance_and_the_right_choice(row, chance, right):
     assert bool(sample.choices) == (chance is not None)
 
 
+@pytest.mark.parametrize(
+    ("metric", "chance"), [("mc1,none", 0.5), ("mc2,none", 0.75), ("f1,none", None)]
+)
+def test_guessing_beats_false_answers_in_mc1_and_draws_true_ones_in_mc2(
+    tmp_path, metric, chance
+):
+    row = offering([" a", " c", " b", " d"]) | {"doc": DOC}
+    scored = {metric: {"values": [1.0] * 4, "rows": dict.fromkeys(range(4), row)}}
+    run = read_run(write_run(tmp_path, {"demo": scored}))
+    assert read_documents(run, "demo", metric).levels == Levels(chance)
+
+
 def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):
     (found,) = documents_of(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
     assert found.levels == Levels(0.5, 0.75)

@@ -6,7 +6,7 @@ import pytest
 
 from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.results.runs import read_run
-from tests.helpers.results_files import write_run
+from tests.helpers.results_files import pruning, write_run
 
 
 TASKS = {"tf": {"acc,none": [1.0, 0.0] * 10}, "boolq": {"acc,none": [1.0, 0.0] * 10}}
@@ -55,6 +55,19 @@ def paths(name: str, tokens: int) -> dict:
 def test_settings_that_differ_are_named(tmp_path, one, other, said):
     found = noted(tmp_path, one, other)
     assert (said in found, bool(found)) == (True, bool(said))
+
+
+def test_runs_that_only_their_repair_tells_apart_have_other_settings(tmp_path):
+    """The neurons that stay are the same; their down projections are not."""
+    text = {"calibration": {"sha256": "a", "tokens": 9}}
+    repairs = ({}, {"repair": "mean", **text}, {"repair": "ols", **text})
+    found = []
+    for n, repair in enumerate(repairs):
+        sections = config(pruning={**pruning(40), **repair})
+        run = read_run(write_run(tmp_path / str(n), TASKS, **sections))
+        found.append(run.settings["tf"])
+    assert found[0]["kept_digest"] == found[1]["kept_digest"] == found[2]["kept_digest"]
+    assert found[0] != found[1] != found[2]
 
 
 def test_without_samples_other_numbers_of_documents_are_named(tmp_path):

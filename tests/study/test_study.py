@@ -144,7 +144,11 @@ def test_refusals(words, said, tiny_llama, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_the_estimate_counts_documents_tokens_hours_and_bytes(tiny_llama, tmp_path):
+def test_the_estimate_counts_documents_tokens_hours_and_bytes(
+    tiny_llama, tmp_path, monkeypatch
+):
+    full = SimpleNamespace(free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: full)
     from lm_eval_pruned.study.estimate import estimate
     from lm_eval_pruned.study.preset import options_of
 
@@ -157,6 +161,7 @@ def test_the_estimate_counts_documents_tokens_hours_and_bytes(tiny_llama, tmp_pa
     assert "|mmlu|570|427,500|0|" in told and "|ifeval|10|600|12,800|" in told
     # 2 x 3e9 parameters x (427,500 + 600 + 5 x 12,800) tokens / (0.4 x 1e12 a second).
     assert "About 2.1 hours" in told and "Not counted: mine." in told
+    assert f"; {tmp_path} has only 0.0 GB free." in told
 
 
 @pytest.mark.slow
