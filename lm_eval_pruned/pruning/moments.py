@@ -74,6 +74,7 @@ class LayerMoments:
         self._walk, self._replay, self._mlps = walk, replay, mlps
         self._most = _KEPT * sum(mlp.weight("down_proj").nbytes for mlp in mlps)
         self.observed = False
+        self._sum: Moments | None = None
         self._see(mlps, replay.run)
 
     def of(self, mlp: GluMlp) -> Moments | None:
@@ -93,8 +94,7 @@ class LayerMoments:
         return found
 
     def _see(self, mlps: Sequence[GluMlp], run: Callable[..., Any]) -> None:
-        self._first, self._bytes = mlps[0].name, 0
-        self._sum: Moments | None = None
+        self._first, self._sum, self._bytes = mlps[0].name, None, 0
         self._kept: dict[str, list[Tensor]] = {mlp.name: [] for mlp in mlps[1:]}
         hooks = {
             place: functools.partial(self._observe, mlp)
@@ -122,6 +122,5 @@ class LayerMoments:
                 self._bytes -= sum(each.nbytes for each in dropped)
 
     def _add_to_sum(self, mlp: GluMlp, x: Tensor) -> None:
-        if self._sum is None:
-            self._sum = Moments.none(mlp.width, x.device)
+        self._sum = self._sum or Moments.none(mlp.width, x.device)
         self._sum.add(x)
