@@ -125,13 +125,10 @@ def measure_sensitivity(
         loaded = LoadedModel(load(), tokenizer, known, calibration, seen, seed or 0)
         return loaded.losses(text, criterion, shares, repair)
 
-    parts = [
-        cached_losses(
-            *(request, functools.partial(measure, *way)),
-            *(functools.partial(read, seen), text, *way, shares, repair),
-        )
-        for way in ways
-    ]
+    parts = []
+    for way in ways:
+        given = request, functools.partial(measure, *way), functools.partial(read, seen)
+        parts.append(cached_losses(*given, text, *way, shares, repair))
     curves = tuple(curve for part in parts for curve in part.curves)
     return Sensitivity(
         *(request.pretrained, parts[0].loss, curves), **text.as_dict(), repair=repair
