@@ -35,6 +35,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "act": [{"criterion": "act"}],
     "act, repaired": [{"criterion": "act", "repair": "least_squares"}],
     "best": [{"recipe": "best"}],
+    "best, sensitivity": [{"recipe": "best", "allocation": "sensitivity"}],
     "sensitivity best": [{"allocation": "sensitivity", "criterion": "best"}],
 }
 

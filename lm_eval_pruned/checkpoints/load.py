@@ -20,7 +20,7 @@ from lm_eval_pruned.checkpoints.request import (
 )
 from lm_eval_pruned.checkpoints.sensitivity import cached_losses
 from lm_eval_pruned.pruning.allocation import plan_layers
-from lm_eval_pruned.pruning.argument_values import UNIFORM
+from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
 from lm_eval_pruned.pruning.calibration import CalibrationText
 from lm_eval_pruned.pruning.criteria import RANDOM
@@ -206,18 +206,23 @@ class Stored(LoadedModel):
         return carry_out(self, self.request.plan, self.request.widths)
 
     def losses(
-        self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
+        self,
+        text: CalibrationText,
+        criterion: str,
+        removed: Sequence[Fraction],
+        repair: str = NO_REPAIR,
     ) -> Sensitivity:
         """Return the losses with one layer cut at a time, looked up in the user's cache."""
         given = (self.model, self.tokenizer, str(self.calibration), self.samples)
         return cached_losses(
             self.request,
-            lambda: super(Stored, self).losses(text, criterion, removed),
+            lambda: super(Stored, self).losses(text, criterion, removed, repair),
             functools.partial(CalibrationText.of, *given),
             text,
             criterion,
             self.seed if criterion == RANDOM else None,
             removed,
+            repair,
         )
 
 

@@ -8,15 +8,22 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.checkpoints.default_model import cache_folder
-from lm_eval_pruned.pruning.argument_values import exact, seed_below_limit, whole
+from lm_eval_pruned.pruning.argument_values import (
+    LEAST_SQUARES,
+    NO_REPAIR,
+    exact,
+    seed_below_limit,
+    whole,
+)
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration import (
     CalibrationText,
     check_observable,
 )
 from lm_eval_pruned.pruning.criteria import (
-    CALIBRATED,
+    ACTIVITY,
     CRITERIA,
+    OBS,
     RANDOM,
     canonical_name,
 )
@@ -51,6 +58,7 @@ def measure_sensitivity(
     prune_percents: Iterable[Number] = (10, 25, 50),
     calibration_samples: Number | None = None,
     calibration_tokens: Number = LENGTH,
+    repair: str = NO_REPAIR,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Sensitivity:
     """Measure what cutting a single layer costs, for each layer, criterion and width.
@@ -64,6 +72,8 @@ def measure_sensitivity(
         prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.
         calibration_samples: How many texts to use, from the first on; default: the first 16.
         calibration_tokens: How many tokens of each text to use for the loss.
+        repair: What follows the cut of a layer: none or least_squares. Repair sees all tokens, by
+            default of all texts.
         tokenizer: What reads the text; default: the model's own.
 
     Raises:
@@ -72,7 +82,17 @@ def measure_sensitivity(
         UnsupportedModelError: The model cannot be measured.
         OSError: A file of the checkpoint is missing.
     """
-    names = dict.fromkeys(map(canonical_name, criteria))
+    if repair not in (NO_REPAIR, LEAST_SQUARES):
+        raise ValueError(
+            f"repair={repair} has no curves: pass {NO_REPAIR} or {LEAST_SQUARES}."
+        )
+    named = [each if each == OBS else canonical_name(each) for each in criteria]
+    names = dict.fromkeys(named)
+    if OBS in names and repair == NO_REPAIR:
+        raise ValueError(
+            f"criterion={OBS} orders neurons by what their removal costs after repair: add "
+            f"repair={LEAST_SQUARES}, or name another criterion."
+        )
     if seeds is not None and RANDOM not in names:
         raise ValueError(
             f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has any: "
@@ -92,27 +112,27 @@ def measure_sensitivity(
         calibration_samples = whole("calibration_samples", calibration_samples)
     samples = samples_for_losses(calibration, calibration_samples)
     skeleton = request.widths.skeleton()
-    if skeleton.config.is_encoder_decoder or names.keys() & {*CALIBRATED}:
+    if skeleton.config.is_encoder_decoder or names.keys() & {*ACTIVITY}:
         check_observable(skeleton)
     tokenizer = tokenizer or request.load_tokenizer()
-    read = functools.partial(
-        CalibrationText.of, skeleton, tokenizer, calibration, samples
-    )
-    text, known = read(length, shortest=2), ScoreTable()
+    read = functools.partial(CalibrationText.of, skeleton, tokenizer, calibration)
+    text, known = read(samples, length, shortest=2), ScoreTable()
+    # As where a model is pruned.
+    seen: int | None = samples if repair == NO_REPAIR else calibration_samples
     load = functools.cache(lambda: request.load(stored=True)[0])
 
     def measure(criterion: str, seed: int | None) -> Sensitivity:
-        loaded = LoadedModel(load(), tokenizer, known, calibration, samples, seed or 0)
-        return loaded.losses(text, criterion, shares)
+        loaded = LoadedModel(load(), tokenizer, known, calibration, seen, seed or 0)
+        return loaded.losses(text, criterion, shares, repair)
 
-    parts = [
-        cached_losses(
-            request, functools.partial(measure, *way), read, text, *way, shares
-        )
-        for way in ways
-    ]
+    parts = []
+    for way in ways:
+        given = request, functools.partial(measure, *way), functools.partial(read, seen)
+        parts.append(cached_losses(*given, text, *way, shares, repair))
     curves = tuple(curve for part in parts for curve in part.curves)
-    return Sensitivity(request.pretrained, parts[0].loss, curves, **text.as_dict())
+    return Sensitivity(
+        *(request.pretrained, parts[0].loss, curves), **text.as_dict(), repair=repair
+    )
 
 
 def cached_losses(
@@ -123,15 +143,18 @@ def cached_losses(
     criterion: str,
     seed: int | None,
     shares: Sequence[Fraction],
+    repair: str = NO_REPAIR,
 ) -> Sensitivity:
     """Return the curves by one criterion from the user's cache, else `measure` and keep them."""
     content = request.content_key()
     # Nothing tells whether the code of another package is still the same.
-    if content is None or criterion not in (RANDOM, *CRITERIA):
+    if content is None or criterion not in (OBS, RANDOM, *CRITERIA):
         return measure()
-    read_by = [text, read()] if criterion in CALIBRATED else [text]
+    reads = criterion in ACTIVITY or repair != NO_REPAIR
+    read_by = [text, read()] if reads else [text]
     tokens = [[each.tolist() for each in text.tokens] for text in read_by]
-    key = (_MEASURE, content, repr(tokens), criterion, seed, shares, "")
+    after = "" if repair == NO_REPAIR else repair
+    key = (_MEASURE, content, repr(tokens), criterion, seed, shares, after)
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     file = cache_folder() / "sensitivity" / f"{name}.json"
     with contextlib.suppress(ValueError):

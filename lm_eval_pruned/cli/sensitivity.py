@@ -25,6 +25,9 @@ _MEASURING = (
     row("--calibration_tokens", "N",
         "how many tokens of each text the loss is measured on (default: 128)"),
     row("--criteria", "NAME", "criteria to compare (default: maw act random)", nargs="+"),
+    row("--repair", "NAME",
+        "repair each layer after its cut: none or least_squares, with which obs is a criterion too "
+        "(default: none)"),
     row("--seeds", "N", "seeds of the criterion random (default: 0 1 2)", nargs="+"),
     row("--prune_percents", "P", "shares of a layer to remove, in percent (default: 10 25 50)",
         nargs="+"),
@@ -54,7 +57,7 @@ def run(arguments) -> None:
     for name, value in take_prune_arguments(model_args).items():
         raise ValueError(
             f"model_args has {name}={value}, but each layer is cut in turn: leave it out; "
-            "--criteria, --seeds, --prune_percents and --calibration say how."
+            "--criteria, --seeds, --repair, --prune_percents and --calibration say how."
         )
     model_args = loading.with_default_model(model_args, "measuring")
     pretrained = str(model_args.pop("pretrained"))

@@ -21,7 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_pruned.pruning.argument_values import MEASURED, UNIFORM, written_by_layer
+from lm_eval_pruned.pruning.argument_values import (
+    LEAST_SQUARES,
+    MEASURED,
+    NO_REPAIR,
+    UNIFORM,
+    written_by_layer,
+)
 from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
@@ -68,11 +74,17 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
     kept = {layer: targets[names[0]] for layer, names in held.items()}
     neurons, multiple = sum(kept.values()), plan.multiple_of
     lowest: Any = plan.arguments.min_width
-    # Where layers are chosen one after the other, how wide each becomes is decided before.
-    criterion = "act" if plan.criterion == OBS else plan.criterion
-    if plan.tried or plan.allocation in MEASURED:
+    measured = plan.tried or plan.allocation in MEASURED
+    # A corrected bias hardly changes the loss.
+    repair = (
+        plan.arguments.repair if plan.arguments.repair == LEAST_SQUARES else NO_REPAIR
+    )
+    # Only curves of repaired cuts know the criterion that chooses layer after layer.
+    known = plan.criterion != OBS or (measured and repair != NO_REPAIR)
+    criterion = plan.criterion if known else "act"
+    if measured:
         tried = plan.tried or (criterion,)
-        found = evidence.curves(tried)
+        found = evidence.curves(tried, repair)
 
         def cost(layer: int, criterion: str) -> Costs:
             curve = found.curve(layer, criterion, plan.seed)
@@ -81,6 +93,7 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
         by_criterion = {n: np.stack([cost(n, name) for name in tried]) for n in held}
         costs = [each.min(axis=0) for each in by_criterion.values()]
         text = {n: getattr(found, n) for n in ("file", "sha256", "texts", "tokens")}
+        text |= {"repair": repair} if repair != NO_REPAIR else {}
         plan = dataclasses.replace(plan, measured_on=text)
         if lowest is None:
             # What is not known of layers narrower than measured is not relied on without need.

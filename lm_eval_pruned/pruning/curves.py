@@ -54,6 +54,8 @@ class Sensitivity:
         texts: Number of texts that were used.
         tokens: Number of tokens in them, after cutting.
         path: How the model was run; there is one way.
+        repair: How the layer was repaired after its cut. If it was, the loss is measured with half
+            of its neurons, and others follow from the error of its output.
 
     Raises:
         ValueError: A loss is NaN or infinite.
@@ -77,6 +79,7 @@ class Sensitivity:
     texts: int
     tokens: int
     path: str = "layer by layer"
+    repair: str = "none"
 
     def __post_init__(self) -> None:
         losses = [self.loss, *(loss for curve in self.curves for loss in curve.losses)]

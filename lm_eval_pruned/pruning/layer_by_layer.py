@@ -136,6 +136,19 @@ class LayerByLayer:
                     self._model(input_ids=batch.to(self._device), use_cache=False)
         return found
 
+    def finish(self, run: Callable[[Tensor], Any]) -> list[Any]:
+        """Return what `run`, which runs the model, returns of each batch.
+
+        The layers that the texts have passed do not compute, where that is possible.
+        """
+        with watched(self._model, {}):
+            found = []
+            for batch, returned in zip(self._batches, self._returned, strict=True):
+                passed = self.layers[: self.passed] if self.skips else []
+                with returning(dict.fromkeys(passed, returned)):
+                    found.append(run(batch.to(self._device)))
+        return found
+
     def go_on(self, returned: list[Any]) -> None:
         """Let the texts wait in front of the layer after, with what this one `returned`."""
         self._returned, self.passed = returned, self.passed + 1
@@ -207,9 +220,11 @@ class Replay:
             own[self._down] = functools.partial(self._take, hooks.get(self._down))
         self._walk.run({**hooks, **own}, self._without_down)
 
-    def again(self) -> list[Any]:
+    def again(
+        self, hooks: Mapping[nn.Module, Callable[..., None]] | None = None
+    ) -> list[Any]:
         """Run them once more, and return what the layer returns now."""
-        return self._walk.run(known=self._known)
+        return self._walk.run(hooks, self._known)
 
     def _keep(self, module, positional, named, output) -> None:
         if self._walk.batch == self._past:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from lm_eval_pruned.pruning.argument_values import NO_REPAIR
 from lm_eval_pruned.pruning.calibration import (
     CalibrationText,
     calibrate,
@@ -26,14 +27,20 @@ from lm_eval_pruned.pruning.calibration import (
 )
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
+    OBS,
     RANDOM,
     kept_set,
     score_neurons,
 )
 from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.depth import Depth, layers_of
-from lm_eval_pruned.pruning.layer_by_layer import has_to_compute, returning
+from lm_eval_pruned.pruning.layer_by_layer import (
+    LayerByLayer,
+    has_to_compute,
+    returning,
+)
 from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
+from lm_eval_pruned.pruning.repair import errors_after_repair
 
 
 if TYPE_CHECKING:
@@ -59,13 +66,13 @@ class ScoreTable:
     Attributes:
         scores: By criterion, seed and name of the GLU-MLP, shape (I,), float32, on the CPU.
         calibration: The activity of neurons, for criteria that need it.
-        curves: The losses with one layer cut at a time.
+        curves: The losses with one layer cut at a time, by the repair after it.
         influence: Block influence of each layer, and what the results file says of its text.
     """
 
     scores: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)
     calibration: Calibration | None = None
-    curves: Sensitivity | None = None
+    curves: dict[str, Sensitivity] = field(default_factory=dict)
     influence: tuple[Sequence[float], Mapping[str, Any]] | None = None
 
 
@@ -217,41 +224,75 @@ class LoadedModel:
         file, samples = str(self.calibration), samples or self.samples
         return CalibrationText.of(self.model, self.tokenizer, file, samples, **bounds)
 
-    def curves(self, criteria: Sequence[str]) -> Sensitivity:
-        """Return the losses with one layer cut at a time, by each of `criteria`."""
-        if self.known.curves is None:
+    def curves(self, criteria: Sequence[str], repair: str = NO_REPAIR) -> Sensitivity:
+        """Return the losses with one layer cut at a time, by each of `criteria`; see `losses`."""
+        if repair not in self.known.curves:
             samples = samples_for_losses(str(self.calibration), self.samples)
             text = self.text(samples, longest=LENGTH, shortest=2)
             removed = [Fraction(str(share)) for share in MEASURED_CUTS]
-            found = [self.losses(text, criterion, removed) for criterion in criteria]
+            found = [self.losses(text, each, removed, repair) for each in criteria]
             curves = tuple(curve for each in found for curve in each.curves)
-            self.known.curves = dataclasses.replace(
+            self.known.curves[repair] = dataclasses.replace(
                 found[0], curves=curves, **text.as_dict()
             )
-        return self.known.curves
+        return self.known.curves[repair]
 
     def losses(
-        self, text: CalibrationText, criterion: str, removed: Sequence[Fraction]
+        self,
+        text: CalibrationText,
+        criterion: str,
+        removed: Sequence[Fraction],
+        repair: str = NO_REPAIR,
     ) -> Sensitivity:
         """Measure the loss with a single layer cut by a criterion, for each layer and width.
 
         Up to the layer that is cut, such a model is the unpruned one. So for every text the
         layers in front of it return what they returned in the unpruned model, and only the
         others compute. The loss of a token is float32, its sum float64. `removed` are shares of
-        neurons, in percent.
+        neurons, in percent. With `repair`, see `_repaired`.
         """
-        model, scores = self.model, self.scores(criterion)
-        held: dict[int, list[GluMlp]] = defaultdict(list)
-        # Those whose width sizes refer to come first.
-        for mlp in sorted(find_glu_mlps(model), key=lambda mlp: mlp.kind != "expert"):
-            held[mlp.block].append(mlp)
-        before = {n: mlps[0].width for n, mlps in sorted(held.items())}
+        model, held = self.model, self._held()
+        before = {n: mlps[0].width for n, mlps in held.items()}
         widths = {
             n: sorted(
                 {width - math.floor(s / 100 * width) for s in removed} - {0, width}
             )
             for n, width in before.items()
         }
+        count = sum(tokens.numel() - 1 for tokens in text.tokens)
+        if repair == NO_REPAIR:
+            sums = self._sums(text, criterion, held, widths)
+        else:
+            sums = self._repaired(text, criterion, held, widths)
+        seed = self.seed if criterion == RANDOM else None
+        curves = []
+        for n, kept in widths.items():
+            means = tuple(sums[n, width] / count for width in kept)
+            own = n, before[n], criterion, seed, tuple(kept), means
+            curves.append(LayerCurve(*own))
+        name = str(model.config.name_or_path)
+        return Sensitivity(
+            *(name, sums[None] / count, tuple(curves)), **text.as_dict(), repair=repair
+        )
+
+    def _held(self) -> dict[int, list[GluMlp]]:
+        """Return the MLPs of each layer, ascending; those to which sizes refer come first."""
+        held: dict[int, list[GluMlp]] = defaultdict(list)
+        found = find_glu_mlps(self.model)
+        for mlp in sorted(found, key=lambda mlp: (mlp.block, mlp.kind != "expert")):
+            held[mlp.block].append(mlp)
+        return held
+
+    def _sums(
+        self,
+        text: CalibrationText,
+        criterion: str,
+        held: Mapping[int, Sequence[GluMlp]],
+        widths: Mapping[int, Sequence[int]],
+    ) -> dict[tuple[int, int] | None, float]:
+        """Return the loss of all tokens by layer and width, and under None that of the whole model."""
+        model, scores = self.model, self.scores(criterion)
+        before = {n: mlps[0].width for n, mlps in held.items()}
         stacks = {n: model.get_submodule(mlps[0].stack) for n, mlps in held.items()}
         sums: dict[tuple[int, int] | None, float] = defaultdict(float)
         outputs: dict[nn.Module, Any] = {}
@@ -275,14 +316,60 @@ class LoadedModel:
         named = criterion if seed is None else f"{criterion}, seed {seed}"
         hooks = dict.fromkeys(stacks.values(), record)
         run_texts(model, text.tokens, f"sensitivity by {named}", hooks, measure)
-        count = sum(tokens.numel() - 1 for tokens in text.tokens)
-        curves = []
-        for n, kept in widths.items():
-            means = tuple(sums[n, width] / count for width in kept)
-            own = n, before[n], criterion, seed, tuple(kept), means
-            curves.append(LayerCurve(*own))
-        name = str(model.config.name_or_path)
-        return Sensitivity(name, sums[None] / count, tuple(curves), **text.as_dict())
+        return sums
+
+    def _repaired(
+        self,
+        text: CalibrationText,
+        criterion: str,
+        held: Mapping[int, Sequence[GluMlp]],
+        widths: Mapping[int, Sequence[int]],
+    ) -> dict[tuple[int, int] | None, float]:
+        """Return what `_sums` returns, with each layer repaired by least squares after its cut.
+
+        The rise of the loss is measured with half of a layer's neurons. At other widths it is taken
+        to be in proportion to the squared error of the layer's output.
+        """
+        model = self.model
+        scores = {} if criterion == OBS else self.scores(criterion)
+        walk = LayerByLayer(model, text.tokens)
+        rises: dict[int, float] = {}
+
+        def total() -> float:
+            return sum(walk.finish(lambda tokens: text_loss(model, tokens)))
+
+        whole = total()
+
+        def look(number: int) -> None:
+            stack = model.get_submodule(held[number][0].stack)
+            while walk.layers[walk.passed] is not stack:
+                walk.go_on(walk.run())
+            rises[number] = total() - whole
+
+        mlps = [mlp for own in held.values() for mlp in own]
+        steps: dict[int, list[int]] = {}
+        own_steps, halves = {}, {}
+        for number, own in held.items():
+            before = own[0].width
+            half = before - before // 2
+            steps[number] = sorted({*widths[number], half}, reverse=True)
+            for mlp in own:
+                share = Fraction(mlp.width, before)
+                own_steps[mlp.name] = [math.ceil(k * share) for k in steps[number]]
+                halves[mlp.name] = math.ceil(half * share)
+        texts = self.text().tokens
+        errors = errors_after_repair(
+            model, texts, mlps, own_steps, halves, scores, look
+        )
+        sums: dict[tuple[int, int] | None, float] = {None: whole}
+        for number, own in held.items():
+            each = zip(*(errors[mlp.name] for mlp in own), strict=True)
+            error = dict(zip(steps[number], map(sum, each), strict=True))
+            known = error[own[0].width - own[0].width // 2]
+            scale = max(rises[number], 0.0) / known if known else 0.0
+            for width in widths[number]:
+                sums[number, width] = whole + scale * error[width]
+        return sums
 
 
 @contextlib.contextmanager

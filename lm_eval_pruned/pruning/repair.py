@@ -19,11 +19,10 @@ surgeon"; Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transfor
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import math
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,13 +36,13 @@ from lm_eval_pruned.pruning.layouts import (
     describe,
     find_glu_mlps,
 )
-from lm_eval_pruned.pruning.stacked import StackedInputs, one_by_one
+from lm_eval_pruned.pruning.moments import LayerMoments, Moments
+from lm_eval_pruned.pruning.stacked import one_by_one
 from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
-    import contextlib
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -60,35 +59,6 @@ RIDGE = 0.01
 STEPS = 24
 #: So many texts run through a layer together.
 _TOGETHER = 8
-
-
-@dataclass
-class Moments:
-    """What the neurons of a GLU-MLP did over some tokens.
-
-    Attributes:
-        gram: Sum of x x', shape (I, I), float32, where the weights are.
-        total: Sum of x, shape (I,), float32.
-        tokens: Number of tokens.
-    """
-
-    gram: Tensor
-    total: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def none(cls, width: int, device: torch.device) -> Moments:
-        """Return those of no token."""
-        return cls(
-            torch.zeros(width, width, device=device), torch.zeros(width, device=device)
-        )
-
-    def add(self, x: Tensor) -> None:
-        """Take in more tokens, of shape (tokens, I)."""
-        x = x.float()
-        self.gram.addmm_(x.T, x)
-        self.total += x.sum(0)
-        self.tokens += len(x)
 
 
 def regularised(moments: Moments, centred: bool) -> Tensor:
@@ -133,27 +103,54 @@ def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
     Returns:
         Indices, shape (k,), int64, ascending, on the CPU.
     """
+    ((left, _),) = removed_in_steps(gram, down, [width])
+    return left
+
+
+def removed_in_steps(
+    gram: Tensor, down: Tensor, widths: Sequence[int], scores: Tensor | None = None
+) -> Iterator[tuple[Tensor, float]]:
+    """Yield for each of some widths which neurons stay, and the error of the output after repair.
+
+    The error is the sum over tokens of the squared distance, with the ridge: what `repaired` makes
+    as small as it can be. Takes what `order_by_cost` takes, and
+
+    Args:
+        widths: Neurons to keep, descending.
+        scores: Shape (I,): those of the highest stay, as `kept_set` has it, whatever it costs.
+    """
     # On a CPU this takes a third of the time of `torch.cholesky_inverse`.
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_solve(identity, torch.linalg.cholesky(gram))
+    inverse = torch.cholesky_solve(
+        torch.eye(len(gram), dtype=gram.dtype, device=gram.device),
+        torch.linalg.cholesky(gram),
+    )
     left = torch.arange(len(gram), device=gram.device)
-    weights = down.to(gram).T
-    most = math.ceil((len(left) - width) / STEPS)
-    while (excess := len(left) - width) > 0:
-        costs = weights.square().sum(1) / inverse.diagonal()
-        order = costs.sort(stable=True).indices
-        going, staying = order[: min(most, excess)], order[min(most, excess) :]
-        staying = staying.sort().values
-        rows = inverse[going]
-        own = torch.linalg.cholesky(rows[:, going])
-        both = torch.cat([rows[:, staying], weights[going]], 1)
-        both = torch.linalg.solve_triangular(own, both, upper=False)
-        across, taken = both.split([len(staying), weights.shape[1]], 1)
-        weights = weights[staying] - across.T @ taken
-        inverse = inverse.index_select(0, staying).index_select(1, staying)
-        inverse.addmm_(across.T, across, alpha=-1)
-        left = left[staying]
-    return left.cpu()
+    weights, error = down.to(gram).T, 0.0
+    if scores is not None:
+        ranked = scores.to(gram.device).sort(descending=True, stable=True).indices
+        worth = torch.empty_like(ranked)
+        worth[ranked] = -left
+    most = math.ceil((len(left) - widths[-1]) / STEPS)
+    for width in widths:
+        while (excess := len(left) - width) > 0:
+            if scores is None:
+                costs = weights.square().sum(1) / inverse.diagonal()
+            else:
+                costs = worth[left]
+            order = costs.sort(stable=True).indices
+            going, staying = order[: min(most, excess)], order[min(most, excess) :]
+            staying = staying.sort().values
+            rows = inverse[going]
+            own = torch.linalg.cholesky(rows[:, going])
+            both = torch.cat([rows[:, staying], weights[going]], 1)
+            both = torch.linalg.solve_triangular(own, both, upper=False)
+            across, taken = both.split([len(staying), weights.shape[1]], 1)
+            error += float(taken.square().sum())
+            weights = weights[staying] - across.T @ taken
+            inverse = inverse.index_select(0, staying).index_select(1, staying)
+            inverse.addmm_(across.T, across, alpha=-1)
+            left = left[staying]
+        yield left.cpu(), error
 
 
 def check_repairable(model: PreTrainedModel, repair: str) -> None:
@@ -203,49 +200,18 @@ def cut_layer_by_layer(
         UnsupportedModelError: See `check_repairable`, and `check_observable` without scores.
     """
     check_repairable(model, repair)
-    if any(mlp.name not in scores for mlp in mlps):
-        check_observable(model, stacked=True)
-    # What experts are given does not tell padding apart.
-    together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
-    walk, kept, done = LayerByLayer(model, texts, device, together), {}, 0
-    by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
-    for mlp in mlps:
-        by_stack[model.get_submodule(mlp.stack)].append(mlp)
-    last = max(walk.layers.index(layer) for layer in by_stack)
-    with (
-        torch.no_grad(),
-        one_by_one(model, mlps),
-        steps(last + 1, "repair") as step,
-    ):
-        for layer in walk.layers[: last + 1]:
-            own = by_stack.get(layer, [])
-            seen: dict[str, Moments] = {}
-            hooks = {
-                place: functools.partial(_observe, walk, seen, mlp)
-                for mlp in own
-                if (place := mlp.projection("down_proj")) is not None
-            }
-            with walk.on_device():
-                if not own:
-                    walk.go_on(walk.run())
-                    step(1)
-                    continue
-                replay = _replay(walk, model, own)
-                see = functools.partial(_see, walk, seen)
-                with StackedInputs(own, see):
-                    replay.run(hooks)
-                if not seen and any(mlp.name not in scores for mlp in own):
-                    check_observable(model)
-                for mlp in own:
-                    name = mlp.name
-                    kept[name], changed = _cut(
-                        *(mlp, seen.pop(name, None), targets[name]),
-                        *(scores.get(name), repair, on_error),
-                    )
-                    done += changed
-                # What was removed changes what the layer returns.
-                walk.go_on(replay.again())
-            step(1)
+    kept, done = {}, 0
+
+    def cut(own: Sequence[GluMlp], moments: LayerMoments) -> None:
+        nonlocal done
+        for mlp in own:
+            kept[mlp.name], changed = _cut(
+                *(mlp, moments.of(mlp), targets[mlp.name]),
+                *(scores.get(mlp.name), repair, on_error),
+            )
+            done += changed
+
+    _visit(model, texts, mlps, scores, cut, "repair", device)
     if done < len(mlps) and repair != NO_REPAIR:
         logger.warning(
             "repair=%s: %d of %d GLU-MLPs are repaired; the others keep their weights, because "
@@ -258,6 +224,78 @@ def cut_layer_by_layer(
     return kept, done
 
 
+def errors_after_repair(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    mlps: Sequence[GluMlp],
+    widths: Mapping[str, Sequence[int]],
+    halves: Mapping[str, int],
+    scores: Mapping[str, Tensor],
+    look: Callable[[int], None],
+) -> dict[str, list[float]]:
+    """Return the error of the output of each GLU-MLP after repair, by name, at some widths.
+
+    Each layer is cut alone, on the inputs that the whole model gives it, and the model ends as it
+    was. Takes what `cut_layer_by_layer` takes, and
+
+    Args:
+        widths: Widths of each by name, in neurons, descending.
+        halves: One of these widths of each by name.
+        look: Is given the number of each layer while its MLPs have the widths of `halves`, repaired.
+    """
+    found: dict[str, list[float]] = {}
+
+    def cut(own: Sequence[GluMlp], moments: LayerMoments) -> None:
+        with contextlib.ExitStack() as undo:
+            for mlp in own:
+                name = mlp.name
+                found[name] = _errors(
+                    *(mlp, moments.of(mlp), widths[name], halves[name]),
+                    *(scores.get(name), undo),
+                )
+            look(own[0].block)
+
+    _visit(model, texts, mlps, scores, cut, "errors after repair")
+    return found
+
+
+def _visit(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    mlps: Sequence[GluMlp],
+    scores: Mapping[str, Tensor],
+    cut: Callable[[Sequence[GluMlp], LayerMoments], None],
+    what: str,
+    device: torch.device | str | None = None,
+) -> None:
+    """Let `cut` change the GLU-MLPs of one layer after the other, as texts arrive there."""
+    if any(mlp.name not in scores for mlp in mlps):
+        check_observable(model, stacked=True)
+    # What experts are given does not tell padding apart.
+    together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
+    walk = LayerByLayer(model, texts, device, together)
+    by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
+    for mlp in mlps:
+        by_stack[model.get_submodule(mlp.stack)].append(mlp)
+    last = max(walk.layers.index(layer) for layer in by_stack)
+    with torch.no_grad(), one_by_one(model, mlps), steps(last + 1, what) as step:
+        for layer in walk.layers[: last + 1]:
+            own = by_stack.get(layer, [])
+            with walk.on_device():
+                if own:
+                    replay = _replay(walk, model, own)
+                    moments = LayerMoments(walk, replay, own)
+                    chosen = any(mlp.name not in scores for mlp in own)
+                    if chosen and not moments.observed:
+                        check_observable(model)
+                    cut(own, moments)
+                    # What was removed changes what the layer returns.
+                    walk.go_on(replay.again())
+                else:
+                    walk.go_on(walk.run())
+            step(1)
+
+
 def _replay(
     walk: LayerByLayer, model: PreTrainedModel, own: Sequence[GluMlp]
 ) -> Replay:
@@ -265,19 +303,6 @@ def _replay(
     alone = len(own) == 1 and down is not None and own[0].kind == "dense"
     fits = alone and Replay.fits(walk, model, down)
     return Replay(walk, {mlp.module for mlp in own}, down if fits else None)
-
-
-def _observe(walk, seen, mlp, module, positional, named, output) -> None:
-    _see(walk, seen, mlp, positional[0])
-
-
-def _see(walk: LayerByLayer, seen: dict[str, Moments], mlp: GluMlp, x: Tensor) -> None:
-    x = x.flatten(0, -2)
-    if len(x) == walk.real.numel():
-        x = x[walk.real.flatten()]
-    if mlp.name not in seen:
-        seen[mlp.name] = Moments.none(mlp.width, x.device)
-    seen[mlp.name].add(x)
 
 
 def _cut(
@@ -288,24 +313,67 @@ def _cut(
     repair: str,
     on_error: contextlib.ExitStack,
 ) -> tuple[Tensor, bool]:
-    """Set the columns of removed neurons to 0, and the others to repaired ones."""
-    down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
+    """Choose neurons, then `_change` the weights; return both results."""
+    moments, gram = _checked(mlp, moments), torch.empty(0)
+    if scores is None or (repair == LEAST_SQUARES and moments.tokens >= width):
+        gram = _gram(mlp, moments)
+    if scores is None:
+        kept = order_by_cost(gram, mlp.weight("down_proj").detach(), width)
+    else:
+        kept = kept_set(scores, width)
+    return kept, _change(mlp, moments, gram, kept, repair, on_error)
+
+
+def _errors(
+    mlp: GluMlp,
+    moments: Moments | None,
+    widths: Sequence[int],
+    half: int,
+    scores: Tensor | None,
+    undo: contextlib.ExitStack,
+) -> list[float]:
+    """Return the error at each width, and leave the MLP repaired at one of them."""
+    moments = _checked(mlp, moments)
+    gram, down = _gram(mlp, moments), mlp.weight("down_proj").detach()
+    found, kept = [], torch.empty(0)
+    for left, error in removed_in_steps(gram, down, widths, scores):
+        # Where no token was, nothing is lost.
+        found.append(error if moments.tokens else 0.0)
+        kept = left if len(left) == half else kept
+    _change(mlp, moments, gram, kept, LEAST_SQUARES, undo)
+    return found
+
+
+def _checked(mlp: GluMlp, moments: Moments | None) -> Moments:
     if moments is None:
-        moments = Moments.none(mlp.width, down.device)
+        return Moments.none(mlp.width, mlp.weight("down_proj").device)
     if not moments.gram.isfinite().all():
         raise ValueError(
             f"The calibration text makes {mlp.name} produce NaN or infinite activations: use "
             "another dtype, such as dtype=float32, or other text."
         )
-    enough = moments.tokens >= width
+    return moments
+
+
+def _gram(mlp: GluMlp, moments: Moments) -> Tensor:
+    return regularised(moments, _bias(mlp) is not None and moments.tokens > 0)
+
+
+def _change(
+    mlp: GluMlp,
+    moments: Moments,
+    gram: Tensor,
+    kept: Tensor,
+    repair: str,
+    on_error: contextlib.ExitStack,
+) -> bool:
+    """Set the columns of removed neurons to 0, and the others to repaired ones.
+
+    Returns whether the MLP was repaired. `on_error` takes what undoes it.
+    """
+    down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
+    enough = moments.tokens >= len(kept)
     solves = repair == LEAST_SQUARES and enough
-    gram = torch.empty(0)
-    if scores is None or solves:
-        gram = regularised(moments, bias is not None and moments.tokens > 0)
-    if scores is None:
-        kept = order_by_cost(gram, down, width)
-    else:
-        kept = kept_set(scores, width)
     here, gone = kept.to(down.device), _others(kept, mlp.width).to(down.device)
     before = down.clone()
     on_error.callback(_restore, mlp, before.cpu())
@@ -316,8 +384,8 @@ def _cut(
         on_error.callback(_restore_bias, mlp, bias.cpu().clone())
         mean = (moments.total / moments.tokens).double()
         bias += ((before.double() - down.double()) @ mean).to(bias)
-        return kept, True
-    return kept, solves
+        return True
+    return solves
 
 
 def _restore(mlp: GluMlp, weights: Tensor) -> None:

@@ -46,6 +46,7 @@ class LayerCurves:
         rises: By ``layer``, ``criterion`` and ``share``: ``rise`` of the loss in nats per token, the
             mean over seeds; ``low`` and ``high`` of the seeds of ``random`` there; ``verdict``,
             which is ``worse`` or ``better`` than every one of them, or empty.
+        repair: How the layer was repaired after its cut.
     """
 
     text: str
@@ -53,6 +54,7 @@ class LayerCurves:
     shares: tuple[int, ...]
     seeds: int
     rises: pd.DataFrame = field(repr=False)
+    repair: str = "none"
 
     @classmethod
     def of(cls, data: Mapping[str, Any], source: str = "the curves") -> LayerCurves:
@@ -81,7 +83,8 @@ class LayerCurves:
         criteria = tuple(name for name in every["criterion"].unique() if name != RANDOM)
         shares = tuple(sorted(every["share"].unique().tolist()))
         seeds = 0 if chance.empty else int(chance["seeds"].min())
-        return cls(text, criteria, shares, seeds, rises)
+        repair = str(data.get("repair", "none"))
+        return cls(text, criteria, shares, seeds, rises, repair)
 
     def table(self, share: int) -> Table:
         """Return the rise of the loss by layer and criterion where `share` percent are removed."""
@@ -111,7 +114,12 @@ class LayerCurves:
             "every seed. A criterion that chooses as chance does is worse than every seed in one of "
             f"{self.seeds + 1} layers."
         )
-        return [first, *[chance] * bool(self.seeds)]
+        repaired = (
+            f"The layer is repaired after its cut (repair={self.repair}). Its loss is measured with "
+            "half of its neurons; at other widths it follows from the error of the layer's output."
+        )
+        said = [repaired] * (self.repair != "none")
+        return [first, *said, *[chance] * bool(self.seeds)]
 
     def plots(self) -> list[Plot]:
         """Return the rise of the loss over the layers, by criterion. Needs the extra ``report``."""

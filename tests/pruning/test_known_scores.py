@@ -66,6 +66,7 @@ PERCENTS = [{"prune_percent": percent} for percent in (0, 10, 40, 60)]
 BEST = {"criterion": "best", "criteria_tried": "maw+act+maw_act"}
 DEPTH = {"drop_by": "block_influence"}
 RANDOM_1 = {"ratio": 1, "criterion": RANDOM}
+SHARED = {"ratio": 2, "criterion": "act", "allocation": "sensitivity"}
 #: Loads, and how often what is computed for them: a model has three layers.
 LOADS = [
     *(
@@ -78,6 +79,10 @@ LOADS = [
     (
         [{"ratio": 2, "dtype": each} for each in (torch.bfloat16, torch.float16)],
         {"score_neurons": 3},
+    ),
+    (
+        [SHARED, SHARED | {"repair": "least_squares"}],
+        {"score_neurons": 3, "losses": 2},
     ),
     pytest.param(
         [each | BEST for each in PERCENTS],

@@ -94,7 +94,7 @@ class MadeUp:
     def scores(self, criterion):
         return self._scores
 
-    def curves(self, criteria):
+    def curves(self, criteria, repair="none"):
         widths = tuple(sorted({WIDTH - math.floor(s / 100 * WIDTH) for s in (25, 50)}))
         curves = tuple(
             LayerCurve(layer, WIDTH, name, None, widths, losses)

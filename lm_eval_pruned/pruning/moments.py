@@ -1,0 +1,126 @@
+"""What the neurons of GLU-MLPs do over calibration text, as the matrices that repair solves with.
+
+A layer may hold many experts, and the matrix of each has I x I entries. One exists at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lm_eval_pruned.pruning.stacked import StackedInputs
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
+    from lm_eval_pruned.pruning.layouts import GluMlp
+
+#: Bytes of activations that are kept, for each byte of a layer's down projections: together they
+#: are no larger than the gate, up and down projections.
+_KEPT = 3
+
+
+@dataclass
+class Moments:
+    """What the neurons of a GLU-MLP did over some tokens.
+
+    Attributes:
+        gram: Sum of x x', shape (I, I), float32, where the weights are.
+        total: Sum of x, shape (I,), float32.
+        tokens: Number of tokens.
+    """
+
+    gram: Tensor
+    total: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def none(cls, width: int, device: torch.device) -> Moments:
+        """Return those of no token."""
+        return cls(
+            torch.zeros(width, width, device=device), torch.zeros(width, device=device)
+        )
+
+    def add(self, x: Tensor) -> None:
+        """Take in more tokens, of shape (tokens, I)."""
+        x = x.float()
+        self.gram.addmm_(x.T, x)
+        self.total += x.sum(0)
+        self.tokens += len(x)
+
+
+class LayerMoments:
+    """The moments of the GLU-MLPs of a layer, one after the other.
+
+    While texts run through the layer, the moments of the first are added up. Activations of the
+    others are kept, as a token reaches few of many experts, but no more of them than these MLPs
+    have weights. The texts run through the layer again for those that did not fit.
+
+    Attributes:
+        observed: Whether the activations of any MLP could be seen.
+    """
+
+    def __init__(
+        self, walk: LayerByLayer, replay: Replay, mlps: Sequence[GluMlp]
+    ) -> None:
+        """Run the texts of `walk` through the layer that holds `mlps`."""
+        self._walk, self._replay, self._mlps = walk, replay, mlps
+        self._most = _KEPT * sum(mlp.weight("down_proj").nbytes for mlp in mlps)
+        self.observed = False
+        self._sum: Moments | None = None
+        self._see(mlps, replay.run)
+
+    def of(self, mlp: GluMlp) -> Moments | None:
+        """Return the moments of an MLP, once; None if no token was seen.
+
+        Ask for the MLPs in their order, and let go of each result before the next.
+        """
+        if mlp.name != self._first and mlp.name not in self._kept:
+            self._see(self._mlps[self._mlps.index(mlp) :], self._replay.again)
+        if mlp.name == self._first:
+            found, self._sum = self._sum, None
+            return found
+        for x in self._kept.pop(mlp.name):
+            self._add_to_sum(mlp, x)
+            self._bytes -= x.nbytes
+        found, self._sum = self._sum, None
+        return found
+
+    def _see(self, mlps: Sequence[GluMlp], run: Callable[..., Any]) -> None:
+        self._first, self._sum, self._bytes = mlps[0].name, None, 0
+        self._kept: dict[str, list[Tensor]] = {mlp.name: [] for mlp in mlps[1:]}
+        hooks = {
+            place: functools.partial(self._observe, mlp)
+            for mlp in mlps
+            if (place := mlp.projection("down_proj")) is not None
+        }
+        with StackedInputs(self._mlps, self._take):
+            run(hooks)
+
+    def _observe(self, mlp, module, positional, named, output) -> None:
+        self._take(mlp, positional[0])
+
+    def _take(self, mlp: GluMlp, x: Tensor) -> None:
+        self.observed = True
+        x = x.flatten(0, -2)
+        if len(x) == self._walk.real.numel():
+            x = x[self._walk.real.flatten()]
+        if mlp.name == self._first:
+            self._add_to_sum(mlp, x)
+        elif mlp.name in self._kept:
+            self._kept[mlp.name].append(x)
+            self._bytes += x.nbytes
+            while self._bytes > self._most:
+                _, dropped = self._kept.popitem()
+                self._bytes -= sum(each.nbytes for each in dropped)
+
+    def _add_to_sum(self, mlp: GluMlp, x: Tensor) -> None:
+        self._sum = self._sum or Moments.none(mlp.width, x.device)
+        self._sum.add(x)

@@ -1,0 +1,88 @@
+"""Repair of layers that hold several MLPs: one Gram matrix at a time, whatever memory allows."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from lm_eval_pruned.pruning import moments
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
+from lm_eval_pruned.pruning.layouts import find_glu_mlps
+from lm_eval_pruned.pruning.moments import Moments
+from lm_eval_pruned.pruning.repair import cut_layer_by_layer
+from tests.helpers.checkpoints import tiny_config, tiny_model
+from tests.helpers.layouts import overrides
+
+
+class Mixture(nn.Module):
+    """Experts that are separate modules, of which two see each token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = nn.Linear(config.hidden_size, 4)
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(4))
+
+    def forward(self, x):
+        chosen, total = self.router(x).topk(2).indices, torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            here = (chosen == number).any(-1)
+            total[here] += expert(x[here])
+        return total
+
+
+def made(kind: str):
+    if kind != "apart":
+        return tiny_model(tiny_config(kind, **overrides(kind, 64)))
+    model = tiny_model(tiny_config(intermediate_size=64))
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Mixture(model.config)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama4_text", "apart"])
+def test_one_matrix_exists_at_a_time_and_memory_does_not_change_the_result(
+    kind, monkeypatch
+):
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(250, (1, 90), generator=generator) for _ in range(3)]
+    matrices, alive, ran, results = [], [], [], []
+    none, run = Moments.none, LayerByLayer.run
+
+    def counted(width, device):
+        found = none(width, device)
+        matrices.append(weakref.ref(found.gram))
+        alive.append(sum(each() is not None for each in matrices))
+        return found
+
+    def noted(walk, *given):
+        ran[-1] += 1
+        return run(walk, *given)
+
+    monkeypatch.setattr(Moments, "none", counted)
+    monkeypatch.setattr(LayerByLayer, "run", noted)
+    for kept in (0, 3, 10**6):
+        monkeypatch.setattr(moments, "_KEPT", kept)
+        ran.append(0)
+        model = made(kind)
+        mlps = find_glu_mlps(model)
+        targets = {mlp.name: mlp.width // 2 for mlp in mlps}
+        with contextlib.ExitStack() as on_error:
+            given = model, texts, mlps, targets, {}, "least_squares", on_error
+            results.append((cut_layer_by_layer(*given), model.state_dict()))
+            on_error.pop_all()
+    assert (len(matrices), max(alive)) == (3 * len(mlps), 1)
+    assert ran[0] > ran[1] > ran[2]
+    (first, repaired), weights = results[0]
+    assert repaired > 0
+    for (other, count), state in results[1:]:
+        assert count == repaired
+        for name, each in first.items():
+            assert torch.equal(each, other[name])
+        for name, each in weights.items():
+            torch.testing.assert_close(state[name], each)
