@@ -41,7 +41,7 @@ class Shares(NamedTuple):
 
     @property
     def changing(self) -> float:
-        """Share that changes: no answer changed of few says little."""
+        """Share that changes; above 0, because no change among few documents says little."""
         return (self.up + self.down + 0.5) / (self.n + 1)
 
     def tails(self, x: float) -> tuple[float, float]:

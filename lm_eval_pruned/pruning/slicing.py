@@ -191,7 +191,7 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     choose_experts_implementation(model)
     if names := widths.inexpressible(targets):
         logger.warning(
-            "%s keeps another width than %s in the config can express: the saved config lists the "
+            "%s keeps a width that %s in the config cannot express: the saved config lists the "
             "widths in per_layer_config, from which transformers up to 5.24 cannot build MLPs. "
             "Open the saved model with --model pruned-hf or load_pruned.",
             names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",

@@ -228,7 +228,7 @@ def read_samples(
                 digest = str(row["doc_hash"])
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ResultsError(
-                    f"{file}, line {number}: not whole JSON with a doc_hash; the file was cut off, "
+                    f"{file}, line {number}: not complete JSON with a doc_hash: the file is truncated, "
                     "or was not written by lm-eval 0.4.3 or later."
                 ) from None
             logged[row.get("filter")] += 1
@@ -241,7 +241,7 @@ def read_samples(
         of, score = metric.rpartition(",")[2], run.scores.get((task, metric))
         if score and score.documents not in (None, logged[of]):
             raise ResultsError(
-                f"{file} holds {logged[of]} documents of {task} (filter {of!r}), and the results "
+                f"{file} holds {logged[of]} documents of {task} (filter {of!r}), but the results "
                 f"file says {score.documents}: one of them is incomplete."
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)

@@ -151,7 +151,7 @@ def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):
     )
     result = comparison.compare(base, [run])
     rows = {row.task: row for row in result.rows}
-    assert "the score of 1 is no finite number" in rows["tf"].method
+    assert "the score of 1 is not a finite number" in rows["tf"].method
     assert [rows[t].verdict for t in ("tf", "boolq")] == ["not comparable", "better"]
     assert rows["boolq"].q == rows["boolq"].p
     assert "NaN" not in comparison_table.as_json(result)
@@ -279,14 +279,14 @@ def test_margins_of_a_perplexity(tmp_path):
     assert rows["1", "w"].claim.margin == pytest.approx(rows["1", "w"].base_score / 20)
     result = comparison.compare(base, [base], margin=Margin("equivalent", "1pt"))
     assert [row.verdict for row in result.rows] == ["undecided"]
-    assert any("1pt is no margin for w" in note for note in result.notes)
+    assert any("1pt is not a margin for w" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(
     "text", ["", "pt", "-1pt", "0", "0pt", "1 point", "nan", "inf%"]
 )
 def test_what_is_no_margin(text):
-    with pytest.raises(ValueError, match="is no margin"):
+    with pytest.raises(ValueError, match="is not a margin"):
         Margin("equivalent", text)
 
 
