@@ -31,11 +31,29 @@ CLUSTER_FIELDS = {
     r"(^|_)record(_|$)": "passage",
     r"belebele(_|$)": "flores_passage",
 }
-#: From a weighted mean to the score: the harness's mean, perplexity and bits per byte.
+
+
+class Transform(NamedTuple):
+    """How the harness computes a score from the weighted mean over documents.
+
+    The score is ``factor * mean``, or the exponential of that. Tests, intervals and trends are
+    computed on ``factor * mean``: the score itself, or the logarithm of a perplexity.
+    """
+
+    factor: float
+    exponential: bool = False
+
+    def score(self, mean: Any) -> Any:
+        """Return the score for a mean."""
+        scaled = self.factor * mean
+        return np.exp(scaled) if self.exponential else scaled
+
+
+#: The transforms that are tried, in this order, until one yields the reported score.
 TRANSFORMS = {
-    "mean": lambda mean: mean,
-    "perplexity": lambda mean: np.exp(-mean),
-    "bits_per_byte": lambda mean: -mean / math.log(2),
+    "mean": Transform(1.0),
+    "perplexity": Transform(-1.0, exponential=True),
+    "bits_per_byte": Transform(-1 / math.log(2)),
 }
 
 
@@ -92,7 +110,7 @@ class Sample(NamedTuple):
 class Documents:
     """Scores of one (task, metric), document by document.
 
-    The score is ``TRANSFORMS[transform](sum(weights * values) / sum(weights))``.
+    The score is ``TRANSFORMS[transform].score(sum(weights * values) / sum(weights))``.
 
     Attributes:
         keys: What documents are matched by, length n: task, ``doc_hash`` and which repetition.
@@ -168,7 +186,8 @@ def _documents(
     ):
         weights = weights / divisor
         with np.errstate(over="ignore"):
-            score = TRANSFORMS[transform](np.average(values, weights=weights))
+            mean = np.average(values, weights=weights)
+            score = TRANSFORMS[transform].score(mean)
         if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None

@@ -12,6 +12,7 @@ import pytest
 from lm_eval_pruned import cli
 from lm_eval_pruned.compare import comparison, comparison_table
 from lm_eval_pruned.compare.verdicts import Margin
+from lm_eval_pruned.results.documents import TRANSFORMS, Transform
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
 from tests.helpers.results_files import pruning, write_run, write_sweep
@@ -306,3 +307,17 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "restated" not in shown().partition("|")[2]
     # The same as elsewhere, in columns of one width.
     assert re.sub("[ -]", "", shown("--all")) == re.sub("[ -]", "", markdown)
+
+
+@pytest.mark.parametrize("form", [Transform(100.0), Transform(2.0, exponential=True)])
+def test_one_row_makes_a_metric_comparable(tmp_path, monkeypatch, form):
+    monkeypatch.setitem(TRANSFORMS, "new", form)
+    scored = [
+        {"values": [*each], "score": float(form.score(each.mean()))}
+        for each in 3 + NOISE[:2]
+    ]
+    base, run = runs(tmp_path, *({"t": {"new,none": each}} for each in scored))
+    (row,) = comparison.compare(base, [run]).rows
+    assert row.method == "paired t test over documents"
+    assert row.difference == pytest.approx(row.score - row.base_score)
+    assert row.low < row.difference < row.high
