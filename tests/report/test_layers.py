@@ -96,7 +96,9 @@ def test_layers_of_different_widths_share_their_shares():
 )
 def test_damaged_curves_are_refused(damage):
     damage(data := made_curves())
-    with pytest.raises(ResultsError, match=r"^FILE holds no readable sensitivity curves"):
+    with pytest.raises(
+        ResultsError, match=r"^FILE holds no readable sensitivity curves"
+    ):
         LayerCurves.of(data, "FILE")
 
 
