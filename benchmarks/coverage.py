@@ -1,10 +1,9 @@
 """How far the statistics can be trusted: ``python benchmarks/coverage.py [--times 1500]``.
 
-Simulates every test that is offered on data whose truth is known. Prints how often
-95 % intervals hold the truth, how often p is below 0.05 where there is nothing to find
-(one-sided: the worse of the two sides), and how often it is where the truth is what the
-test itself calls the smallest detectable; and how often a margin is claimed that
-does not hold, or does. The tables stand in ``docs/statistics.md``.
+Simulates every test that is offered on data whose truth is known. Prints how often 95 % intervals
+cover the truth; how often p is below 0.05 if there is no difference (one-sided: the worse of the
+two sides), and if the difference is the one that the test calls the smallest detectable; and how
+often a margin is claimed wrongly and rightly. ``docs/statistics.md`` has the tables.
 All data are synthetic; nothing is drawn twice: the same ``--times`` prints the same.
 """
 

@@ -1,7 +1,7 @@
 """Compare model types on the same work: which engine for what?
 
 Every model type answers the requests of every task, taking turns, each in a copy of the same
-weights; loading is timed apart. The table has a row for each request type, whose requests the
+weights; loading is timed separately. The table has a row for each request type, whose requests the
 harness hands over together whatever tasks they are of, with the seconds of each model type: the
 median between the least and the most of the repeats. Below it the run says how far the answers agree
 with those of the last one: by how much log-likelihoods differ at most, and how many texts are the

@@ -93,11 +93,11 @@ def main(argv: list[str] | None = None) -> None:
     ]
     if gaps:
         shown = " ".join(f"{gap:.1e}" for gap in gaps)
-        print(f"Gap of logits where the others part: {shown}")
+        print(f"Logit gap where the others diverge: {shown}")
     if arguments.profile:
         print_profiles(both, lambda side: generate(side, arguments.limit))
     if max(gaps, default=0) > LOGITS[both.dtype]:
-        raise SystemExit(f"answers part at gaps of more than {LOGITS[both.dtype]}")
+        raise SystemExit(f"answers diverge at gaps of more than {LOGITS[both.dtype]}")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ class Parts:
                 for prompt, a, b in zip(prompts, *texts, strict=True)
                 if a != b
             ]
-            said = f"{reporting.agreement(*texts)}; gap of logits where others part"
+            said = f"{reporting.agreement(*texts)}; logit gap where others diverge"
             yield f"{_name(of.dtype)}, slots: {said}", max(gaps, default=0.0), limit
 
     def load(self) -> Iterator[str]:

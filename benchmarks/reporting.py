@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns, peaks of memory, processes of their own, tables with spread."""
+"""What the benchmarks share: turns, peaks of memory, separate processes, tables with spread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: Largest difference that rounding explains: of two log-likelihoods in nats, and of the logits of the
-#: two likeliest tokens where two texts part, by dtype.
+#: two likeliest tokens where two texts diverge, by dtype.
 NATS = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 2.0}
 LOGITS = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 1.0}
 
@@ -279,7 +279,7 @@ def worst(ours: list[Any], theirs: list[Any]) -> float:
 
 
 def gap_where_they_part(lm: HFLM, prompt: str, one: str, other: str) -> float:
-    """Return how far apart the two likeliest tokens are where two texts part, in logits."""
+    """Return how far apart the two likeliest tokens are where two texts diverge, in logits."""
     first, second = (
         lm.tok_encode(each, add_special_tokens=False) for each in (one, other)
     )

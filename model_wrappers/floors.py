@@ -1,4 +1,4 @@
-"""The model types ``constant`` and ``echo``: what a task gives to a model that knows nothing."""
+"""The model types ``constant`` and ``echo``, which know nothing: the floors of tasks."""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
         except EngineDeadError as error:
             self.engine_died = True
             raise RuntimeError(
-                "The engine of vLLM ended while it worked on requests, mostly for lack of memory; "
+                "The engine of vLLM ended while it worked on requests, usually for lack of memory; "
                 "see its messages: lower max_num_seqs, gpu_memory_utilization or max_model_len."
             ) from error
         for tokens, output in zip(requests, outputs, strict=True):

@@ -1,7 +1,7 @@
-"""Adapters: whether one fits the MLPs it is to be applied to.
+"""Adapters: checks that one fits the MLPs to which it is applied.
 
-The width that an adapter was trained on is told from the shapes of its tensors. Which neurons
-stayed is in a file beside them that ``lm-eval-pruned heal`` writes.
+The shapes of its tensors tell the width that an adapter was trained on; a file that
+``lm-eval-pruned heal`` writes next to them tells which neurons were kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: When an adapter is applied, relative to the pruning.
 STAGES = ("after", "before")
-#: File beside an adapter that says on what it was trained.
+#: File next to an adapter that records what it was trained on.
 HEALING = "healing.json"
 
 

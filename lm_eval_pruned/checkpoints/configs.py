@@ -1,8 +1,8 @@
 """From the arguments of ``from_pretrained`` to a config, from a config to a model, and what is wrong.
 
 The model is one without weights, or one whose MLPs have other widths than the config says.
-transformers draws a missing tensor at random, and many a mistake ends in an error of the line
-that stumbled over it: here they are refused in a sentence that names the checkpoint.
+transformers initialises missing tensors at random, and reports many mistakes far from their cause.
+Here they are refused, with one sentence that names the checkpoint.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     #: Name, shape in the checkpoint, and shape in the model, of a parameter that does not fit.
     Mismatch = tuple[str, Sequence[int], Sequence[int]]
 
-#: Arguments of `from_pretrained` that say how to get at the files of a model.
+#: Arguments of `from_pretrained` that say where to find the files of a model.
 HUB = (
     *("cache_dir", "force_download", "local_files_only", "proxies"),
     *("revision", "subfolder", "token"),
@@ -58,7 +58,7 @@ PLACING = re.compile(
 )
 #: Arguments of `transformers.BitsAndBytesConfig`, which lm-evaluation-harness passes on as they are.
 _BITSANDBYTES = re.compile(r"load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+")
-#: Errors that say themselves what is wrong, but for those kinds that do not name the file.
+#: Errors whose own message says what is wrong, and kinds of them that do not name the file.
 _CLEAR = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
 _UNCLEAR = (json.JSONDecodeError, UnicodeDecodeError)
 #: What ``from_pretrained`` takes without naming it in its signature, and resembles arguments of ours.
@@ -68,8 +68,8 @@ _TAKEN_UNNAMED = ("code_revision", "device_map", "max_memory", "offload_buffers"
 class ArgumentError(ValueError, SystemExit):
     """An argument of a model type cannot be used.
 
-    Where nobody catches it, as in the ``lm_eval`` command, Python ends with its sentence and
-    without a traceback.
+    If it is not caught, as in the ``lm_eval`` command, Python prints its sentence without a
+    traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -123,8 +123,8 @@ def clear_errors(
         summary = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if arguments is None:
             raise ValueError(
-                f"The config of {pretrained} describes no model that can be built ({summary}): "
-                "correct its config.json, or copy it again."
+                f"No model can be built from the config of {pretrained} ({summary}): correct its "
+                "config.json, or copy it again."
             ) from error
         unknown = re.search(r"unexpected keyword argument '(.*)'", str(error))
         if unknown and unknown[1] in arguments:
@@ -273,8 +273,8 @@ def stored_widths(mismatched: Iterable[Mismatch], widths: Widths) -> dict[str, i
             name = next(iter(odd.values()))
             raise ValueError(
                 f"{name} has shape {list(shapes[name])} in the checkpoint, which does not fit the "
-                "other tensors of its MLP, or the hidden size that config.json says: copy the "
-                "checkpoint again."
+                "other tensors of its MLP, or the hidden size in config.json: copy the checkpoint "
+                "again."
             )
         found[mlp.name] = width
     changed = [name for name, width in found.items() if width != widths.actual[name]]
@@ -321,7 +321,8 @@ def check_filled(
         if is_bias or re.sub(r"\.\d+\.", ".*.", key) in layers:
             raise ValueError(
                 f"The checkpoint holds {key}, which its config.json does not describe: correct "
-                "the number of layers or the key of that bias there, or copy it again."
+                "the number of layers or the key for that bias in config.json, or copy the "
+                "checkpoint again."
             )
 
 

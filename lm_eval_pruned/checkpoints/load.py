@@ -56,12 +56,12 @@ def load_pruned(
     """Load a model whose GLU-MLPs are narrowed while its checkpoint is read.
 
     Gate and up come out as (k, H) instead of (I, H), down as (H, k). Neurons are ranked by
-    the weights as they are stored. What sizes mean in a model with experts is said in
+    the weights as they are stored. For what sizes mean in a model with experts, see
     `lm_eval_pruned.prune_model`.
 
-    Where layers differ in width already, sizes prune from there: layers that are narrower than
-    ``ratio`` or ``intermediate_size`` ask stay as they are, and ``prune_percent`` is a share of
-    each layer's own width.
+    If layers already differ in width, those narrower than the requested ``ratio`` or
+    ``intermediate_size`` keep their width, and ``prune_percent`` is a share of each layer's own
+    width.
 
     Args:
         pretrained: Folder or Hub name of the model.
@@ -241,11 +241,11 @@ def check_buildable(request: LoadRequest) -> None:
     widths, plan = request.widths, request.plan
     why = None
     if request.prune_arguments.drop_layers is not None:
-        why = "drop_layers leaves out whole layers, which an engine looks for in the checkpoint"
+        why = "drop_layers removes layers that an engine looks for in the checkpoint"
     elif plan.is_open:
         asked = "criterion" if plan.allocation == UNIFORM else "allocation"
-        found = f"{asked}={getattr(plan, asked)} finds the widths in the weights"
-        why = f"{found}, and an engine needs them before"
+        found = f"{asked}={getattr(plan, asked)} derives the widths from the weights"
+        why = f"{found}, but an engine needs them before it loads any"
     if why is not None:
         raise UnsupportedModelError(
             f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "
@@ -256,7 +256,7 @@ def check_buildable(request: LoadRequest) -> None:
         if name in experts:
             raise UnsupportedModelError(
                 f"{asked_of(plan) or 'The checkpoint'} gives {name} another width than the "
-                f"other experts, and an engine builds all of them from {widths.keys[name]} in the "
+                f"other experts, but an engine builds all of them from {widths.keys[name]} in the "
                 "config: prune all layers alike, or use --model pruned-hf."
             )
 
@@ -270,8 +270,8 @@ def check_divides(request: LoadRequest, processes: int, argument: str) -> None:
         odd = [f"each layer multiples of {plan.multiple_of} neurons"]
     if odd:
         raise ValueError(
-            f"{asked_of(plan) or 'The checkpoint'} gives {odd[0]}, which do not divide among the "
-            f"{processes} processes of {argument}: pass "
+            f"{asked_of(plan) or 'The checkpoint'} gives {odd[0]}, which cannot be divided among "
+            f"the {processes} processes of {argument}: pass "
             f"multiple_of={math.lcm(processes, plan.multiple_of)}, or use a number of processes "
             "that divides it."
         )

@@ -40,8 +40,8 @@ class PlanRow:
         layer_widths: Where layers differ, their kept widths, such as ``0:1200,1-29:900``.
         layer_criteria: Where they differ in their criterion, likewise.
         layers_dropped: Layers that are left out, such as ``20-22``.
-        equal_ratio: Where only layers are left out, the expansion ratio at which all layers
-            have as many parameters, to a neuron; empty where their MLPs have fewer.
+        equal_ratio: If only layers are dropped, the expansion ratio at which the model with all
+            its layers has as many parameters, to within a neuron; empty if its MLPs have fewer.
     """
 
     asked: str

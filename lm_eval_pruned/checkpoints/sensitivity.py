@@ -95,8 +95,8 @@ def measure_sensitivity(
         )
     if seeds is not None and RANDOM not in names:
         raise ValueError(
-            f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has any: "
-            "add random to criteria, or leave seeds out."
+            f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random uses "
+            "seeds: add random to criteria, or leave seeds out."
         )
     drawn = {seed_below_limit("seeds", each): None for each in seeds or (0, 1, 2)}
     ways = [(n, s) for n in names for s in (drawn if n == RANDOM else [None])]

@@ -5,7 +5,7 @@ import sys
 
 #: Each is a file of this folder, whose docstring its ``--help`` shows, with `OPTIONS` and `run`.
 COMMANDS = {
-    "plan": "widths and parameters at several sizes, from a config alone",
+    "plan": "widths and parameters at several sizes, from a config",
     "compare": "paired statistics of runs against a base",
     "power": "how likely a comparison reaches a verdict, from the answers that changed so far",
     "report": "a sweep as Markdown, CSV, HTML and plots",
@@ -13,7 +13,7 @@ COMMANDS = {
     "verdict": "whether a compressed model may be shipped in place of its base",
     "sweep": "many sizes by many tasks, resumable",
     "study": "the study of arXiv 2512.22671 for any model, with a verdict on one page",
-    "sensitivity": "what cutting one layer alone costs, by criterion and width",
+    "sensitivity": "what it costs to cut one layer at a time, by criterion and width",
     "profile": "latency, throughput, memory and energy at several sizes",
     "prune": "write a pruned model as an ordinary checkpoint",
     "heal": "train a pruned model again: an adapter, or all weights",
@@ -48,7 +48,7 @@ def parser():
         epilog=f"Documentation: {DOCUMENTATION}",
     )
     every.add_argument(
-        "--version", action=Version, nargs=0, help="show the version and leave"
+        "--version", action=Version, nargs=0, help="show the version and exit"
     )
     commands = every.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():

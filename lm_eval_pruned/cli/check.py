@@ -1,9 +1,9 @@
-"""Hold results against a baseline file.
+"""Compare results with a baseline file.
 
 Exit code 0: every expected score is there and no worse than its rule allows. 1: one is missing,
-worse, not a number, or of another version of its task. 2: nothing worse was seen, but something
-could not be decided: other documents, shots, templates or widths than the baseline's, too few
-documents for alpha, or input that cannot be read.
+worse, not a number, or from another version of its task. 2: nothing worse was seen, but something
+could not be decided: documents, shots, templates or widths differ from the baseline's, there
+are too few documents for a test, or input cannot be read.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ OPTIONS = (
     row("--baseline", "FILE", "baseline file", required=True),
     row("--format", None, None, choices=("text", "json", "junit", "github"), default="text"),
     row("--update", "",
-        "write the results to the baseline file instead; rules that it has stay"),
+        "write the results to the baseline file instead; rules already in it are kept"),
     [
         row("--absolute", "T", "with --update, rule for metrics new to the baseline: worse by at most "
             "T, in the metric's own unit (default: 0)", type=float),
@@ -41,7 +41,7 @@ def run(arguments) -> int:
     rules = [files.Rule(k, value) for k, value in given.items() if value is not None]
     if rules and not arguments.update:
         raise ValueError(
-            f"--{rules[0].kind} {rules[0].value} makes rules for a new baseline: give it together "
+            f"--{rules[0].kind} {rules[0].value} sets the rule for a new baseline: pass it together "
             "with --update, or edit the rules in the baseline file."
         )
     runs, file = gate.read_results(arguments.results), arguments.baseline

@@ -18,7 +18,7 @@ def margins(also: str = "") -> list[Row]:
     """Return the options that ask for a claim, of which one can be given; say `also` of both."""
     claims = {"equivalent": "neither better nor worse", "not_worse": "not worse"}
     return [
-        row(f"--{claim}", "MARGIN", f"ask whether scores are shown to be {words} by it: {UNIT}{also}")
+        row(f"--{claim}", "MARGIN", f"test whether scores are {words} by more than this: {UNIT}{also}")
         for claim, words in claims.items()
     ]
 
@@ -26,7 +26,7 @@ def margins(also: str = "") -> list[Row]:
 OPTIONS = (
     row("paths", "RESULTS",
         "the base, then the runs: results files, folders that `lm_eval --output_path` filled, or "
-        "sweep folders; one sweep folder alone is compared with its own baseline", nargs="+"),
+        "sweep folders; a single sweep folder is compared with its own baseline", nargs="+"),
     ALPHA,
     row("--subtasks", "", "compare the members of groups too, such as the subjects of MMLU"),
     margins(),

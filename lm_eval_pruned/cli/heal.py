@@ -13,12 +13,12 @@ from lm_eval_pruned.util.options import row
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--data", "FILE",
-        'text to train on: JSON Lines, one {"text": ...} a line, or plain text in a file .txt; no '
-        "text of a benchmark", required=True),
+        'text to train on: JSON Lines with one {"text": ...} per line, or a .txt file; it must not '
+        "contain text from a benchmark", required=True),
     row("--output_path", "DIR",
         "folder to write, new or empty; checkpoints go to DIR.checkpoints", required=True),
     HealingOptions.add_to,
-    row("--resume", "", "go on from the last checkpoint"),
+    row("--resume", "", "continue from the last checkpoint"),
     row("--merge", "",
         "also write the model with the adapter merged, as an ordinary checkpoint in DIR/merged"),
 )
@@ -39,7 +39,7 @@ def run(arguments) -> int:
     steps, tokens = healed.record["steps"], healed.record["tokens_seen"]
     told = f"Trained {steps} steps on {tokens:,} tokens; wrote {healed.folder}."
     if not healed.finished:
-        told = f"Stopped after {steps} steps: the same command with --resume goes on."
+        told = f"Stopped after {steps} steps: repeat the command with --resume to continue."
     if PartialState().is_main_process:
         print(told, file=sys.stdout if healed.finished else sys.stderr)
     return 0 if healed.finished else 130

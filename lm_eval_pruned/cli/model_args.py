@@ -22,7 +22,7 @@ TRUST_REMOTE_CODE = row("--trust_remote_code", "", "run model code that comes wi
 
 
 def read(arguments: Namespace) -> dict[str, Any]:
-    """Return ``--model_args``; raise ValueError where it is no mapping."""
+    """Return ``--model_args``; raise ValueError if it is not a mapping."""
     from lm_eval_pruned.sweeps.options import read_mapping
 
     return read_mapping(arguments.model_args or {}, "--model_args")

@@ -1,6 +1,6 @@
 """Print kept width, expansion ratio, parameters and checkpoint bytes at several sizes, and with
-fewer layers. Reads the config of a model alone, unless an allocation or the choice of criteria looks
-at its weights.
+fewer layers. Reads only the config of a model, unless an allocation or the choice of criteria needs
+its weights.
 """
 
 from itertools import product

@@ -1,6 +1,6 @@
 """How many documents does a verdict need? From the answers of TASK that changed between a base and
-its runs, say how likely `compare` calls them equivalent or not worse if there is no difference, and
-how likely it sees a difference of the margin.
+its runs, estimate how likely `compare` is to call them equivalent or not worse if there is no
+difference, and how likely it is to detect a difference as large as the margin.
 """
 
 from lm_eval_pruned.cli.compare import UNIT
@@ -15,14 +15,14 @@ OPTIONS = (
         "folder)", nargs="*", default=["."]),
     row("--margin", "MARGIN", UNIT, required=True),
     row("--documents", "N",
-        "how many documents to ask about (default: as many as were evaluated)", type=int),
+        "number of documents to estimate for (default: as many as were evaluated)", type=int),
     row("--alpha", "A",
-        "level of one test (default: 0.05); with several rows in a table their correction leaves less",
+        "level of one test (default: 0.05); the correction for several rows in a table leaves less",
         type=float, default=0.05),
 )
 # fmt: on
 _TITLES = ("run", "metric", "documents", "changed", "margin", "verdict")
-_MORE = ("if there is", "chance", "documents for 80 %")
+_MORE = ("assuming", "chance", "documents for 80 %")
 _FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
 
 
@@ -40,9 +40,9 @@ def run(arguments) -> None:
         ["-" if v is None else format(v, f) for v, f in zip(each, _FORMS, strict=True)]
         for each in found
     ]
-    asked = f"{documents} documents" if documents else "as many documents as there are"
+    asked = f"{documents} documents" if documents else "the present number of documents"
     print(
-        f"Chance of a verdict on {arguments.task} with {asked}, if as many answers change as did in "
-        f"these samples; one test, without a correction for others.\n\n"
+        f"Chance of a verdict on {arguments.task} with {asked}, if answers change as often as in "
+        f"these samples; for a single test, without correction.\n\n"
         f"{markdown_table(_TITLES + _MORE, rows, 'llrrrllrr')}"
     )

@@ -1,5 +1,5 @@
-"""Measure the unpruned model and pruned ones side by side: prefill and decode apart, at a fixed and
-at the natural output length.
+"""Measure the unpruned model and pruned ones side by side: prefill and decode separately, at a
+fixed and at the natural output length.
 """
 
 import sys
@@ -13,15 +13,15 @@ from lm_eval_pruned.util.options import row
 
 # fmt: off
 OPTIONS = (
-    row("--model", None, "what the models run in: transformers (default) or vLLM",
+    row("--model", None, "what runs the models: transformers (default) or vLLM",
         choices=("pruned-hf", "pruned-vllm"), default="pruned-hf"),
     loading.MODEL_ARGS,
     *(option_row(name, several=True) for name in SEVERAL_SIZES),
     option_row("criterion"),
     ProfileRequest.add_to,
     row("--prompts", "FILE",
-        '.txt with one prompt a line, or .jsonl with a key "prompt" (default: the demo set)'),
-    row("--limit", "N", "use the first N prompts only", type=int),
+        '.txt with one prompt per line, or .jsonl with a key "prompt" (default: the demo set)'),
+    row("--limit", "N", "use only the first N prompts", type=int),
     row("--device", None, "default: cuda if there is one, else cpu"),
     row("--output_path", "DIR", "folder to write", required=True),
 )
@@ -63,7 +63,7 @@ def run(arguments) -> int:
         load_arguments=model_args,
     )
     if why := plots_missing():
-        print(f"There will be no figure: {why}.", file=sys.stderr)
+        print(f"No figure will be drawn: {why}.", file=sys.stderr)
     found = profile(
         request,
         prompts,

@@ -1,5 +1,5 @@
 """Write a pruned model as an ordinary checkpoint: safetensors shards, config with the new sizes,
-tokenizer files, model card. What is kept has to fit in memory.
+tokenizer files, model card. The kept weights have to fit in memory.
 """
 
 import sys
@@ -13,17 +13,17 @@ _GROUPED = [name for names in EXCLUSIVE.values() for name in names[1:]]
 # fmt: off
 _ROWS = {names[0]: [*map(option_row, names)] for names in EXCLUSIVE.values()} | {"recipe": row(
     "--recipe", "NAME",
-    "what to prune by: study, fast or best (default: best, or fast where text cannot be run)")}
+    "recipe for the cut: study, fast or best (default: best, or fast if the model cannot run text)")}
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--output_path", "DIR", "folder to write; new or empty", required=True),
     *(_ROWS.get(n, option_row(n)) for n in DECLARED if n not in _GROUPED),
     loading.TRUST_REMOTE_CODE,
-    row("--device", None, "where calibration text is run through the model (default: cpu)",
+    row("--device", None, "device that runs calibration text (default: cpu)",
         default="cpu"),
     row("--max_shard_size", "SIZE", "largest weight file (default: 50GB)", default="50GB"),
     row("--check", "", "also measure a random cut of the same size"),
-    row("--results", "PATH", "results file of this size, or a folder of them: its scores are written in the "
+    row("--results", "PATH", "results file of this size, or a folder of them: write its scores in the "
         "form that the Hub reads"),
     row("--push_to_hub", "REPO", "upload the finished folder to this repository on the Hub"),
 )

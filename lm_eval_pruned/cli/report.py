@@ -12,7 +12,7 @@ OPTIONS = (
     row("--output_path", "DIR", "where to write (default: `report` in the sweep folder)"),
     ALPHA,
     row("--no_texts", "",
-        "leave the texts of documents and answers out, for a report that is published"),
+        "leave out the texts of documents and answers, for a report to be published"),
 )
 # fmt: on
 

@@ -1,5 +1,5 @@
 """Measure the loss on calibration text with one layer cut at a time, at a few widths and by several
-criteria, with the criterion random as the zero line. Prints the curves; with --output_path also
+criteria, with random cuts as reference. Prints the curves; with --output_path also
 JSON, CSV and plots.
 """
 
@@ -18,17 +18,17 @@ from lm_eval_pruned.util.tables import markdown_table
 #: Options that `measure_sensitivity` takes, and checks, under the same names.
 _MEASURING = (
     row("--calibration", "FILE.jsonl",
-        'text to measure the loss on, one {"text": ...} a line; no text of a benchmark '
-        "(default: text that comes with this package)"),
+        'text to measure the loss on, one {"text": ...} per line; it must not contain text from a '
+        "benchmark (default: text included in this package)"),
     row("--calibration_samples", "N",
-        "how many of its texts to use, from the first on (default: the first 16)"),
+        "number of its texts to use (default: the first 16)"),
     row("--calibration_tokens", "N",
-        "how many tokens of each text the loss is measured on (default: 128)"),
+        "number of tokens of each text to measure the loss on (default: 128)"),
     row("--criteria", "NAME", "criteria to compare (default: maw act random)", nargs="+"),
     row("--repair", "NAME",
-        "repair each layer after its cut: none or least_squares, with which obs is a criterion too "
+        "none, or least_squares to repair each layer after its cut; then obs is a criterion too "
         "(default: none)"),
-    row("--seeds", "N", "seeds of the criterion random (default: 0 1 2)", nargs="+"),
+    row("--seeds", "N", "seeds for the criterion random (default: 0 1 2)", nargs="+"),
     row("--prune_percents", "P", "shares of a layer to remove, in percent (default: 10 25 50)",
         nargs="+"),
 )
@@ -56,8 +56,8 @@ def run(arguments) -> None:
     model_args = loading.read(arguments)
     for name, value in take_prune_arguments(model_args).items():
         raise ValueError(
-            f"model_args has {name}={value}, but each layer is cut in turn: leave it out; "
-            "--criteria, --seeds, --repair, --prune_percents and --calibration say how."
+            f"model_args has {name}={value}, but each layer is cut in turn: leave it out, and "
+            "use --criteria, --seeds, --repair, --prune_percents and --calibration."
         )
     model_args = loading.with_default_model(model_args, "measuring")
     pretrained = str(model_args.pop("pretrained"))
@@ -82,7 +82,7 @@ def run(arguments) -> None:
         return
     files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
     if why := plots_missing():
-        print(f"There are no plots: {why}.", file=sys.stderr)
+        print(f"No plots were drawn: {why}.", file=sys.stderr)
     else:
         files |= curves.plots()[0].files()
     measured.write(output / SENSITIVITY)

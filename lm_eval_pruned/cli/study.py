@@ -1,6 +1,6 @@
 """The study of arXiv 2512.22671 for any model: its sizes and tasks, floors, random cuts with seeds,
-energy and latency. It ends with one page: does the dichotomy hold for this model? The same command
-goes on where it stopped. Needs the extra `report`.
+energy and latency. The result is one page: does the dichotomy hold for this model? If interrupted, the
+same command continues where it stopped. Needs the extra `report`.
 """
 
 from lm_eval_pruned.cli import sweep
@@ -11,10 +11,10 @@ from lm_eval_pruned.util.options import row
 OPTIONS = (
     row("models", "MODEL", "folders or Hub names (default: the default model)", nargs="*"),
     row("--kind", None,
-        "how the study asks a model: base without a chat template, instruct with it, at fewer sizes "
-        "and tasks (default: as the tokenizer and the name say)", choices=("base", "instruct")),
+        "how models are prompted: base without a chat template; instruct with it, at fewer sizes and "
+        "tasks (default: according to the tokenizer and the name)", choices=("base", "instruct")),
     row("--quick", "",
-        "few documents that come with this package, three sizes, one seed: half an hour of CPU time"),
+        "few documents, included in this package, three sizes, one seed: half an hour of CPU time"),
     *sweep.OPTIONS,
 )
 # fmt: on

@@ -1,5 +1,5 @@
-"""Evaluate a model at several sizes on several tasks, the unpruned model first. Every finished unit
-is kept at once; the same command goes on where it stopped.
+"""Evaluate a model at several sizes on several tasks, the unpruned model first. Finished units
+are saved immediately; if interrupted, the same command continues where it stopped.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """May CANDIDATE be served in place of BASE, of which it is a pruned, quantised or otherwise smaller
 form? Evaluate both on the same documents and answer: ship, do not ship, or not decided and what it
-would take. Without --tasks, the documents are those of a finished base, or of the demo. The same
-command goes on where it stopped.
+would take. Without --tasks, use the documents on which BASE was evaluated, or those of the demo. If
+interrupted, the same command continues where it stopped.
 
 Exit code 0: ship. 1: do not ship, a score is shown to be worse. 2: not decided, or input that cannot
 be used.
@@ -25,13 +25,13 @@ OPTIONS = (
     row("base", "BASE", "path of results, or TYPE,key=value,... as in lm_eval --model TYPE "
         "--model_args key=value,... with hf, pruned-hf, vllm or pruned-vllm"),
     row("candidate", "CANDIDATE", "the same"),
-    row("--margin", "[NAME=]MARGIN", "how much worse a score may be, of one task or metric or of "
-        f"all: {UNIT} (default: 2pt of scores from 0 to 1, 1%% of bits per byte, 2%% of others)",
+    row("--margin", "[NAME=]MARGIN", "how much worse a score may be, for one task or metric or for "
+        f"all: {UNIT} (default: 2pt for scores from 0 to 1, 1%% for bits per byte, 2%% for others)",
         nargs="+", default=[]),
     row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
-    row("--push_to_hub", "REPO", "write the verdict into the card of this repository of the candidate on the "
-        "Hub, and its scores beside it"),
+    row("--push_to_hub", "REPO", "the candidate's repository on the Hub: write the verdict into its model card, "
+        "and upload its scores"),
     Evaluation.add_to,
 )
 # fmt: on

@@ -95,7 +95,7 @@ def collapse_notes(
             shares = {base: of.base_commonest, run: of.commonest}
             found.setdefault(task, {}).update(shares)
     return [
-        f"{task}: a collapse to one answer. Of the answers of "
-        f"{'; of '.join(f'{run}, {share:.0%} are the same' for run, share in of.items())}."
+        f"{task}: the answers collapse to one. Share of the commonest answer: "
+        f"{', '.join(f'{share:.0%} of {run}' for run, share in of.items())}."
         for task, of in found.items()
     ]

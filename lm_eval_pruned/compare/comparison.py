@@ -50,12 +50,14 @@ class Difference:
     `difference` is `score` - `base_score` in the metric's own unit, `relative` the same as a share of
     `base_score`; from `low` to `high` is its interval, at the level that the correction leaves where
     there is a `q`. `p` is of the single test, `q` corrected over the runs that are compared on the
-    task (Benjamini-Hochberg), those that were pruned at random apart; only the `primary` metric of a
-    task has one. Where a run stopped after some of the documents that there are (`of`), all else is of
-    these and holds for stopping. None is what is not known.
+    task (Benjamini-Hochberg), without those that were pruned at random; only the `primary` metric
+    of a task has one.
+    If a run stopped early, after some of `of` documents, everything else refers to these documents
+    and accounts for stopping. None means not known.
 
     The verdict is ``better``, ``worse`` or, where the task does not say which way is up,
-    ``different``, where q < alpha; else ``not shown``, which is not the same as no difference,
+    ``different``, where q < alpha; else ``not shown``, which does not mean that there is no
+    difference,
     ``not tested``, ``not comparable`` (a score is not finite) or ``restated`` (not primary). With a
     margin it can be ``equivalent`` or ``not worse``, and is ``undecided`` where nothing is shown.
     """
@@ -123,7 +125,7 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
         found += [*others * (number > 0 or len(paths) == 1), *sweep.floors]
     if len(found) < 2:
         raise ResultsError(
-            "There is nothing to compare: give a base and at least one other run, or a sweep "
+            "There is nothing to compare: pass a base and at least one other run, or a sweep "
             "folder with several configurations."
         )
     names = Counter(run.name for run in found)
@@ -164,7 +166,9 @@ def compare(
     or have no task in common; ValueError if `alpha` is out of range.
     """
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha} is not between 0 and 1: give 0.05, say.")
+        raise ValueError(
+            f"alpha={alpha} is not between 0 and 1: pass one such as 0.05."
+        )
     floors = [run for run in runs if run.is_floor]
     runs = [run for run in runs if not run.is_floor] or floors
     everything = [base, *(run for run in runs if run is not base)]
@@ -231,7 +235,7 @@ def difference_test(
     documents, difference = len(pair[0].keys) if pair else None, other.value - one.value
     endless = [r.name for r in (base, run) if not math.isfinite(r.scores[key].value)]
     if endless:
-        why = f"the score of {' and '.join(endless)} is no finite number"
+        why = f"the score of {' and '.join(endless)} is not a finite number"
     elif pair:
         return paired_test(pair, level), documents
     elif one.stderr is None or other.stderr is None:
@@ -297,8 +301,8 @@ def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
         if names:
             found.setdefault(", ".join(names), []).append(task)
     return [
-        f"{run.name} was evaluated with other settings than {base.name} "
+        f"{run.name} was evaluated with different settings than {base.name} "
         f"({labels}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
-        "difference need not come from the model."
+        "difference may not come from the model."
         for labels, on in found.items()
     ]

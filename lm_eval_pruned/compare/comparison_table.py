@@ -136,28 +136,28 @@ CORRELATIONS = (
     Column("interval", "correlation.pearson_low correlation.pearson_high", "2"),
 )
 DIFFERENCE = (
-    "difference = run - base; q: p after Benjamini-Hochberg over the runs of each task, random "
-    "controls apart, so of many tasks some may show a difference by chance; interval: widened as q "
-    "is, so that it leaves out 0 exactly where a difference is shown; smallest detectable: with a "
-    "chance of 80 % at the level that this leaves."
+    "difference = run - base; q: p after Benjamini-Hochberg over the runs of each task without random "
+    "controls, so that among many tasks some may show a difference by chance; interval: widened to match "
+    "q, so that it excludes 0 exactly where a difference is shown; smallest detectable: the difference "
+    "that would be found with a chance of 80 % after this correction."
 )
 FLOOR = (
-    "Floor: the best score without knowledge, of a model that knows nothing, of chance, or of always "
-    "giving the commonest right answer; at floor: not shown to be above it (one-sided tests). Where "
-    "the base is not shown to be above, the task cannot show a loss."
+    "Floor: the best score without knowledge, whether from a model that knows nothing, from chance, or "
+    "from always giving the commonest right answer; at floor: not shown to be above it (one-sided tests). "
+    "If the base is not shown to be above its floor, the task cannot show a loss."
 )
 ANSWERS = (
-    "equal answers: share of documents with the answer of the base; KL: mean divergence of the "
-    "distribution over choices from that of the base, in nats; commonest answer: its share of the "
-    "answers, of the base and of the run."
+    "equal answers: share of documents with the same answer as the base; KL: mean divergence of the "
+    "distribution over choices from that of the base, in nats; commonest answer: its share of all "
+    "answers, for the base and the run."
 )
 TREND = (
-    "Trend over expansion ratios (change of the score per 1 of ratio, positive where it falls "
-    "with pruning; slopes of single documents):"
+    "Trend over expansion ratios (change of the score when the ratio rises by 1, positive if the score "
+    "falls with pruning; tested on the slopes of single documents):"
 )
 CORRELATION = (
-    "Correlation of two tasks over expansion ratios (the interval takes the sizes for "
-    "independent draws, which steps of pruning are not):"
+    "Correlation of two tasks over expansion ratios (the interval treats sizes as independent draws, "
+    "which steps of pruning are not):"
 )
 
 

@@ -31,8 +31,8 @@ class Standing:
 
     `floor` is the best score without knowledge and `floor_name` the run that has it, or ``chance``
     or ``commonest answer``, as the samples of the base tell. `p_floor` is one-sided, of "the model
-    is not above"; `q_floor` is corrected over the runs of the task, the base and random controls
-    apart. The last two are None where the score is above the floor and was not tested.
+    is not above"; `q_floor` is corrected over the runs of the task, without the base and random
+    controls. The last two are None where the score is above the floor and was not tested.
     """
 
     task: str
@@ -115,7 +115,7 @@ def _p_above(
     """Return the p of "the run is not above the floor", and the test that it comes from."""
     score, documents, (_, level, of) = run.scores[key], read(run, *key), floor
     if run.is_partial(key[0]) or not math.isfinite(score.value):
-        return None, "none: the score is partial or no finite number"
+        return None, "none: the score is partial or not a finite number"
     if of and (pair := pairing.paired_documents(of, run, *key, read)):
         test = pairing.paired_test(pair)
     elif documents and documents.transform == "mean":

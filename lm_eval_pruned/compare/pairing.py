@@ -92,7 +92,7 @@ def grouping(documents: Documents) -> dict[str, Any]:
 
 
 def look(before: Stopping, documents: int, base: Run, run: Run) -> Stopping:
-    """Add a look at `run`, a unit's results on so many `documents`, which is the last if it has a reason.
+    """Add a look at `run`, a unit's results on so many `documents`; one with a reason is the last.
 
     By Bonferroni's inequality, the chance that any size is decided wrongly at any look is `LEVEL`
     at most, however looks and sizes depend on each other. One size can err in one way only:
@@ -167,7 +167,7 @@ def partial_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
         if of := [f"{task} ({how.text}, {how.reason})" for how, task in stopped]:
             notes.append(
                 f"{each.name} stopped when decided: {', '.join(of)}. Scores and differences are of these "
-                "documents; intervals and p hold for stopping. q bounds the chance of any wrong decision "
-                "over the sizes of one task, not over all tasks together."
+                "documents; intervals and p account for stopping. q bounds the chance of any wrong "
+                "decision over the sizes of one task, not over all tasks together."
             )
     return notes

@@ -40,18 +40,19 @@ def power_of(
     documents: int | None = None,
     alpha: float = 0.05,
 ) -> list[list[object]]:
-    """Say how likely each run reaches a verdict on a task, from the answers that changed so far.
+    """Estimate how likely each run reaches a verdict on a task, from the answers changed so far.
 
-    `margin` is to be shown, and a difference of it to be seen, on as many `documents` as there are or
-    another number, by one test at level `alpha`. Returns a row for each run and verdict: run, metric,
-    documents, share of them whose value changed, margin in the metric's own unit, verdict, what has
-    to be true for it, its chance then, and how many documents have a chance of 80 %, if any.
+    The chances are those of one test at level `alpha` on so many `documents` (default: as many as
+    there are): to claim the `margin`, and to see a difference of its size. Returns a row for each run
+    and verdict: run, metric, documents, share of them whose value changed, margin in the metric's own
+    unit, verdict, what is assumed to be true, the chance then, and how many documents give a chance
+    of 80 %, if any.
 
     ResultsError if nobody has results or samples of `task`; ValueError for numbers out of range.
     """
     if not 0 < alpha < 0.5 or (documents is not None and documents < 2):
         raise ValueError(
-            f"alpha={alpha} has to be between 0 and 0.5, and documents={documents} 2 or more."
+            f"alpha={alpha} has to be between 0 and 0.5, and documents={documents} at least 2."
         )
     found: list[list[object]] = []
     for run in runs:
@@ -61,8 +62,8 @@ def power_of(
         pair = paired_documents(base, run, task, metric)
         if pair is None:
             raise ResultsError(
-                f"{task} of {run.name} has no samples that make up its score: evaluate with "
-                "--log_samples."
+                f"{task} of {run.name} has no logged samples from which its score can be computed: "
+                "evaluate with --log_samples."
             )
         size = margin.size(*(each.scores[task, metric].value for each in (base, run)))
         if size is None:
@@ -75,8 +76,8 @@ def power_of(
             found.append([*row, documents_for(power, place, n)])
     if not found:
         raise ResultsError(
-            f"{base.name} and its runs have no results of {task} in common, but of "
-            f"{', '.join(base.tasks()) or 'nothing'}: evaluate some documents of it first."
+            f"{base.name} and its runs share no results of {task}: pass a task that both have "
+            f"({base.name} has {', '.join(base.tasks()) or 'none'}), or evaluate some of its documents."
         )
     return found
 
@@ -85,7 +86,7 @@ def chances(test: PairedTest, seen: int, size: float, alpha: float, n: int) -> C
     """Return the chances of `VERDICTS` on `n` documents, of which the test has `seen`."""
     of = test.distribution
     if of is None:
-        raise ResultsError(f"Nothing can be said of other documents: {test.method}.")
+        raise ResultsError(f"The chances cannot be estimated: {test.method}.")
     if isinstance(of, Shares):
         return power_of_shares(of.changing, n, size, alpha)
     stderr = of.stderr * (of.perplexity or 1.0) * math.sqrt(seen / n)

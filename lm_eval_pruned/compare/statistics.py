@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
+from lm_eval_pruned.results.documents import TRANSFORMS
+
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 POWER = 0.8
 #: The mean of fewer documents or clusters than this is not taken for normal.
 LEAST_UNITS = 10
-#: From a mean, by its transform, to what is tested: the score, or the logarithm of a perplexity.
-SCALES = {"mean": 1.0, "perplexity": -1.0, "bits_per_byte": -1 / math.log(2)}
 
 
 class Shares(NamedTuple):
@@ -41,7 +41,7 @@ class Shares(NamedTuple):
 
     @property
     def changing(self) -> float:
-        """Share that changes: no answer changed of few says little."""
+        """Share that changes; above 0, because no change among few documents says little."""
         return (self.up + self.down + 0.5) / (self.n + 1)
 
     def tails(self, x: float) -> tuple[float, float]:
@@ -101,7 +101,8 @@ def chance_seen(changing: float, n: int, difference: float, level: float) -> flo
 class Means(NamedTuple):
     """Student's t about `gain`, a difference of means or of the logarithms of two perplexities.
 
-    `degrees` are infinite for a normal distribution; `perplexity` is that of the base, if any.
+    `degrees` are infinite for a normal distribution; `perplexity` is that of the base, or another
+    score that is the exponential of a mean.
     """
 
     gain: float
@@ -243,10 +244,10 @@ def paired_difference(
         less, more = (float(mid_p(each, up + down)) for each in (up, down))
         sides, shares = (less, more) if up != down else (0.5, 0.5), Shares(up, down, n)
         return PairedTest((up - down) / n, "McNemar mid-p", n, alpha, sides, shares)
-    perplexity = None
-    if transform == "perplexity":
-        perplexity = float(np.exp(-np.average(both[0], weights=weights)))
-    scaled = SCALES[transform] * weights * gains
+    form, perplexity = TRANSFORMS[transform], None
+    if form.exponential:
+        perplexity = float(form.score(np.average(both[0], weights=weights)))
+    scaled = form.factor * weights * gains
     test = paired_t(scaled, weights, clusters, strata, alpha, perplexity)
     between = transform == "mean" and both.min() >= 0 and both.max() <= 1
     if between and not gains.any():

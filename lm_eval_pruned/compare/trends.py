@@ -11,7 +11,8 @@ import numpy as np
 from scipy import stats
 
 from lm_eval_pruned.compare.pairing import grouping, paired_documents
-from lm_eval_pruned.compare.statistics import SCALES, false_discovery, paired_t
+from lm_eval_pruned.compare.statistics import false_discovery, paired_t
+from lm_eval_pruned.results.documents import TRANSFORMS
 from lm_eval_pruned.results.groups import is_perplexity, primary_metrics, series_of
 
 
@@ -109,7 +110,8 @@ def trend(
     rows, centred = np.array(values, dtype=float), np.array(ratios, dtype=float)
     centred -= centred.mean()
     # Less the first row, documents that never change have a slope of exactly 0.
-    slopes = SCALES[transform] * (centred / (centred @ centred)) @ (rows - rows[0])
+    factor = TRANSFORMS[transform].factor
+    slopes = factor * (centred / (centred @ centred)) @ (rows - rows[0])
     weights = np.broadcast_to(np.asarray(weights, dtype=float), slopes.shape)
     test = paired_t(slopes * weights, weights, alpha=alpha, **groups)
     method = test.method.replace("paired t test", "t test of slopes")

@@ -48,7 +48,7 @@ class Margin:
         found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(pts?|%|)", str(self.text).strip())
         if not found or not 0 < float(found[1]) < math.inf:
             raise ValueError(
-                f"{self.claim}={self.text} is no margin: give percentage points such as 1pt, a "
+                f"{self.claim}={self.text} is not a margin: pass percentage points such as 1pt, a "
                 "share of the base's score such as 2%, or a positive number in the metric's own "
                 "unit."
             )
@@ -67,8 +67,8 @@ class Margin:
     def misfit(self, tasks: str) -> str:
         """Return what to say of tasks for which `size` is None."""
         return (
-            f"{self.text} is no margin for {tasks}, whose scores are not between 0 and 1: give a "
-            "share such as 2%, or a number in the metric's own unit."
+            f"{self.text} is not a margin for {tasks}, whose scores are not between 0 and 1: pass "
+            "a share such as 2%, or a number in the metric's own unit."
         )
 
 

@@ -60,8 +60,8 @@ def check_country(country: str) -> str:
     code = str(country).upper()
     if code not in DataSource().get_global_energy_mix_data():
         raise ValueError(
-            f"energy_country={country} is no country that codecarbon knows a carbon intensity "
-            "of: pass an ISO 3166 alpha-3 code such as FRA, USA or ESP."
+            f"energy_country={country} is not a country whose carbon intensity codecarbon "
+            "knows: pass an ISO 3166 alpha-3 code such as FRA, USA or ESP."
         )
     return code
 
@@ -128,8 +128,8 @@ class CodecarbonMeter:
         factor = f", except through the factor PUE {data.pue:g}" * (data.pue != 1)
         return MeterDescription(
             name=f"codecarbon {codecarbon.__version__}",
-            scope="the whole machine, with whatever else ran on it; disks, network, fans, power "
-            f"supply losses and cooling are not in it{factor}",
+            scope="the whole machine, including everything else that ran on it; disks, network, fans, "
+            f"power supply losses and cooling are not included{factor}",
             # NVML renews its counter so often; the load model sees ticks of 0.01 s.
             resolution_seconds=0.1,
             sources=self._sources,
@@ -156,7 +156,7 @@ class CodecarbonMeter:
         self._latest = None
         self._tracker.flush()
         if self._latest is None:
-            raise RuntimeError("codecarbon handed out no measurement")
+            raise RuntimeError("codecarbon returned no measurement")
         return self._latest
 
 
@@ -178,13 +178,13 @@ def _source(name: str, part: Any) -> ComponentSource:
         watts = f"{part.total_power().W:g} W"
         if part._force_ram_power is not None:
             return ComponentSource("constant", f"{watts}, forced by the user")
-        words = f"codecarbon's constant for the installed memory: {watts}, whatever the load"
+        words = f"codecarbon's constant for the installed memory: {watts}, regardless of load"
         return ComponentSource("modelled", words)
     if mode not in ("constant", "cpu_load"):
         return ComponentSource("modelled", f"codecarbon's {mode}")
     origin = "thermal design power from codecarbon's table, or forced by the user"
     if part._is_generic_tdp:
-        origin = "codecarbon's constant for a processor that it does not know"
+        origin = "codecarbon's constant for an unknown processor"
     watts = f"{part._tdp:g} W ({origin})"
     if mode == "constant":
         return ComponentSource("constant", f"half of {watts}")

@@ -22,7 +22,7 @@ logger = logging.getLogger("lm_eval.pruned.energy")
 class EnergyMonitor:
     """Measures named windows, which may nest and overlap, with a meter that may fail.
 
-    What the meter does wrong raises nothing: it is in `failures`, a sentence each, and in the notes
+    Failures of the meter raise no errors: `failures` has one sentence for each, as have the notes
     of the readings.
 
     Args:
@@ -77,7 +77,7 @@ class EnergyMonitor:
         return self._checked(self._counters() - self._open[name])
 
     def end_window(self, name: str, *, apart: bool = False) -> EnergyReading:
-        """Close a window and return what it took; if `apart`, open windows leave that out."""
+        """Close a window and return what it took; if `apart`, exclude it from open windows."""
         took = self._counters() - self._open.pop(name)
         if apart:
             self._apart = add_up([self._apart, took])
@@ -90,18 +90,18 @@ class EnergyMonitor:
         return replace(counters, seconds=self._clock()) - self._apart
 
     def _checked(self, took: EnergyReading) -> EnergyReading:
-        """Return a difference of counters without the figures that mean nothing."""
+        """Return a difference of counters without figures that are not measurements."""
         if took.joules.total is None:
             note = (self.failures or ["the meter did not run"])[-1]
             return EnergyReading(took.seconds, notes=(note,))
         parts = asdict(took.joules)
         notes = [
             f"the meter counted {part:g} J for {name} in {took.seconds:.3f} s: not measured, "
-            "so there is no total"
+            "so no total is given"
             for name, part in parts.items()
             if part is not None and part <= 0
         ] + [
-            f"the model runs on a {name} that the meter does not see, so there is no total"
+            f"the model runs on a {name} that the meter does not see, so no total is given"
             for name in sorted(self.required)
             if parts[name] is None
         ]
@@ -119,7 +119,7 @@ class EnergyMonitor:
             self._meter, self._running = None, False
             note = f"the meter {failure}: {error or type(error).__name__}"
             self.failures.append(note)
-            logger.warning("Energy is not measured any more: %s.", note)
+            logger.warning("Energy is no longer measured: %s.", note)
             return None
 
 

@@ -1,1 +1,1 @@
-"""``lm-eval-pruned check``: results held against a committed baseline, for CI."""
+"""``lm-eval-pruned check``: results compared with a committed baseline, for CI."""

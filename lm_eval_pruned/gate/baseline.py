@@ -54,7 +54,7 @@ class Rule:
         most = 1 if self.kind == "alpha" else math.inf
         if not self.margin and not 0 <= float(self.value) < most:
             raise ValueError(
-                f"{self.kind}={self.value} is not between 0 and {most}: give 0.05, say."
+                f"{self.kind}={self.value} is not between 0 and {most}: pass one such as 0.05."
             )
 
     @property
@@ -117,12 +117,12 @@ def read_baseline(file: str | Path) -> Baseline:
             run = Run("the baseline", file, scores, versions, settings=about)
             baseline.runs[name] = run
         if not baseline.rules:
-            raise ValueError("it expects nothing")
+            raise ValueError("it expects no scores")
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ResultsError(
-            f"The baseline {file} cannot be read ({why.rstrip('.')}): make it anew in another "
-            f"file, which gets schema_version {SCHEMA}, with --update."
+            f"The baseline {file} cannot be read ({why.rstrip('.')}): write another file, "
+            f"which gets schema_version {SCHEMA}, with --update."
         ) from None
     return baseline
 

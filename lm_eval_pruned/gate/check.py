@@ -1,4 +1,4 @@
-"""Results held against a baseline, on the tests and the correction of ``compare``."""
+"""Results compared with a baseline, by the tests and the correction of ``compare``."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def make_baseline(
 
 
 def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
-    """Hold results against a baseline; return a finding per metric, sorted by run, task and metric.
+    """Compare results with a baseline; return a finding per metric, sorted by run, task and metric.
 
     Tests are one-sided where the direction is known: the rule asks whether a result is worse.
     """
@@ -101,11 +101,11 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
 
 
 def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
-    """Say why a score cannot be held against the one that is expected, if so."""
+    """Say why a score cannot be compared with the expected one; None if it can."""
     version, expected = run.versions.get(task), before.versions.get(task)
     if expected not in (None, version):
         return "fail", (
-            f"The task has version {version}, and the baseline is of version {expected}: the "
+            f"The task has version {version}, and the baseline has version {expected}: the "
             "scores cannot be compared. To accept, run with --update."
         )
     score = run.scores[task, metric].value
@@ -120,10 +120,10 @@ def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     # Another width is another model.
     names += ["widths"] if one.get("widths") and other.get("widths") else []
     why = ", ".join(
-        f"{name} {shown(other.get(name))} and in the baseline {shown(one.get(name))}"
+        f"{name} is {shown(other.get(name))}, but {shown(one.get(name))} in the baseline"
         for name in differing(one, other, names)
     )
-    accept = "Evaluate as the baseline was, or accept with --update."
+    accept = "Evaluate with the settings of the baseline, or accept with --update."
     return ("undecided", f"Not comparable: {why}. {accept}") if why else None
 
 
@@ -139,7 +139,7 @@ def _within_tolerance(rule: Rule, expected: Score, score: float) -> Decision:
     if up is not None and (change > 0) == up:
         return _IMPROVED
     direction = "Changed" if up is None else "Worse"
-    return "fail", f"{direction} by {abs(change):.6g}, allowed is {allowed}."
+    return "fail", f"{direction} by {abs(change):.6g}, and the rule allows {allowed}."
 
 
 def _documents(run: Run, task: str, metric: str) -> Documents | None:
@@ -159,8 +159,8 @@ def _tested(key: Key, run: Run, baseline: Baseline) -> PairedTest:
     test, documents = difference_test(before, run, (task, metric), pair)
     if documents is None:
         raise ResultsError(
-            f"The rule {baseline.rules[key].kind} needs logged samples that make up {metric} of "
-            f"{task}, weighted as in the baseline: evaluate with --log_samples, or {_TOLERANCE}"
+            f"The rule {baseline.rules[key].kind} needs logged samples from which {metric} of {task} can "
+            f"be computed, weighted as in the baseline: evaluate with --log_samples, or {_TOLERANCE}"
         )
     return test
 
@@ -188,13 +188,13 @@ def _by_documents(
         within = f"{margin.verdict} within {margin.text}" if margin else ""
         status = "undecided"
         if margin and claim is None:
-            said = f"No interval can be given that would lie within {margin.text}: {_TOLERANCE}"
+            said = f"The margin {margin.text} cannot be tested here: {_TOLERANCE}"
         elif claim and claim.q < alpha:
             status, said = "pass", f"Shown to be {within} (q = {claim.q:.3g})."
         elif worse is None or test.units < LEAST_UNITS:
             said = (
-                f"{test.units} independent documents are too few to decide, at least {LEAST_UNITS} "
-                f"are needed: {_TOLERANCE}"
+                f"{test.units} independent documents are too few to decide, which takes at least "
+                f"{LEAST_UNITS}: {_TOLERANCE}"
             )
         elif worse < alpha:
             status, change = "fail", f"{way} by {abs(test.difference):.6g}"
@@ -203,8 +203,8 @@ def _by_documents(
             status, said = _IMPROVED
         elif claim:
             said = (
-                f"Not shown to be {within} (q = {claim.q:.3g} >= {alpha:g}), nor worse: "
-                "`lm-eval-pruned power` says how many documents decide."
+                f"Not decided whether {within} (q = {claim.q:.3g} >= {alpha:g}) or worse: "
+                "`lm-eval-pruned power` estimates how many documents would decide."
             )
         else:
             status = "pass"
@@ -219,7 +219,7 @@ def _sides(test: PairedTest, up: bool | None) -> tuple[float | None, float | Non
 
 
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
-    """Return what differs from the baseline beside the scores, one sentence each."""
+    """Return what differs from the baseline besides the scores, one sentence each."""
     found = [note for run in runs.values() for note in run.notes]
     for name, before in baseline.runs.items():
         if run := runs.get(name):

@@ -30,7 +30,7 @@ STATUSES = {
 class Finding:
     """What the gate says about one metric: one of `STATUSES`, both scores, and a sentence.
 
-    ``undecided`` is a score that cannot be held against the baseline.
+    ``undecided`` is a score that cannot be compared with the baseline.
     """
 
     run: str

@@ -20,7 +20,7 @@ _UNMETERED = {"joules": {}, "notes": ["the first part was trained without a mete
 class TrainingCost:
     """Seconds and joules of a training; what could not be measured is None, with a note.
 
-    `before` is the record of the checkpoint that the training goes on from.
+    `before` is the record of the checkpoint that the training continues from.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class TrainingCost:
         self.close = self._monitor.stop
 
     def begin(self, *, on_gpu: bool) -> None:
-        """Begin to count; `on_gpu`, energy needs the part of the GPU to be a total."""
+        """Start counting; if `on_gpu`, a total needs the energy of the GPU."""
         if on_gpu:
             self._monitor.required.add("gpu")
         self._monitor.begin_window("training")

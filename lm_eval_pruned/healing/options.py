@@ -25,7 +25,7 @@ TRAINING = {
     "save_steps": 100,
     "save_total_limit": 2,
 }
-#: By method: adapters start at zero and bear a higher one than weights that were trained before.
+#: By method: adapters start at zero, and tolerate a higher one than trained weights.
 LEARNING_RATE = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5}
 #: Defaults of `peft.LoraConfig` here: every linear layer but the head.
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -36,10 +36,10 @@ class HealingOptions(DeclaredOptions):
     """How a pruned model is trained.
 
     Args:
-        method: What is trained: an adapter (lora or dora), or all weights (full).
+        method: What to train: an adapter (lora or dora), or all weights (full).
         teacher_weight: Share of the loss that measures the distance to the unpruned model, from
             0 to 1. The rest is the loss of the next token; 0 loads no teacher.
-        temperature: Number that divides the logits of both models before they are compared.
+        temperature: Distillation temperature: logits of both models are divided by it.
         max_length: Tokens of each block of text.
         max_steps: Steps of the optimiser; without it, one pass over the text.
         training_args: Further fields of transformers.TrainingArguments, such as
@@ -63,12 +63,12 @@ class HealingOptions(DeclaredOptions):
         super().__post_init__()
         weight, temperature, why = self.teacher_weight, self.temperature, ""
         if not 0 <= weight <= 1:
-            why = f"teacher_weight={weight} is no share of the loss: pass 0 to 1"
+            why = f"teacher_weight={weight} is not a share of the loss: pass a number from 0 to 1"
         elif not 0 < temperature < math.inf:
-            why = f"temperature={temperature} divides logits: pass a number above 0"
+            why = f"temperature={temperature} is not a distillation temperature: pass a number above 0"
         elif temperature != 1 and not weight:
-            why = f"temperature={temperature} compares the model with a teacher, but there is none: "
-            why += "add teacher_weight, or leave it out"
+            why = f"temperature={temperature} has no effect without a teacher: add "
+            why += "teacher_weight, or leave it out"
         elif self.peft_args and self.method == "full":
             why = f"peft_args={written(self.peft_args)} describes an adapter, but method=full trains "
             why += "none: leave it out, or pass method=lora"
@@ -76,7 +76,7 @@ class HealingOptions(DeclaredOptions):
             raise ValueError(f"{why}.")
 
     def trainer_arguments(self, folder: Path) -> TrainingArguments:
-        """Return what `Trainer` is told; raise ValueError where it takes no such thing."""
+        """Return the arguments of `Trainer`; raise ValueError if transformers refuses one."""
         from transformers import TrainingArguments
 
         own = {"output_dir": str(folder), "max_steps": self.max_steps or -1}
@@ -90,7 +90,7 @@ class HealingOptions(DeclaredOptions):
         return {**TRAINING, **rate, **self.training_args}
 
     def adapter_config(self) -> LoraConfig | None:
-        """Return the adapter to train, or None; raise ValueError where peft takes no such thing."""
+        """Return the adapter to train, or None; raise ValueError if peft refuses an argument."""
         from peft import LoraConfig
 
         if self.method == "full":
@@ -105,12 +105,12 @@ class HealingOptions(DeclaredOptions):
         return {**shared, "teacher": teacher if self.teacher_weight else None}
 
     def _made(self, kind: Any, argument: str, every: Mapping[str, Any]) -> Any:
-        """Make the arguments of a library from `every` one, of which an option gives some."""
+        """Make a library's arguments from `every` one; the option `argument` gives some of them."""
         given = getattr(self, argument)
         for name, value in given.items():
             if every[name] != value:
                 raise ValueError(
-                    f"{argument} has {name}={value}, which other options of heal decide: leave it "
+                    f"{argument} has {name}={value}, which other options of heal set: leave it "
                     "out."
                 )
         try:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class Healed(NamedTuple):
-    """The folder of the result, or of the checkpoint of what was interrupted; and its record."""
+    """The folder of the result, or of the last checkpoint if interrupted, and its record."""
 
     folder: Path
     record: dict[str, Any]
@@ -58,7 +58,7 @@ def prepare(
     options: HealingOptions,
     checkpoints: Path,
 ) -> tuple[TrainingArguments, LoraConfig | None, LoadRequest, PreTrainedTokenizerBase]:
-    """Return what Trainer is told, the adapter, the model with its pruning, and its tokenizer.
+    """Return the arguments of Trainer, the adapter, the model with its pruning, and its tokenizer.
 
     Raises:
         ValueError: `heal` cannot do this. No weight was read.
@@ -68,15 +68,15 @@ def prepare(
     arguments = options.trainer_arguments(checkpoints)
     adapter = options.adapter_config()
     where = "training_args say where to train, such as use_cpu=true"
-    quantised = "quantised weights cannot be trained, so quantise what comes out"
+    quantised = "quantised weights cannot be trained, so quantise the result"
     refused = {"peft": "merge it into a checkpoint first"}
     refused |= {"device": where, "device_map": where}
     refused |= dict.fromkeys(quantising_arguments(model_args), quantised)
     for name, advice in refused.items():
         if model_args.get(name) is not None:
             raise ValueError(
-                f"model_args has {name}={model_args[name]}, which a healing does not take: leave "
-                f"it out; {advice}."
+                f"model_args has {name}={model_args[name]}, which heal does not accept: leave it "
+                f"out; {advice}."
             )
     given = dict(model_args)
     pretrained = str(given.pop("pretrained"))
@@ -85,13 +85,13 @@ def prepare(
     original = request.widths.original
     if original.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{pretrained} has an encoder, and text has no target for its decoder: pass a "
-            "decoder-only model."
+            f"{pretrained} is an encoder-decoder model, and plain text has no targets for its decoder: "
+            "pass a decoder-only model."
         )
     if options.teacher_weight and asked.size is None:
         raise ValueError(
             f"teacher_weight={options.teacher_weight} takes the unpruned model as teacher, but no "
-            "size was asked for, so that both are one: add one such as prune_percent=40 to "
+            "size was given, so that it would teach itself: add one such as prune_percent=40 to "
             "model_args, or leave it out."
         )
     if adapter is not None:
@@ -100,8 +100,8 @@ def prepare(
     positions = getattr(original, "max_position_embeddings", None)
     if positions and options.max_length > positions:
         raise ValueError(
-            f"max_length={options.max_length} is more than the {positions} positions of the "
-            "model: pass that many or fewer."
+            f"max_length={options.max_length} exceeds the {positions} positions of the model: "
+            "pass at most {positions}."
         )
     tokenizer = request.load_tokenizer()
     next(token_blocks(data, texts, tokenizer, options.max_length))
@@ -125,9 +125,9 @@ def heal(
 
     Args:
         model_args: ``pretrained``, arguments of pruning and what else ``from_pretrained`` takes.
-        data: Text to train on, none of which may be evaluated; see `texts_of`.
+        data: Text to train on, which must not contain text of a benchmark; see `texts_of`.
         output: Folder to write; it must not exist, or be empty.
-        resume: Go on from the last checkpoint of the same healing. None: if there is one.
+        resume: Continue from the last checkpoint of the same healing. None: if there is one.
         merge: Also write the merged model, as a checkpoint in the folder ``merged`` below `output`.
         metered: Whether to measure the energy of the training.
 
@@ -216,13 +216,13 @@ def checkpoints_of(output: Path) -> Path:
 
 
 def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
-    """Return the last whole checkpoint to go on from; None to begin."""
+    """Return the last complete checkpoint to continue from; None to start."""
     found = [file.parent for file in folder.glob(f"checkpoint-*/{HEALING}")]
     if resume is not None and resume is not bool(found):
         raise ValueError(
-            f"resume goes on from a checkpoint, but {folder} holds none: leave it out to begin."
+            f"resume continues from a checkpoint, but {folder} holds none: leave it out to start."
             if resume
-            else f"{folder} holds checkpoints of a healing: add --resume to go on from the last, or "
+            else f"{folder} holds checkpoints of a healing: add --resume to continue from the last, or "
             "delete the folder."
         )
     return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
@@ -237,8 +237,8 @@ def _check_same(last: Path | None, before: Any, now: dict[str, Any]) -> None:
     for name, value in now.items():
         if before and before.get(name) != value:
             raise ValueError(
-                f"{last} is of a healing with {name}={before.get(name)}, but this one has "
-                f"{name}={value}: pass the same to resume, or another output to begin."
+                f"{last} comes from a healing with {name}={before.get(name)}, but this one has "
+                f"{name}={value}: pass the same value to resume, or another output to start."
             )
 
 

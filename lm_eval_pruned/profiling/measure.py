@@ -139,8 +139,8 @@ class _Profiler:
                 rows += [{**key, "mode": mode, **shared, **each} for each in found]
                 if (ratio(both["total"], prefill["total"]) or 1) < 1:
                     self.notes.append(
-                        f"{spec['name']}, batch size {size}, {mode}: generation took less energy "
-                        "than its prefill alone in some repeat, so the decode energy is noise"
+                        f"{spec['name']}, batch size {size}, {mode}: in some repeat, generation took "
+                        "less energy than the prefill, so the decode energy is noise"
                     )
             # Of a pass that was interrupted, nothing counts.
             self.rows += [row | _peaks(model.device) for row in rows]

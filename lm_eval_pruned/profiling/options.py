@@ -23,16 +23,16 @@ class ProfileRequest(DeclaredOptions):
 
     Args:
         pretrained: Folder or Hub name of the unpruned model.
-        ratios, prune_percents: Sizes to measure beside the unpruned model.
+        ratios, prune_percents: Sizes to measure besides the unpruned model.
         widths: Files with the width of each layer, for one more model each.
         criterion: Importance score; see `lm_eval_pruned.pruning.criteria`.
         device: Where the models run.
         dtype: Weight dtype; None keeps the checkpoint's.
         load_arguments: Anything else `lm_eval_pruned.load_pruned` takes.
-        multiple_of: Measure each size at its widths rounded down to these multiples.
-        batch_sizes: Prompts in a batch.
-        max_new_tokens: Output tokens of the fixed length, and most of the natural one.
-        repeats: How often everything is measured.
+        multiple_of: Round the widths down to multiples of this; each value is measured.
+        batch_sizes: Prompts per batch.
+        max_new_tokens: Fixed output length in tokens, and the limit of the natural one.
+        repeats: Number of repeats of all measurements.
         seed: Seed of torch and of the criterion random.
         apply_chat_template: Wrap each prompt as a turn of the user.
 
@@ -59,7 +59,7 @@ class ProfileRequest(DeclaredOptions):
         super().__post_init__()
         if not (self.ratios or self.prune_percents or self.widths):
             raise ValueError(
-                "No size was given to measure beside the unpruned model: pass ratios, "
+                "No size was given to compare with the unpruned model: pass ratios, "
                 "prune_percents or widths."
             )
 

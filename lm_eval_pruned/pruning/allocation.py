@@ -49,14 +49,14 @@ logger = logging.getLogger("lm_eval.pruned.allocation")
 
 #: Costs are whole numbers of this, in nats or whatever a curve is measured in.
 RESOLUTION = 1e-12
-#: More than any total of costs, and small enough to be added to one.
+#: Larger than any total of costs, and small enough to be added to one without overflow.
 _IMPOSSIBLE = np.int64(1) << np.int64(61)
 
 
 def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
-    """Return `plan`, if it `is_open`, with the width and the criterion of each layer that it prunes.
+    """Return `plan` with width and criterion of each layer that it prunes, if it `is_open`.
 
-    `evidence` is the model of `widths`, which is asked for scores or losses.
+    `evidence` is the model of `widths`, and provides scores or losses.
 
     Raises:
         ValueError: The bounds leave more neurons than the size asks for.
@@ -108,7 +108,9 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
         kept = dict(zip(held, shared, strict=True))
         plan = plan.with_layers(kept)
         said = written_by_layer(kept.items())
-        logger.info("allocation=%s keeps of each layer: %s.", plan.allocation, said)
+        logger.info(
+            "allocation=%s gives the layers these widths: %s.", plan.allocation, said
+        )
     if plan.tried:
         best = tuple(
             (n, plan.tried[int(np.argmin(by_criterion[n][:, own[n] - width]))])
@@ -116,7 +118,7 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
         )
         plan = dataclasses.replace(plan, layer_criteria=best)
         said = written_by_layer(best)
-        logger.info("criterion=best scores the layers by: %s.", said)
+        logger.info("criterion=best chose these criteria: %s.", said)
     return plan
 
 

@@ -61,7 +61,7 @@ def seed_below_limit(name: str, value: Number) -> int:
     number = whole(name, value, least=0)
     if number >= SEEDS:
         raise ValueError(
-            f"{name}={value} is too large for a generator: pass one below {SEEDS}."
+            f"{name}={value} is too large for a seed: pass one below {SEEDS}."
         )
     return number
 

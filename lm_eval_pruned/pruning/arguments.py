@@ -72,8 +72,8 @@ def _depth_rule(name: str, value: str) -> str:
     return value
 
 
-# Of an option, `several` is the option of commands that takes several values, for one model each,
-# and `text` says of values that need calibration text why they do.
+# `several` names the option of commands that takes several values, one model each; `text` maps
+# values that need calibration text to the reason.
 @dataclass(frozen=True, kw_only=True)
 class PruneArguments(DeclaredOptions):
     """What a user asks for, checked as far as possible without a model.
@@ -81,51 +81,52 @@ class PruneArguments(DeclaredOptions):
     Whole numbers become integers, and `criterion` its name without aliases.
 
     Args:
-        ratio: Expansion ratio to keep. Such as 2.0; the kept width is ``ceil(ratio * H)``.
+        ratio: Expansion ratio to keep. For example 2.0; the kept width is ``ceil(ratio * H)``.
         prune_percent: Share of neurons to remove, in percent. The kept width is
             ``I - floor(prune_percent / 100 * I)``.
         intermediate_size: Kept width, in neurons.
         widths: Kept width of each layer, as a JSON or CSV file. JSON such as
             ``{"0": 1200, "1": 900}`` or ``[1200, 900]``, which Python may pass itself, or CSV with
-            the columns layer and width. Layers that it does not name keep their width. At most
-            one of these four; without any the model stays as it is.
+            the columns layer and width. Layers that it does not name keep their width. Pass at most
+            one of these four; without any, no neurons are removed.
         multiple_of: Round the kept width down to a multiple of this, in neurons.
         layers: Layers to prune, such as 4-11; default: all. They count from 0: ``0,2-5`` or
             ``[0, 2]``, and ``0+2-5`` where a comma separates arguments. Stock transformers opens
             the saved model only if its config holds widths per layer; this package always does.
-        skip_layers: Layers to leave as they are. Instead of `layers`.
-        drop_layers: Layers to leave out whole, as a count or as a list. Such as 4, chosen by
+        skip_layers: Layers not to prune. Instead of `layers`.
+        drop_layers: Layers to remove entirely, as a count or a list. For example 4, chosen by
             `drop_by`, or ``3+7-9``, ``[3]`` or ``[3, 7]``. The layers that stay are renumbered
             from 0; `layers` and `skip_layers` use the numbers of the unpruned model. With a
             size, the layers that stay are narrowed as well. See `lm_eval_pruned.pruning.depth`.
-        drop_by: How to choose the layers where `drop_layers` is a count. ``last`` keeps the last layer and drops
+        drop_by: How to choose the layers if `drop_layers` is a count. ``last`` keeps the last layer and drops
             those before it; ``block_influence`` drops those that change the hidden states of
             `calibration` text least.
-        allocation: How to share the cut among the layers. ``uniform`` cuts all alike;
+        allocation: How to distribute the cut over the layers. ``uniform`` cuts all alike;
             ``sensitivity`` takes from those whose cut raises the loss on `calibration` least;
-            ``global`` ranks the neurons of all layers together. As many neurons stay in all as by
-            ``uniform``. See `lm_eval_pruned.pruning.allocation`.
-        min_width: Fewest neurons to leave in a layer, where `allocation` is not uniform.
-        recipe: Recipe for the cut: study, fast or best. It sets what is not given: ``study``
-            ``criterion=maw``, as arXiv 2512.22671 has it; ``fast``, which reads no text, the same
-            with ``skip_layers=0``; ``best`` ``criterion=obs`` and ``repair=least_squares``.
+            ``global`` ranks the neurons of all layers together. The total number of kept neurons is
+            that of ``uniform``. See `lm_eval_pruned.pruning.allocation`.
+        min_width: Fewest neurons to keep in a layer, if `allocation` is not uniform.
+        recipe: Recipe for the cut: study, fast or best. It sets arguments that are not given:
+            ``study`` sets ``criterion=maw``, as in arXiv 2512.22671; ``fast``, which reads no text,
+            the same and ``skip_layers=0``; ``best`` sets ``criterion=obs`` and
+            ``repair=least_squares``.
         criterion: Importance score; default: maw, or that of the recipe. One of ``maw`` (alias
             ``ppm``), ``max_abs``, ``l1``, ``l2``, ``vow``, ``pon`` and ``random``, the calibrated
             ``maw_act``, ``act`` and ``obs``, or one that another package declares; see
-            `lm_eval_pruned.pruning.criteria`. ``best`` takes for each layer that of
+            `lm_eval_pruned.pruning.criteria`. ``best`` chooses, for each layer, the one of
             `criteria_tried` whose cut raises the loss on `calibration` least.
         criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act, which is
             the default.
-        repair: How to make up for removed neurons: none, bias or least_squares; default: none, or
-            that of the recipe. ``least_squares`` changes the down projections so that they come as
-            close to the old output on `calibration` text as they can; ``bias`` corrects its mean.
+        repair: How to compensate for removed neurons: none, bias or least_squares; default: none,
+            or that of the recipe. ``least_squares`` fits the down projections to the old output on
+            `calibration` text; ``bias`` corrects only its mean.
             See `lm_eval_pruned.pruning.repair`.
-        seed: Seed of the criterion random.
+        seed: Seed for the criterion random.
         calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
             ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``;
-            default: text that comes with this package. See `lm_eval_pruned.pruning.calibration`.
-        calibration_samples: How many of its texts to use, from the first on; default: all, and 16
-            where losses are measured.
+            default: text included in this package. See `lm_eval_pruned.pruning.calibration`.
+        calibration_samples: Number of its texts to use, the first ones; default: all, or 16 where
+            losses are measured.
 
     Raises:
         ValueError: One sentence naming an argument, its value and what would work.
@@ -236,11 +237,11 @@ SEVERAL: dict[str, str] = {
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
 
 
-#: What cannot be asked for. An entry names what is given and, with a minus, what is not, arguments
-#: or facts that `_broken_rules` finds; then comes what is said of it.
+#: Combinations that are refused. The words before the colon are arguments, or facts that
+#: `_broken_rules` finds; with a minus, those that are missing. The message follows.
 _RULES = """
-drop_by list: {drop_by} chooses layers to drop, but drop_layers names them itself: pass a count
-    such as drop_layers=4, or leave it out
+drop_by list: {drop_by} chooses layers to drop, but drop_layers already lists them: pass a count
+    such as drop_layers=4, or leave drop_by out
 drop_layers by_layer: drop_layers and {by_layer} were given together, but the one numbers the
     layers anew and the other decides layer by layer: pass one of them, or drop_layers with one of
     {shared_sizes}
@@ -271,7 +272,7 @@ multiple_of -size: {multiple_of} rounds a kept width, but none was asked for: ad
 
 
 def settled(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with what their recipe sets beside them; an unknown one sets nothing."""
+    """Return arguments completed by their recipe; an unknown recipe sets nothing."""
     row = dict(RECIPES.get(str(given["recipe"]), {}))
     if given["widths"] is not None or given["layers"] is not None or _sizeless(given):
         row.pop("skip_layers", None)
@@ -292,9 +293,9 @@ def _why_text(given: Mapping[str, Any]) -> str | None:
 
 
 def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each rule that arguments break, without and with its sentence.
+    """Yield the head and the message of each rule that the arguments break.
 
-    In front of a minus is the argument that has no effect beside the others.
+    An argument in front of a minus has no effect without what follows it.
     """
     said = {name: f"{name}={value}" for name, value in given.items()}
     said["widths"] = f"widths={written_source(given['widths'])}"
@@ -333,9 +334,9 @@ def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def without_idle(given: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments without those that would say nothing, and be refused, beside the others.
+    """Return arguments without those that have no effect beside the others, and would be refused.
 
-    A sweep passes one set to all of its models, the baseline among them.
+    A sweep passes one set to all of its models, including the baseline.
 
     Example:
         >>> without_idle({"dtype": "float32", "calibration": "a.jsonl", "multiple_of": 8})

@@ -138,8 +138,8 @@ class CalibrationText:
     ) -> CalibrationText:
         """Read and tokenise the first `samples` texts of `file` for a model; see `read_texts`.
 
-        A text is cut after the `longest` tokens, or after the model's positions, and has the
-        `shortest` at least: 2 where they are predicted from each other.
+        A text is cut after `longest` tokens, or after the model's positions, and needs at least
+        `shortest`: 2 where each token is predicted from those before it.
 
         Raises:
             ValueError: The file or a text cannot be used, or there is no tokenizer.

@@ -1,7 +1,7 @@
-"""The widths that a config says: the key of each GLU-MLP, and what single layers have instead.
+"""The widths in a config: the key of each GLU-MLP, and what single layers override.
 
-No key is listed: a key belongs to the MLPs whose width doubles when it doubles, in a model
-without weights. LFM2 computes its width from several keys; here it is that of one.
+Keys are found, not listed: a key belongs to the MLPs whose width doubles when it doubles, in a model
+without weights. LFM2 computes its width from several keys; here it is taken from one.
 
 Widths of single layers are in ``per_layer_config``, a sparse map from a layer to what differs
 there. transformers 5.24 knows it, older releases keep it as it is, and so far no class of

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 RANDOM = "random"
 #: Order by what a removal costs after repair; see `lm_eval_pruned.pruning.repair`.
 OBS = "obs"
-#: The wish to have the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocation`.
+#: The name that has the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocation`.
 BEST = "best"
 ALIASES = {"ppm": "maw"}
 #: Entry-point group under which other packages declare criteria, name -> function.

@@ -1,6 +1,6 @@
 """Depth: which decoder layers of a model stay, and dropping the others.
 
-This is the control for narrowing: a table at equal parameters says what each of them costs. A
+This is the control for narrowing: at equal parameters, which of the two costs less? A
 count drops the layers before the last one, which a model bears best (Gromov et al. 2024,
 arXiv 2403.17887), or those of least block influence (Men et al. 2024, arXiv 2403.03853).
 
@@ -156,9 +156,7 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if model.config.is_encoder_decoder:
         raise _refused(model, "it has an encoder")
     if len(paths) > 1 or not isinstance(layers, nn.ModuleList) or said != len(layers):
-        why = (
-            f"its GLU-MLPs do not lie in one list of {said} layers, as its config says"
-        )
+        why = f"its GLU-MLPs are not in one list of {said} layers, the number in its config"
         raise _refused(model, why)
     return path, layers
 
@@ -269,7 +267,7 @@ def drop_layers(
     changes: list[Change],
     undo: contextlib.ExitStack,
 ) -> None:
-    """Drop layers of a model in place; `undo` takes what makes it whole again."""
+    """Drop layers of a model in place; `undo` collects what restores it."""
     path, layers = layers_of(model)
     text = text_config(model.config)
     # The parts of a model may have copies of one config.

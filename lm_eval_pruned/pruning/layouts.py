@@ -175,7 +175,7 @@ def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
     if not mlps:
         raise UnsupportedModelError(
             f"{describe(model)} has no GLU-MLP of a known layout (gate, up and down projections), "
-            "so there is no width to prune: use --model hf for it."
+            "so it has no width to prune: use --model hf for it."
         )
     _check_complete(model, mlps)
     return mlps

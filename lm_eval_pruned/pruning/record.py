@@ -77,7 +77,7 @@ class PruneRecord:
         calibration: Mapping[str, Any] | None = None,
         repaired: int | None = None,
     ) -> PruneRecord:
-        """Describe what `plan` did to the MLPs of `widths`; `kept` is None where nobody tells."""
+        """Describe what `plan` did to the MLPs of `widths`; `kept` is None if not reported."""
         targets = widths.targets(plan)
         counts = Counter(
             (mlp.kind, str(widths.keys[n := mlp.name]), widths.actual[n], targets[n])

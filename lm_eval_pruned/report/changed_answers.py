@@ -56,10 +56,10 @@ def changed_answers(
     if not rows:
         return None, ""
     explanation = (
-        "A pruned model with the accuracy of the unpruned one may answer other questions right "
+        "A pruned model as accurate as the unpruned one may answer other questions right "
         "(Dutta et al. 2024, Accuracy is Not All You Need, arXiv 2407.09141). The answer is the "
         "most likely choice, or the text after the task's filter; free texts nearly always differ "
-        "in something. A - stands where the samples do not tell which answer was chosen."
+        "somewhere. A dash means that the samples do not tell which answer was chosen."
     )
     columns = ["run", "task", "metric", "documents", LOST, GAINED, "another answer"]
     none = "Without samples, or without a metric that counts single documents as right or wrong"

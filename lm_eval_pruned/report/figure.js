@@ -15,7 +15,7 @@ for (const figure of document.querySelectorAll("[data-charts]")) {
     await vegaEmbed(place, chart, {
       renderer: "svg",
       actions: false,
-      // Interpreted, because the page's policy forbids to compile.
+      // Interpreted, because the page's policy forbids compiling.
       ast: true,
       defaultStyle: false,
       tooltip: { disableDefaultStyle: true },

@@ -54,8 +54,8 @@ MEASURES = {
         "Scores",
         "score (%)",
         (
-            "Dashed rules are chance, dotted ones the level of always giving the commonest answer, "
-            "where the samples tell. Of perplexities less is better."
+            "Dashed lines mark chance, dotted lines the score of always giving the commonest answer, "
+            "if the samples tell. Lower perplexities are better."
         ),
     ),
     "above_chance": (
@@ -63,8 +63,8 @@ MEASURES = {
         "What is left above chance",
         "(score − chance) / (unpruned − chance) (%)",
         (
-            "The unpruned model is at 100 %, guessing at 0 %. Tasks that it scores less than two "
-            "standard errors above chance on are left out."
+            "The unpruned model is at 100 %, guessing at 0 %. Tasks on which the unpruned model is "
+            "less than two standard errors above chance are left out."
         ),
     ),
 }
@@ -94,11 +94,11 @@ def figure_section(
     """
     said = (
         "One line for each task, from the unpruned model at the left to the smallest at the right. "
-        f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); of "
-        "open ones no difference was shown; crosses were not tested; diamonds are partial scores, of "
-        f"units that stopped when decided. Bands are {1 - comparison.alpha:.0%} intervals of the "
+        f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); open "
+        "points show no difference; crosses were not tested; diamonds are partial scores, of units "
+        f"that stopped when decided. Bands are {1 - comparison.alpha:.0%} intervals of the "
         "paired difference."
-        + " Dash-dotted rules, in the colours of the lines, are floors: the best scores without "
+        + " Dash-dotted lines, in the colours of the tasks, are floors: the best scores without "
         "knowledge." * bool(comparison.floors)
     )
     known = [each for each in comparison.floors if each.primary]
@@ -276,7 +276,7 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
         said = "One point per configuration, labelled with its expansion ratio."
         plots.append(Plot(f"knowledge-truthfulness-{slug(series)}", title, said, chart))
     heading = "Knowledge against truthfulness"
-    said = "The interval takes the sizes for independent draws, which steps of pruning are not."
+    said = "The interval treats sizes as independent draws, which steps of pruning are not."
     table = declared_table(heading, CORRELATIONS, rows, comparison.alpha)
     section = Section(heading, [said], table=table if rows else None, plots=plots)
     return section if plots else None

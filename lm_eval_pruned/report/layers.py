@@ -1,6 +1,6 @@
-"""What cutting one layer alone costs: the section of a report, its table and its plot.
+"""The cost of cutting one layer at a time: the section of a report, its table and its plot.
 
-The curves are those of ``sensitivity.json``. The zero line is the criterion ``random``: one that
+The curves are those of ``sensitivity.json``. The reference is the criterion ``random``: one that
 does worse than all its seeds misjudges the layer.
 """
 
@@ -70,7 +70,7 @@ class LayerCurves:
             every["rise"] = every["losses"].astype(float) - loss
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(
-                f"{source} holds no sensitivity curves that can be read ({error}): measure them "
+                f"{source} holds no readable sensitivity curves ({error}): measure them "
                 "again."
             ) from None
         control = every[every["criterion"] == RANDOM].groupby(["layer", "share"])
@@ -106,12 +106,12 @@ class LayerCurves:
     def explanation(self) -> list[str]:
         """How the numbers are to be read."""
         first = (
-            "Each number is by how much the loss rises, in nats per token, where one layer alone is "
-            f"cut and all others are whole: {self.text}."
+            "Each number is the rise of the loss, in nats per token, when only that layer is cut. The "
+            f"loss is {self.text}."
         )
         chance = (
-            f"The zero line is random, seeds: {self.seeds}; \u25bc worse and \u25b2 better than "
-            "every seed. A criterion that chooses as chance does is worse than every seed in one of "
+            f"The reference is the criterion random, seeds: {self.seeds}; \u25bc worse and \u25b2 better "
+            "than every seed. A criterion only as good as chance is worse than every seed in one of "
             f"{self.seeds + 1} layers."
         )
         repaired = (
@@ -146,7 +146,7 @@ class LayerCurves:
         )
         panels = panels.facet(row=alt.Row("removed:N", sort=None, title=None))
         said = (
-            "Rise of the loss where one layer alone is cut, by criterion; the bars span the seeds of "
+            "Rise of the loss when one layer is cut, by criterion; the bars span the seeds of "
             f"random. The axis is linear up to {_LINEAR} nats and logarithmic beyond."
         )
         chart = panels.resolve_scale(y="independent")
@@ -160,6 +160,6 @@ def layers_section(sweep: SweepResults) -> Section | None:
         return None
     curves = LayerCurves.of(read_json(file), str(file))
     share = min(curves.shares, key=lambda each: (abs(each - _SHOWN), each))
-    rest = f"The table is of {share} % removed; the others are in {SENSITIVITY}."
+    rest = f"The table is for {share} % removed; {SENSITIVITY} has the others."
     said, table = [*curves.explanation, rest], curves.table(share)
     return Section("Layers", said, table=table, plots=curves.plots())

@@ -43,13 +43,15 @@ def healing_section(
     found = [(before.get(left_of(run.pruning)), run) for run in healed]
     pairs = [(one, other) for one, other in found if one]
     text = (
-        "Each size after it was trained again against the same size before, paired by document. q: "
-        "p after Benjamini-Hochberg over the sizes of each task. Energy is that of the machine "
-        "while it trained, with all that it did beside; modelled energy is an estimate."
+        "Each size after healing, compared with the same size before it, paired by document. q: p "
+        "after Benjamini-Hochberg over the sizes of each task. Energy is that of the whole machine "
+        "during training; modelled energy is an estimate."
     )
     rows = compared_pairs(pairs, alpha, read, known)
     costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
-    return compared_section("Healing: after against before", text, rows, alpha, costs)
+    return compared_section(
+        "Healing, compared with no healing", text, rows, alpha, costs
+    )
 
 
 def _cost(run: Run) -> str:
@@ -79,21 +81,21 @@ def random_section(
     controls = [run for run in pruned if is_control(run)]
     pairs = [(c, run) for run in chosen for c in controls if cut(c) == cut(run)]
     text = (
-        "Each configuration against those of its size whose neurons were removed at random, one "
-        "seed at a time, paired by document: what the criterion is worth. q: p after "
-        "Benjamini-Hochberg over the rows of each task."
+        "Each configuration compared with random cuts of the same size, one seed at a time, paired by "
+        "document: the gain from the criterion. q: p after Benjamini-Hochberg over the rows of each "
+        "task."
     )
     paired = [run for _, run in pairs]
     missing = [run_label(run) for run in chosen if run not in paired]
     criteria = dict.fromkeys([*(run.pruning["criterion"] for run in pruned), "random"])
     note = (
-        f"Nothing of the size of {', '.join(missing)} was cut at random. To add that, run the "
-        f"sweep again with --criteria {' '.join(criteria)} --seeds 0 1 2; what is there is not "
+        f"There is no random cut of the size of {', '.join(missing)}. To add one, run the sweep "
+        f"again with --criteria {' '.join(criteria)} --seeds 0 1 2; finished units are not "
         "evaluated again."
     )
     notes = [note] * bool(missing)
     rows = compared_pairs(pairs, alpha, read, known)
-    return compared_section("Against pruning at random", text, rows, alpha, notes)
+    return compared_section("Compared with random pruning", text, rows, alpha, notes)
 
 
 def compared_pairs(

@@ -70,8 +70,8 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     heading = "Families of tasks by size"
     text = (
         "Tasks of each family that are better or worse than the unpruned model at q < "
-        f"{comparison.alpha:g}, by expansion ratio. No difference shown is not the same as none: "
-        "the table of differences says how large one could have been seen."
+        f"{comparison.alpha:g}, by expansion ratio. No difference shown does not mean that "
+        "there is none: the table of differences says how large one could have been detected."
     )
     table = Table(heading, ["family", "pruned by", *ratios], rows, text=2)
     return Section(heading, [text], table=table)
@@ -113,9 +113,9 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     legend = (
         "\u25b2 better, \u25bc worse and \u25c6 different from the unpruned model, significant at "
         f"{comparison.alpha:g} after a correction over the sizes of each task (Benjamini-Hochberg; "
-        "Bonferroni for units that could stop); \u25cb no difference shown, which is not the same as "
-        "none; \u00d7 not tested; \u2020 another metric of the same answers, outside of the "
-        "correction. \u2191 higher is better, \u2193 lower is better. A partial score is of a unit "
+        "Bonferroni for units that could stop); \u25cb no difference shown, which does not mean that "
+        "there is none; \u00d7 not tested; \u2020 another metric of the same answers, excluded from the "
+        "correction. \u2191 higher is better, \u2193 lower is better. Partial scores are from units "
         "that stopped when decided."
     )
     if floors:
@@ -142,9 +142,9 @@ def differences_section(
     rows = [replace(row, run=labels[row.run]) for row in comparison.rows if row.primary]
     text = (
         "A difference of the smallest detectable size is found with a chance of 80 % at the level "
-        "that the correction leaves to its row. The interval is that of the same level: it leaves "
-        "out 0 exactly where a difference is shown. Where documents are partial, scores are of "
-        "these documents; interval and q hold for stopping."
+        "that the correction leaves for its row. The interval has the same level: it excludes 0 "
+        "exactly where a difference is shown. Where documents are partial, scores are of these "
+        "documents; interval and q account for stopping."
     )
     heading = "Differences from the unpruned model"
     return compared_section(heading, text, rows, comparison.alpha)
@@ -182,9 +182,9 @@ def declared_table(
 def trends_section(comparison: Comparison) -> Section | None:
     """The slope of each task over the expansion ratios."""
     text = (
-        "Slope: change of the score per 1 of expansion ratio, positive where the score falls with "
-        "pruning. Each document has a slope, and their mean is tested over documents, because the "
-        "sizes are no independent draws. A score that rises and then falls can have a slope of 0."
+        "Slope: change of the score when the expansion ratio rises by 1, positive if the score falls "
+        "with pruning. Each document has a slope, and their mean is tested over documents, because "
+        "the sizes are not independent draws. A score that rises and then falls can have a slope of 0."
     )
     table = declared_table("Trends", TRENDS, comparison.trends, comparison.alpha)
     heading = "Trends over expansion ratios"
@@ -211,7 +211,7 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
     if not rows:
         return None
     said = (
-        "As the meter logged them while the tasks ran, with all that the machine did beside. "
+        "As metered while the tasks ran, including everything else that the machine did. "
         f"Sources: {'; '.join(sorted(sources)) or 'not known'}. Modelled energy is an estimate, not "
         "a measurement. The time per generated token includes reading the prompts."
     )

@@ -31,11 +31,29 @@ CLUSTER_FIELDS = {
     r"(^|_)record(_|$)": "passage",
     r"belebele(_|$)": "flores_passage",
 }
-#: From a weighted mean to the score: the harness's mean, perplexity and bits per byte.
+
+
+class Transform(NamedTuple):
+    """How the harness computes a score from the weighted mean over documents.
+
+    The score is ``factor * mean``, or the exponential of that. Tests, intervals and trends are
+    computed on ``factor * mean``: the score itself, or the logarithm of a perplexity.
+    """
+
+    factor: float
+    exponential: bool = False
+
+    def score(self, mean: Any) -> Any:
+        """Return the score for a mean."""
+        scaled = self.factor * mean
+        return np.exp(scaled) if self.exponential else scaled
+
+
+#: The transforms that are tried, in this order, until one yields the reported score.
 TRANSFORMS = {
-    "mean": lambda mean: mean,
-    "perplexity": lambda mean: np.exp(-mean),
-    "bits_per_byte": lambda mean: -mean / math.log(2),
+    "mean": Transform(1.0),
+    "perplexity": Transform(-1.0, exponential=True),
+    "bits_per_byte": Transform(-1 / math.log(2)),
 }
 
 
@@ -92,7 +110,7 @@ class Sample(NamedTuple):
 class Documents:
     """Scores of one (task, metric), document by document.
 
-    The score is ``TRANSFORMS[transform](sum(weights * values) / sum(weights))``.
+    The score is ``TRANSFORMS[transform].score(sum(weights * values) / sum(weights))``.
 
     Attributes:
         keys: What documents are matched by, length n: task, ``doc_hash`` and which repetition.
@@ -168,7 +186,8 @@ def _documents(
     ):
         weights = weights / divisor
         with np.errstate(over="ignore"):
-            score = TRANSFORMS[transform](np.average(values, weights=weights))
+            mean = np.average(values, weights=weights)
+            score = TRANSFORMS[transform].score(mean)
         if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
@@ -232,7 +251,7 @@ def read_samples(
                 digest = str(row["doc_hash"])
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise ResultsError(
-                    f"{file}, line {number}: not whole JSON with a doc_hash; the file was cut off, "
+                    f"{file}, line {number}: not complete JSON with a doc_hash: the file is truncated, "
                     "or was not written by lm-eval 0.4.3 or later."
                 ) from None
             logged[row.get("filter")] += 1
@@ -245,7 +264,7 @@ def read_samples(
         of, score = metric.rpartition(",")[2], run.scores.get((task, metric))
         if score and score.documents not in (None, logged[of]):
             raise ResultsError(
-                f"{file} holds {logged[of]} documents of {task} (filter {of!r}), and the results "
+                f"{file} holds {logged[of]} documents of {task} (filter {of!r}), but the results "
                 f"file says {score.documents}: one of them is incomplete."
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)

@@ -173,7 +173,7 @@ class Run:
 
     @property
     def is_floor(self) -> bool:
-        """Whether the model knows nothing, so that its score is what a task gives for nothing."""
+        """Whether the model knows nothing, so that its score is a floor of the task."""
         return self.config.get("model") in _FLOORS
 
     @property
@@ -208,7 +208,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, RecursionError) as error:
-        raise ResultsError(f"{file} is not whole JSON ({error}).") from None
+        raise ResultsError(f"{file} is not complete JSON ({error}).") from None
     if not isinstance(data, dict):
         raise ResultsError(f"{file} holds a {type(data).__name__}, not an object.")
     return data
@@ -243,7 +243,7 @@ def read_results_file(file: Path) -> Run:
     config, scores = data["config"], dict(_scores(data))
     if not scores:
         raise ResultsError(
-            f"{file} is no results file of lm-eval: it has no object 'results' with scores in it."
+            f"{file} is not a results file of lm-eval: its object 'results' is missing or has no scores."
         )
     groups = data["group_subtasks"].items()
     subtasks = {group: tuple(members) for group, members in groups if members}
@@ -257,7 +257,7 @@ def read_results_file(file: Path) -> Run:
     if record:
         if record.pop("schema_version", None) != STOPPING_SCHEMA:
             raise ResultsError(
-                f"{file} says that it stopped early, in a way that this version cannot read."
+                f"{file} records an early stop in a format that this version cannot read."
             )
         stopping = Stopping(**record)
         stopped = dict.fromkeys(run.members(stopping.task), stopping)

@@ -78,8 +78,8 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def series_name(run: Run) -> str:
     """Return how a run was pruned, and whether it was trained again.
 
-    Models whose layers differ in width are not on the curve of those whose layers do not, nor are
-    models of which some layers were left alone.
+    Models whose layers differ in width are a separate series, and so are models of which some
+    layers were not pruned.
     """
     texts = {
         "criterion": "{}",

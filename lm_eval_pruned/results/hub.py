@@ -81,14 +81,14 @@ def eval_results(path: str | Path, pruning: Mapping[str, Any] | None = None) -> 
         if pruning is not None and left_of(found) != left_of(pruning):
             one, other = (", ".join(map(str, left_of(e))) for e in (found, pruning))
             raise ResultsError(
-                f"results={file} is of other neurons or another repair (kept digest, repair and "
-                f"its text: {one}) than those that are exported ({other}): pass results of "
+                f"results={file} is from a model with other neurons or another repair (kept digest, "
+                f"repair and its text: {one}) than the exported one ({other}): pass results of "
                 "pruned-hf with the same arguments."
             )
         entries = {**dict(_entries(content)), **entries}
     if not entries:
         raise ResultsError(
-            f"results={path} has no score of all documents of a data set of the Hub: evaluate a "
+            f"results={path} has no score over all documents of a data set on the Hub: evaluate a "
             "task such as mmlu_pro without limit."
         )
     listed = eval_result_entries_to_yaml([entries[task] for task in sorted(entries)])

@@ -107,7 +107,7 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
         return definition, [str(each["id"]) for each in definition["configurations"]]
     except (KeyError, TypeError):
         raise ResultsError(
-            f"{file} names no configurations by their id: put back the file that the sweep wrote."
+            f"{file} lists no configurations with an id: restore the file that the sweep wrote."
         ) from None
 
 
@@ -169,8 +169,8 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     files = [path] if path.is_file() else newest_first(path)[::-1]
     if not files:
         raise ResultsError(
-            f"{path} does not exist or holds no results_*.json: give the folder that "
-            "`lm_eval --output_path` named, or a results file."
+            f"{path} does not exist or holds no results_*.json: pass the folder given to "
+            "`lm_eval --output_path`, or a results file."
         )
     runs = [read_results_file(file) for file in files]
     models = [_model(run) for run in runs]

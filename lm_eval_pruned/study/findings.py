@@ -150,10 +150,12 @@ def sentences(name: str, found: Findings) -> list[str]:
     others = {"random cuts": "random", "`recipe=best`": "recipe=best"}
     return [
         f"For {name} the dichotomy {found.verdict}: {_why(found)}.",
-        f"A loss is first shown {losses or 'at no size'}.",
+        f"A loss is first shown {losses}."
+        if losses
+        else "No loss is shown at any size.",
         f"{_gains(found) or 'No rise is shown in what the study calls robust'}.",
         *(
-            f"Against {words} of the same size, {_told(_against(found, way)) or 'nothing was compared'}."
+            f"Compared with {words} of the same size, {_told(_against(found, way)) or 'nothing was tested'}."
             for words, way in others.items()
         ),
     ]
@@ -192,7 +194,7 @@ def _joined(words: Sequence[str]) -> str:
 
 
 def _told(groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the phrases that have tasks, with these in their places."""
+    """Return the phrases with their tasks filled in, without those that have none."""
     every = (phrase.format(_joined(tasks)) for phrase, tasks in groups.items() if tasks)
     return "; ".join(every)
 
@@ -200,7 +202,7 @@ def _told(groups: Mapping[str, Sequence[str]]) -> str:
 def _why(found: Findings) -> str:
     taken, left = found.on(TAKEN), found.on(LEFT)
     if found.verdict == "cannot be decided":
-        return "on one of its two sides no task has a score that is shown to be above the floor"
+        return "on one of its two sides, no task has a score that is shown to be above its floor"
     drops = [each.task for each in left if each.falls]
     rises = [each.task for each in left if each.rises and each.task not in drops]
     kept = [e.task for e in left if e.can_fall and e.task not in (*drops, *rises)]

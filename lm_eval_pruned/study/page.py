@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from lm_eval_pruned.study.findings import Findings
 
 LEGEND = (
-    "\u25b2 better and \u25bc worse than the unpruned model, \u25cb no difference shown, which is not the same "
-    "as none; \u2264 not shown to be above the floor, the best score without knowledge: of chance, of "
-    "the commonest answer, of a model that knows nothing. The second figure takes it for chance. Random "
-    "cuts are means over seeds. Published scores come without documents, so nothing tests them."
+    "\u25b2 better and \u25bc worse than the unpruned model, \u25cb no difference shown, which does not mean that "
+    "there is none; \u2264 not shown to be above the floor, the best score without knowledge: from chance, "
+    "from the commonest answer, or from a model that knows nothing. The second figure counts it as chance. "
+    "Random cuts are means over seeds. Published scores come without documents, so they are not tested."
 )
 
 
@@ -65,10 +65,10 @@ def write_page(folder: Path, models: Mapping[str, Findings]) -> list[Path]:
             Section(f"{name}: verdict", [" ".join(sentences(name, found))]),
             Section(f"{name}: scores", [LEGEND], table=table),
             Section(f"{name}: figures", plots=_plots(name, found)),
-            Section(f"{name}: what cannot be said", notes=notes, links=there),
+            Section(f"{name}: limits of these results", notes=notes, links=there),
         ]
         how = "in its" if found.asked.get("apply_chat_template") else "without a"
-        subtitles.append(f"{name}: asked {how} chat template")
+        subtitles.append(f"{name}: prompted {how} chat template")
     columns = dict.fromkeys(column for row in rows for column in row)
     scores = base64.b64encode(csv_table(columns, rows).encode()).decode("ascii")
     title = f"The width pruning dichotomy in {', '.join(models)}"

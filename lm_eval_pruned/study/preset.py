@@ -34,7 +34,7 @@ def options_of(
     arguments, found = given.get("model_args") or {}, {}
     if "pretrained" in arguments:
         raise ValueError(
-            f"model_args has pretrained={arguments['pretrained']}: name the model first instead, as "
+            f"model_args has pretrained={arguments['pretrained']}: name the model as an argument instead, as "
             "in `lm-eval-pruned study MODEL --output_path FOLDER`."
         )
     for model in models or [""]:
@@ -42,7 +42,7 @@ def options_of(
         name = Path(source["pretrained"]).name
         if name in found:
             raise ValueError(
-                f"{model} is the second model called {name}: study it into another --output_path."
+                f"{model} is the second model called {name}: pass another --output_path for it."
             )
         options = _preset(kind or _kind_of(**source)) | (
             _preset("quick") if quick else {}

@@ -27,7 +27,7 @@ _LOADING = {
     *SOURCE_ARGUMENTS,
     *DECLARED,
 }
-#: Training arguments that change no weight, so that a training may go on under others.
+#: Training arguments that change no weight, so that a resumed training may have others.
 _HOW = (
     *("report_to", "run_name", "save_steps", "save_strategy", "save_total_limit"),
     *("logging_steps", "logging_strategy", "logging_first_step", "logging_dir"),
@@ -104,8 +104,8 @@ def training_arguments(model: str, model_args: Mapping[str, Any]) -> dict[str, A
     for name in ("delta", "tokenizer", "autogptq", "gptqmodel"):
         if model_args.get(name) is not None:
             raise ValueError(
-                f"model_args has {name}={model_args[name]}, with which heal does not train: leave "
-                "one of the two out."
+                f"model_args has {name}={model_args[name]}, which heal cannot train with: leave one of "
+                "the two out."
             )
     evaluating = get_model(model).argument_names() - _LOADING  # type: ignore[attr-defined]
     return {k: v for k, v in model_args.items() if k not in evaluating}

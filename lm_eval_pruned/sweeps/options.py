@@ -102,22 +102,22 @@ GROUPS = {
         **{name: _option(_text, "what", DECLARED[name].metadata["metavar"], help_of(name))
            for name in SHARED},
         "floors": _option(_boolean, "what", "BOOL",
-            "evaluate models that know nothing as well, to see what a task gives for nothing (default: true)"),
+            "also evaluate models that know nothing, whose scores are the floors of the tasks (default: true)"),
         "heal": _option(_mapping, "what", _PAIRS,
-            "train each pruned model again and evaluate it before and after: data=FILE and the "
-            f"options of lm-eval-pruned heal ({', '.join(HEALING)})"),
+            "heal each pruned model, and evaluate it before and after: data=FILE and the options "
+            f"of lm-eval-pruned heal ({', '.join(HEALING)})"),
     },
     "evaluation, as in lm_eval run": {
         "tasks": _option(_texts, "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
         "output_path": _option(str, "where", "DIR", "folder of the sweep"),
         "limit": _option(float, "scores", "N", "documents per task: a count, or a share below 1"),
-        "samples": _option(_samples, "scores", "JSON", "JSON or a file: documents per task, by index"),
+        "samples": _option(_samples, "scores", "JSON", "indices of documents by task, as JSON or a JSON file"),
         "batch_size": _option(str, "how", "SIZE", "a number, auto, or auto:N (default: 1)"),
         "max_batch_size": _option(int, "how", "N", "upper bound of auto"),
         "num_fewshot": _option(int, "scores", "N", "examples in the context"),
         "apply_chat_template": _option(_name_or_flag, "scores", "NAME",
-            "wrap prompts in the chat template, or in the one of this name"),
-        "fewshot_as_multiturn": _option(_boolean, "scores", "BOOL", "examples as turns of a conversation"),
+            "wrap prompts in the chat template, or in the one with this name"),
+        "fewshot_as_multiturn": _option(_boolean, "scores", "BOOL", "pass examples as turns of a conversation"),
         "system_instruction": _option(str, "scores", "TEXT", "system prompt"),
         "gen_kwargs": _option(_mapping, "scores", _PAIRS, "arguments of generation"),
         "device": _option(str, "how", "DEVICE", "such as cuda:0 or cpu"),
@@ -139,26 +139,26 @@ GROUPS = {
     },
     "where the units run": {
         "ray": _option(_name_or_flag, "where", "ADDRESS",
-            "run on the Ray cluster at this address; without one, on the cluster that RAY_ADDRESS "
-            "names or that runs here, else on one started for the sweep"),
+            "run on the Ray cluster at this address; without an address, on the cluster in RAY_ADDRESS or "
+            "one that runs here, else on one started for the sweep"),
         "gpus_per_unit": _option(float, "where", "N",
             "GPUs of one Ray worker (default: 1 where the cluster has any)"),
         "cpus_per_unit": _option(float, "where", "N",
             "CPUs of one Ray worker, and its threads (default: 1, and threads for the CPUs that are free)"),
         "minutes_per_unit": _option(float, "where", "N",
-            "stop a unit on a Ray worker after so many minutes, and record it as failed"),
+            "time limit for a unit on a Ray worker, after which it is recorded as failed"),
     },
     "fewer documents": {
         "stop_when": _option(str, "what", "RULE",
-            "decided, or decided:MARGIN: stop a unit when its difference to the unpruned model is "
-            "shown, or equivalence within the margin (such as 1pt)"),
+            "decided, or decided:MARGIN: stop a unit once it is shown to differ from the unpruned model, "
+            "or to be equivalent within the margin (such as 1pt)"),
     },
 }
 #: Options of a command alone.
 WHICH = (
     declaring.row("--shard", "I/N",
-        "run part I of N, I from 0 to N-1; or next: take one unit after the other that no other "
-        "process of the same folder has"),
+        "run part I of N, counted from 0; or next: take units one by one, skipping those that another "
+        "process has taken"),
     declaring.row("--retry_failed", "", "run failed units again"),
     declaring.row("--dry_run", "", "print the plan and evaluate nothing"),
 )
@@ -182,7 +182,7 @@ def deciding(*what: str) -> tuple[str, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options to `parser`; every one that was not given is None."""
-    about = "YAML file of options; those of the command line win"
+    about = "YAML file of options; the command line takes precedence"
     parser.add_argument("--config", metavar="FILE", help=about)
     for title, options in GROUPS.items():
         _SweepOptions.add_to(parser.add_argument_group(title), options)
@@ -265,5 +265,5 @@ def refuse_ray(name: str, options: Mapping[str, Any]) -> None:
     if options.get("ray"):
         raise ValueError(
             f"{name} needs the sweep's folder in the one process that evaluates: leave out --ray "
-            f"or {name}, or share the sweep out with --shard I/N."
+            f"or {name}, or split the sweep with --shard I/N."
         )

@@ -124,7 +124,7 @@ class Sweep:
         self.model: str = options.get("model", MODELS[0])
         if self.model not in MODELS:
             raise ValueError(
-                f"model={self.model} is no model type that prunes: pass {' or '.join(MODELS)}."
+                f"model={self.model} is not a model type that prunes: pass {' or '.join(MODELS)}."
             )
         self.stop_when = read_rule(options)
         arguments = dict(options.get("model_args") or {})
@@ -278,7 +278,7 @@ class Waiting:
         self.held: dict[Any, str] = {}
 
     def take(self, holder: Any) -> Unit:
-        """Take a unit of the model it holds; else of one that nobody holds; else of the most left.
+        """Take a unit of the model it holds, else of one nobody holds, else of the one with most left.
 
         The longest unit of a model goes first, and what is left of a model is counted in seconds. A
         task that is unknown takes as long as the known ones on average.
@@ -391,8 +391,8 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     seeds = [*map(parse_number, options.get("seeds", []))]
     if seeds and "random" not in names:
         raise ValueError(
-            f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random has "
-            "any: add --criteria random, or leave --seeds out."
+            f"seeds={' '.join(map(str, seeds))} were given, but only the criterion random "
+            "uses seeds: add --criteria random, or leave --seeds out."
         )
     # A recipe chooses the criterion, so the two are not combined.
     chosen = [{"recipe": name} for name in options.get("recipes", [])]

@@ -69,7 +69,7 @@ def run_on_ray(
         most = min(count, sum(places(each["Resources"]) for each in nodes))
         needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
         if not most:
-            raise ValueError(f"{needs} are more than any node has: ask for less.")
+            raise ValueError(f"{needs} are more than any node has: pass lower values.")
         logger.info("The sweep waits for workers, each of which needs %s.", needs)
         # A worker without a number shares the free CPUs with the others.
         share = free.get("CPU", 1) / max(1, min(most, places(free)))
@@ -151,7 +151,7 @@ def _cluster(asked: bool | str) -> Iterator[Any]:
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(
             f"--ray {asked}: the cluster cannot be reached ({error}); pass the address "
-            "of its head, or --ray alone to start one here."
+            "of its head node, or --ray without an address to start a cluster here."
         ) from None
     try:
         yield ray

@@ -46,8 +46,9 @@ def run_sweep(
 ) -> int:
     """Run the units of a sweep, or its shard, that its folder does not hold; see `options`.
 
-    `sweep` is what was planned from the options already, if it was. The shard ``next`` is one
-    unit after the other that no other process of such a shard has.
+    `sweep` is the plan made from the options, if there is one already.
+    The shard ``next`` takes units
+    one by one that no other process of this kind has taken.
 
     Returns:
         Exit code: 0 where every unit is done, or another process has it; 1 where one failed or
@@ -59,7 +60,7 @@ def run_sweep(
     if (size := os.environ.get("WORLD_SIZE") or "1") != "1":
         raise ValueError(
             f"WORLD_SIZE={size} announces several processes, but a sweep evaluates in one: start "
-            "it without a launcher, and share its units out with --shard next or --ray."
+            "it without a launcher, and split it with --shard next or --ray."
         )
     sweep = sweep or Sweep(options)
     fixed = shard if isinstance(shard, tuple) else None
@@ -108,20 +109,20 @@ def run_sweep(
             except KeyboardInterrupt:
                 ended.close()
                 done = f"{progress.done} of {len(units)} units are done"
-                print(f"Stopped: {done}. The same command goes on from here.")
+                print(f"Stopped: {done}. Repeat the command to continue.")
                 return 130
     if runner.device_failed:
         print(
-            "Stopped: after an error of its device this process can evaluate nothing else. The "
-            "same command goes on with the other units."
+            "Stopped: after a device error, this process cannot evaluate anything else. Repeat the "
+            "command to continue with the other units."
         )
     if progress.failed:
         print(
-            f"{progress.failed} of {len(units)} units failed; error.json in their folders "
-            f"below {folder.path / 'units'} says why, --retry_failed tries them again."
+            f"{progress.failed} of {len(units)} units failed: see error.json in their folders "
+            f"below {folder.path / 'units'}, and try again with --retry_failed."
         )
     if progress.elsewhere:
-        print(f"Other processes have {progress.elsewhere} of {len(units)} units.")
+        print(f"Other processes have taken {progress.elsewhere} of {len(units)} units.")
     return 0 if progress.done + progress.elsewhere == len(units) else 1
 
 
@@ -157,7 +158,7 @@ def _run_here(
 
 
 def _entries(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:
-    """Return which units are done, and say which have another definition."""
+    """Return which units are done, and say which were defined differently."""
     entries: list[Entry] = []
     again, changed = 0, set()
     for unit in units:
@@ -172,7 +173,7 @@ def _entries(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry
         entries.append((unit, state, record))
     if again:
         print(
-            f"{again} finished units in {folder.path} have another definition "
+            f"{again} finished units in {folder.path} were defined differently "
             f"({', '.join(sorted(changed))}): they are evaluated again, and their results move to "
             f"{folder.path / 'superseded'}."
         )

@@ -51,19 +51,18 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
     for name, wrong in forbidden.items():
         if others.get(name) is wrong:
             raise ValueError(
-                f"stop_when={rule} compares documents look by look, and {name} is {wrong}: leave "
-                "one of them out."
+                f"stop_when={rule} cannot be combined with {name}={wrong}: leave one of them out."
             )
     if rule.partition(":")[0] != "decided":
         known = "decided, or decided:MARGIN with a margin such as 1pt"
-        raise ValueError(f"stop_when={rule} is no rule: pass {known}.")
+        raise ValueError(f"stop_when={rule} is not a rule: pass {known}.")
     if rule != "decided":
         Margin("equivalent", rule.removeprefix("decided:"))
     return rule
 
 
 def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
-    """Raise ValueError for tasks that draw few-shot examples or answers, one after the other."""
+    """Raise ValueError for tasks whose examples or answers depend on the documents before."""
     for name, task in tasks.items():
         config: Any = task.config
         examples = config.num_fewshot
@@ -78,7 +77,7 @@ def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:
         else:
             continue
         raise ValueError(
-            f"stop_when={rule} needs prompts and answers that depend on the document alone, and "
+            f"stop_when={rule} needs prompts and answers that depend only on the document, but "
             f"{name} draws {why}, or leave stop_when out."
         )
 

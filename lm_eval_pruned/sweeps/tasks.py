@@ -77,15 +77,15 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
         matches = glob.glob(name) if is_file else manager.match_tasks([name])
         if not matches:
             raise ValueError(
-                f"--tasks has {name}, which no task, group or tag is called: "
-                "`lm_eval ls tasks` lists them; --include_path adds a folder of your own."
+                f"--tasks has {name}, but no task, group or tag has that name: "
+                "`lm_eval ls tasks` lists them, and --include_path adds a folder of your own."
             )
         with mock.patch.object(_factory, "ConfigurableTask", _inline):
             found = [planned._load_spec(match) for match in sorted(matches)]
         for task in _flat(found):
             if tasks.setdefault(task.name, task) != task:
                 raise ValueError(
-                    f"the task {task.name} is asked for twice, with different settings: "
+                    f"the task {task.name} is requested twice, with different settings: "
                     f"leave one of them out of --tasks {' '.join(names)}."
                 )
     return list(tasks.values())

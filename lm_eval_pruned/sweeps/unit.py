@@ -1,4 +1,4 @@
-"""One unit of a sweep: evaluating it with the model at hand, and what a failure leaves."""
+"""One unit of a sweep: evaluating it with the model that is loaded, and recording failures."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ _OF_DEVICE = r"Error: (CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
 class UnitRunner:
     """Evaluates units, holding one model at a time, and the scores of all neurons.
 
-    `part` tells the cache files of processes that run side by side apart. Once its `device_failed`,
-    a process can evaluate nothing else.
+    `part` separates the cache files of parallel processes. Once its `device_failed`, a process
+    cannot evaluate anything else.
     """
 
     def __init__(self, sweep: Sweep, part: str) -> None:

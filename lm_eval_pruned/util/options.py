@@ -127,7 +127,8 @@ class DeclaredOptions:
         """Make one of values by the names of options, or of texts that spell them.
 
         Raises:
-            ValueError: A name in what the message calls `where` is unknown, or a value of no use.
+            ValueError: A name in what the message calls `where` is unknown, or a value is
+                unusable.
         """
         known, values = cls.declared(), {}
         for name, value in given.items():

@@ -67,7 +67,7 @@ def decide(
     *,
     texts: bool = True,
 ) -> Verdict:
-    """Hold a candidate against its base, each score within its margin, as `read_margins` takes it.
+    """Compare a candidate with its base, each score within its margin, as `read_margins` takes it.
 
     A candidate is shipped if each score is shown to lie within its margin, which needs no
     correction for many scores; it is not if one is shown to be worse, and not to lie within. `floors`
@@ -164,8 +164,8 @@ def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> 
         return ""
     if needed <= seen:
         return (
-            f"{seen} documents had a good chance to decide if the models did not differ, so they "
-            "may well differ: evaluate other documents, or accept a wider margin."
+            f"{seen} documents would probably have decided if the models did not differ, so they may "
+            "well differ: evaluate other documents, or accept a wider margin."
         )
     leaves = base.leaves(key[0])
     files = [

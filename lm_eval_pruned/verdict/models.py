@@ -88,8 +88,8 @@ def both_runs(
             raise KeyboardInterrupt
         for failure in read_sweep(where[name]).failures:
             raise ResultsError(
-                f"{failure.task} failed on the {name} ({failure.message}): the same command tries "
-                "it again, and evaluates nothing else twice."
+                f"{failure.task} failed on the {name} ({failure.message}): repeat the command "
+                "to try it again; finished tasks are not evaluated again."
             )
         given[name] = where[name]
     floors = read_sweep(given["base"]).floors if is_sweep(given["base"]) else ()

@@ -30,21 +30,21 @@ _COLUMNS = ["task", "metric", "verdict", "base", "candidate", "floor", "differen
 _COLUMNS += ["90% interval", "margin", "documents"]
 _HOW_TO_READ = (
     "The floor is the score without knowledge. The difference is candidate minus base; a score is "
-    "not worse where its interval, at 90 %, lies above the margin, and equivalent where it lies "
-    "within it on both sides."
+    "not worse if its 90 % interval lies above the margin, and equivalent if it lies within the margin "
+    "on both sides."
 )
 _ON_BIAS = (
     "Bias is 0.5 where answers follow stereotypes as often as they contradict them, and 1 where "
-    "each follows one; a change either way counts. acc is the share of right answers, which here "
-    "often is that nobody can know."
+    "each follows one; a change either way counts. acc is the share of right answers; here "
+    "the right answer is often that nobody can know."
 )
 _ON_AGREEMENT = (
-    "How far both models answer alike, right or wrong. KL is that of the choices, in nats; the last "
-    "column, in words, is how much of the base's text the candidate's begins with."
+    "How often both models answer alike, right or wrong. KL is the divergence over the choices, in nats; "
+    "the last column is the share of the base's text, in words, before the candidate's differs."
 )
 _ON_TIME = (
-    "The time is the wall time of the evaluation on the machine that made the results, over all "
-    "documents; results that lm_eval wrote include loading the model. It is not the latency of a "
+    "Time is the wall time of the evaluation, over all documents, on the machine that made the "
+    "results; results that lm_eval wrote include loading the model. It is not the latency of a "
     "server: lm-eval-pruned profile measures latency and throughput."
 )
 
@@ -67,7 +67,7 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
 
 
 def card_section(verdict: Verdict, base: str) -> str:
-    """Return the tables for the card of the candidate, held against what `base` names.
+    """Return the tables for the card of the candidate, compared with what `base` names.
 
     A card is published: it has no texts of documents, and no folders of this machine.
     """

@@ -145,7 +145,7 @@ class FastPathMixin(_Neighbour):
                 ) from error
             path.most = size // 2
             path.logger.warning(
-                "Out of memory: going on with at most %d %s at once.",
+                "Out of memory: continuing with at most %d %s at once.",
                 path.most,
                 path.unit,
             )

@@ -63,7 +63,7 @@ class PrefixSharingMixin(FastPathMixin):
         self._sharing = FastPath(
             "prefix_sharing",
             prefix_sharing,
-            "Prefixes are not shared, each request is computed whole",
+            "Prefixes are not shared; each request is computed separately",
             unit="tokens",
             smaller="a smaller batch_size, or prefix_sharing=false",
         )

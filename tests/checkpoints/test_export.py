@@ -173,7 +173,7 @@ def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
     command += ["--recipe", "study"]
     for wrong in ("another", "repaired"):
         assert main([*command, "--results", str(tmp_path / wrong)]) == 2
-        assert "of other neurons or another repair" in capsys.readouterr().err
+        assert "with other neurons or another repair" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*command, "--results", str(tmp_path / digest)]) == 0
     text = (tmp_path / "out" / ".eval_results" / "lm_eval.yaml").read_text()

@@ -1,4 +1,4 @@
-"""Exports that other tools go on with, as docs/models.md has it."""
+"""Exports in other tools, as docs/models.md describes."""
 
 from __future__ import annotations
 

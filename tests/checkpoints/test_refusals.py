@@ -48,7 +48,7 @@ ARGUMENTS = [
     ({"drop_layers": "3+5"}, "names layer 5, .* 0-4"),
     *(({"drop_layers": n}, f"drop_layers={n} is not a whole") for n in (0, -1)),
     *(({"drop_layers": each}, "does not name layers") for each in ("x", [])),
-    ({"drop_layers": "1+2", **INFLUENCE}, "drop_layers names them itself"),
+    ({"drop_layers": "1+2", **INFLUENCE}, "drop_layers already lists them"),
     (DROP | {"calibration": "a.jsonl"}, "looks only at weights"),
     (DROP | {"ratio": 1, **BEST}, "drop_layers and criterion=best"),
     (DROP | {"layers": "0"}, "no size was asked for"),

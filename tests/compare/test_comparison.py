@@ -12,6 +12,7 @@ import pytest
 from lm_eval_pruned import cli
 from lm_eval_pruned.compare import comparison, comparison_table
 from lm_eval_pruned.compare.verdicts import Margin
+from lm_eval_pruned.results.documents import TRANSFORMS, Transform
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
 from tests.helpers.results_files import pruning, write_run, write_sweep
@@ -151,7 +152,7 @@ def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):
     )
     result = comparison.compare(base, [run])
     rows = {row.task: row for row in result.rows}
-    assert "the score of 1 is no finite number" in rows["tf"].method
+    assert "the score of 1 is not a finite number" in rows["tf"].method
     assert [rows[t].verdict for t in ("tf", "boolq")] == ["not comparable", "better"]
     assert rows["boolq"].q == rows["boolq"].p
     assert "NaN" not in comparison_table.as_json(result)
@@ -279,14 +280,14 @@ def test_margins_of_a_perplexity(tmp_path):
     assert rows["1", "w"].claim.margin == pytest.approx(rows["1", "w"].base_score / 20)
     result = comparison.compare(base, [base], margin=Margin("equivalent", "1pt"))
     assert [row.verdict for row in result.rows] == ["undecided"]
-    assert any("1pt is no margin for w" in note for note in result.notes)
+    assert any("1pt is not a margin for w" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(
     "text", ["", "pt", "-1pt", "0", "0pt", "1 point", "nan", "inf%"]
 )
 def test_what_is_no_margin(text):
-    with pytest.raises(ValueError, match="is no margin"):
+    with pytest.raises(ValueError, match="is not a margin"):
         Margin("equivalent", text)
 
 
@@ -306,3 +307,17 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "restated" not in shown().partition("|")[2]
     # The same as elsewhere, in columns of one width.
     assert re.sub("[ -]", "", shown("--all")) == re.sub("[ -]", "", markdown)
+
+
+@pytest.mark.parametrize("form", [Transform(100.0), Transform(2.0, exponential=True)])
+def test_one_row_makes_a_metric_comparable(tmp_path, monkeypatch, form):
+    monkeypatch.setitem(TRANSFORMS, "new", form)
+    scored = [
+        {"values": [*each], "score": float(form.score(each.mean()))}
+        for each in 3 + NOISE[:2]
+    ]
+    base, run = runs(tmp_path, *({"t": {"new,none": each}} for each in scored))
+    (row,) = comparison.compare(base, [run]).rows
+    assert row.method == "paired t test over documents"
+    assert row.difference == pytest.approx(row.score - row.base_score)
+    assert row.low < row.difference < row.high

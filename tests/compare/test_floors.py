@@ -74,7 +74,10 @@ def test_floors_change_nothing_but_what_is_said_of_them(tmp_path):
     assert rows["p40", "ifeval"].said == "not shown (at floor)"
     notes = "\n".join(found.notes)
     assert "ifeval: base (0.3000) is not shown to be above the floor (0.3750" in notes
-    assert "boolq: a collapse to one answer. Of the answers of base, 60%" in notes
+    assert (
+        "boolq: the answers collapse to one. Share of the commonest answer: 60% of base"
+        in notes
+    )
     assert rows["p20", "boolq"].floor.above_floor
     # Two runs are asked about, the random control apart.
     p = [rows[run, "ifeval"].floor.p_floor for run in ("p20", "p40")]

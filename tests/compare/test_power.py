@@ -88,8 +88,8 @@ def test_the_command(ask, task):
 @pytest.mark.parametrize(
     ("task", "options", "words"),
     [
-        ("gsm8k", ["--margin", "1pt"], "of gsm8k in common, but of boolq, tf"),
-        ("wiki", ["--margin", "1pt"], "1pt is no margin"),
+        ("gsm8k", ["--margin", "1pt"], "has boolq, tf"),
+        ("wiki", ["--margin", "1pt"], "1pt is not a margin"),
         ("boolq", ["--margin", "1pt", "--documents", "1"], "documents=1"),
         ("boolq", ["--margin", "1pt", "--alpha", "0.7"], "alpha=0.7"),
     ],

@@ -13,6 +13,7 @@ from scipy import stats
 
 from lm_eval_pruned.compare import statistics, trends
 from lm_eval_pruned.compare.statistics import paired_difference
+from lm_eval_pruned.results.documents import TRANSFORMS
 from tests.helpers import checkpoints
 
 
@@ -155,7 +156,7 @@ def test_p_outside_is_where_the_interval_leaves_the_margin(seen, margin, alpha):
         assert (test.p_outside(-margin, margin) < alpha) == inside
 
 
-@given(st.integers(0, 400), st.sampled_from([*statistics.SCALES]), levels)
+@given(st.integers(0, 400), st.sampled_from([*TRANSFORMS]), levels)
 def test_p_intervals_and_claims_of_means_agree(seed, transform, alpha):
     rng = np.random.default_rng(seed)
     base, noise = rng.normal(size=(2, 30))

@@ -113,7 +113,7 @@ def test_what_codecarbon_swallows_is_noticed(fake_tracker, monkeypatch, method):
     [
         (part("CPU", "intel_rapl"), "measured", "RAPL"),
         (part("CPU", "cpu_load", 120.0), "modelled", "one busy core as 10.02 %"),
-        (part("CPU", "cpu_load", 85, generic=True), "modelled", "does not know"),
+        (part("CPU", "cpu_load", 85, generic=True), "modelled", "an unknown processor"),
         (part("CPU", "constant", 85, generic=True), "constant", "half of 85 W"),
         (part("CPU", "something_new", 85), "modelled", "something_new"),
         (part("RAM", watts=20.0), "modelled", "20 W"),

@@ -58,7 +58,7 @@ def gate(tmp_path, held):
 
 
 SHOTS = {"tf": 5, "lambada": 0}
-TOO_FEW = "5 independent documents are too few to decide, at least 10"
+TOO_FEW = "5 independent documents are too few to decide, which takes at least 10"
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ TOO_FEW = "5 independent documents are too few to decide, at least 10"
         ("not_worse 1pt", answers(0.5), answers(0.3), 1, "Significantly worse"),
         ("not_worse 1pt", answers(0.5), answers(0.8), 0, "1 as expected"),
         ("equivalent 15%", answers(0.5), answers(0.5), 0, "1 as expected"),
-        ("equivalent 1pt", answers(0.5), answers(0.48), 2, "Not shown to be equiv"),
+        ("equivalent 1pt", answers(0.5), answers(0.48), 2, "Not decided whether equiv"),
         ("equivalent 1pt", answers(0.5), answers(0.8), 0, "IMPROVED"),
-        ("", answers(0.5), answers(0.48), 1, "allowed is 0."),
+        ("", answers(0.5), answers(0.48), 1, "the rule allows 0."),
     ],
 )
 def test_rules(gate, rule, before, after, code, words):
@@ -111,18 +111,18 @@ def test_what_is_missing_fails(gate):
 @pytest.mark.parametrize(
     ("code", "words", "sections"),
     [
-        (1, "version 2.0, and the baseline is of", {"versions": {"tf": 2.0}}),
-        (2, "num_fewshot 5 and in the baseline 0", {"n-shot": SHOTS}),
-        (2, "chat_template ffffffffffff and", {"chat_template_sha": "f" * 64}),
+        (1, "version 2.0, and the baseline has", {"versions": {"tf": 2.0}}),
+        (2, "num_fewshot is 5, but 0 in the baseline", {"n-shot": SHOTS}),
+        (2, "chat_template is ffffffffffff, but", {"chat_template_sha": "f" * 64}),
         (2, "gen_kwargs", {"config": {"gen_kwargs": {"temperature": 1}}}),
-        (2, "documents none and in the baseline 60", {"n-samples": {}}),
-        # Another width is another model, and another choice of neurons is none.
-        (2, "widths 2 x 320 and in the baseline 2 x 240", {"pruning": pruning(20)}),
+        (2, "documents is none, but 60 in the baseline", {"n-samples": {}}),
+        # Another width is another model; another choice of neurons is not.
+        (2, "widths is 2 x 320, but 2 x 240 in the baseline", {"pruning": pruning(20)}),
         (0, "2 as exp", {"pruning": {**pruning(40), "kept_digest": "e" * 64}}),
-        # It may move a score, but is no other test; without examples, their seed is none.
+        # It may move a score, but the test is the same; without examples, their seed does not matter.
         (0, "baseline (task_hash) on tf, so", {"task_hashes": {"tf": "f00"}}),
         (0, "2 as exp", {"config": {"fewshot_seed": 7}}),
-        (2, "fewshot_seed 7 and", {"config": {"fewshot_seed": 7}, "n-shot": SHOTS}),
+        (2, "fewshot_seed is 7, but", {"config": {"fewshot_seed": 7}, "n-shot": SHOTS}),
     ],
 )
 def test_what_was_asked_otherwise_is_not_compared(gate, rule, code, words, sections):
@@ -260,7 +260,7 @@ def documents(values, transform="mean"):
         (baseline_of(score=float("nan"), absolute=1), "needs a score and one of"),
         (baseline_of(score=0.5, absolute=0.1, relative=0.1), "one of"),
         (baseline_of(score=0.5, absolute=-1), "absolute=-1 is not between"),
-        (baseline_of(score=0.5, not_worse="much"), "not_worse=much is no margin"),
+        (baseline_of(score=0.5, not_worse="much"), "not_worse=much is not a margin"),
         (documents({"a b 0": None}), "documents without scores"),
         (documents({"a b 0": 1}, transform="sum"), "a known transform"),
     ],
@@ -273,5 +273,5 @@ def test_damaged_baselines_are_refused_and_left_alone(tmp_path, held, data, word
     for options in ([], ["--update"]):
         code, message = held("a", *options)
         assert (code, words in message) == (2, True), message
-        assert "make it anew in another file" in message
+        assert "write another file" in message
     assert file.read_bytes() == before

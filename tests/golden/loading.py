@@ -4,7 +4,7 @@ The file holds behaviour while the code behind it changes. After a change that i
 
     python -m tests.golden.loading
 
-writes it anew; the diff then shows what else changed.
+rewrites it; the diff then shows what else changed.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The results are synthetic. After a change that is meant to alter what a command 
 
     python -m tests.golden.reading
 
-writes the files anew; the diff then shows what else changed.
+rewrites the files; the diff then shows what else changed.
 """
 
 from __future__ import annotations

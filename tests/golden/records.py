@@ -4,7 +4,7 @@ Only keys and types are held, because times differ. After a change that is meant
 
     python -m tests.golden.records
 
-writes the file anew.
+rewrites the file.
 """
 
 from __future__ import annotations

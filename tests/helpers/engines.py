@@ -1,4 +1,4 @@
-"""Engines of vLLM for tests, and what is held against models of transformers."""
+"""Engines of vLLM for tests, and what is compared with models of transformers."""
 
 from __future__ import annotations
 

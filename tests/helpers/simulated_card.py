@@ -1,7 +1,7 @@
 """A device called ``card``, simulated by CPU memory: what CUDA refuses, it refuses.
 
-Importing this registers the device for the rest of the process, so that tests run it
-in a process of its own (`tests.helpers.on_the_card`). Its operations compute on the CPU, and
+Importing this registers the device for the rest of the process, so that tests run it in a separate
+process (`tests.helpers.on_the_card`). Its operations compute on the CPU, and
 raise if a tensor of another device is among their arguments.
 
 Strides are those of contiguous tensors, also where the tensor is a view.

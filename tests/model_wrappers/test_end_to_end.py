@@ -1,4 +1,4 @@
-"""The stock ``lm_eval`` command in a process of its own."""
+"""The stock ``lm_eval`` command in a separate process."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ UNCLEAR = {
     "is not an adapter": "peft=nowhere/",
     "pass one such as cpu": "device=0",
     "pass default, causal": "backend=abc",
-    "describes no model that can be built": "hidden_size=0 hidden_size=-8 hidden_size=abc",
+    "No model can be built from the config": "hidden_size=0 hidden_size=-8 hidden_size=abc",
     "layers.2.mlp.*config.json does not describe": "num_hidden_layers=2",
     r"did you mean prune_percent\?": "prune_precent=40",
     r"did you mean prefix_sharing\?": "prefix_share=0",

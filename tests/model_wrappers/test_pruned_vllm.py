@@ -1,4 +1,4 @@
-"""``pruned-vllm`` and the vLLM loader ``pruned``, held against ``pruned-hf``."""
+"""``pruned-vllm`` and the vLLM loader ``pruned``, compared with ``pruned-hf``."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_lora_adapter_of_the_pruned_model(llama, tmp_path, in_this_process):
             ValueError,
             r"512 processes of tensor_parallel_size: pass multiple_of=512",
         ),
-        ({"drop_layers": 1}, ValueError, r"drop_layers leaves out whole layers"),
+        ({"drop_layers": 1}, ValueError, r"drop_layers removes layers"),
         ({"ratio": 2, "load_format": "dummy"}, ValueError, r"load_format=dummy"),
         ({"worker_extension_cls": "a.B"}, ValueError, r"worker_extension_cls=a.B"),
         ({"prune_precent": 2}, ValueError, r"did you mean prune_percent"),

@@ -64,7 +64,7 @@ def test_no_allocation_costs_less(curves, data, min_width, multiple_of):
 
 
 def test_a_layer_that_is_spoilt_by_the_first_cut_is_given_up_or_left_alone():
-    """A concave curve is no average of its ends: the dynamic program sees that."""
+    """A concave curve is not the average of its ends: the dynamic program sees that."""
     spoilt = costs_of_losses(100, kept=[25, 75], rises=[2.1, 2.0])
     steady = costs_of_losses(100, kept=[25, 75], rises=[1.8, 0.5])
     assert allocate([spoilt, steady], 150) == (100, 50)

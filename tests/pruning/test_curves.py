@@ -1,4 +1,4 @@
-"""Curves of sensitivity as data: lookups, files, and what is no such file."""
+"""Curves of sensitivity as data: lookups, files, and files that are refused."""
 
 from __future__ import annotations
 

@@ -96,7 +96,9 @@ def test_layers_of_different_widths_share_their_shares():
 )
 def test_damaged_curves_are_refused(damage):
     damage(data := made_curves())
-    with pytest.raises(ResultsError, match=r"^FILE holds no sensitivity curves"):
+    with pytest.raises(
+        ResultsError, match=r"^FILE holds no readable sensitivity curves"
+    ):
         LayerCurves.of(data, "FILE")
 
 
@@ -116,7 +118,7 @@ def test_the_section_of_a_sweep(tmp_path, made, share):
     assert layers_section(sweep) is None
     (tmp_path / "sensitivity.json").write_text(json.dumps(made))
     section = layers_section(sweep)
-    assert f"The table is of {share} % removed" in section.paragraphs[-1]
+    assert f"The table is for {share} % removed" in section.paragraphs[-1]
     (plot,) = section.plots
     assert plot.png.startswith(b"\x89PNG")
     assert "nats per token" in plot.svg

@@ -43,13 +43,15 @@ def documents_of(folder, metrics, task="t"):
     ],
 )
 def test_documents_reproduce_the_score(tmp_path, values, aggregation, transform):
-    # An aggregation that is no mean is not guessed.
+    # An aggregation that is not a mean is not guessed.
     f1 = {"values": [1.0] * len(values), "score": 0.31}
     spec = {"m,none": {"values": values, "aggregation": aggregation}, "f1,none": f1}
     made, other = documents_of(tmp_path, spec)
     mean = np.average(made.values, weights=made.weights)
     assert (made.transform, other) == (transform, None)
-    assert TRANSFORMS[transform](mean) == pytest.approx(score_of(values, aggregation))
+    assert TRANSFORMS[transform].score(mean) == pytest.approx(
+        score_of(values, aggregation)
+    )
 
 
 def test_each_filter_has_its_own_documents(tmp_path):
@@ -70,9 +72,9 @@ def test_repeated_documents_are_told_apart_and_texts_are_clusters(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda text: text[:-20], "line 3: not whole JSON"),
+        (lambda text: text[:-20], "line 3: not complete JSON"),
         (lambda text: b"".join(text.splitlines(True)[:2]), "holds 2 documents.*says 3"),
-        (lambda text: b"\xff\xfe", "line 1: not whole JSON"),
+        (lambda text: b"\xff\xfe", "line 1: not complete JSON"),
     ],
 )
 def test_hostile_samples(tmp_path, change, words):

@@ -67,11 +67,11 @@ def test_results_of_one_model_are_joined_and_of_two_are_not(tmp_path, folders):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\x80\x81\xff\x00", "not whole JSON"),
-        (b"[" * 200_000, "not whole JSON"),
+        (b"\x80\x81\xff\x00", "not complete JSON"),
+        (b"[" * 200_000, "not complete JSON"),
         (b"[1, 2]", "holds a list"),
-        (b'{"results": {}}', "no results file"),
-        (b'{"results": {"tf": {"acc,none": [1]}}}', "no results file"),
+        (b'{"results": {}}', "not a results file"),
+        (b'{"results": {"tf": {"acc,none": [1]}}}', "not a results file"),
     ],
 )
 def test_hostile_results_files(tmp_path, content, words):
@@ -177,5 +177,5 @@ def test_what_the_harness_writes(tmp_path):
 def test_a_sweep_that_was_edited_by_hand_is_named(tmp_path, configurations):
     edited = {"schema_version": 1, "configurations": configurations}
     (tmp_path / "sweep.json").write_text(json.dumps(edited))
-    with pytest.raises(ResultsError, match=r"sweep\.json names no configurations"):
+    with pytest.raises(ResultsError, match=r"sweep\.json lists no configurations"):
         read_sweep(tmp_path)

@@ -21,7 +21,7 @@ def noted(folder, one, other, tasks=(TASKS, TASKS)):
         for name, each, sections in zip("ab", tasks, (one, other), strict=True)
     ]
     notes = compare(runs[0], runs[1:]).notes
-    return "".join(note for note in notes if "other settings than a" in note)
+    return "".join(note for note in notes if "different settings than a" in note)
 
 
 def config(**options) -> dict:

@@ -176,7 +176,7 @@ def test_from_the_command_to_the_page(tiny_llama, tmp_path, capsys):
     assert main([*words, "--quick"]) == 0
     told = (tmp_path / "out" / "study.md").read_text("utf-8")
     name = tiny_llama.name
-    for heading in ("verdict", "scores", "figures", "what cannot be said"):
+    for heading in ("verdict", "scores", "figures", "limits of these results"):
         assert f"\n## {name}: {heading}\n" in told
     assert "|pruned_demo_truthfulness|random|" in told
     assert f"]({name}/profile/profile.md)" in told

@@ -207,7 +207,7 @@ def test_a_worker_prefers_its_model_and_then_the_longest_unit(
         ({"include_path": "/no/such/folder"}, "not a folder"),
         ({"seed": "one"}, "'one'"),
         ({"more": {"intermediate_size": 2}}, "use --ratios"),
-        ({"tasks": ["tiny_both", "tiny_sentence"]}, "asked for twice"),
+        ({"tasks": ["tiny_both", "tiny_sentence"]}, "requested twice"),
         ({"fewshot_as_multiturn": True}, "apply_chat_template"),
         ({"more": {"skip_layers": 1}, "widths": ["a.json"]}, "skip_layers=1 and widt"),
         ({"ray": True, "shard": "next"}, r"--shard next .* leave out --ray"),

@@ -142,7 +142,7 @@ def test_a_second_start_evaluates_what_changed_and_keeps_the_old(
     assert run_sweep({**options, "batch_size": "2"}) == 0
     assert files_of(folder) == old
     assert run_sweep({**options, "limit": 2.0}) == 0
-    assert "another definition (settings)" in capsys.readouterr().out
+    assert "defined differently (settings)" in capsys.readouterr().out
     assert results_file(folder, UNITS[0])["n-samples"]["tiny_choice"]["effective"] == 2
     aside = folder.glob("superseded/*/*/*")
     kept = sorted(sorted(map(os.path.basename, each.iterdir())) for each in aside)
@@ -256,7 +256,7 @@ def test_processes_take_the_next_open_unit(options, folder, undisturbed, capsys)
     """One holds a unit and dies."""
     with SweepFolder(folder).held(f"units/{UNITS[0]}"):
         assert run_sweep(options, shard="next") == 0
-        assert "Other processes have 1 of 4 units." in capsys.readouterr().out
+        assert "Other processes have taken 1 of 4 units." in capsys.readouterr().out
         assert sorted(results_of(folder)) == UNITS[1:]
     before = files_of(folder)
     assert run_sweep(options, shard="next") == 0

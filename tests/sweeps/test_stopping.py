@@ -164,8 +164,8 @@ def test_looks_take_members_in_proportion_and_hold_those_before():
     [
         *(({"stop_when": rule}, "pass decided") for rule in ("", "soon")),
         *(({"stop_when": f"decided:{m}"}, "percentage") for m in ("", "one", "0pt")),
-        ({"stop_when": "decided", "log_samples": False}, "log_samples is False"),
-        ({"stop_when": "decided", "model_args": {"energy": True}}, "energy is True"),
+        ({"stop_when": "decided", "log_samples": False}, "log_samples=False"),
+        ({"stop_when": "decided", "model_args": {"energy": True}}, "energy=True"),
         ({"stop_when": "decided", "ray": True}, "leave out --ray"),
     ],
 )

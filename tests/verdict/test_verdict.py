@@ -134,7 +134,7 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     given = right(0.8), right(0.8), "--push_to_hub"
     code, said = answer(*given, "me/small")
     assert code == 0
-    assert "no score of all documents of a data set of the Hub" in said
+    assert "no score over all documents of a data set on the Hub" in said
     assert not (hub / ".eval_results").exists()
     of = {"dataset_path": "google/boolq", "metric_list": [{"metric": "acc"}]}
     answer(*given, "me/small", "--margin", "1pt", configs={"boolq": of})
@@ -157,7 +157,7 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
         (("nothing", "hf"), "neither a path of results nor a model"),
         (("hf,pretrained", "hf"), "The base hf,pretrained is 'pretrained'"),
         (("hf", "pruned-hf,ratio=2,prune_percent=3"), "ratio=2 and prune_percent=3"),
-        (("hf", "hf", "--margin", "x"), "margin=x is no margin"),
+        (("hf", "hf", "--margin", "x"), "margin=x is not a margin"),
         (("{old}", "{old}", "--margin", "arc=1pt"), "arc=1pt names no task or metric"),
         (("{old}", "{other}"), "no task in common"),
     ],

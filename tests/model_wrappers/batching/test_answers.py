@@ -268,7 +268,7 @@ def test_any_requests_in_any_slots_are_answered_as_one_by_one(
         (
             SCORED,
             [("common text 1", " a"), ("common text 1", " b"), ("common text 2", " a")],
-            # 12 common tokens; "1 " and "2 " after them. A text's last token is no input.
+            # 12 common tokens; "1 " and "2 " after them. A text's last token is not an input.
             12 + 2 + 2,
             4,
         ),

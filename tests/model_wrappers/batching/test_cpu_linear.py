@@ -64,7 +64,7 @@ TRANSPOSED = torch.nn.Parameter(torch.randn(8, 5).T)
         *((Linear(8, 5), shape, False, True) for shape in ((3, 8), (2, 3, 8), (2, 0, 8))),
         (Linear(8, 5, bias=False), (3, 8), False, True),
         (changed(weight=TRANSPOSED), (3, 8), False, True),
-        # What is no float32 product of several rows.
+        # Not float32 products of several rows.
         (Special(8, 5), (3, 8), False, False),
         *((Linear(8, 5, dtype=d), (3, 8), False, False) for d in (torch.float64, torch.bfloat16)),
         (changed(forward=lambda x: x), (3, 8), False, False),

@@ -154,7 +154,7 @@ def test_each_request_that_is_more_than_greedy_has_its_own_reason(caplog):
     record = GENERATED.record(lm)
     assert record["requests"] == {"slots": 8, "plain": 18}
     assert record["reasons"] == list(counted)
-    # What was logged in an earlier evaluation is no reason in the next.
+    # Each evaluation records only its own reasons.
     GENERATED.ask(lm, greedy(*PROMPTS, num_beams=2))
     assert GENERATED.record(lm)["reasons"] == ["num_beams=2 is asked for"]
     model.generation_config.repetition_penalty = 1.4
