@@ -29,6 +29,8 @@ PRICES = ("uniform maw", "uniform act", "sensitivity maw", "sensitivity best", "
 #: Rows of ``recipes.csv``, and what the figure calls them.
 RECIPES = ("maw", "random", "fast", "best")
 SHOWN_AS = ("study (maw)", "random", "fast", "best")
+#: Models of ``recipes.csv``, and the titles of their panels.
+MODELS = {"SmolLM2": "SmolLM2-135M-Instruct", "Gemma-3": "Gemma-3-270M"}
 REMOVED = alt.X("percent:Q", title="neurons removed, %")
 
 
@@ -96,17 +98,21 @@ def price() -> Plot:
 
 
 def recipes() -> Plot:
-    """Draw the loss on held text by recipe over the share removed."""
+    """Draw the loss on held text by recipe over the share removed, a panel for each model."""
     rows = pd.read_csv(PAGES / "recipes.csv", comment="#")
-    rows = rows[rows["model"] == "SmolLM2"].rename(columns={"removed": "percent"})
-    unpruned = rows[rows["method"] == "unpruned"]["mean"].iloc[0]
-    shown = rows.replace({"method": dict(zip(RECIPES, SHOWN_AS, strict=True))})
-    scale = alt.Scale(zero=False, clamp=True)
-    y = alt.Y("value:Q", title="loss on held text, nats per token", scale=scale)
-    of = over_sizes(shown, "mean", SHOWN_AS)
-    drawn = lines(of, REMOVED, y, look_of(SHOWN_AS)) + level(unpruned, y)
+    rows = rows.rename(columns={"removed": "percent"})
+    rows = rows.replace({"method": dict(zip(RECIPES, SHOWN_AS, strict=True))})
+    scale = alt.Scale(domain=[3, 13], clamp=True)
+    panels = []
+    for model, title in MODELS.items():
+        of = rows[rows["model"] == model]
+        unpruned = of[of["method"] == "unpruned"]["mean"].iloc[0]
+        y = alt.Y("value:Q", title="nats per token", scale=scale)
+        drawn = lines(over_sizes(of, "mean", SHOWN_AS), REMOVED, y, look_of(SHOWN_AS))
+        drawn += level(unpruned, y)
+        panels.append(drawn.properties(title=title, width=260, height=260))
     said = "Dotted: the unpruned model. Mean of seven kinds of text, none of them in the calibration text."
-    return Plot("recipes", "SmolLM2-135M-Instruct", said, drawn)
+    return Plot("recipes", "Loss on held text", said, alt.concat(*panels))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ OPTIONS = (
         "how models are prompted: base without a chat template; instruct with it, at fewer sizes and "
         "tasks (default: according to the tokenizer and the name)", choices=("base", "instruct")),
     row("--quick", "",
-        "few documents, included in this package, three sizes, one seed: half an hour of CPU time"),
+        "few documents, included in this package, three sizes, one seed: about 10 minutes on two cores"),
     *sweep.OPTIONS,
 )
 # fmt: on
