@@ -191,8 +191,9 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     choose_experts_implementation(model)
     if names := widths.inexpressible(targets):
         logger.warning(
-            "%s keeps a width that %s in the config cannot express, so transformers up to 5.24 "
-            "cannot open the saved model: use --model pruned-hf or load_pruned.",
+            "%s keeps a width that %s in the config cannot express, and transformers up to 5.24 "
+            "cannot build MLPs of several widths: open the saved model with --model pruned-hf or "
+            "load_pruned.",
             names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
             widths.keys[names[0]],
         )
