@@ -14,7 +14,11 @@ PAGES = {
     "recipes": ROOT / "docs" / "pruning-well.md",
 }
 #: Files whose figures a page shows as well.
-BESIDE = {"first_layer": ("dichotomy", "recipes"), "dichotomy": ("recipes",)}
+BESIDE = {
+    "first_layer": ("dichotomy", "recipes"),
+    "dichotomy": ("recipes",),
+    "price": ("recipes",),
+}
 #: Sections whose tables rest on what others published, or on data that were not kept.
 OTHERS = r"## (?:The study's|Repair\n|Compare with a published)(?:.*\n)+?(?=## |\Z)"
 
