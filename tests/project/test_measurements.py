@@ -20,7 +20,7 @@ BESIDE = {
     "price": ("recipes",),
 }
 #: Sections whose tables rest on what others published, or on data that were not kept.
-OTHERS = r"## (?:The study's|Repair\n|Compare with a published)(?:.*\n)+?(?=## |\Z)"
+OTHERS = r"## (?:The study's|Compare with a published)(?:.*\n)+?(?=## |\Z)"
 
 
 def rows_of(stem):
