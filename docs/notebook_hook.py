@@ -29,6 +29,13 @@ def on_files(files, *, config, **_):
     return files
 
 
+def on_page_markdown(markdown, *, page, **_):
+    """Lead links between pages to the page of a notebook; in the repository they name its file."""
+    if page.file.generated_by:  # a notebook, which names itself as a download
+        return markdown
+    return re.sub(r"(\]\((?!https?:)[^)#\s]+)\.ipynb\b", r"\1.md", markdown)
+
+
 def as_markdown(notebook: dict[str, Any], stem: str) -> tuple[str, dict[str, str]]:
     """Return a notebook as Markdown, and the SVG files that this names.
 

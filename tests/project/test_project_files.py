@@ -35,8 +35,6 @@ def test_what_prose_names_or_links_exists():
         text = path.read_text(encoding="utf-8")
         # Whoever runs a benchmark on a card writes this one.
         files = {*PATH.findall(text)} - {"docs/measurements/gpu-CARD.md"}
-        if path.parent == ROOT:
-            files |= {*re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)}
         assert not [name for name in files if not (ROOT / name).exists()], path
         names = {*re.findall(r"`(lm_eval_pruned(?:\.\w+)+)`", text)}
         for name in names - {criteria.GROUP}:  # a group of entry points
@@ -45,6 +43,29 @@ def test_what_prose_names_or_links_exists():
                 if importlib.util.find_spec(name) is not None:
                     continue
             pkgutil.resolve_name(name)
+
+
+def test_a_relative_link_names_a_file_of_the_repository():
+    found = ("*.md", "docs/**/*.md", "docs/*.ipynb", "tasks/**/*.md", ".github/**/*.md")
+    for path in (path for pattern in found for path in ROOT.glob(pattern)):
+        links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text("utf-8"))
+        assert not [to for to in links if not (path.parent / to).is_file()], path
+
+
+def test_readme_and_site_begin_with_one_command():
+    readme, site = (ROOT / name for name in ("README.md", "docs/index.md"))
+    first = re.findall("(?m)^python3 .* lm_eval .*", readme.read_text("utf-8"))
+    assert len(first) == 1
+    assert first[0] in site.read_text("utf-8").splitlines()
+
+
+def test_runners_install_pytorch_for_the_processor():
+    for name in ("action.yml", "docs/examples/pruning-gate.yml", "docs/verdict.md"):
+        text = (ROOT / name).read_text("utf-8")
+        [line] = re.findall(
+            r"(?m)^ *(?:- )?run:.* pip install .*|^ *- run: pip .*", text
+        )
+        assert "--extra-index-url https://download.pytorch.org/whl/cpu" in line
 
 
 def test_the_citation_is_of_this_version():
