@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -165,8 +166,10 @@ def read_failures(sweep: str | Path) -> tuple[Failure, ...]:
         folder = Path(sweep, UNITS, name)
         for unit in sorted(folder.glob("*/") if not name.startswith(FLOOR) else ()):
             if (unit / ERROR).is_file() and not newest_first(unit):
-                message = str(read_json(unit / ERROR).get("message")).strip()
-                failures.append(Failure(name, unit.name, message.partition("\n")[0]))
+                # The first line of transformers' messages may only introduce the others.
+                message = str(read_json(unit / ERROR).get("message"))
+                line = textwrap.shorten(message, 400, placeholder=" ...")
+                failures.append(Failure(name, unit.name, line))
     return tuple(failures)
 
 

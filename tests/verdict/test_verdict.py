@@ -192,7 +192,7 @@ def test_a_candidate_that_cannot_be_loaded_ends_in_its_reason(
     tiny_llama, tmp_path, capfd
 ):
     made, empty = write_tasks(tmp_path / "tasks"), tmp_path / "empty"
-    write_atomically(empty / "config.json", (tiny_llama / "config.json").read_text())
+    shutil.copytree(tiny_llama, empty, ignore=shutil.ignore_patterns("*.safetensors"))
     models = [f"hf,pretrained={folder}" for folder in (tiny_llama, empty)]
     words = ["--tasks", "tiny_choice", "--include_path", str(made)]
     words += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
