@@ -54,7 +54,7 @@ def run(arguments) -> int:
     options = {name: getattr(read, name) for name in given}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
-    base, candidate, floors = both_runs(*models, options, folder)
+    base, candidate, floors = both_runs(*models, options, folder, arguments.margin)
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
     verdict = decide(base, candidate, arguments.margin, floors, texts=texts)
     print(write_pages(verdict, folder, subtitle, texts=texts))

@@ -186,6 +186,9 @@ def compare(
                 notes.append(said)
         notes += settings_notes(base, run, shared) + partial_notes(base, run, shared)
         primary = primary_metrics([base, run], subtasks=subtasks)
+        if margin is not None:
+            for key in primary:
+                margin.check(*key, base.scores[key].value, run.scores[key].value)
         both = [key for key in base.scores if key[0] in shared and key in run.scores]
         for key in both:
             pair = paired_documents(base, run, *key, read)

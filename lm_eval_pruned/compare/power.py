@@ -65,7 +65,9 @@ def power_of(
                 f"{task} of {run.name} has no logged samples from which its score can be computed: "
                 "evaluate with --log_samples."
             )
-        size = margin.size(*(each.scores[task, metric].value for each in (base, run)))
+        scores = [each.scores[task, metric].value for each in (base, run)]
+        margin.check(task, metric, *scores)
+        size = margin.size(*scores)
         if size is None:
             raise ValueError(margin.misfit(task))
         seen, changed = len(pair[0].keys), (pair[0].values != pair[1].values).mean()

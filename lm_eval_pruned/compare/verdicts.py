@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.statistics import PairedTest, false_discovery
+from lm_eval_pruned.results.groups import is_share
 
 
 if TYPE_CHECKING:
@@ -58,6 +59,19 @@ class Margin:
         if not unit:
             return number
         return number / 100 if 0 <= base <= 1 and 0 <= score <= 1 else None
+
+    def check(self, task: str, metric: str, *scores: float) -> None:
+        """Raise ValueError where two scores cannot differ by more: the unit was forgotten.
+
+        `scores` are what is known of the metric; without any its name decides.
+        """
+        text = str(self.text).strip()
+        plain = not text.endswith(("%", "pt", "pts"))
+        if plain and float(text) >= 1 and is_share(metric, scores):
+            raise ValueError(
+                f"{self.claim}={text} allows any difference of {task} {metric.partition(',')[0]}, "
+                f"whose scores lie between 0 and 1: did you mean {text}pt?"
+            )
 
     @property
     def verdict(self) -> str:

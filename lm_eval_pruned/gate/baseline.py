@@ -62,6 +62,11 @@ class Rule:
         """What is claimed by a rule of `CLAIMS`."""
         return Margin(self.kind, self.value) if self.kind in CLAIMS else None
 
+    def check(self, task: str, metric: str, score: Score) -> None:
+        """Raise ValueError for a margin that allows any difference of the metric."""
+        if self.margin:
+            self.margin.check(task, metric, score.value)
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -108,8 +113,10 @@ def read_baseline(file: str | Path) -> Baseline:
                     kinds = [kind for kind in RULES if kind in record]
                     if len(kinds) != 1 or finite_or_none(record["score"]) is None:
                         raise ValueError(f"{key} needs a score and one of {RULES}")
-                    baseline.rules[key] = Rule(kinds[0], record[kinds[0]])
-                    scores[task, metric] = Score(float(record["score"]), None, up, None)
+                    rule = baseline.rules[key] = Rule(kinds[0], record[kinds[0]])
+                    score = Score(float(record["score"]), None, up, None)
+                    scores[task, metric] = score
+                    rule.check(task, metric, score)
                     if "documents" in record:
                         baseline.documents[key] = _from_dict(**record["documents"])
             versions = {task: of.get("version") for task, of in tasks.items()}

@@ -62,6 +62,7 @@ def make_baseline(
             if refused := _refused(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
             own = baseline.rules[key] = kept.get(key, rule)
+            own.check(task, metric, run.scores[task, metric])
             found = own.kind in OF_DOCUMENTS and _documents(run, task, metric)
             if found:
                 baseline.documents[key] = found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from lm_eval_pruned.results.files import Run
 
@@ -31,6 +31,10 @@ class Family(NamedTuple):
 _KNOWLEDGE = "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa"
 _COMMONSENSE = "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa"
 _LANGUAGE = "wikitext|lambada|^held_text|demo_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
+#: Metrics that are shares of 1, by parts of their names.
+_SHARES = (
+    "(^|_)acc(uracy|_norm)?(,|$)|^(exact_match|em|mc[12]|bias|pct_stereotype)(,|$)"
+)
 #: In the order of legends; the first whose expression is found counts.
 FAMILIES = (
     Family("knowledge", "Knowledge", TAKEN, _KNOWLEDGE),
@@ -133,8 +137,10 @@ def is_perplexity(metric: str) -> bool:
     return "perplexity" in metric
 
 
-def is_share(metric: str, values: Iterable[float]) -> bool:
-    """Whether a metric is a share of 1, as far as its name and its values tell."""
+def is_share(metric: str, values: Collection[float] = ()) -> bool:
+    """Whether a metric is a share of 1, as far as its values tell, and its name where it has none."""
+    if not values:
+        return re.search(_SHARES, metric) is not None
     named = is_perplexity(metric) or "bits_per_byte" in metric
     return not named and all(0 <= value <= 1 for value in values)
 

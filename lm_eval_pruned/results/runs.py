@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -137,26 +138,39 @@ def read_sweep(path: str | Path) -> SweepResults:
     path = Path(path)
     definition, names = read_definition(path)
     found: dict[str, Run] = {}
-    failures = []
+    failures = read_failures(path)
     for name in names:
-        done, folder = [], path / UNITS / name
-        for unit in sorted(folder.glob("*/")):
-            if newest_first(unit):
-                done.append(read_newest(unit))
-            elif (unit / ERROR).is_file() and not name.startswith(FLOOR):
-                message = str(read_json(unit / ERROR).get("message")).strip()
-                failures.append(Failure(name, unit.name, message.partition("\n")[0]))
-        if done:
-            found[name] = _joined(name, folder, done)
+        folder = path / UNITS / name
+        units = [unit for unit in sorted(folder.glob("*/")) if newest_first(unit)]
+        if units:
+            found[name] = _joined(name, folder, [*map(read_newest, units)])
     runs = [run for run in found.values() if not run.is_floor]
     floors = [run for run in found.values() if run.is_floor]
     if not runs:
-        failed = f"; {len(failures)} failed" if failures else ""
+        failed = "".join(
+            f"; {len(failures)} failed, such as {each.task} of {each.run} ({each.message})"
+            for each in failures[:1]
+        )
         raise ResultsError(f"{path} holds no finished unit yet{failed}.")
     if absent := [n for n in names if n not in found and not n.startswith(FLOOR)]:
         note = f"{path} holds no finished unit of {', '.join(absent)}."
         runs[0] = replace(runs[0], notes=(note,))
-    return SweepResults(path, definition, tuple(runs), tuple(failures), tuple(floors))
+    return SweepResults(path, definition, tuple(runs), failures, tuple(floors))
+
+
+def read_failures(sweep: str | Path) -> tuple[Failure, ...]:
+    """Return what failed of a sweep folder, apart from models that know nothing."""
+    _, names = read_definition(Path(sweep))
+    failures = []
+    for name in names:
+        folder = Path(sweep, UNITS, name)
+        for unit in sorted(folder.glob("*/") if not name.startswith(FLOOR) else ()):
+            if (unit / ERROR).is_file() and not newest_first(unit):
+                # The first line of transformers' messages may only introduce the others.
+                message = str(read_json(unit / ERROR).get("message"))
+                line = textwrap.shorten(message, 400, placeholder=" ...")
+                failures.append(Failure(name, unit.name, line))
+    return tuple(failures)
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:

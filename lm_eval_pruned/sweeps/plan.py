@@ -40,7 +40,7 @@ from lm_eval_pruned.sweeps.stopping import read_rule
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from lm_eval.tasks import TaskManager
 
@@ -339,21 +339,28 @@ def _check_names(arguments: dict[str, Any], model: str) -> None:
             f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
             f"configurations: use --{instead[name]}."
         )
-
-    def config() -> Any:
-        source = model_source(arguments)
-        return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
-
-    known = {"pretrained", *DECLARED}
-    # The workers of Ray may have vLLM where this machine has none.
-    with contextlib.suppress(ImportError):
-        known |= get_model(model).argument_names()  # type: ignore[attr-defined]
-    if found := misspelt(arguments, known, config):
+    if found := find_misspelt(arguments, model, DECLARED):
         name, near = found
         raise ValueError(
             f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
             f"{f'--{instead[near]}' if near in instead else near}?"
         )
+
+
+def find_misspelt(
+    arguments: dict[str, Any], model: str, declared: Iterable[str]
+) -> tuple[str, str] | None:
+    """Return an argument that a model type does not know, and the known one that it resembles."""
+
+    def config() -> Any:
+        source = model_source(arguments)
+        return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
+
+    known = {"pretrained", *declared}
+    # The workers of Ray may have vLLM where this machine has none.
+    with contextlib.suppress(ImportError):
+        known |= getattr(get_model(model), "argument_names", set)()
+    return misspelt(arguments, known, config)
 
 
 def _configurations(

@@ -117,9 +117,10 @@ def run_sweep(
             "command to continue with the other units."
         )
     if progress.failed:
+        again = "by repeating the command" if retry_failed else "with --retry_failed"
         print(
             f"{progress.failed} of {len(units)} units failed: see error.json in their folders "
-            f"below {folder.path / 'units'}, and try again with --retry_failed."
+            f"below {folder.path / 'units'}, and try again {again}."
         )
     if progress.elsewhere:
         print(f"Other processes have taken {progress.elsewhere} of {len(units)} units.")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from huggingface_hub.utils.sha import sha_fileobj
+from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 from lm_eval.tasks import _factory
 from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 
@@ -35,12 +36,14 @@ _DATA = ("dataset_path", "dataset_kwargs")
 class SweepTask:
     """One task, or one group that has a score; `build` makes it with a factory, and loads data.
 
-    The `digest` is the hash of its settings, the folders of its functions and its local data.
+    The `digest` is the hash of its settings, the folders of its functions and its local data. The
+    `metrics` are those that its YAML names; none for a task that is a Python class.
     """
 
     name: str
     digest: str
     build: Callable[[TaskFactory], Any] = field(repr=False, compare=False)
+    metrics: tuple[str, ...] = field(default=(), compare=False)
 
 
 def index_tasks(include_path: str | None) -> TaskManager:
@@ -101,7 +104,7 @@ class _Planning(TaskFactory):
     def _build_task(self, entry, overrides) -> Any:
         config = self._load_full_config(entry, overrides)
         build = operator.methodcaller("_build_task", entry, overrides)
-        return SweepTask(config["task"], fingerprint(_described(config)), build)
+        return _task(config, build)
 
     def _build_group(self, group_name, raw_cfg, overrides, registry) -> Any:
         own = {k: v for k, v in raw_cfg.items() if k not in GROUP_FIELD_NAMES}
@@ -114,7 +117,9 @@ class _Planning(TaskFactory):
         asked = group_name, raw_cfg, overrides, self._index
         build = operator.methodcaller("_build_group", *asked)
         digest = fingerprint(_described([raw_cfg, given, below]))
-        return SweepTask(group_name, digest, build)
+        listed = raw_cfg["aggregate_metric_list"]
+        metrics = _metric_names(listed if isinstance(listed, list) else [listed])
+        return SweepTask(group_name, digest, build, metrics)
 
 
 def _inline(config: dict[str, Any]) -> SweepTask:
@@ -124,7 +129,20 @@ def _inline(config: dict[str, Any]) -> SweepTask:
         metadata = config["metadata"] | factory._meta
         return _factory.ConfigurableTask(config={**config, "metadata": metadata})
 
-    return SweepTask(config["task"], fingerprint(_described(config)), build)
+    return _task(config, build)
+
+
+def _task(config: dict[str, Any], build: Callable[[TaskFactory], Any]) -> SweepTask:
+    kind = config.get("output_type", "generate_until")
+    usual = [{"metric": name} for name in DEFAULT_METRIC_REGISTRY.get(kind, ())]
+    listed = [] if "class" in config else config.get("metric_list") or usual
+    digest = fingerprint(_described(config))
+    return SweepTask(config["task"], digest, build, _metric_names(listed))
+
+
+def _metric_names(listed: list[dict[str, Any]]) -> tuple[str, ...]:
+    found = [each["metric"] for each in listed]
+    return tuple(getattr(each, "__name__", str(each)) for each in found)
 
 
 def _flat(found: Any) -> list[SweepTask]:

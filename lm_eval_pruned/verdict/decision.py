@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,8 +86,8 @@ def decide(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
-    asked = read_margins(margins, {name for key in keys for name in _names(key)})
-    chosen = {key: _margin_of(rows[key], asked) for key in keys}
+    asked = check_margins(margins, judged_scores(base, candidate))
+    chosen = {key: _asked(key, asked) or _usual(rows[key]) for key in keys}
     rules = {(ONLY_RUN, *key): Rule(CLAIM, margin) for key, margin in chosen.items()}
     before, after = ({ONLY_RUN: _only(each, keys)} for each in (base, candidate))
     some_rule = next(iter(rules.values()))
@@ -119,6 +120,35 @@ def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[st
     return found
 
 
+def check_margins(
+    texts: Sequence[str], known: Mapping[str, Mapping[str, Sequence[float]]]
+) -> dict[str, str]:
+    """Return margins as `read_margins` does, and refuse those that cannot be meant.
+
+    `known` are tasks, the metrics of each, and of each metric the scores, where there are some yet.
+    """
+    names = {_names((task, name)) for task, of in known.items() for name in of}
+    # The metrics of a task in Python are known once it has scores.
+    listed = {*itertools.chain(*names)} if all(known.values()) else None
+    asked = read_margins(texts, listed)
+    for task, of in known.items():
+        # So is which of several metrics counts.
+        sure = all(scores or is_share(metric) for metric, scores in of.items())
+        for metric, scores in of.items() if sure else ():
+            if margin := _asked((task, metric), asked):
+                Margin("margin", margin).check(task, metric, *scores)
+    return asked
+
+
+def judged_scores(*runs: Run) -> dict[str, dict[str, list[float]]]:
+    """Return the scores of runs by task and metric, of those that a verdict on the first looks at."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for key in _judged_keys(runs[0]):
+        values = [run.scores[key].value for run in runs]
+        found.setdefault(key[0], {})[key[1]] = values
+    return found
+
+
 def _judged_keys(base: Run) -> Iterator[Key]:
     for task, primary in primary_metrics([base]):
         metrics = [metric for name, metric in base.scores if name == task]
@@ -132,10 +162,11 @@ def _names(key: Key) -> tuple[str, str]:
     return key[0], key[1].partition(",")[0]
 
 
-def _margin_of(row: Difference, asked: dict[str, str]) -> str:
-    for name in (*_names((row.task, row.metric)), ""):
-        if name in asked:
-            return asked[name]
+def _asked(key: Key, asked: dict[str, str]) -> str | None:
+    return next((asked[name] for name in (*_names(key), "") if name in asked), None)
+
+
+def _usual(row: Difference) -> str:
     if "bits_per_byte" in row.metric:
         return "1%"
     share = is_share(row.metric, (row.base_score, row.score))

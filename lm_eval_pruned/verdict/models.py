@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
-from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.runs import FLOOR, UNITS, is_sweep, read_sweep
+from lm_eval_pruned.results.runs import (
+    FLOOR,
+    UNITS,
+    is_sweep,
+    read_failures,
+    read_sweep,
+)
+from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
+from lm_eval_pruned.sweeps.unit import logger as of_units
+from lm_eval_pruned.verdict.decision import check_margins, judged_scores
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    import logging
+    from collections.abc import Iterator, Mapping, Sequence
 
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
@@ -44,9 +54,8 @@ class OneModel(Sweep):
         if self.model == "hf-prefix" and "quantization_config" in self._base:
             # HFLM passes what its config says under this name, and would pass ours beside it.
             self.model = "pruned-hf"
-        if kind.startswith("pruned-"):
-            # Refused here, not once the base has been evaluated.
-            PruneArguments.taken_from(dict(self._base))
+        # Refused here, not once the base has been evaluated.
+        check_model(self.model, self._base, f"The {name} {text}")
         which = {"model": self.model, "model_args": self._base, "log_samples": True}
         self.options = {**options, **which}
         self.settings = harness_settings(self.options, self.model, self._base)
@@ -61,20 +70,27 @@ class OneModel(Sweep):
 
 
 def both_runs(
-    base: str, candidate: str, options: Mapping[str, Any], output_path: Path
+    base: str,
+    candidate: str,
+    options: Mapping[str, Any],
+    output_path: Path,
+    margins: Sequence[str] = (),
 ) -> tuple[Run, Run, Sequence[Run]]:
     """Return the results of both models and of models that know nothing, each a path of results or as `OneModel` takes it.
 
-    What is not finished is evaluated, each model into a sweep folder of `output_path`.
+    What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
+    `margins` are known to suit the tasks.
 
     Raises:
-        ValueError: A model, an option or a task cannot be used, or results cannot be read.
+        ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
     asked, given = {"tasks": TASKS, **options}, {"base": base, "candidate": candidate}
-    if Path(base).exists() and "tasks" not in options:
+    scored: Mapping[str, Mapping[str, Sequence[float]]] = {}
+    if Path(base).exists():
         finished, _ = read_comparands([_results_of(base)] * 2)
-        asked["tasks"] = finished.tasks(subtasks=False)
+        asked = {"tasks": finished.tasks(subtasks=False), **options}
+        scored = judged_scores(finished)
     where = {name: str(output_path / name) for name in given}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
@@ -82,14 +98,20 @@ def both_runs(
         for name, text in given.items()
         if not Path(text).exists()
     }
+    if "base" in planned:
+        tasks = planned["base"].tasks
+        scored = {each.name: dict.fromkeys(each.metrics, ()) for each in tasks}
+    check_margins(margins, scored)
     for name, sweep in planned.items():
         print(f"The {name}: {given[name]}", flush=True)
-        if run_sweep(sweep.options, retry_failed=True, sweep=sweep) == 130:
+        with _without_tracebacks():
+            code = run_sweep(sweep.options, retry_failed=True, sweep=sweep)
+        if code == 130:
             raise KeyboardInterrupt
-        for failure in read_sweep(where[name]).failures:
+        for failure in read_failures(where[name]):
             raise ResultsError(
-                f"{failure.task} failed on the {name} ({failure.message}): repeat the command "
-                "to try it again; finished tasks are not evaluated again."
+                f"{failure.task} failed on the {name} {given[name]} ({failure.message}): repeat "
+                "the command to try it again; finished tasks are not evaluated again."
             )
         given[name] = where[name]
     floors = read_sweep(given["base"]).floors if is_sweep(given["base"]) else ()
@@ -101,6 +123,21 @@ def both_runs(
             f"such as {candidate}/units/{runs[0].name}."
         )
     return found, runs[0], floors
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Leave to ``error.json`` how a unit failed, of which the last line gives the reason."""
+
+    def without(record: logging.LogRecord) -> bool:
+        record.exc_info = None
+        return True
+
+    of_units.addFilter(without)
+    try:
+        yield
+    finally:
+        of_units.removeFilter(without)
 
 
 def _results_of(path: str) -> str:

@@ -291,6 +291,20 @@ def test_what_is_no_margin(text):
         Margin("equivalent", text)
 
 
+def test_a_plain_margin_is_below_the_largest_difference_of_the_metric():
+    with pytest.raises(ValueError, match=r"5 allows .* of boolq acc, .* mean 5pt\?"):
+        Margin("not_worse", "5").check("boolq", "acc,none", 0.5, 0.6)
+    for text, metric, score in (
+        ("5pt", "acc,none", 0.5),
+        ("5%", "acc,none", 0.5),
+        ("0.5", "acc,none", 0.5),
+        ("5", "word_perplexity,none", 0.5),
+        ("5", "bits_per_byte,none", 0.5),
+        ("5", "bleu,none", 31.0),
+    ):
+        Margin("not_worse", text).check("task", metric, score)
+
+
 def test_the_command(tmp_path, capsys, monkeypatch):
     """Formats are golden files; here is what options change."""
     tasks = [acc(share) | {"acc_norm,none": answers(share)} for share in (0.5, 0.3)]

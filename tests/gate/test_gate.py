@@ -232,6 +232,7 @@ def test_the_baseline_holds_neither_texts_nor_where_the_model_was(tmp_path, held
         ([1.0], ["--update", "--not_worse", "-1"], "not_worse"),
         ([1.0], ALPHA, "together with --update"),
         ([1.0], [], "--update"),
+        ([1.0], ["--update", "--not_worse", "5"], "did you mean 5pt?"),
     ],
 )
 def test_what_is_refused_leaves_no_file(tmp_path, held, values, options, words):
@@ -261,6 +262,7 @@ def documents(values, transform="mean"):
         (baseline_of(score=0.5, absolute=0.1, relative=0.1), "one of"),
         (baseline_of(score=0.5, absolute=-1), "absolute=-1 is not between"),
         (baseline_of(score=0.5, not_worse="much"), "not_worse=much is not a margin"),
+        (baseline_of(score=0.5, not_worse=5), "did you mean 5pt"),
         (documents({"a b 0": None}), "documents without scores"),
         (documents({"a b 0": 1}, transform="sum"), "a known transform"),
     ],

@@ -160,20 +160,48 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
         (("hf", "hf", "--margin", "x"), "margin=x is not a margin"),
         (("{old}", "{old}", "--margin", "arc=1pt"), "arc=1pt names no task or metric"),
         (("{old}", "{other}"), "no task in common"),
+        (("{old}", "{old}", "--margin", "5"), "of boolq acc,"),
+        (("{tiny}", "{tiny}", "--margin", "5"), "did you mean 5pt?"),
+        (("{tiny}", "{old}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
+        (("{old}", "{tiny}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
+        (("{tiny}", "{tiny}lish"), "The candidate {tiny}lish has pretrained="),
+        (("{tiny}", "{pruned},prune_percent=130"), "prune_percent=130"),
+        (("{tiny}", "{pruned},prune_precent=3"), "did you mean prune_percent?"),
+        (("{tiny}", "{tiny},prune_percent=3"), "only pruned-hf and pruned-vllm prune"),
+        (("{tiny}", "{tiny},peft={old}"), "where adapter_config.json cannot be found"),
     ],
 )
 def test_refusals_are_one_sentence_before_anything_is_evaluated(
-    words, message, tmp_path, capsys
+    words, message, tiny_llama, tmp_path, capsys
 ):
     write_run(tmp_path / "old", {"boolq": {"acc,none": right(0.5)}})
     write_run(tmp_path / "other", {"piqa": {"acc,none": right(0.5)}})
     places = {name: str(tmp_path / name) for name in ("old", "other")}
+    places |= {"tiny": f"hf,pretrained={tiny_llama}"}
+    places |= {"pruned": f"pruned-{places['tiny']}"}
     given = [word.format(**places) for word in words]
     made = write_tasks(tmp_path / "tasks")
     given += ["--tasks", "tiny_choice", "--include_path", str(made)]
     assert cli.main(["verdict", *given, "--output_path", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message.format(**places) in said and said.count("\n") == 1
     assert not [*tmp_path.rglob("unit.json")]
+
+
+def test_a_candidate_that_cannot_be_loaded_ends_in_its_reason(
+    tiny_llama, tmp_path, capfd
+):
+    made, empty = write_tasks(tmp_path / "tasks"), tmp_path / "empty"
+    shutil.copytree(tiny_llama, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    models = [f"hf,pretrained={folder}" for folder in (tiny_llama, empty)]
+    words = ["--tasks", "tiny_choice", "--include_path", str(made)]
+    words += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
+    assert cli.main(["verdict", *models, *words]) == 2
+    said = "".join(capfd.readouterr())
+    assert "Traceback" not in said and "--retry_failed" not in said
+    last = said.splitlines()[-1]
+    assert f"tiny_choice failed on the candidate {models[1]} (" in last
+    assert "no file named" in last
 
 
 INT8 = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}

@@ -1,0 +1,68 @@
+"""One model of a sweep, checked by its arguments and its config before any model is evaluated."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, PruneArguments
+from lm_eval_pruned.sweeps.plan import MODELS, SOURCES, find_misspelt, model_source
+
+
+def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
+    """Refuse a model that cannot be loaded, as far as its arguments and its config tell.
+
+    Raises:
+        ValueError: Files of the model cannot be found, an argument is unknown, or it cannot be
+            pruned as asked; the message begins with `where`.
+    """
+    source, prunes = model_source(arguments), model in MODELS
+    pretrained = source.pop("pretrained")
+    _check_files(model, {**arguments, "pretrained": pretrained}, where)
+    if found := find_misspelt(arguments, model, DECLARED if prunes else ()):
+        name, near = found
+        raise ValueError(
+            f"{where} has {name}={arguments[name]}, which {model} does not know: did you mean "
+            f"{near}?"
+        )
+    if "vllm" in model and find_spec("vllm") is None:
+        raise ValueError(
+            f"{where} needs the package vllm, which is not installed: run `pip install "
+            "'lm-eval-pruned[vllm]'`."
+        )
+    if prunes:
+        asked = PruneArguments.taken_from(dict(arguments))
+        try:
+            LoadRequest.resolve(None, pretrained, asked, source)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{where} cannot be used: {error}") from error
+    elif cut := next((name for name in CUTS if name in arguments), None):
+        raise ValueError(
+            f"{where} has {cut}={arguments[cut]}, but only {' and '.join(MODELS)} prune."
+        )
+
+
+def _check_files(model: str, arguments: dict[str, Any], where: str) -> None:
+    for argument, file in SOURCES.items():
+        name, of_model = arguments.get(argument), argument == "pretrained"
+        # Tokenizers have files of several names, and so has what only vLLM reads.
+        optional = argument == "tokenizer" or (
+            model == "vllm" and Path(str(name)).exists()
+        )
+        if not name or optional:
+            continue
+        how = {n: arguments[n] for n in ("revision", "subfolder") if arguments.get(n)}
+        how["cache_dir"] = arguments.get("download_dir")
+        file = of_model and arguments.get("gguf_file") or file
+        try:
+            cached_file(str(name), file, **how if of_model else {})
+        except (OSError, ValueError) as error:
+            why = str(error).strip().partition("\n")[0].rstrip(".")
+            raise ValueError(
+                f"{where} has {argument}={name}, where {file} cannot be found ({why}): pass a folder "
+                "that holds it, or a name on the Hub."
+            ) from None
