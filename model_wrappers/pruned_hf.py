@@ -176,7 +176,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        with clear_errors(pretrained):
+        with argument_errors(), clear_errors(pretrained):
             super()._get_config(pretrained, **kwargs)
 
     def _create_model(

@@ -13,6 +13,7 @@ import difflib
 import inspect
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +66,10 @@ _UNCLEAR = (json.JSONDecodeError, UnicodeDecodeError)
 _TAKEN_UNNAMED = ("code_revision", "device_map", "max_memory", "offload_buffers")
 
 
+class NoModelError(FileNotFoundError):
+    """There is no model of the name that was given."""
+
+
 class ArgumentError(ValueError, SystemExit):
     """An argument of a model type cannot be used.
 
@@ -79,11 +84,11 @@ class ArgumentError(ValueError, SystemExit):
 
 @contextlib.contextmanager
 def argument_errors() -> Iterator[None]:
-    """Turn the ValueErrors of checks of arguments into ArgumentErrors."""
+    """Turn the ValueErrors of checks of arguments, and NoModelErrors, into ArgumentErrors."""
     try:
         yield
-    except ValueError as error:
-        if type(error) is not ValueError:
+    except (ValueError, NoModelError) as error:
+        if type(error) not in (ValueError, NoModelError):
             raise
         raise ArgumentError(str(error)) from error
 
@@ -111,13 +116,17 @@ def misspelt(
 def clear_errors(
     pretrained: str, arguments: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Turn what transformers raises into a ValueError that names the cause.
+    """Turn what transformers raises into a ValueError or NoModelError that names the cause.
 
     `arguments` are those of ``from_pretrained``, None while only the model's config is used.
     """
     try:
         yield
     except Exception as error:
+        if why := _why_no_model(pretrained, error):
+            raise NoModelError(
+                f"pretrained={pretrained} was not found: there is no such folder here, and {why}."
+            ) from error
         if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
             raise
         summary = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -138,6 +147,22 @@ def clear_errors(
             f"{pretrained} cannot be loaded ({summary}): its files or the index of its shards are "
             f"damaged, or an argument is wrong ({names or 'none was given'})."
         ) from error
+
+
+def _why_no_model(pretrained: str, error: Exception) -> str | None:
+    """Return why the Hub gave no model for a name that is not a folder; None for another error."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ or error
+    if Path(pretrained).is_dir() or isinstance(cause, errors.GatedRepoError):
+        return None
+    if isinstance(cause, errors.HFValidationError):
+        return "no model on the Hub can have that name"
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return "the Hub has no such model, or shows it only after `hf auth login`"
+    if isinstance(cause, errors.LocalEntryNotFoundError):
+        return "the Hub could not be asked for what the cache does not hold"
+    return None
 
 
 def skeleton(

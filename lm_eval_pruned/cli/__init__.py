@@ -32,7 +32,7 @@ def parser():
     from importlib import import_module
     from importlib.metadata import version
 
-    from lm_eval_pruned.util.options import add_options
+    from lm_eval_pruned.util.options import add_options, nearest
 
     class Version(argparse.Action):
         """Prints the version; the site shows the help of a package that is not installed."""
@@ -41,7 +41,20 @@ def parser():
             print(f"{parser.prog} {version(parser.prog)}")
             parser.exit()
 
-    every = argparse.ArgumentParser(
+    class Parser(argparse.ArgumentParser):
+        """Suggests a known option for one that is unknown, as do the parsers of its commands."""
+
+        def parse_known_args(self, args=None, namespace=None):
+            found, unknown = super().parse_known_args(args, namespace)
+            if unknown:
+                known = [name for each in self._actions for name in each.option_strings]
+                names = [word.split("=")[0] for word in unknown if word[:1] == "-"]
+                hints = [nearest(name, known, "see --help.") for name in names[:1]]
+                told = f"unrecognized arguments: {' '.join(unknown)}"
+                self.error(": ".join([told, *hints]))
+            return found, unknown
+
+    every = Parser(
         prog="lm-eval-pruned",
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",

@@ -5,7 +5,13 @@ tokenizer files, model card. The kept weights have to fit in memory.
 import sys
 
 from lm_eval_pruned.cli import model_args as loading
-from lm_eval_pruned.pruning.arguments import DECLARED, EXCLUSIVE, option_row
+from lm_eval_pruned.pruning.arguments import (
+    CUTS,
+    DECLARED,
+    EXCLUSIVE,
+    SIZES,
+    option_row,
+)
 from lm_eval_pruned.util.options import row
 
 
@@ -42,8 +48,11 @@ def run(arguments) -> None:
 
     source = ("dtype", *SOURCE_ARGUMENTS)
     model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)
+    if not pruning.keys() & {*CUTS}:
+        raise ValueError(f"No size was given: pass one of --{', --'.join(CUTS)}.")
     loaded = loading.with_default_model(model_args, "pruning")
-    if not {"recipe", "criterion"} & pruning.keys():
+    # A recipe is for neurons: layers alone are dropped without one.
+    if pruning.keys() & {*SIZES} and not {"recipe", "criterion"} & pruning.keys():
         pruning["recipe"], why = suggested_recipe(pruning, loaded)
         print(f"recipe={pruning['recipe']} was chosen, because {why}.", file=sys.stderr)
     measured = [cost.UNPRUNED, cost.PRUNED, *[cost.RANDOM_CUT] * arguments.check]

@@ -2,6 +2,8 @@
 flips.html with every changed answer. Needs the extra `report`.
 """
 
+from pathlib import Path
+
 from lm_eval_pruned.cli.compare import ALPHA
 from lm_eval_pruned.util.options import row
 
@@ -19,6 +21,10 @@ OPTIONS = (
 
 def run(arguments) -> None:
     """Write the report, and print the names of its files."""
+    from lm_eval_pruned.results.runs import read_definition
+
+    # A wrong folder is told before a missing package.
+    read_definition(Path(arguments.folder))
     from lm_eval_pruned.report.report import write_report
 
     where, texts = arguments.output_path, not arguments.no_texts

@@ -3,6 +3,8 @@ energy and latency. The result is one page: does the dichotomy hold for this mod
 same command continues where it stopped. Needs the extra `report`.
 """
 
+from importlib import import_module
+
 from lm_eval_pruned.cli import sweep
 from lm_eval_pruned.util.options import row
 
@@ -22,6 +24,9 @@ OPTIONS = (
 
 def run(arguments) -> int:
     """Run the study; return its exit code."""
+    if not arguments.dry_run:
+        # Needs the extra `report`, which is said before anything is read.
+        import_module("lm_eval_pruned.util.figures")
     given, how = sweep.read(arguments, needs=("output_path",))
     from lm_eval_pruned.cli import main
     from lm_eval_pruned.study.run import run_study

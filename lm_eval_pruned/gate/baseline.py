@@ -101,6 +101,8 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
 def read_baseline(file: str | Path) -> Baseline:
     """Read a baseline file; ResultsError if it is none, is damaged, or of another version."""
     file, baseline = Path(file), Baseline()
+    if not file.exists():
+        raise ResultsError(f"The baseline {file} does not exist: --update makes it.")
     try:
         data = read_json(file)
         if data["schema_version"] != SCHEMA:

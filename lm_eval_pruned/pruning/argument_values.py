@@ -6,7 +6,9 @@ Nothing here imports torch, transformers or the harness.
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     Number = int | float | str | Fraction
     #: Layers as the user writes them: ``4-11``, ``0,15``, 3 or a list of such.
     Layers = int | str | Iterable[int | str]
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.arguments")
 
 #: Every layer is cut alike; other allocations keep as many neurons in all.
 UNIFORM = "uniform"
@@ -55,6 +60,22 @@ def whole(name: str, value: Number, least: int = 1) -> int:
             f"{name}={value} is not a whole number of {least} or more: pass one such as {name}=1."
         )
     return int(number)
+
+
+def percent(name: str, value: Number) -> Number:
+    """Return `value` as it is; say once of one below 1 that it is in percent."""
+    if re.fullmatch(r"0*\.\d*[1-9]\d*", written := str(value).strip()):
+        _tell_percent(name, written)
+    return value
+
+
+@functools.cache
+def _tell_percent(name: str, value: str) -> None:
+    meant = float(100 * Fraction(value))
+    logger.warning(
+        "%s=%s removes %s %% of the neurons; for %g %% pass %g.",
+        *(name, value, value, meant, meant),
+    )
 
 
 def seed_below_limit(name: str, value: Number) -> int:

@@ -23,6 +23,7 @@ from lm_eval_pruned.pruning.argument_values import (
     criterion_names,
     dropped_layers,
     known_allocation,
+    percent,
     seed_below_limit,
     whole,
     written_source,
@@ -137,7 +138,9 @@ class PruneArguments(DeclaredOptions):
     """
 
     ratio: Number | None = option(object, None, "R", several="ratios")
-    prune_percent: Number | None = option(object, None, "P", several="prune_percents")
+    prune_percent: Number | None = option(
+        object, None, "P", check=percent, several="prune_percents"
+    )
     intermediate_size: Number | None = option(object, None, "K")
     widths: LayerWidths | None = option(object, None, "FILE", several="widths")
     multiple_of: Number = option(object, 1, "N", check=whole)

@@ -95,8 +95,10 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
     """Read ``sweep.json`` and the ids of its configurations; ResultsError if it is not known here."""
     file = sweep / DEFINITION
     if not is_sweep(sweep):
+        why = "is not a sweep folder: it has no sweep.json"
         raise ResultsError(
-            f"{sweep} is not a sweep folder: it has no sweep.json. `lm-eval-pruned sweep` makes one."
+            f"{sweep} {why if sweep.exists() else 'does not exist'}. `lm-eval-pruned sweep` makes "
+            "a sweep folder."
         )
     definition = read_json(file)
     if (schema := definition.get("schema_version")) != SCHEMA:

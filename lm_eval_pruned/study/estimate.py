@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from lm_eval_pruned.checkpoints.configs import clear_errors
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -42,8 +43,9 @@ def missing(model: str) -> list[str]:
     """Return what has to be accepted and fetched before a model can be studied, a line each."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     found = (isinstance(try_to_load_from_cache(model, file), str) for file in names)
-    if Path(model).is_dir() or any(found):
-        return []
+    with clear_errors(model):
+        if Path(model).is_dir() or any(found):
+            return []
     return [
         f"Accept {terms} on huggingface.co/{model}, then `hf auth login`."
         for start, terms in LICENCES.items()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.checkpoints.configs import clear_errors
 from lm_eval_pruned.pruning.arguments import CUTS, SEVERAL
 from lm_eval_pruned.sweeps.options import read_file
 from lm_eval_pruned.sweeps.plan import model_source
@@ -69,5 +70,6 @@ def _kind_of(pretrained: str, **source: Any) -> str:
 
     if re.search(r"(?i)[-_.](base|pt)\b", Path(pretrained).name):
         return "base"
-    tokenizer = AutoTokenizer.from_pretrained(pretrained, **source)
+    with clear_errors(pretrained):
+        tokenizer = AutoTokenizer.from_pretrained(pretrained, **source)
     return "instruct" if tokenizer.chat_template else "base"

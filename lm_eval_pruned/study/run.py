@@ -47,7 +47,7 @@ def run_study(
             speed = operations_per_second(given.get("device"), dtype)
             print(estimate(name, studies[name], sweep, speed))
         return 0
-    # Needs packages that a machine may lack, which is said before anything is run.
+    # Needs the extra `report`, without which a dry run works.
     from lm_eval_pruned.report.report import write_report
     from lm_eval_pruned.study.findings import read_findings
     from lm_eval_pruned.study.page import write_page

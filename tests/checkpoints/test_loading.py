@@ -203,7 +203,7 @@ def test_revisions_of_a_model_on_the_hub(tmp_path):
         assert (out / "tokenizer.json").is_file()
     card = (out / "README.md").read_text()
     assert "base_model: org/name" in card and "revision old" in card
-    with pytest.raises(OSError, match="couldn't find them in the cached files"):
+    with pytest.raises(OSError, match="org/name was not found"):
         load_pruned("org/name", ratio=2, **given | {"revision": "none"})
 
 

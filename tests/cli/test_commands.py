@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import metadata, version
+from unittest.mock import MagicMock
 
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from lm_eval_pruned import cli, load_pruned
 from lm_eval_pruned.checkpoints import default_model
 from lm_eval_pruned.checkpoints.default_model import DefaultModel
+from tests.helpers.results_files import write_sweep
 from tests.helpers.sweeping import write_tasks
 
 
@@ -58,16 +63,87 @@ def test_another_module_that_is_missing_is_a_mistake_to_be_shown(monkeypatch):
         end_with(monkeypatch, missing)
 
 
-def test_a_report_without_its_extra_says_which(tmp_path):
+@pytest.mark.parametrize("command", ["report", "study"])
+def test_what_draws_says_first_which_extra_it_lacks(command, tmp_path):
+    # The model does not exist either, which a study reads later.
+    words = [command, str(write_sweep(tmp_path, {})), "--output_path", "x"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({[*cli.EXTRAS]}))\n"
-        f"from lm_eval_pruned.cli import main; sys.exit(main(['report', '{tmp_path}']))"
+        f"from lm_eval_pruned.cli import main; sys.exit(main({words}))"
     )
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
     assert "pip install 'lm-eval-pruned[report]'" in line
+
+
+def test_an_unknown_option_gets_the_closest_one_of_its_command(capsys):
+    for words, message in (
+        (
+            "prune --prune_precent=30",
+            "--prune_precent=30: did you mean --prune_percent?",
+        ),
+        ("check x --basline y --baseline z", "--basline y: did you mean --baseline?"),
+        ("plan --zzz", "arguments: --zzz: see --help."),
+        ("plan all", "arguments: all"),
+    ):
+        name, *_ = words.split()
+        given = [*words.split(), *["--output_path", "x"] * (name == "prune")]
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(given)
+        *usage, line = capsys.readouterr().err.splitlines()
+        assert usage[0].startswith(f"usage: lm-eval-pruned {name} ")
+        assert line.startswith(f"lm-eval-pruned {name}: error: unrecognized")
+        assert line.endswith(message)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plan --ratios 2",
+        "prune --ratio 2 --output_path x",
+        "sweep --ratios 2 --tasks pruned_demo --output_path x",
+        "study --output_path x",
+        "profile --ratios 2 --output_path x",
+        "sensitivity",
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "raised", "words"),
+    [
+        ("./nosuch", None, "no model on the Hub can have that name"),
+        ("smalller", None, "could not be asked for what the cache does not hold"),
+        ("smalller", RepositoryNotFoundError, "the Hub has no such model"),
+    ],
+)
+def test_a_model_that_does_not_exist(
+    command, name, raised, words, tmp_path, monkeypatch, capsys
+):
+    if raised:
+        from transformers.utils import hub
+
+        def ask(*_, **__):
+            raise raised("404", response=MagicMock())
+
+        monkeypatch.setattr(hub, "hf_hub_download", ask)
+    monkeypatch.chdir(tmp_path)
+    study = command.startswith("study")
+    model = [name] if study else ["--model_args", f"pretrained={name}"]
+    assert cli.main([*command.split(), *model]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"pretrained={name} was not found: there is no such folder here" in line
+    assert words in line
+
+
+def test_a_share_given_for_a_percent_is_told_once(tiny_llama, capsys, caplog):
+    words = ["plan", "--model_args", f"pretrained={tiny_llama}", "--prune_percents"]
+    assert cli.main([*words, "0", "1", "0.3", "0.30", "0.3"]) == 0
+    told = [each.getMessage() for each in caplog.records]
+    assert told == [
+        f"prune_percent={each} removes {each} % of the neurons; for 30 % pass 30."
+        for each in ("0.3", "0.30")
+    ]
 
 
 @pytest.fixture
@@ -117,6 +193,22 @@ def test_plan_and_prune_take_the_arguments_of_an_evaluation(
     assert model.prune_record.digest[:12] in capsys.readouterr().out
 
 
+def test_a_terminal_sees_which_layer_a_cut_is_at(tiny_llama, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    model = ["--model_args", f"pretrained={tiny_llama}", "--calibration_samples", "2"]
+    curves = ["--repair", "least_squares", "--criteria", "maw"]
+    for words, label in (
+        (["prune", "--ratio", "2", "--output_path", str(tmp_path / "x")], "repair"),
+        (["sensitivity", *curves], "errors after repair"),
+    ):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        assert cli.main([*words, *model]) == 0
+        assert re.search(rf"{label}: .*\b3/3 ", sys.stderr.getvalue())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -127,6 +219,8 @@ def test_plan_and_prune_take_the_arguments_of_an_evaluation(
         ("prune --model_args prune_precent=2 --output_path x", "mean prune_percent?"),
         ("plan --model_args x", "--model_args is ['x']"),
         ("plan", "--ratios"),
+        ("prune --output_path x", "No size was given: pass one of --ratio, --prune_"),
+        ("report nosuch", "nosuch does not exist"),
         ("profile --model_args ratio=2 --output_path x", "pass --ratios"),
         ("check x --baseline x --relative 1", "--update"),
         ("heal --data x --output_path x --max_steps 0", "max_steps=0"),
@@ -136,5 +230,7 @@ def test_plan_and_prune_take_the_arguments_of_an_evaluation(
 )
 def test_what_is_of_no_use_is_refused_in_one_line(words, message, embedded, capsys):
     assert cli.main(words.split()) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    told = capsys.readouterr().err.splitlines()
+    (line,) = [each for each in told if "error" in each]
     assert message in line
+    assert not any("was chosen" in each for each in told)

@@ -148,6 +148,8 @@ def test_documents_are_missing_or_others(gate, held, tmp_path):
     # A rule that cannot decide is named when it is made.
     (tmp_path / "baseline.json").unlink()
     few = write_run(tmp_path / "few", one([1.0] * 5))
+    code, text = held(few)
+    assert (code, "baseline.json does not exist: --update makes" in text) == (2, True)
     assert f"NOTE     tf acc,none: {TOO_FEW}" in held(few, "--update", *ALPHA)[1]
 
 
