@@ -99,8 +99,8 @@ def test_the_example_of_the_documentation(install, tiny_llama):
     text = (checkpoints.ROOT / "docs" / "own.md").read_text()
     code = text.split("```toml\n")[0].split("```python\n")[-1].split("```")[0]
     declaration = text.split("```toml\n")[1].split("```")[0]
-    name, _, value = declaration.splitlines()[-1].replace('"', "").partition(" = ")
-    assert f'"{GROUP}"' in declaration
+    entry = declaration.split(f'"{GROUP}"]\n')[1].splitlines()[0]
+    name, _, value = entry.replace('"', "").partition(" = ")
     install(code, f"{name} = {value}", name=value.partition(":")[0])
     loaded = load_pruned(str(tiny_llama), ratio=2, criterion=name)
     assert loaded.config.intermediate_size == 64

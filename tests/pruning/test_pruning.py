@@ -38,7 +38,7 @@ def test_a_warning_names_no_key_that_is_not_written(tmp_path, caplog):
     assert {group.width_after for group in record.groups} == {8, 6}
     assert not record.config_expresses_widths
     assert "per_layer_config" not in model.config.to_dict()
-    assert "use --model pruned-hf" in caplog.text
+    assert "open the saved model with --model pruned-hf" in caplog.text
     assert "per_layer_config" not in caplog.text
 
 
