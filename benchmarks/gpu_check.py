@@ -89,7 +89,7 @@ def run(part: Part, options: list[str], seconds: float) -> tuple[str, str]:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            # Together with what it has started: the processes of launchers have their own sessions.
+            # Launchers start processes in other sessions, which a signal to the group does not reach.
             for each in psutil.Process(process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
