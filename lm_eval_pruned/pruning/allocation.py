@@ -234,8 +234,8 @@ def allocate(
     most, least = sum(widest), sum(widest) - multiple_of * sum(steps)
     if neurons < least:
         raise ValueError(
-            f"min_width={min_width} keeps {least} neurons in {len(curves)} layers, but the size "
-            f"that was asked for keeps {neurons}: pass a min_width of at most "
+            f"min_width={min_width} keeps {least} neurons in {len(curves)} layers, but the "
+            f"requested size keeps {neurons}: pass a min_width of at most "
             f"{neurons // len(curves)}, or a larger size."
         )
     costs = []

@@ -102,7 +102,8 @@ class PruneArguments(DeclaredOptions):
         drop_by: How to choose the layers if `drop_layers` is a count. ``last`` keeps the last layer and drops
             those before it; ``block_influence`` drops those that change the hidden states of
             `calibration` text least.
-        allocation: How to distribute the cut over the layers. ``uniform`` cuts all alike;
+        allocation: How to distribute the cut over the layers. ``uniform`` removes the same
+            share from every layer;
             ``sensitivity`` takes from those whose cut raises the loss on `calibration` least;
             ``global`` ranks the neurons of all layers together. The total number of kept neurons is
             that of ``uniform``. See `lm_eval_pruned.pruning.allocation`.
@@ -245,32 +246,31 @@ SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZ
 _RULES = """
 drop_by list: {drop_by} chooses layers to drop, but drop_layers already lists them: pass a count
     such as drop_layers=4, or leave drop_by out
-drop_layers by_layer: drop_layers and {by_layer} were given together, but the one numbers the
-    layers anew and the other decides layer by layer: pass one of them, or drop_layers with one of
+drop_layers by_layer: drop_layers and {by_layer} were given together, but the first renumbers the
+    layers and the second decides layer by layer: pass one of them, or drop_layers with one of
     {shared_sizes}
-best ranked: criterion=best and {ranked} were given together, but the one compares losses and the
-    other scores, which differ between criteria: name a criterion, or pass
-    allocation={compared}
+best ranked: criterion=best and {ranked} were given together, but a ranking of all neurons needs
+    the scores of one criterion: name a criterion, or pass allocation={compared}
 widths shared: {shared} and {widths} were given together, but each of them decides layer by
     layer: pass one, or {shared} with one of {shared_sizes}
-widths chosen: {chosen} and {widths} were given together, but widths says itself which layers
-    to prune: leave out the others there
+widths chosen: {chosen} and {widths} were given together, but widths already names the layers to
+    prune: leave out {chosen}
 drop_by -drop_layers: {drop_by} chooses layers to drop, but no count was given: pass a count such
     as drop_layers=4, or leave it out
-calibration -why_text: {calibration} was given, but {criterion} looks only at weights: leave
+calibration -why_text: {calibration} was given, but {criterion} reads only weights: leave
     it out, or pass criterion={calibrated}
-calibration_samples -why_text: {calibration_samples} was given, but {criterion} looks only at
+calibration_samples -why_text: {calibration_samples} was given, but {criterion} reads only
     weights: leave it out, or pass criterion={calibrated}
-criteria_tried -best: {criteria_tried} names criteria to choose among, but {criterion} leaves
-    no choice: add criterion=best, or leave it out
-min_width -allocation: {min_width} bounds what an allocation takes from a layer, but {allocation}
-    cuts all alike: leave it out, or pass another allocation
-layers -size: layers says which layers to prune, but no size was asked for: add one of {sizes}
-skip_layers -size: skip_layers says which layers to prune, but no size was asked for: add one of
+criteria_tried -best: {criteria_tried} lists criteria to choose from, but {criterion} was
+    requested: pass criterion=best, or leave criteria_tried out
+min_width -allocation: {min_width} limits how far an allocation narrows a layer, but {allocation}
+    removes the same share from every layer: leave it out, or pass another allocation
+layers -size: layers selects the layers to prune, but no size was given: add one of {sizes}
+skip_layers -size: skip_layers selects the layers to prune, but no size was given: add one of
     {sizes}
-allocation -size: {allocation} shares out the neurons to keep, but no size was asked for: add one
+allocation -size: {allocation} distributes the cut over the layers, but no size was given: add one
     of {shared_sizes}
-multiple_of -size: {multiple_of} rounds a kept width, but none was asked for: add one of {sizes}
+multiple_of -size: {multiple_of} rounds the kept width, but no size was given: add one of {sizes}
 """
 
 

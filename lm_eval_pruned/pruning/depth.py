@@ -112,8 +112,7 @@ class Depth:
                 )
         if count >= layers:
             raise ValueError(
-                f"drop_layers={written} leaves none of the {layers} layers of this model: "
-                f"{instead}."
+                f"drop_layers={written} would drop all {layers} layers of this model: {instead}."
             )
         kept = tuple(n for n in range(layers) if n not in dropped)
         decided = None if influence is None else tuple(influence)

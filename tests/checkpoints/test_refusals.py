@@ -49,10 +49,10 @@ ARGUMENTS = [
     *(({"drop_layers": n}, f"drop_layers={n} is not a whole") for n in (0, -1)),
     *(({"drop_layers": each}, "does not name layers") for each in ("x", [])),
     ({"drop_layers": "1+2", **INFLUENCE}, "drop_layers already lists them"),
-    (DROP | {"calibration": "a.jsonl"}, "looks only at weights"),
+    (DROP | {"calibration": "a.jsonl"}, "reads only weights"),
     (DROP | {"ratio": 1, **BEST}, "drop_layers and criterion=best"),
-    (DROP | {"layers": "0"}, "no size was asked for"),
-    (DROP | {"multiple_of": 8}, "rounds a kept width"),
+    (DROP | {"layers": "0"}, "no size was given"),
+    (DROP | {"multiple_of": 8}, "rounds the kept width"),
     ({"drop_layers": "1", "ratio": 1, "layers": "0+3"}, "names layer 3, .* 0-2,4"),
 ]
 

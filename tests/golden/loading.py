@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,7 +229,10 @@ def sentences() -> dict[str, str | None]:
                 load_pruned(str(folder), **arguments)
                 said = None
             except (ValueError, OSError) as error:
-                said = str(error)
+                # A new criterion changes no behaviour that the file holds.
+                said = re.sub(
+                    r"(criterion=mow is unknown: pass one of) .*", r"\1 …", str(error)
+                )
             found[json.dumps(arguments)] = said
     return found
 
