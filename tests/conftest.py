@@ -89,6 +89,20 @@ def shared_data():
     return Path(data, "hub")
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of two CPUs that lives as long as these tests."""
+    # A busy machine is slow to start workers, and has little memory left.
+    patient = {"worker_register_timeout_seconds": 900, "memory_monitor_refresh_ms": 0}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {f"RAY_{name}": str(value) for name, value in patient.items()}
+    ray = pytest.importorskip("ray", reason="the package ray is not installed")
+    more = {"include_dashboard": False, "log_to_driver": False}
+    ray.init("local", num_cpus=2, num_gpus=0, object_store_memory=100 * 2**20, **more)
+    yield ray
+    ray.shutdown()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def criteria_that_chance_beats_are_told():
     """Have that warning, which comes once in a process, behind all tests that count messages."""

@@ -165,7 +165,7 @@ def test_the_estimate_counts_documents_tokens_hours_and_bytes(
 
 
 @pytest.mark.slow
-def test_from_the_command_to_the_page(tiny_llama, tmp_path, capsys):
+def test_from_the_command_to_the_page(cluster, tiny_llama, tmp_path, capsys):
     words = ["study", str(tiny_llama), "--kind", "base", "--tasks", "pruned_demo"]
     words += ["--prune_percents", "20", "50", "--limit", "6", "--seeds", "0"]
     words += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
@@ -173,6 +173,9 @@ def test_from_the_command_to_the_page(tiny_llama, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "|pruned_demo_truthfulness|6|" in said
     assert not (tmp_path / "out").exists()
+    for elsewhere in (["--shard", "0/2"], ["--ray"]):
+        assert main([*words, "--quick", *elsewhere]) == 0
+        assert "/profile.md)" not in (tmp_path / "out" / "study.md").read_text("utf-8")
     assert main([*words, "--quick"]) == 0
     told = (tmp_path / "out" / "study.md").read_text("utf-8")
     name = tiny_llama.name

@@ -19,11 +19,12 @@ def quick():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        # Imports the evaluator, which must not keep the manager of the next line.
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         patch.setattr(
             "lm_eval.tasks.TaskManager",
             functools.partial(TaskManager, include_defaults=False),
         )
-        patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
         yield
     torch.set_num_threads(threads)
 

@@ -38,20 +38,6 @@ def test_a_worker_sends_its_files_and_refuses_another_task(options, one_thread):
     assert answer.usable
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """A Ray of two CPUs that lives as long as these tests."""
-    # A busy machine is slow to start workers, and has little memory left.
-    patient = {"worker_register_timeout_seconds": 900, "memory_monitor_refresh_ms": 0}
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ |= {f"RAY_{name}": str(value) for name, value in patient.items()}
-    ray = pytest.importorskip("ray", reason="the package ray is not installed")
-    more = {"include_dashboard": False, "log_to_driver": False}
-    ray.init("local", num_cpus=2, num_gpus=0, object_store_memory=100 * 2**20, **more)
-    yield ray
-    ray.shutdown()
-
-
 @pytest.mark.slow
 def test_same_results_as_without_ray(cluster, options, tmp_path, one_thread):
     here = {**options, "output_path": str(tmp_path / "here"), "ray": False}
