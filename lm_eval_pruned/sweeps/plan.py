@@ -36,7 +36,7 @@ from lm_eval_pruned.results.runs import ADAPTERS, FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
 from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
-from lm_eval_pruned.sweeps.stopping import read_rule
+from lm_eval_pruned.sweeps.stopping import check_margin, read_rule
 
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ class Sweep:
             self.configurations[1:] = itertools.chain(*both)
         self._manager = of_tasks.index_tasks(self.settings.include_path)
         self.tasks = of_tasks.resolve_tasks(options["tasks"], self._manager)
+        check_margin(self.stop_when, self.tasks)
 
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
         """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""

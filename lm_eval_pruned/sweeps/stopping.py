@@ -24,11 +24,12 @@ from lm_eval_pruned.sweeps.options import refuse_ray
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from lm_eval.api.task import Task
 
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.sweeps.tasks import SweepTask
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 #: Shares of the documents at which a unit is looked at.
@@ -57,8 +58,19 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
         known = "decided, or decided:MARGIN with a margin such as 1pt"
         raise ValueError(f"stop_when={rule} is not a rule: pass {known}.")
     if rule != "decided":
-        Margin("equivalent", rule.removeprefix("decided:"))
+        _margin(rule)
     return rule
+
+
+def check_margin(rule: str | None, tasks: Sequence[SweepTask]) -> None:
+    """Raise ValueError for a margin that allows any difference of a task: its unit was forgotten."""
+    for task in tasks if rule not in (None, "decided") else ():
+        for metric in task.metrics:
+            _margin(str(rule)).check(task.name, metric)
+
+
+def _margin(rule: str) -> Margin:
+    return Margin("stop_when=decided with margin", rule.removeprefix("decided:"))
 
 
 def check_tasks(rule: str, tasks: Mapping[str, Task], settings: Any) -> None:

@@ -17,6 +17,7 @@ from lm_eval_pruned.gate.baseline import Rule
 from lm_eval_pruned.gate.check import check, make_baseline
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.sweeps import stopping as module
+from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.stopping import documents_of_looks, read_rule
 from tests.helpers.made_tasks import write_made_tasks
@@ -172,6 +173,12 @@ def test_looks_take_members_in_proportion_and_hold_those_before():
 def test_what_cannot_be_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         read_rule(options)
+
+
+def test_a_margin_without_its_unit_is_refused_before_anything_is_evaluated(options):
+    said = "margin=5 allows any difference of tiny_choice acc.* did you mean 5pt"
+    with pytest.raises(ValueError, match=said):
+        Sweep({**options, "tasks": ["tiny_choice"], "stop_when": "decided:5"})
 
 
 @pytest.mark.slow
