@@ -156,8 +156,8 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     [
         (("nothing", "hf"), "neither a path of results nor a model"),
         (("hf,pretrained", "hf"), "The base hf,pretrained is 'pretrained'"),
-        (("hf", "pruned-hf,ratio=2,prune_percent=3"), "ratio=2 and prune_percent=3"),
-        (("hf", "hf", "--margin", "x"), "margin=x is not a margin"),
+        (("{tiny}", "{pruned},ratio=2,prune_percent=3"), "ratio=2 and prune_percent=3"),
+        (("{tiny}", "{tiny}", "--margin", "x"), "margin=x is not a margin"),
         (("{old}", "{old}", "--margin", "arc=1pt"), "arc=1pt names no task or metric"),
         (("{old}", "{other}"), "no task in common"),
         (("{old}", "{old}", "--margin", "5"), "of boolq acc,"),
