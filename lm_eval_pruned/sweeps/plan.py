@@ -119,6 +119,9 @@ class Sweep:
         OSError: The model's config cannot be read.
     """
 
+    #: Whether the log says how a unit failed; ``error.json`` always does.
+    shows_tracebacks = True
+
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self.model: str = options.get("model", MODELS[0])

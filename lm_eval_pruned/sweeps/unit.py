@@ -66,7 +66,8 @@ class UnitRunner:
         try:
             return self._run(unit, folder), None
         except Exception as error:
-            logger.exception("%s / %s failed.", *unit.names)
+            shown = self._sweep.shows_tracebacks
+            logger.error("%s / %s failed.", *unit.names, exc_info=shown)
             told = describe_error(error)
         seconds = time.perf_counter() - start
         self.device_failed = re.search(_OF_DEVICE, told["traceback"]) is not None

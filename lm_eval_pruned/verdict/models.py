@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,11 @@ from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
-from lm_eval_pruned.sweeps.unit import logger as of_units
 from lm_eval_pruned.verdict.decision import check_margins, judged_scores
 
 
 if TYPE_CHECKING:
-    import logging
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
@@ -40,6 +37,9 @@ class OneModel(Sweep):
 
     It sets what `Sweep` plans, because that plans sizes and one model has none.
     """
+
+    # The last line of a verdict gives the reason.
+    shows_tracebacks = False
 
     def __init__(self, name: str, text: str, options: Mapping[str, Any]) -> None:
         kind, _, given = text.partition(",")
@@ -104,9 +104,7 @@ def both_runs(
     check_margins(margins, scored)
     for name, sweep in planned.items():
         print(f"The {name}: {given[name]}", flush=True)
-        with _without_tracebacks():
-            code = run_sweep(sweep.options, retry_failed=True, sweep=sweep)
-        if code == 130:
+        if run_sweep(sweep.options, retry_failed=True, sweep=sweep) == 130:
             raise KeyboardInterrupt
         for failure in read_failures(where[name]):
             raise ResultsError(
@@ -123,21 +121,6 @@ def both_runs(
             f"such as {candidate}/units/{runs[0].name}."
         )
     return found, runs[0], floors
-
-
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    """Leave to ``error.json`` how a unit failed, of which the last line gives the reason."""
-
-    def without(record: logging.LogRecord) -> bool:
-        record.exc_info = None
-        return True
-
-    of_units.addFilter(without)
-    try:
-        yield
-    finally:
-        of_units.removeFilter(without)
 
 
 def _results_of(path: str) -> str:
