@@ -140,7 +140,7 @@ def read_sweep(path: str | Path) -> SweepResults:
     path = Path(path)
     definition, names = read_definition(path)
     found: dict[str, Run] = {}
-    failures = read_failures(path)
+    failures = _failures(path, names)
     for name in names:
         folder = path / UNITS / name
         units = [unit for unit in sorted(folder.glob("*/")) if newest_first(unit)]
@@ -163,9 +163,13 @@ def read_sweep(path: str | Path) -> SweepResults:
 def read_failures(sweep: str | Path) -> tuple[Failure, ...]:
     """Return what failed of a sweep folder, apart from models that know nothing."""
     _, names = read_definition(Path(sweep))
+    return _failures(Path(sweep), names)
+
+
+def _failures(sweep: Path, names: Sequence[str]) -> tuple[Failure, ...]:
     failures = []
     for name in names:
-        folder = Path(sweep, UNITS, name)
+        folder = sweep / UNITS / name
         for unit in sorted(folder.glob("*/") if not name.startswith(FLOOR) else ()):
             if (unit / ERROR).is_file() and not newest_first(unit):
                 # The first line of transformers' messages may only introduce the others.

@@ -64,9 +64,12 @@ def read_rule(options: Mapping[str, Any]) -> str | None:
 
 def check_margin(rule: str | None, tasks: Sequence[SweepTask]) -> None:
     """Raise ValueError for a margin that allows any difference of a task: its unit was forgotten."""
-    for task in tasks if rule not in (None, "decided") else ():
+    if rule is None or rule == "decided":
+        return
+    margin = _margin(rule)
+    for task in tasks:
         for metric in task.metrics:
-            _margin(str(rule)).check(task.name, metric)
+            margin.check(task.name, metric)
 
 
 def _margin(rule: str) -> Margin:
