@@ -67,7 +67,7 @@ _TAKEN_UNNAMED = ("code_revision", "device_map", "max_memory", "offload_buffers"
 
 
 class NoModelError(FileNotFoundError):
-    """There is no model of the name that was given."""
+    """No model was found under the given name."""
 
 
 class ArgumentError(ValueError, SystemExit):
@@ -125,7 +125,7 @@ def clear_errors(
     except Exception as error:
         if why := _why_no_model(pretrained, error):
             raise NoModelError(
-                f"pretrained={pretrained} was not found: there is no such folder here, and {why}."
+                f"pretrained={pretrained} was not found: no folder here has that name, and {why}."
             ) from error
         if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
             raise

@@ -89,7 +89,7 @@ def random_section(
     missing = [run_label(run) for run in chosen if run not in paired]
     criteria = dict.fromkeys([*(run.pruning["criterion"] for run in pruned), "random"])
     note = (
-        f"There is no random cut of the size of {', '.join(missing)}. To add one, run the sweep "
+        f"No random cut has the size of {', '.join(missing)}. To add one, run the sweep "
         f"again with --criteria {' '.join(criteria)} --seeds 0 1 2; finished units are not "
         "evaluated again."
     )

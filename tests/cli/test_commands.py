@@ -132,7 +132,9 @@ def test_a_model_that_does_not_exist(
     model = [name] if study else ["--model_args", f"pretrained={name}"]
     assert cli.main([*command.split(), *model]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"pretrained={name} was not found: there is no such folder here" in line
+    assert (
+        f"pretrained={name} was not found: no folder here has that name, and " in line
+    )
     assert words in line
 
 

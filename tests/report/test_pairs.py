@@ -133,7 +133,7 @@ def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
     ]
     assert {row[-1] for row in rows[4:]} == {"not shown"}
     (note,) = section.notes
-    assert note.startswith("There is no random cut of the size of p60 (1.60).")
+    assert note.startswith("No random cut has the size of p60 (1.60).")
     assert "--criteria maw random --seeds 0 1 2;" in note
     assert random_section(others[:2] + others[3:], 0.05, DocumentReader()).notes == []
     assert random_section([], 0.05, DocumentReader()) is None
