@@ -1,0 +1,1 @@
+"""What the pages of the guide promise, tested as a user meets it (see CONTRIBUTING)."""

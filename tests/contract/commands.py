@@ -1,0 +1,62 @@
+"""The commands as a user types them: in this process, which saves importing torch for each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Done(NamedTuple):
+    """What a command left in the terminal, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """Return what a refused command says: its exit code is 2, and it printed one line."""
+        assert self.code == 2, self.out + self.err
+        *above, last = self.err.strip().splitlines()
+        assert not any("Traceback" in line for line in above), self.err
+        return last
+
+
+def pruned(*words: Any) -> Done:
+    """Run ``lm-eval-pruned WORDS``."""
+    from lm_eval_pruned.cli import main
+
+    return _run(lambda: main([*map(str, words)]))
+
+
+def lm_eval(*words: Any) -> Done:
+    """Run the stock command ``lm_eval WORDS``."""
+    from lm_eval.__main__ import cli_evaluate
+
+    with mock.patch.object(sys, "argv", ["lm_eval", *map(str, words)]):
+        return _run(cli_evaluate)
+
+
+def results_in(folder: str | Path) -> dict[str, Any]:
+    """Return the only results file below `folder`."""
+    (path,) = Path(folder).rglob("results_*.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _run(call: Callable[[], Any]) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = call() or 0
+        except SystemExit as ending:
+            code = int(ending.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
