@@ -23,16 +23,23 @@ from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.batching.tokenising import TokenisingMixin
+from lm_eval_pruned.model_wrappers.mismatched_questions import (
+    ARGUMENT,
+    mismatched,
+    refuse_others,
+)
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lm_eval.api.instance import Instance
+
 eval_logger = logging.getLogger("lm_eval.models.pruned")
 
 _FLAGS = (
     *("add_bos_token", "load_in_4bit", "load_in_8bit", "logits_cache", "parallelize"),
-    *("truncation", "trust_remote_code", "use_fast_tokenizer"),
+    *("truncation", "trust_remote_code", "use_fast_tokenizer", ARGUMENT),
 )
 _COUNTS = ("max_batch_size", "max_length")
 _TEXTS = (
@@ -44,20 +51,60 @@ _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
 class PrefixHFLM(TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM):
-    def __init__(self, pretrained: Any = None, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pretrained: Any = None,
+        *args: Any,
+        mismatched_questions: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """HFLM that computes what requests have in common once.
 
         Args:
             pretrained: As in HFLM. If omitted, SmolLM2-135M-Instruct.
             *args: As in HFLM.
+            mismatched_questions: Score each document's answers after the question of another
+                document of its task. The scores are a floor: what this model scores without
+                reading the question. `compare` takes such results for nothing else.
             **kwargs: As in HFLM, ``prefix_sharing`` and ``slot_refilling``; see
                 `PrefixSharingMixin` and `SlotRefillingMixin`.
 
         Raises:
             ValueError: The name of an argument is misspelt, or its value cannot be used.
         """
-        check_arguments(type(self), {**kwargs, "pretrained": pretrained})
+        named = {"pretrained": pretrained, ARGUMENT: mismatched_questions}
+        check_arguments(type(self), kwargs | named)
+        self._mismatched_questions = mismatched_questions
         super().__init__(given_or_default(pretrained), *args, **kwargs)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Score answers as `HFLM` does, after another document's question if that was asked for."""
+        if self._mismatched_questions:
+            requests = mismatched(requests)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Score whole texts as `HFLM` does."""
+        if self._mismatched_questions:
+            refuse_others(requests)
+        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[str]:
+        """Answer prompts as `HFLM` does."""
+        if self._mismatched_questions:
+            refuse_others(requests)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return HFLM's model information, and whether questions were exchanged."""
+        info = super().get_model_info()
+        return info | {ARGUMENT: True} if self._mismatched_questions else info
 
     @classmethod
     def argument_names(cls) -> set[str]:

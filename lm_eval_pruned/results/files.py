@@ -173,8 +173,9 @@ class Run:
 
     @property
     def is_floor(self) -> bool:
-        """Whether the model knows nothing, so that its score is a floor of the task."""
-        return self.config.get("model") in _FLOORS
+        """Whether the model knew nothing, or not the question: its score is a floor of the task."""
+        blind = self.config.get("mismatched_questions")
+        return bool(blind) or self.config.get("model") in _FLOORS
 
     @property
     def is_shallow(self) -> bool:
