@@ -1,0 +1,102 @@
+"""The share of what a model scores above its floor that another model keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import optimize
+
+from lm_eval_pruned.compare.statistics import paired_t
+
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike
+
+#: Ends of an interval are looked for no farther than this from the share.
+_FARTHEST = 1e3
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a candidate keeps: 1 is all that the base scores above the floor, 0 is the floor.
+
+    From `low` to `high` is the interval; an end is None where the documents give none, because they
+    are too few, or because the base could be at its floor.
+    """
+
+    share: float
+    low: float | None
+    high: float | None
+
+    @property
+    def text(self) -> str:
+        """Percent with interval, such as ``61 % [52, 70]``."""
+        ends = [
+            "?" if end is None else f"{end:.0%}"[:-1] for end in (self.low, self.high)
+        ]
+        return f"{self.share:.0%} [{', '.join(ends)}]".replace("%", " %")
+
+
+def share_kept(
+    base: ArrayLike,
+    candidate: ArrayLike,
+    floor: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    clusters: Sequence[str] | None = None,
+    strata: Sequence[str] | None = None,
+    alpha: float = 0.05,
+) -> Kept | None:
+    """Return (candidate - floor) / (base - floor) of two means over the same documents.
+
+    The interval holds each share at which a paired test does not tell ``candidate - floor`` from
+    that share of ``base - floor``: Fieller's, with the variance between clusters.
+
+    Args:
+        base: Values of the base, shape (n,).
+        candidate: Values of the candidate, shape (n,).
+        floor: Values without knowledge, shape (n,), or one for all documents.
+        weights: Positive weights, shape (n,); default: ones.
+        clusters: Cluster of each document; default: each its own.
+        strata: Stratum of each document; see `statistics.paired_difference`.
+        alpha: 1 - confidence of the interval.
+
+    Returns:
+        None where the mean of the base is exactly at the floor.
+
+    Source: Fieller 1954, Journal of the Royal Statistical Society B 16, 175-185.
+
+    Example:
+        >>> share_kept([0.9, 0.7] * 10, [0.7, 0.5] * 10, 0.2).text
+        '67 % [64, 69]'
+    """
+    above, left = (
+        np.asarray(v, float) - np.asarray(floor, float) for v in (base, candidate)
+    )
+    weights = np.ones(len(above)) if weights is None else np.asarray(weights, float)
+    total = float((weights * above).sum())
+    if total == 0:
+        return None
+    share = float((weights * left).sum()) / total
+
+    def excess(supposed: float, side: int) -> float:
+        gains = weights * (left - supposed * above)
+        test = paired_t(gains, weights, clusters, strata, alpha)
+        return 1.0 if test.sides is None else test.sides[side] - alpha / 2
+
+    def end(direction: int) -> float | None:
+        # A larger share than the true one leaves less than was supposed: the lower side.
+        side = 0 if (direction > 0) == (total > 0) else 1
+        step = 1e-3
+        while excess(share + direction * step, side) > 0:
+            step *= 2
+            if step > _FARTHEST:
+                return None
+        nearest = share + direction * step / 2 if step > 1e-3 else share
+        return optimize.brentq(excess, nearest, share + direction * step, args=(side,))
+
+    return Kept(share, end(-1), end(1))
