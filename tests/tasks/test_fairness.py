@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.helpers import evaluations
-from tests.tasks import test_tasks
+from tests.contract import test_tasks
 
 
 lm_eval = test_tasks.lm_eval
