@@ -80,13 +80,6 @@ def test_prune_uses_best_and_a_load_the_study_s_cut(smaller, tiny_llama):
     assert cuts["default"].digest == cuts["study"].digest != cuts["best"].digest
 
 
-def test_readme_and_site_begin_with_one_command():
-    first = re.findall("(?m)^python3 .* lm_eval .*", PAGE)
-    assert len(first) == 1
-    site = (ROOT / "docs" / "index.md").read_text("utf-8")
-    assert first[0] in site.splitlines()
-
-
 @pytest.mark.slow
 def test_the_first_command_prints_the_numbers_of_the_page(real_model):
     shown = re.findall(r"(?m)^\| - (\w+) *\|.*\|(\w+) *\|↑ +\|(0\.\d+)\|", PAGE)
