@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from lm_eval_pruned import PrunePlan, load_pruned
-from tests.contract.commands import lm_eval, pruned
+from tests.contract.commands import pruned
 from tests.helpers import checkpoints, evaluations
 from tests.helpers.installed import modules
 from tests.helpers.results_files import write_run
@@ -120,21 +120,21 @@ def test_it_does_not_run_code_that_comes_with_a_model(with_code, tmp_path):
     assert not touched.exists()
 
 
-def test_no_text_such_as_off_is_taken_for_yes(with_code):
+@pytest.mark.parametrize("text", ["off", "no", "yes", "1"])
+def test_no_text_such_as_off_is_taken_for_yes(text, with_code):
     model, touched = with_code
-    done = lm_eval(
-        *("--model", "pruned-hf", "--tasks", "pruned_demo", "--device", "cpu"),
-        *("--model_args", f"pretrained={model},ratio=2,trust_remote_code=off"),
-    )
-    assert done.code == 1
-    assert "trust_remote_code='off' is not understood: pass true or false." in done.err
-    for text in ("off", "no", "yes", 1):
-        with pytest.raises(ValueError, match="pass true or false"):
-            load_pruned(str(model), ratio=2, trust_remote_code=text)
+    arguments = f"pretrained={model},trust_remote_code={text}"
+    done = pruned("plan", "--model_args", arguments, "--ratios", 2)
+    assert done.sentence.endswith("is not understood: pass true or false.")
     assert not touched.exists()
+
+
+def test_code_that_comes_with_a_model_runs_with_trust_remote_code(with_code):
+    """So the tests above would see it run."""
+    model, touched = with_code
     with pytest.raises(ImportError, match="untrusted no more"):
         load_pruned(str(model), ratio=2, trust_remote_code=True)
-    assert touched.exists(), "this test would not see the code run"
+    assert touched.exists()
 
 
 NETWORK = """
