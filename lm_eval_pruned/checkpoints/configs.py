@@ -208,7 +208,7 @@ def config_and_rest(
     from transformers import AutoConfig
 
     trusted = from_pretrained.get("trust_remote_code")
-    if trusted not in (None, True, False):
+    if not any(trusted is known for known in (None, True, False)):
         # Any text counts as true to transformers, "off" included.
         raise ValueError(
             f"trust_remote_code={trusted!r} is not understood: pass true or false."

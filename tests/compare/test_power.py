@@ -7,7 +7,12 @@ import pytest
 from scipy import stats
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.compare.power import documents_for, power_of_means, power_of_shares
+from lm_eval_pruned.compare.power import (
+    chances,
+    documents_for,
+    power_of_means,
+    power_of_shares,
+)
 from lm_eval_pruned.compare.statistics import POWER, paired_difference
 from tests.helpers.results_files import write_run
 
@@ -39,6 +44,18 @@ def test_power_of_means_is_that_of_the_test_simulated():
         shown[2] += paired_difference(np.zeros(n), gains + margin).p < 0.05
     found = power_of_means(n**-0.5, n - 1, margin, 0.05)
     assert found == pytest.approx(shown / times, abs=4 * (0.25 / times) ** 0.5)
+
+
+@pytest.mark.parametrize("transform", ["mean", "perplexity"])
+def test_chances_on_other_numbers_of_documents_are_those_of_the_same_gains(transform):
+    """A standard error falls with the root of the documents; a perplexity's is relative to it."""
+    base, gains = np.random.default_rng(0).normal([[-2], [0]], [[0.2], [1]], (2, 80))
+    test = paired_difference(base, base + gains, transform=transform)
+    unit = 1.0 if transform == "mean" else np.exp(-base.mean())
+    for n in (2, 40, 80, 320):
+        stderr = gains.std(ddof=1) / n**0.5 * unit
+        expected = power_of_means(stderr, n - 1, 0.4 * unit, 0.05)
+        assert chances(test, 80, 0.4 * unit, 0.05, n) == pytest.approx(expected)
 
 
 def test_documents_for_is_where_the_chance_reaches_80_percent():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 
 import pytest
 from hypothesis import example, given, strategies as st
@@ -12,9 +10,6 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.utils import simple_parse_args_string
 
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-
-
-ROOM = "lm_eval_pruned.model_wrappers"
 
 
 def words(text):
@@ -127,11 +122,3 @@ def test_the_command_ends_with_the_sentence(tiny_llama, text, monkeypatch):
         cli_evaluate()
     assert str(ended.value.code).startswith(f"{text} is not ")
     assert isinstance(ended.value, ValueError)
-
-
-def test_without_vllm_one_sentence_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    for name in ("lm_eval.models.vllm_causallms", f"{ROOM}.pruned_vllm"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install .*vllm"):
-        importlib.import_module(f"{ROOM}.pruned_vllm")

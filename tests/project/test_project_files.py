@@ -52,13 +52,6 @@ def test_a_relative_link_names_a_file_of_the_repository():
         assert not [to for to in links if not (path.parent / to).is_file()], path
 
 
-def test_readme_and_site_begin_with_one_command():
-    readme, site = (ROOT / name for name in ("README.md", "docs/index.md"))
-    first = re.findall("(?m)^python3 .* lm_eval .*", readme.read_text("utf-8"))
-    assert len(first) == 1
-    assert first[0] in site.read_text("utf-8").splitlines()
-
-
 def test_runners_install_pytorch_for_the_processor():
     for name in ("action.yml", "docs/examples/pruning-gate.yml", "docs/verdict.md"):
         text = (ROOT / name).read_text("utf-8")

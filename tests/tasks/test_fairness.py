@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from tests.contract import test_tasks
 from tests.helpers import evaluations
-from tests.tasks import test_tasks
 
 
 lm_eval = test_tasks.lm_eval

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks import TaskManager, _factory, _yaml_loader
 
 from lm_eval_pruned import tasks
-from tests.helpers import checkpoints, evaluations
 
 
 FOLDER = Path(tasks.__file__).parent
@@ -39,7 +37,6 @@ GROUPS = {
 }
 #: Members with examples in front of each question; all others have none.
 SHOTS = {"mmlu": 5, "gsm8k": 5}
-DEMO_TASKS = {*GROUPS["pruned_demo"], "pruned_demo_bias", "pruned_demo_text"}
 #: Number of tasks in the harness's groups that ours refer to.
 LEAVES = {"mmlu": 57, "leaderboard_musr": 3}
 
@@ -115,80 +112,6 @@ def test_groups_are_the_harness_s_own_tasks_with_the_study_s_shots(
         assert different <= {"num_fewshot"} | check, name
 
 
-# --- the stock command, in a process of its own
-
-SITE = """
-import socket
-
-
-def refuse(*_, **__):
-    raise OSError("this test has no network")
-
-
-socket.socket.connect = socket.socket.connect_ex = refuse
-socket.getaddrinfo = refuse
-"""
-
-
-@pytest.fixture
-def lm_eval(tmp_path):
-    """Run the stock command without network, in a fresh home, in `cwd`."""
-    home, empty = tmp_path / "home", tmp_path / "nltk_data"
-    for folder in (home, empty):
-        folder.mkdir()
-    (home / "sitecustomize.py").write_text(SITE)
-    environment = {
-        "PYTHONPATH": home,
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HOME": home,
-        "HF_HOME": home / "huggingface",
-        "NLTK_DATA": empty,
-    }
-
-    def run(*arguments, cwd=tmp_path, check=True, **more):
-        return evaluations.lm_eval(
-            *arguments, cwd=cwd, check=check, timeout=900, **environment | more
-        )
-
-    return run
-
-
-def answers_below(folder):
-    """Return the samples of the demo's instructions."""
-    (samples,) = folder.rglob("samples_*instruction_following*.jsonl")
-    return [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
-
-
-PRUNED = ("--model", "pruned-hf", "--device", "cpu", "--model_args")
-
-
-def test_demo_runs_without_network_and_leaves_the_package_alone(
-    lm_eval, tiny_llama, tmp_path
-):
-    files = [p for p in FOLDER.rglob("*") if "__pycache__" not in p.parts]
-    before = {path: path.stat().st_mtime_ns for path in files}
-    done = lm_eval(
-        *PRUNED, f"pretrained={tiny_llama},ratio=2.0",
-        "--tasks", "pruned_demo",
-        "--limit", "2",
-        "--log_samples",
-        "--output_path", tmp_path / "out",
-        "--apply_chat_template",
-    )  # fmt: skip
-    assert {path: path.stat().st_mtime_ns for path in files} == before
-    assert not (tmp_path / "home" / "huggingface" / "datasets").exists()
-    assert "nltk" not in done.stderr + done.stdout
-    results = evaluations.results(tmp_path / "out")
-    assert results["group_subtasks"]["pruned_demo"] == list(GROUPS["pruned_demo"])
-    assert set(results["n-shot"].values()) == {0}
-    truthfulness = results["results"]["pruned_demo_truthfulness"]
-    assert 0 < truthfulness["mc2,none"] < 1
-    first = answers_below(tmp_path / "out")[0]
-    question = first["doc"]["prompt"] + "\n\nResponse:"
-    asked = first["arguments"]["gen_args_0"]["arg_0"]
-    assert asked == f"<user>{question}\n<assistant>"
-
-
 #: One that is checked without NLTK's data, and one that is not.
 OWN_IFEVAL = [
     {"instruction_id_list": ["punctuation:no_comma"]},
@@ -209,29 +132,3 @@ def test_the_check_lets_pass_what_can_be_scored(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setattr(checks, "punkt_is_installed", lambda: True)
     assert checks.require_punkt(OWN_IFEVAL) == OWN_IFEVAL
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["elsewhere", "repository", "package"])
-def test_everything_is_listed_from_anywhere_and_valid(where, lm_eval, tmp_path):
-    places = {"elsewhere": tmp_path, "repository": checkpoints.ROOT, "package": FOLDER}
-    listed = lm_eval("ls", "tasks", cwd=places[where]).stdout
-    assert all(f"|{name} " in listed for name in [*GROUPS, *DEMO_TASKS])
-    names = ",".join([*GROUPS, *DEMO_TASKS])
-    done = lm_eval("validate", "--tasks", names, cwd=places[where])
-    assert "All tasks found and valid" in done.stdout
-
-
-@pytest.mark.slow
-def test_real_data_run_through_the_groups(lm_eval, tiny_llama, shared_data, tmp_path):
-    lm_eval(
-        *PRUNED, f"pretrained={tiny_llama},ratio=2.0",
-        "--tasks", "pruned_truthfulness,pruned_instruction_following",
-        "--gen_kwargs", "max_gen_toks=8",
-        "--limit", "3",
-        "--output_path", tmp_path / "out",
-        cwd=shared_data,
-        NLTK_DATA=str(shared_data.parent / "nltk_data"),
-    )  # fmt: skip
-    results = evaluations.results(tmp_path / "out")
-    assert set(results["results"]) >= {"truthfulqa_mc1", "truthfulqa_mc2", "ifeval"}

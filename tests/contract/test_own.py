@@ -1,0 +1,183 @@
+"""docs/own.md: a criterion and a task of one's own."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from lm_eval_pruned import PrunePlan, load_pruned, prune_model
+from tests.contract.commands import pruned
+from tests.helpers import by_hand, evaluations
+from tests.helpers.checkpoints import ROOT
+from tests.helpers.results_files import write_run
+
+
+PAGE = (ROOT / "docs" / "own.md").read_text("utf-8")
+GROUP = "lm_eval_pruned.criteria"
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Return a function that installs a package with a module and entry points."""
+
+    def install(code: str, *entries: str, name: str = "user_criteria"):
+        site = tmp_path / name
+        info = site / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (site / f"{name}.py").write_text(code)
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        (info / "METADATA").write_text(metadata)
+        (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *entries]))
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return site / f"{name}.py"
+
+    return install
+
+
+CUBIC = """
+def cubic(gate, up):
+    # Compares neurons with each other, so it must see all of them.
+    size = gate.float().pow(3).abs().sum(dim=1) + up.float().pow(3).abs().sum(dim=1)
+    return size - size.mean()
+"""
+
+
+def test_a_packages_criterion_prunes_everywhere(install, tiny_llama):
+    install(CUBIC, "cubic = user_criteria:cubic")
+    loaded = load_pruned(str(tiny_llama), ratio=2, criterion="cubic").prune_record
+    whole = load_pruned(str(tiny_llama))
+    for layer, kept in zip(whole.model.layers, loaded.kept, strict=True):
+        rows = (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
+        size = sum(weight.abs().pow(3).sum(dim=1) for weight in rows)
+        assert kept.equal(by_hand.top(size.tolist(), 64))
+    pruned = prune_model(whole, ratio=2, criterion="cubic")
+    assert pruned.prune_record.digest == loaded.digest
+    arguments = f"pretrained={tiny_llama},ratio=2,criterion=cubic"
+    _, config = evaluations.evaluate("pruned-hf", arguments, limit=1)
+    assert config["pruning"]["criterion"] == "cubic"
+    assert config["pruning"]["kept_digest"] == loaded.digest
+
+
+def test_names_are_known_without_importing_and_ours_cannot_be_taken(install):
+    names = ("broken", "maw", "ppm")
+    entries = [f"{name} = user_criteria:f" for name in names]
+    install("raise RuntimeError('imported')", *entries)
+    plans = [PrunePlan.from_arguments(32, 88, ratio=2, criterion=n) for n in names]
+    assert [plan.criterion for plan in plans] == ["broken", "maw", "maw"]
+    with pytest.raises(ValueError, match=r"criterion=x is unknown.*maw_act.*, broken"):
+        PrunePlan.from_arguments(32, 88, ratio=2, criterion="x")
+
+
+@pytest.mark.parametrize(
+    ("returned", "word"),
+    [
+        ("gate", r"shape \(88, 32\).* return 88 finite"),
+        ("gate[:80, 0]", r"shape \(80,\)"),
+        ("gate[:, 0].double() * 0 + 1e300", "NaN or infinite"),
+    ],
+)
+def test_what_a_criterion_returns_is_checked(install, tiny_llama, returned, word):
+    install(f"def f(gate, up): return {returned}", "f = user_criteria:f")
+    with pytest.raises(ValueError, match=f"criterion=f .*{word}"):
+        load_pruned(str(tiny_llama), ratio=2, criterion="f")
+
+
+def shown(language: str, start: str) -> str:
+    """Return the example of the page in that language which starts so."""
+    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```", PAGE)
+    (block,) = (block for block in blocks if block.startswith(start))
+    return block
+
+
+def test_the_criterion_of_the_page_works_in_all_commands(install, tiny_llama):
+    entries = shown("toml", "[project]").split(f'"{GROUP}"]\n')[1]
+    install(
+        shown("python", '"""my_criteria.py'),
+        entries.splitlines()[0].replace('"', ""),
+        name="my_criteria",
+    )
+    loaded = load_pruned(str(tiny_llama), ratio=2, criterion="disagreement")
+    assert loaded.config.intermediate_size == 64
+    model = ["--model_args", f"pretrained={tiny_llama}"]
+    measured = pruned("sensitivity", *model, "--criteria", "disagreement")
+    assert measured.code == 0
+    assert "disagreement" in measured.out
+    planned = pruned("plan", *model[:1], f"{model[1]},criterion=disagreement,ratio=2")
+    assert planned.code == 0
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """The folder of the page's task, in the folder where commands run."""
+    folder = tmp_path / "my_tasks"
+    folder.mkdir()
+    (folder / "my_questions.yaml").write_text(shown("yaml", "task: my_questions"))
+    row = json.loads(shown("json", '{"question"'))
+    rows = [row | {"question": f"{row['question']} {n}"} for n in range(6)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_all_commands_take_the_task_and_a_changed_question_is_evaluated_again(
+    task, tiny_llama
+):
+    words = ["--model_args", f"pretrained={tiny_llama}", "--prune_percents", 30]
+    words += ["--tasks", "my_questions", "--include_path", "my_tasks"]
+    words += ["--output_path", "my_sweep", "--floors", "no", "--device", "cpu"]
+
+    def swept():
+        done = pruned("sweep", *words)
+        assert done.code == 0, done.err
+        return {p for p in task.parent.glob("my_sweep/units/*/*/results_*")}
+
+    first = swept()
+    assert len(first) == 2
+    questions = task / "questions.jsonl"
+    questions.write_text(questions.read_text().replace("sun? 0", "sun? 10"))
+    changed = swept()
+    assert len(changed) == 2
+    assert not changed & first
+    compared = pruned("compare", "my_sweep")
+    assert "|my_questions" in compared.out
+    assert "acc" in compared.out
+    power = pruned("power", "my_questions", "my_sweep", "--margin", "2pt")
+    assert power.code == 0
+    assert "2" in power.out
+
+
+def two_runs(folder, metrics):
+    """Write results of one task before and after: 40 answers, of which 30 changed."""
+    for name, change in (("before", 0.0), ("after", 1.0)):
+        values = [change] * 30 + [1.0] * 10
+        of_task = {
+            metric: {"values": values, "higher_is_better": higher}
+            for metric, higher in metrics.items()
+        }
+        write_run(folder / name, {"task": of_task})
+    return folder / "before", folder / "after"
+
+
+@pytest.mark.parametrize(
+    ("higher", "verdict"), [(True, "better"), (False, "worse"), (None, "different")]
+)
+def test_without_higher_is_better_the_verdict_is_different(higher, verdict, tmp_path):
+    before, after = two_runs(tmp_path, {"acc,none": higher})
+    assert f"|{verdict}" in pruned("compare", before, after).out.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "counted"),
+    [("f1", "acc", "f1"), ("acc", "f1", "acc"), ("acc", "acc_norm", "acc_norm")],
+)
+def test_the_first_metric_counts_or_acc_norm(first, second, counted, tmp_path):
+    metrics = {f"{first},none": True, f"{second},none": True}
+    out = pruned("compare", *two_runs(tmp_path, metrics)).out
+    rows = re.findall(r"(?m)^\|after *\|task *\|(\w+),none *\|.*\|(\w+) *\|$", out)
+    assert dict(rows) == dict.fromkeys((first, second), "restated") | {
+        counted: "better"
+    }

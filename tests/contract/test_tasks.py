@@ -1,0 +1,143 @@
+"""tasks/README.md: the groups and the demo, as the stock command sees them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.helpers import evaluations
+from tests.helpers.checkpoints import ROOT
+
+
+FOLDER = ROOT / "tasks"
+PAGE = (FOLDER / "README.md").read_text("utf-8")
+GROUPS = re.findall(r"(?m)^\| `(pruned_\w+)` \|", PAGE)
+PRUNED = ("--model", "pruned-hf", "--device", "cpu", "--model_args")
+DEMO_TASKS = re.findall(r"(?m)^\* `(pruned_demo_\w+)`:", PAGE)
+
+
+SITE = """
+import socket
+
+
+def refuse(*_, **__):
+    raise OSError("this test has no network")
+
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = refuse
+"""
+
+
+@pytest.fixture
+def lm_eval(tmp_path):
+    """Run the stock command without network, in a fresh home, in `cwd`."""
+    home, empty = tmp_path / "home", tmp_path / "nltk_data"
+    for folder in (home, empty):
+        folder.mkdir()
+    (home / "sitecustomize.py").write_text(SITE)
+    environment = {
+        "PYTHONPATH": home,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": home,
+        "HF_HOME": home / "huggingface",
+        "NLTK_DATA": empty,
+    }
+
+    def run(*arguments, cwd=tmp_path, check=True, **more):
+        return evaluations.lm_eval(
+            *arguments, cwd=cwd, check=check, timeout=900, **environment | more
+        )
+
+    return run
+
+
+def write_data(folder, name, rows):
+    """Write a data set where `datasets` looks for one before the Hub: a folder of its name."""
+    (folder / name).mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / name / "train.jsonl").write_text(lines)
+
+
+def test_ifeval_stops_before_anything_is_generated_and_says_what_to_do(
+    lm_eval, tiny_llama, tmp_path
+):
+    kwargs = {"num_sentences": 3, "relation": "at least"}
+    row = {"key": 1, "prompt": "Write.", "kwargs": [kwargs]}
+    row["instruction_id_list"] = ["length_constraints:number_sentences"]
+    write_data(tmp_path, "google/IFEval", [row])
+    done = lm_eval(
+        *PRUNED, f"pretrained={tiny_llama},ratio=2.0",
+        "--tasks", "pruned_instruction_following",
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Running generate_until" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "run `python -m nltk.downloader punkt_tab` where there is a network" in last
+    assert "or set NLTK_DATA to a folder that contains tokenizers/punkt_tab" in last
+
+
+def answers_below(folder):
+    """Return the samples of the demo's instructions."""
+    (samples,) = folder.rglob("samples_*instruction_following*.jsonl")
+    return [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
+
+
+def test_demo_runs_without_network_and_leaves_the_package_alone(
+    lm_eval, tiny_llama, tmp_path
+):
+    files = [p for p in FOLDER.rglob("*") if "__pycache__" not in p.parts]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    done = lm_eval(
+        *PRUNED, f"pretrained={tiny_llama},ratio=2.0",
+        "--tasks", "pruned_demo",
+        "--limit", "2",
+        "--log_samples",
+        "--output_path", tmp_path / "out",
+        "--apply_chat_template",
+    )  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert not (tmp_path / "home" / "huggingface" / "datasets").exists()
+    assert "nltk" not in done.stderr + done.stdout
+    results = evaluations.results(tmp_path / "out")
+    assert results["config"]["pruning"]["criterion"] == "maw"
+    assert results["group_subtasks"]["pruned_demo"] == [
+        "pruned_demo_truthfulness",
+        "pruned_demo_instruction_following",
+    ]
+    assert set(results["n-shot"].values()) == {0}
+    truthfulness = results["results"]["pruned_demo_truthfulness"]
+    assert 0 < truthfulness["mc2,none"] < 1
+    first = answers_below(tmp_path / "out")[0]
+    question = first["doc"]["prompt"] + "\n\nResponse:"
+    asked = first["arguments"]["gen_args_0"]["arg_0"]
+    assert asked == f"<user>{question}\n<assistant>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["elsewhere", "repository", "package"])
+def test_everything_is_listed_from_anywhere_and_valid(where, lm_eval, tmp_path):
+    places = {"elsewhere": tmp_path, "repository": ROOT, "package": FOLDER}
+    listed = lm_eval("ls", "tasks", cwd=places[where]).stdout
+    assert all(f"|{name} " in listed for name in [*GROUPS, *DEMO_TASKS])
+    names = ",".join([*GROUPS, *DEMO_TASKS])
+    done = lm_eval("validate", "--tasks", names, cwd=places[where])
+    assert "All tasks found and valid" in done.stdout
+
+
+@pytest.mark.slow
+def test_real_data_run_through_the_groups(lm_eval, tiny_llama, shared_data, tmp_path):
+    lm_eval(
+        *PRUNED, f"pretrained={tiny_llama},ratio=2.0",
+        "--tasks", "pruned_truthfulness,pruned_instruction_following",
+        "--gen_kwargs", "max_gen_toks=8",
+        "--limit", "3",
+        "--output_path", tmp_path / "out",
+        cwd=shared_data,
+        NLTK_DATA=str(shared_data.parent / "nltk_data"),
+    )  # fmt: skip
+    results = evaluations.results(tmp_path / "out")
+    assert set(results["results"]) >= {"truthfulqa_mc1", "truthfulqa_mc2", "ifeval"}
