@@ -52,6 +52,6 @@ def test_every_layer_has_a_curve_by_every_criterion_and_seed(command, tmp_path, 
 def test_what_is_refused_before_a_weight_is_read(
     words, message, command, monkeypatch, capsys
 ):
-    monkeypatch.setattr(LoadRequest, "load", None)
+    monkeypatch.setattr(LoadRequest, "_load", None)
     assert cli.main([*command, *words.split()]) == 2
     assert message in capsys.readouterr().err
