@@ -29,6 +29,7 @@ from lm_eval_pruned.checkpoints.load import Stored, load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest, as_stored, asked_of
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.plan import whole_or_mean
+from lm_eval_pruned.pruning.slicing import finished
 from lm_eval_pruned.util.atomic import appearing_whole
 
 
@@ -174,7 +175,10 @@ def export_pruned(
     loaded = Stored.of(request)
     if measured:
         measure(UNPRUNED, loaded.model)
-    model = loaded.narrowed().to(device) if dtype is None else loaded.placed()
+    if dtype is None:
+        model = finished(loaded.narrowed(), loaded.request.widths).to(device)
+    else:
+        model = loaded.placed()
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
     if not record.plan.changes_model:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,22 @@ def test_a_model_that_is_let_go_waits_for_no_collection(tiny_llama, sizes):
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_a_model_that_is_cast_generates_as_its_source_says(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "copy")
+    settings = {"do_sample": True, "top_k": 7, "eos_token_id": [257, 9]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    stock = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    for asked in ({}, {"dtype": "bfloat16"}, {"device": "cpu"}):
+        model = load_pruned(str(folder), ratio=1, **asked)
+        assert model.generation_config.to_dict() == stock.to_dict()
+        assert model.generation_config.top_k == 7
+
+
+def test_the_recipe_fast_spares_the_first_layer(tiny_llama):
+    model = load_pruned(str(tiny_llama), prune_percent=50, recipe="fast")
+    assert [len(kept) for kept in model.prune_record.kept] == [88, 44, 44]
 
 
 @pytest.mark.parametrize("size", [96, 97])
