@@ -59,6 +59,9 @@ PLACING = re.compile(
 )
 #: Arguments of `transformers.BitsAndBytesConfig`, which lm-evaluation-harness passes on as they are.
 _BITSANDBYTES = re.compile(r"load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+")
+#: Files of weights, in the order in which transformers looks for them.
+_SAFE_FILES = ("model.safetensors", "model.safetensors.index.json")
+_TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Errors whose own message says what is wrong, and kinds of them that do not name the file.
 _CLEAR = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
 _UNCLEAR = (json.JSONDecodeError, UnicodeDecodeError)
@@ -232,6 +235,35 @@ def config_and_rest(
     return config, {**unused, **kept, **placing}
 
 
+def checkpoint_files(
+    pretrained: str, config: PretrainedConfig, arguments: Mapping[str, Any]
+) -> list[str]:
+    """Return the files of weights that ``from_pretrained`` reads, fetched from the Hub if need be.
+
+    Empty where there are none, which ``from_pretrained`` says better.
+
+    Source: `transformers.modeling_utils._get_resolved_checkpoint_files`.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import get_checkpoint_shard_files
+
+    where = {name: arguments[name] for name in HUB if arguments.get(name) is not None}
+    safe, variant = (arguments.get(name) for name in ("use_safetensors", "variant"))
+    names = [*_SAFE_FILES] if safe is not False else []
+    names += [] if safe else _TORCH_FILES
+    if variant:
+        names = [re.sub(r"\.(\w+)$", rf".{variant}.\1", name) for name in names]
+    if named := getattr(config, "transformers_weights", None):
+        names = [named]
+    for name in names:
+        with contextlib.suppress(OSError):
+            file = cached_file(pretrained, name, **where)
+            if not name.endswith(".json"):
+                return [file]
+            return get_checkpoint_shard_files(pretrained, file, **where)[0]
+    return []
+
+
 def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of ``from_pretrained`` with one object that says how to quantise."""
     others = {k: v for k, v in arguments.items() if not _BITSANDBYTES.fullmatch(k)}
@@ -322,8 +354,19 @@ def check_filled(
     """Refuse a model that its checkpoint filled in part, or that leaves part of it out.
 
     `found` is transformers' loading info, `ignore_sizes` its ``ignore_mismatched_sizes``.
+
+    Raises:
+        ValueError: The checkpoint does not fit its config.
+        RuntimeError: Another thread disturbed the load.
     """
     if missing := found["missing_keys"]:
+        if missing <= model.all_tied_weights_keys.keys():
+            raise RuntimeError(
+                f"{min(missing)} was not tied: another thread was in from_pretrained of stock "
+                "transformers, which replaces tie_weights of all models meanwhile, and may leave it "
+                "replaced. Start Python anew, and load stock models before or after those of "
+                "lm_eval_pruned."
+            )
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"The checkpoint holds no tensor for {min(missing)}{others}: it is incomplete, or its "

@@ -25,10 +25,11 @@ from lm_eval_pruned.checkpoints.cost import (
     random_cut,
 )
 from lm_eval_pruned.checkpoints.default_model import save_converted
-from lm_eval_pruned.checkpoints.load import load_request
-from lm_eval_pruned.checkpoints.request import LoadRequest, asked_of
+from lm_eval_pruned.checkpoints.load import Stored, load_request
+from lm_eval_pruned.checkpoints.request import LoadRequest, as_stored, asked_of
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.plan import whole_or_mean
+from lm_eval_pruned.pruning.slicing import finished
 from lm_eval_pruned.util.atomic import appearing_whole
 
 
@@ -104,8 +105,8 @@ def export_pruned(
 ) -> Export:
     """Write a pruned model as an ordinary checkpoint that stock transformers opens.
 
-    The model is loaded as `lm_eval_pruned.load_pruned` loads it, and saved. Every tensor has its
-    stored name and, unless `dtype` says otherwise, the dtype it is loaded in; the config
+    Opened in any dtype, it is the model that `lm_eval_pruned.load_pruned` loads. Every tensor has its
+    stored name and, unless `dtype` says otherwise, its stored dtype; the config
     changes only in its width; tokenizer files, generation config and licence are
     copied as they are.
 
@@ -114,7 +115,7 @@ def export_pruned(
         output: Folder to write; it must not exist, or be empty. It appears when the
             export is complete, and not before.
         dtype: Dtype to store the floating-point weights in, except for those that
-            transformers keeps in float32. Default: as stored.
+            transformers keeps in float32. Default: each as it is stored.
         device: Where the pruned model is put before it is saved.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
@@ -170,8 +171,14 @@ def export_pruned(
 
     if RANDOM_CUT in measured:
         measure(RANDOM_CUT, load_request(random_cut(request)))
-    look = (lambda loaded: measure(UNPRUNED, loaded.model)) if measured else None
-    model = load_request(request, look=look)
+    request.check_text()
+    loaded = Stored.of(request)
+    if measured:
+        measure(UNPRUNED, loaded.model)
+    if dtype is None:
+        model = finished(loaded.narrowed(), loaded.request.widths).to(device)
+    else:
+        model = loaded.placed()
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
     if not record.plan.changes_model:
         raise ValueError(
@@ -180,10 +187,15 @@ def export_pruned(
         )
     if PRUNED in measured:
         measure(PRUNED, model)
+    if dtype is None:
+        as_stored(loaded.rounded)
     more = {} if more_files is None else more_files(record)
     source = source_folder(pretrained, given)
     with appearing_whole(output) as unfinished:
-        save_loaded(model, request, source, unfinished, max_shard_size)
+        save_loaded(
+            *(model, request, source, unfinished, max_shard_size),
+            keeps_dtype=dtype is None,
+        )
         card = model_card(pretrained, given.get("revision"), source, record, cost=cost)
         for name, text in {"README.md": card, **more}.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
@@ -232,8 +244,13 @@ def save_loaded(
     source: Path,
     folder: Path,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    *,
+    keeps_dtype: bool = False,
 ) -> None:
-    """Write a model, and all that stays true of it in the folder of its source but the model card."""
+    """Write a model, and all that stays true of it in the folder of its source but the model card.
+
+    `keeps_dtype` says that its tensors have their stored dtypes, so that the config keeps its own.
+    """
     if request.model_arguments.get("gguf_file") is not None:
         save_converted(model, request.load_tokenizer(), folder, max_shard_size)
         return
@@ -247,9 +264,9 @@ def save_loaded(
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
     before = request.widths.whole.original.to_dict()
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = None if keeps_dtype else str(model.dtype).removeprefix("torch.")
     _edit(config, before, model.config.to_dict(), dtype)
-    if "torch_dtype" not in config:
+    if dtype is not None and "torch_dtype" not in config:
         config["dtype"] = dtype
     # As the Hub's JSON files are written.
     written = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -257,18 +274,23 @@ def save_loaded(
 
 
 def _edit(
-    stored: dict[str, Any], before: dict[str, Any], after: dict[str, Any], dtype: str
+    stored: dict[str, Any],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    dtype: str | None,
 ) -> None:
-    """Change in a config as it is stored what differs between two configs, and its dtypes."""
+    """Change in a config as it is stored what differs between two configs, and its dtypes to `dtype`."""
+    dtypes = ("dtype", "torch_dtype")
     for key in before.keys() - after.keys():
         stored.pop(key, None)
     for key, value in after.items():
         parts = isinstance(value, dict) and isinstance(stored.get(key), dict)
         if parts and key != "per_layer_config":
             _edit(stored[key], before[key], value, dtype)
-        elif value != before.get(key):
+        elif value != before.get(key) and key not in dtypes:
             stored[key] = value
-    stored |= {key: dtype for key in ("dtype", "torch_dtype") if key in stored}
+    if dtype is not None:
+        stored |= {key: dtype for key in dtypes if key in stored}
 
 
 def model_card(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.request import (
     LoadRequest,
+    as_stored,
     asked_of,
     stamp,
     stored_once,
@@ -25,13 +26,18 @@ from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_argumen
 from lm_eval_pruned.pruning.calibration import CalibrationText
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
-from lm_eval_pruned.pruning.measuring import LoadedModel, ScoreTable, depth_in_memory
+from lm_eval_pruned.pruning.measuring import (
+    LoadedModel,
+    ScoreTable,
+    check_weights,
+    depth_in_memory,
+)
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
     from fractions import Fraction
 
     import torch
@@ -59,6 +65,10 @@ def load_pruned(
     the weights as they are stored. For what sizes mean in a model with experts, see
     `lm_eval_pruned.prune_model`.
 
+    Several threads may load pruned models. If one of them calls ``from_pretrained`` of stock
+    transformers meanwhile, loads of models with tied weights can fail until Python is started anew,
+    and a model can get the dtype of the other: transformers changes the whole process while it loads.
+
     If layers already differ in width, those narrower than the requested ``ratio`` or
     ``intermediate_size`` keep their width, and ``prune_percent`` is a share of each layer's own
     width.
@@ -69,7 +79,8 @@ def load_pruned(
         tokenizer: What reads calibration text; default: the tokenizer of `pretrained`.
         device: Where to load to; default: the CPU. Only the kept neurons go there:
             scores are computed on the CPU.
-        dtype: Weight dtype; default: the one the checkpoint is stored in.
+        dtype: Weight dtype; default: as for ``from_pretrained``, that of config.json, else of the
+            first tensor.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
         **from_pretrained: Anything else ``from_pretrained`` takes.
@@ -81,6 +92,7 @@ def load_pruned(
         ValueError: An argument is out of range, or a weight is NaN or infinite.
         UnsupportedModelError: The model cannot be pruned.
         OSError: The checkpoint is missing, incomplete or damaged.
+        RuntimeError: Another thread disturbed the load, as above.
 
     Source: arXiv 2512.22671, section 3.
 
@@ -122,7 +134,6 @@ def load_request(
     request: LoadRequest,
     tokenizer: PreTrainedTokenizerBase | None = None,
     known_scores: KnownScores | None = None,
-    look: Callable[[LoadedModel], object] | None = None,
 ) -> PreTrainedModel:
     """Load the model of a request, prune it, then cast and place what is left.
 
@@ -130,7 +141,6 @@ def load_request(
         request: What is to be loaded.
         tokenizer: What reads calibration text; default: that of the model.
         known_scores: What earlier loads measured; takes what this one does.
-        look: Is given the model before it is pruned.
     """
     asked = request.prune_arguments
     request.check_text()
@@ -139,14 +149,11 @@ def load_request(
         plan = widths.plan(asked)
         # Layers that are wider than the config says may have to be narrowed.
         if not plan.changes_model:
+            check_weights(model)
             record = PruneRecord.of(plan, widths, ())
             model.prune_record = record  # type: ignore[assignment]
             return finished(model, widths)
-    stored = Stored.of(request, tokenizer, known_scores)
-    widths = stored.request.widths
-    if look is not None:
-        look(stored)
-    return finished(request.placed(stored.pruned(), widths), widths)
+    return Stored.of(request, tokenizer, known_scores).placed()
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,11 @@ class Stored(LoadedModel):
 
     Attributes:
         request: What was loaded, with the widths that its tensors have and the plan for them.
+        rounded: What the dtype of `model` rounded; see `LoadRequest.load_stored`.
     """
 
     request: LoadRequest = field(kw_only=True)
+    rounded: Sequence[tuple[Tensor, Tensor]] = field(kw_only=True)
 
     @classmethod
     def of(
@@ -175,7 +184,7 @@ class Stored(LoadedModel):
             key = (content, text, asked.calibration_samples, *ways)
             return tables.setdefault(key, ScoreTable())
 
-        model, widths = request.load(stored=True)
+        model, widths, rounded = request.load_stored()
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
         if asked.drop_layers is not None:
@@ -195,15 +204,28 @@ class Stored(LoadedModel):
             plan.seed,
             request.only_device(),
             request=request,
+            rounded=rounded,
         )
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
         return plan_layers(self.request.plan, self.request.widths, self)
 
-    def pruned(self) -> PreTrainedModel:
-        """Prune the model in place and return it."""
+    def narrowed(self) -> PreTrainedModel:
+        """Prune the model in place and return it, in the dtype in which it was loaded."""
         return carry_out(self, self.request.plan, self.request.widths)
+
+    def pruned(self) -> PreTrainedModel:
+        """Prune the model in place and return it, with tensors as they are stored."""
+        model = self.narrowed()
+        as_stored(self.rounded)
+        return model
+
+    def placed(self) -> PreTrainedModel:
+        """Prune the model, then cast and place what is left as the user asked."""
+        widths = self.request.widths
+        model = self.request.placed(self.narrowed(), widths, self.rounded)
+        return finished(model, widths)
 
     def losses(
         self,

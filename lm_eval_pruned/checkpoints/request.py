@@ -17,6 +17,7 @@ from lm_eval_pruned.checkpoints.configs import (
     argument_errors,
     auto_class_for,
     check_filled,
+    checkpoint_files,
     class_with_widths,
     clear_errors,
     config_and_rest,
@@ -27,18 +28,18 @@ from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, check_finite
-from lm_eval_pruned.pruning.depth import Depth, count_layers
+from lm_eval_pruned.pruning.depth import Depth, count_layers, layers_of
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
-    find_glu_mlps,
     regions_by_parameter,
+    text_config,
 )
 from lm_eval_pruned.pruning.repair import check_repairable
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Hashable, Iterable, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,6 +140,8 @@ class LoadRequest:
             # Layers that are cut one after the other show what their experts are given.
             alone = plan.criterion == OBS and not plan.is_open
             check_observable(self.widths.skeleton(), stacked=alone)
+        if asked.layer_by_layer:
+            layers_of(self.widths.skeleton())
         check_repairable(self.widths.skeleton(), asked.repair)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -151,20 +154,73 @@ class LoadRequest:
         }
         return AutoTokenizer.from_pretrained(self.pretrained, **given)
 
-    def load(self, *, stored: bool = False) -> tuple[PreTrainedModel, Widths]:
-        """Load the model unpruned, with all its layers, and find the widths that its tensors have.
+    @functools.cached_property
+    def stored_dtypes(self) -> dict[str, tuple[str, torch.dtype]]:
+        """The file and the dtype of each floating-point tensor, by name, in the order of the files.
 
-        Args:
-            stored: Load it in its stored dtype on the CPU, whatever the user asked for.
+        Empty for GGUF files, whose blocks have none.
+        """
+        from transformers.modeling_utils import load_state_dict
+
+        arguments, found = self.model_arguments, {}
+        if arguments.get("gguf_file") is not None:
+            return {}
+        with clear_errors(self.pretrained, arguments):
+            for file in checkpoint_files(
+                self.pretrained, self.widths.original, arguments
+            ):
+                for name, tensor in load_state_dict(file, map_location="meta").items():
+                    if tensor.is_floating_point():
+                        found[name] = file, tensor.dtype
+        return found
+
+    def load(self) -> tuple[PreTrainedModel, Widths]:
+        """Load the model unpruned, with all its layers, and find the widths that its tensors have.
 
         Raises:
             ValueError: It is damaged, or an argument is wrong.
         """
+        return self._load(self.model_arguments)
+
+    def load_stored(
+        self,
+    ) -> tuple[PreTrainedModel, Widths, list[tuple[Tensor, Tensor]]]:
+        """Load it as it is stored, on the CPU, whatever the user asked for; see `load`.
+
+        It gets one dtype, so that text can run: the widest of its MLPs, which rounds none of what
+        is ranked, and copies nothing where the tensors have it already.
+
+        Returns:
+            The model, its widths, and pairs of a tensor outside of the MLPs that the dtype
+            rounded and that tensor as it is stored.
+        """
+        from transformers.modeling_utils import load_state_dict
+
         arguments = {
             name: value
             for name, value in self.model_arguments.items()
-            if not (stored and PLACING.fullmatch(name))
+            if not PLACING.fullmatch(name)
         }
+        whole, stored = self.widths.whole, self.stored_dtypes
+        # Tensors of other names may become part of an MLP.
+        outside = whole.skeleton().state_dict().keys() - regions_by_parameter(
+            whole.mlps
+        )
+        inside = {dtype for name, (_, dtype) in stored.items() if name not in outside}
+        if inside:
+            arguments["dtype"] = functools.reduce(torch.promote_types, inside)
+        model, widths = self._load(arguments)
+        held, rounded = model.state_dict(keep_vars=True), []
+        for name, (file, dtype) in stored.items():
+            if (
+                name in outside
+                and torch.promote_types(dtype, held[name].dtype) != held[name].dtype
+            ):
+                rounded.append((held[name], load_state_dict(file)[name]))
+        return model, widths, rounded
+
+    def _load(self, asked: Mapping[str, Any]) -> tuple[PreTrainedModel, Widths]:
+        arguments = dict(asked)
         if arguments.get("gguf_file") is not None:
             from transformers import GgufConfig
 
@@ -190,10 +246,18 @@ class LoadRequest:
         places = self.model_arguments.get("device_map")
         return places.get("") if isinstance(places, dict) and len(places) == 1 else None
 
-    def placed(self, model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
+    def placed(
+        self,
+        model: PreTrainedModel,
+        widths: Widths,
+        rounded: Iterable[tuple[Tensor, Tensor]],
+    ) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.
 
-        `model` is in its stored dtype, on the CPU; `widths` are those of its unpruned MLPs.
+        Args:
+            model: On the CPU, in the dtype of `load_stored`.
+            widths: Those of its unpruned MLPs.
+            rounded: What `load_stored` returned.
         """
         arguments = {
             name: value
@@ -201,16 +265,20 @@ class LoadRequest:
             if name not in READING and value is not None
         }
         dtype = arguments.pop("dtype", "auto")
-        if isinstance(dtype, str):
-            dtype = model.dtype if dtype == "auto" else getattr(torch, dtype)
+        if dtype == "auto":
+            dtype = self._default_dtype(model)
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
         if dtype == model.dtype and not any(map(PLACING.fullmatch, arguments)):
             return model
-        if torch.finfo(dtype).max < torch.finfo(model.dtype).max:
-            for name, weights in regions_by_parameter(find_glu_mlps(model)).items():
-                mlp, _, region = weights[0]
-                check_finite(name, mlp.parameter(region).to(dtype))
+        as_stored(rounded)
+        state = stored_once(model)
+        for name, tensor in state.items():
+            exceeds = tensor.is_floating_point() and torch.finfo(tensor.dtype).max
+            if exceeds > torch.finfo(dtype).max:
+                check_finite(name, tensor.to(dtype))
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
-        given = {**arguments, "dtype": dtype, "state_dict": stored_once(model)}
+        given = {**arguments, "dtype": dtype, "state_dict": state}
         targets = widths.targets(record.plan)
         placed, _ = self._built(widths, targets, given)
         placed.config.name_or_path = model.config.name_or_path
@@ -221,6 +289,14 @@ class LoadRequest:
         )
         placed.prune_record = record  # type: ignore[assignment]
         return placed
+
+    def _default_dtype(self, model: PreTrainedModel) -> torch.dtype:
+        """Return the dtype in which `from_pretrained` loads the whole model if it is not told any."""
+        config = self.widths.original
+        if type(config) is not type(model.config):
+            config = text_config(config)
+        first = next(iter(self.stored_dtypes.values()), (None, model.dtype))
+        return config.dtype or first[1]
 
     def _built(
         self, widths: Widths, targets: Mapping[str, int], arguments: dict[str, Any]
@@ -240,6 +316,12 @@ class LoadRequest:
         model.__class__ = widths.model_class
         widths.describe_layers(model.config, targets)
         return model, found
+
+
+def as_stored(rounded: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Undo what the dtype of a load rounded; see `LoadRequest.load_stored`."""
+    for held, stored in rounded:
+        held.data = stored
 
 
 def stored_once(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from lm_eval_pruned.pruning.measuring import (
     LENGTH,
     LoadedModel,
     ScoreTable,
+    check_weights,
     samples_for_losses,
 )
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from fractions import Fraction
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Number
@@ -119,7 +120,12 @@ def measure_sensitivity(
     text, known = read(samples, length, shortest=2), ScoreTable()
     # As where a model is pruned.
     seen: int | None = samples if repair == NO_REPAIR else calibration_samples
-    load = functools.cache(lambda: request.load(stored=True)[0])
+
+    @functools.cache
+    def load() -> PreTrainedModel:
+        model, *_ = request.load_stored()
+        check_weights(model)
+        return model
 
     def measure(criterion: str, seed: int | None) -> Sensitivity:
         loaded = LoadedModel(load(), tokenizer, known, calibration, seen, seed or 0)

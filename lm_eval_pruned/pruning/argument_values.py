@@ -156,7 +156,7 @@ def written_source(widths: Any) -> str:
     if isinstance(widths, (str, Path)):
         return Path(widths).name
     try:
-        return written_by_layer(_by_layer(widths).items())
+        return written_by_layer(_by_layer(_pairs(widths)).items())
     except (TypeError, ValueError):
         return repr(widths)[:80]
 
@@ -170,16 +170,19 @@ def read_widths(widths: Any) -> dict[int, int]:
             ``layer`` and ``width``.
 
     Raises:
-        ValueError: The file is missing or in no such form, or a number is not whole.
+        ValueError: The file is missing or in no such form, a layer is in it twice, or a number is
+            not whole.
     """
     try:
         if not isinstance(widths, (str, Path)):
-            return _by_layer(widths)
+            return _by_layer(_pairs(widths))
         text = Path(widths).read_text(encoding="utf-8-sig")
-        if text.lstrip()[:1] in ("{", "["):
-            return _by_layer(json.loads(text))
+        if text.lstrip()[:1] == "{":
+            return _by_layer(json.loads(text, object_pairs_hook=list))
+        if text.lstrip()[:1] == "[":
+            return _by_layer(enumerate(json.loads(text)))
         rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
-        return _by_layer({row["layer"]: row["width"] for row in rows})
+        return _by_layer((row["layer"], row["width"]) for row in rows)
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
             f"widths={written_source(widths)} cannot be read ({error}): pass a JSON file such as "
@@ -187,9 +190,18 @@ def read_widths(widths: Any) -> dict[int, int]:
         ) from None
 
 
-def _by_layer(content: Any) -> dict[int, int]:
-    pairs = content.items() if isinstance(content, Mapping) else enumerate(content)
-    found = {int(str(n)): int(str(each)) for n, each in pairs if each is not None}
-    if not found:
+def _pairs(content: Any) -> Iterable[tuple[Any, Any]]:
+    return content.items() if isinstance(content, Mapping) else enumerate(content)
+
+
+def _by_layer(pairs: Iterable[tuple[Any, Any]]) -> dict[int, int]:
+    found: dict[int, int | None] = {}
+    for layer, width in pairs:
+        number = int(str(layer))
+        if number in found:
+            raise ValueError(f"it names layer {number} twice")
+        found[number] = None if width is None else int(str(width))
+    named = {number: width for number, width in found.items() if width is not None}
+    if not named:
         raise ValueError("it names no layer")
-    return dict(sorted(found.items()))
+    return dict(sorted(named.items()))

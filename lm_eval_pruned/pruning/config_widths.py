@@ -177,6 +177,9 @@ def taken_apart(
             width = -(-width // text.block_multiple_of) * text.block_multiple_of
         text.intermediate_size = width
         setattr(text, COMPUTES_WIDTH, False)
+    if plain.model_type == "recurrent_gemma":
+        # It builds half as many neurons, rounded down.
+        text.intermediate_size -= text.intermediate_size % 2
     return plain, found
 
 

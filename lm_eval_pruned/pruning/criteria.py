@@ -280,13 +280,16 @@ def score_neurons(
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raise ValueError if `weight`, which the message calls `name`, holds NaN or infinity."""
+    import torch
+
     # A finite sum proves that every term is finite; one that overflows proves nothing.
     if weight.sum().isfinite():
         return
     if bad := int((~weight.isfinite()).sum()):
+        wider = ", or pass dtype=float32, which holds values above 65504"
         raise ValueError(
-            f"{name} holds {bad} NaN or infinite values of {weight.numel()}, so its neurons "
-            "cannot be ranked: use an intact checkpoint."
+            f"{name} holds {bad} NaN or infinite values of {weight.numel()}: use an intact "
+            f"checkpoint{wider if weight.dtype == torch.float16 else ''}."
         )
 
 

@@ -151,12 +151,15 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     paths = {mlp.stack.rpartition(".")[0] for mlp in find_glu_mlps(model)}
     path = min(paths)
     layers = model.get_submodule(path)
-    said = getattr(text_config(model.config), "num_hidden_layers", None)
+    count = getattr(text_config(model.config), "num_hidden_layers", None)
     if model.config.is_encoder_decoder:
         raise _refused(model, "it has an encoder")
-    if len(paths) > 1 or not isinstance(layers, nn.ModuleList) or said != len(layers):
-        why = f"its GLU-MLPs are not in one list of {said} layers, the number in its config"
-        raise _refused(model, why)
+    if len(paths) > 1 or not isinstance(layers, nn.ModuleList) or count != len(layers):
+        raise UnsupportedModelError(
+            f"{describe(model)} does not hold its GLU-MLPs in one list of {count} layers, the number "
+            "in its config, so drop_layers, repair and criterion=obs (recipe=best) cannot be used "
+            "with it: leave them out, or pass recipe=fast."
+        )
     return path, layers
 
 

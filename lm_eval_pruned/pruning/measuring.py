@@ -29,6 +29,7 @@ from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
     OBS,
     RANDOM,
+    check_finite,
     kept_set,
     score_neurons,
 )
@@ -39,12 +40,16 @@ from lm_eval_pruned.pruning.layer_by_layer import (
     has_to_compute,
     returning,
 )
-from lm_eval_pruned.pruning.layouts import NEURON_AXIS, find_glu_mlps
+from lm_eval_pruned.pruning.layouts import (
+    NEURON_AXIS,
+    find_glu_mlps,
+    regions_by_parameter,
+)
 from lm_eval_pruned.pruning.repair import errors_after_repair
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,6 +83,26 @@ class ScoreTable:
 
 #: The tables of several loads, by what identifies the model, its text and what decides.
 KnownScores = dict[Hashable, ScoreTable]
+
+
+def check_weights(model: PreTrainedModel, scored: Collection[str] = ()) -> None:
+    """Refuse a model of which a weight is NaN or infinite; it may be quantised or on disk in part.
+
+    Weights of the GLU-MLPs named in `scored` are not read again: scoring looked at them.
+
+    Raises:
+        ValueError: The first such weight is named.
+    """
+    regions = regions_by_parameter(find_glu_mlps(model) if scored else ())
+    seen = {
+        name
+        for name, entries in regions.items()
+        if all(mlp.name in scored and part == "weight" for mlp, (_, part), _ in entries)
+    }
+    for name, weight in model.named_parameters():
+        plain = type(weight) is torch.nn.Parameter and weight.is_floating_point()
+        if plain and not weight.is_meta and name not in seen:
+            check_finite(name, weight.detach())
 
 
 def block_influence(
@@ -135,6 +160,7 @@ def depth_in_memory(
         return Depth.of(arguments, layers)
     known = known or ScoreTable()
     if known.influence is None:
+        check_weights(model)
         samples: Any = arguments.calibration_samples
         text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
         known.influence = block_influence(model, text.tokens), text.as_dict()

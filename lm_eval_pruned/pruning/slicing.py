@@ -31,7 +31,12 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     resize,
 )
-from lm_eval_pruned.pruning.measuring import LoadedModel, ScoreTable, depth_in_memory
+from lm_eval_pruned.pruning.measuring import (
+    LoadedModel,
+    ScoreTable,
+    check_weights,
+    depth_in_memory,
+)
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.repair import cut_layer_by_layer
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
@@ -130,8 +135,12 @@ def carry_out(
     calibration: dict[str, Any] | None = None
     repaired: int | None = None
     kept: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     # An error leaves the model whole: all is scored before the first MLP is narrowed.
     with contextlib.ExitStack() as on_error:
+        if asked.calibration is not None:
+            # Text tells only that something is not finite.
+            check_weights(model)
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
         plan = plan_layers(plan, widths, evidence)
@@ -142,10 +151,12 @@ def carry_out(
             for mlp in mlps:
                 if targets[mlp.name] < mlp.width:
                     cut[criteria.get(mlp.block, plan.criterion)].append(mlp)
-            scores: dict[str, Tensor] = {}
             for criterion, of in cut.items():
                 if criterion != OBS:
                     scores |= evidence.scores(criterion, of)
+        if asked.calibration is None:
+            check_weights(model, scores)
+        if plan.prunes:
             kept = {
                 mlp.name: kept_set(scores[mlp.name], targets[mlp.name])
                 if mlp.name in scores

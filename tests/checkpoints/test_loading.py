@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -20,22 +21,30 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
 )
 
-from lm_eval_pruned import load_pruned
+from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import default_model
 from lm_eval_pruned.checkpoints.default_model import _packaged_gguf, find_default_model
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning.config_widths import WidthKey, copy_layers, taken_apart
-from tests.helpers import checkpoints
+from tests.helpers import by_hand, checkpoints
 from tests.helpers.checkpoints import TINY, edit_config, edit_weights, save_tiny
 from tests.helpers.layouts import logits
-from tests.helpers.ways_to_load import assert_same_model, request_of
+from tests.helpers.ways_to_load import (
+    assert_same_model,
+    assert_state,
+    request_of,
+    write_texts,
+)
 
 
-GATE = "model.layers.1.mlp.gate_proj.weight"
+@pytest.fixture
+def text(tmp_path):
+    return write_texts(tmp_path / "text.jsonl")
 
 
 def load_in_threads(folder, beside):
@@ -66,6 +75,19 @@ def test_threads_do_not_disturb_each_other(tmp_path, beside):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"ratio": 1}])
+def test_what_a_stock_load_in_another_thread_leaves_is_no_damage(
+    sizes, tmp_path, monkeypatch
+):
+    """Transformers can leave this method replaced for good."""
+    save_tiny(tmp_path, tie_word_embeddings=True)
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", lambda *_, **__: None)
+    with pytest.raises(
+        RuntimeError, match=r"^lm_head\.weight was not tied: another thread"
+    ):
+        load_pruned(str(tmp_path), **sizes)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"ratio": 1}])
 def test_a_model_that_is_let_go_waits_for_no_collection(tiny_llama, sizes):
     gc.disable()
     try:
@@ -75,21 +97,73 @@ def test_a_model_that_is_let_go_waits_for_no_collection(tiny_llama, sizes):
         gc.enable()
 
 
-def test_what_is_not_ranked_may_hold_anything(tmp_path):
-    """Biases, and layers that keep their width."""
-    folder = str(save_tiny(tmp_path / "tiny", mlp_bias=True))
-    expected = load_pruned(folder, ratio=1, skip_layers=1).prune_record
-    spoilt = [GATE, *(f"model.layers.0.mlp.{n}_proj.bias" for n in ("gate", "down"))]
+def test_a_model_that_is_cast_generates_as_its_source_says(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "copy")
+    settings = {"do_sample": True, "top_k": 7, "eos_token_id": [257, 9]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    stock = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    for asked in ({}, {"dtype": "bfloat16"}, {"device": "cpu"}):
+        model = load_pruned(str(folder), ratio=1, **asked)
+        assert model.generation_config.to_dict() == stock.to_dict()
+        assert model.generation_config.top_k == 7
 
-    def spoil(tensors):
-        for name in spoilt:
-            tensors[name][:] = float("nan")
 
-    edit_weights(tmp_path / "tiny", spoil)
-    model = load_pruned(folder, ratio=1, skip_layers=1)
-    assert model.prune_record.digest == expected.digest
-    assert [len(kept) for kept in model.prune_record.kept] == [32, 88, 32]
-    assert all(model.get_parameter(name).isnan().all() for name in spoilt)
+def test_the_recipe_fast_spares_the_first_layer(tiny_llama):
+    model = load_pruned(str(tiny_llama), prune_percent=50, recipe="fast")
+    assert [len(kept) for kept in model.prune_record.kept] == [88, 44, 44]
+
+
+@pytest.mark.parametrize("size", [96, 97])
+def test_a_config_that_is_halved_may_be_odd(size, tmp_path):
+    """RecurrentGemma builds ``intermediate_size // 2`` neurons."""
+    more = {"num_key_value_heads": 1, "lru_width": 32, "intermediate_size": size}
+    save_tiny(tmp_path, "recurrent_gemma", **more)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    whole = load_pruned(str(tmp_path))
+    assert_same_model(whole, stock)
+    assert whole.config.intermediate_size == size
+    pruned = load_pruned(str(tmp_path), ratio=1)
+    kept = by_hand.listed(pruned.prune_record.kept)
+    assert_state(pruned, by_hand.sliced(stock, kept)[0])
+    export_pruned(str(tmp_path), tmp_path / "out", prune_arguments={"ratio": 1})
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), pruned)
+
+
+ANYWHERE = (
+    *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+    *(f"model.layers.1.{n}" for n in ("self_attn.q_proj.weight", "mlp.up_proj.bias")),
+    "model.layers.2.mlp.down_proj.weight",
+)
+LEAVES_LAYER_2 = {"ratio": 1, "skip_layers": 2}
+
+
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_a_weight_that_is_not_finite_is_named_wherever_it_is(name, tmp_path, text):
+    folder = save_tiny(tmp_path / "tiny", mlp_bias=True)
+    edit_weights(folder, lambda t: t[name].view(-1).__setitem__(7, float("nan")))
+    said = (
+        rf"^{name} holds 1 NaN or infinite values of \d+: use an intact checkpoint\.$"
+    )
+    by_text = {"drop_layers": 1, "drop_by": "block_influence", "calibration": text}
+    for asked in ({}, LEAVES_LAYER_2, {"recipe": "best", "ratio": 1}, by_text):
+        with pytest.raises(ValueError, match=said):
+            load_pruned(str(folder), **asked)
+    with pytest.raises(ValueError, match=said):
+        export_pruned(str(folder), tmp_path / "out", prune_arguments=LEAVES_LAYER_2)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=said):
+        prune_model(model, **LEAVES_LAYER_2)
+    assert model.model.layers[0].mlp.up_proj.weight.shape == (88, 32), "as it was"
+
+
+@pytest.mark.parametrize("asked", [{}, {"ratio": 1}])
+def test_a_weight_that_the_dtype_cannot_hold_is_named(asked, tmp_path):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit_weights(save_tiny(tmp_path), lambda t: t[name][:2, 3].fill_(7e4))
+    said = rf"^{name} holds 2 .* or pass dtype=float32, which holds values above 65504"
+    with pytest.raises(ValueError, match=said):
+        load_pruned(str(tmp_path), dtype="float16", **asked)
+    assert load_pruned(str(tmp_path), dtype="bfloat16", **asked)
 
 
 def test_what_the_hub_holds_is_known_by_name_and_commit(tiny_llama):

@@ -169,6 +169,7 @@ DOGE = {"num_hidden_layers": 2, "num_key_value_heads": 4, "is_moe": True}
         ("t5", overrides("t5", 12), DROP, "it has an encoder"),
         ("lfm2", {"layer_types": LFM2}, {"drop_layers": "1+3"}, "every layer"),
         ("recurrent_gemma", RECURRENT, {"ratio": 1}, "no key of its config sets"),
+        ("hrm_text", {}, {"ratio": 1, "recipe": "best"}, r"^Hrm.* pass recipe=fast\.$"),
         ("doge", DOGE, {"ratio": 1}, r"down_embed.* inside its MLP"),
         ("gpt2", {}, {"ratio": 1}, "GPT2LMHeadModel .*gpt2.* has no GLU-MLP"),
     ],

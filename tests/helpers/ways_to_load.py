@@ -171,4 +171,4 @@ def forbid_reading(monkeypatch):
     def load(*given, **named):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(LoadRequest, "load", load)
+    monkeypatch.setattr(LoadRequest, "_load", load)

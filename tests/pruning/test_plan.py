@@ -120,6 +120,9 @@ def test_forms_of_a_file_of_widths(tmp_path, text):
     ("text", "word"),
     [
         *((text, "it names no layer") for text in ("", "{}", "[null]")),
+        ('{"0": 20, "1": 9, "0": 30}', "it names layer 0 twice"),
+        ('{"0": null, "00": 30}', "it names layer 0 twice"),
+        ("layer,width\n1,9\n0,9\n1,8\n", "it names layer 1 twice"),
         ('{"0": 20', "Expecting"),
         ('{"0": 2.5}', "'2.5'"),
         ("layer,size\n0,1\n", "'width'"),

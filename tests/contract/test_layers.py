@@ -1,0 +1,428 @@
+"""docs/layers.md: widths by layer, and whole layers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lm_eval_pruned import load_pruned
+from tests.contract.commands import lm_eval, pruned, results_in
+from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
+
+
+#: Neurons of each layer of `tiny_llama`.
+WIDTH = 88
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lm-eval-pruned" / "sensitivity"
+
+
+@pytest.fixture
+def text(tmp_path):
+    lines = ("The tide comes in twice a day.", "A loaf rises.", "Bridges expand.")
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(file)
+
+
+def widths_of(model) -> list[int]:
+    return [layer.mlp.gate_proj.out_features for layer in model.model.layers]
+
+
+def state_of(folder) -> dict:
+    return load_file(folder / "model.safetensors")
+
+
+def refusal(folder, **asked) -> str:
+    """Return the sentence with which a load is refused, though there is no weight to read."""
+    bare = folder.parent / "without-weights"
+    bare.mkdir(exist_ok=True)
+    shutil.copyfile(folder / "config.json", bare / "config.json")
+    with pytest.raises(ValueError) as error:
+        load_pruned(str(bare), **asked)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def tiny(tiny_llama, tmp_path):
+    return shutil.copytree(tiny_llama, tmp_path / "tiny")
+
+
+# Measure what cutting one layer costs
+
+
+def test_sensitivity_writes_and_prints_a_curve_for_each_layer_criterion_and_seed(
+    tiny, text, tmp_path, cache
+):
+    pytest.importorskip("altair", reason="plots need the extra `report`")
+    out = tmp_path / "out"
+    words = ["sensitivity", "--model_args", f"pretrained={tiny}", "--calibration", text]
+    words += ["--criteria", "ppm", "act", "random", "--seeds", 0, 5]
+    words += ["--prune_percents", 25, 50, "--output_path", out]
+    done = pruned(*words)
+    assert done.code == 0, done.err
+    # A table for each share, with a row for each layer.
+    tables = done.out.split("|layer|")[1:]
+    assert len(tables) == 2
+    assert all(f"\n|{layer} " in table for table in tables for layer in "012")
+    names = {"sensitivity.json", "sensitivity.csv"}
+    names |= {f"sensitivity-by-layer.{kind}" for kind in ("png", "svg")}
+    assert {file.name for file in out.iterdir()} == names
+    found = json.loads((out / "sensitivity.json").read_text())
+    ways = {(c["layer"], c["criterion"], c.get("seed")) for c in found["curves"]}
+    ranked = (("maw", None), ("act", None), ("random", 0), ("random", 5))
+    assert ways == {(layer, *way) for layer in range(3) for way in ranked}
+    with (out / "sensitivity.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3 * len(ranked) * 2
+    assert [*cache.iterdir()], "curves are cached"
+    assert pruned(*words).out == done.out
+
+
+def test_sensitivity_uses_16_texts_of_the_package_by_default(tiny):
+    words = ["sensitivity", "--model_args", f"pretrained={tiny}"]
+    done = pruned(*words, "--criteria", "maw", "--prune_percents", 50)
+    assert done.code == 0, done.err
+    assert "on 16 texts" in done.out
+
+
+def test_the_entry_repair_says_what_was_measured(tiny, text, tmp_path):
+    words = ["sensitivity", "--model_args", f"pretrained={tiny}", "--calibration", text]
+    words += [
+        "--repair",
+        "least_squares",
+        "--criteria",
+        "obs",
+        "--output_path",
+        tmp_path,
+    ]
+    assert pruned(*words).code == 0
+    found = json.loads((tmp_path / "sensitivity.json").read_text())
+    assert found["repair"] == "least_squares"
+    assert {curve["criterion"] for curve in found["curves"]} == {"obs"}
+
+
+# Let the layers share a cut
+
+
+@pytest.mark.parametrize("allocation", ["sensitivity", "global"])
+def test_as_many_neurons_remain_as_after_the_uniform_cut(allocation, tiny, text):
+    asked = {"prune_percent": 40, "allocation": allocation}
+    more = {"criterion": "l2"} if allocation == "global" else {"calibration": text}
+    uniform = widths_of(load_pruned(str(tiny), prune_percent=40))
+    widths = widths_of(load_pruned(str(tiny), **asked, **more))
+    assert sum(widths) == sum(uniform)
+    assert len({*widths}) > 1
+
+
+def test_a_layer_keeps_an_eighth_unless_min_width_or_the_size_says_otherwise(
+    tiny, text
+):
+    asked = {"allocation": "sensitivity", "calibration": text}
+    for size, more, fewest in (
+        ({"prune_percent": 60}, {}, WIDTH // 8),
+        ({"prune_percent": 60}, {"min_width": 5}, 5),
+        ({"prune_percent": 60}, {"min_width": 20}, 20),
+        ({"intermediate_size": 9}, {}, 9),
+    ):
+        widths = widths_of(load_pruned(str(tiny), **size, **more, **asked))
+        assert min(widths) == fewest, (size, more)
+
+
+def test_each_width_is_a_multiple(tiny):
+    asked = {"prune_percent": 40, "allocation": "global", "multiple_of": 8}
+    widths = widths_of(load_pruned(str(tiny), **asked))
+    assert all(width % 8 == 0 for width in widths)
+    assert sum(widths) == 3 * 48
+
+
+@pytest.mark.parametrize("more", [{"layers": "0+2"}, {"skip_layers": 1}])
+def test_a_cut_is_shared_among_some_layers_only(more, tiny):
+    asked = {"prune_percent": 40, "allocation": "global", **more}
+    widths = widths_of(load_pruned(str(tiny), **asked))
+    assert widths[1] == WIDTH
+    assert widths[0] + widths[2] == 2 * 53
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_the_criterion_of_each_layer_is_chosen_by_loss(allocation, tiny, text):
+    asked = {"criterion": "best", "criteria_tried": "maw+act", "calibration": text}
+    model = load_pruned(str(tiny), ratio=1, allocation=allocation, **asked)
+    chosen = dict(model.prune_record.plan.layer_criteria)
+    assert {*chosen} == {0, 1, 2}
+    assert {*chosen.values()} <= {"maw", "act"}
+
+
+def test_plan_shows_the_width_of_each_layer_and_results_record_them(tiny, tmp_path):
+    asked = f"pretrained={tiny},prune_percent=40,allocation=global,criterion=vow"
+    done = pruned("plan", "--model_args", asked, "--format", "json")
+    (row,) = json.loads(done.out)
+    words = ["--model", "pruned-hf", "--model_args", asked, "--device", "cpu"]
+    words += [
+        "--tasks",
+        "pruned_demo_bias",
+        "--limit",
+        1,
+        "--output_path",
+        tmp_path / "out",
+    ]
+    assert lm_eval(*words).code == 0
+    record = results_in(tmp_path / "out")["config"]["pruning"]
+    cut = {"prune_percent": 40, "allocation": "global", "criterion": "vow"}
+    widths = widths_of(load_pruned(str(tiny), **cut))
+    assert record["layer_widths"] == {str(n): width for n, width in enumerate(widths)}
+    assert row["layer_widths"] == ",".join(f"{n}:{w}" for n, w in enumerate(widths))
+
+
+# Set the widths yourself
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("w.json", '{"0": 20, "2": 7}'),
+        ("w.json", "[20, null, 7]"),
+        ("w.csv", "layer,loss,width\n2,0.5,7\n0,0.1,20\n"),
+        (None, {0: 20, 2: 7}),
+    ],
+)
+def test_forms_of_widths(name, content, tiny, tmp_path):
+    widths = content
+    if name is not None:
+        widths = str(tmp_path / name)
+        (tmp_path / name).write_text(content)
+    assert widths_of(load_pruned(str(tiny), widths=widths)) == [20, WIDTH, 7]
+
+
+@pytest.mark.parametrize(
+    "more", [{"ratio": 1}, {"prune_percent": 9}, {"layers": 0}, {"skip_layers": 0}]
+)
+def test_widths_excludes_the_other_sizes_and_choices_of_layers(more, tiny):
+    assert "widths" in refusal(tiny, widths={0: 20}, **more)
+
+
+def test_multiple_of_rounds_down_each_width_that_is_smaller_than_the_layers(tiny):
+    model = load_pruned(str(tiny), widths={0: 30, 1: WIDTH, 2: 85}, multiple_of=16)
+    assert widths_of(model) == [16, WIDTH, 80]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"0": 20, "1": 9, "0": 30}', "layer 0 twice"),
+        ("layer,width\n1,9\n1,8\n", "layer 1 twice"),
+        ('{"3": 20}', "layer 3"),
+        ("[0]", "layer 0 0 neurons"),
+        (f"[{WIDTH + 1}]", f"from 1 to {WIDTH}"),
+        ("[2.5]", "2.5"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_invalid_widths_fail_before_loading_with_one_sentence(
+    content, words, tiny, tmp_path
+):
+    (tmp_path / "w").write_text(content)
+    sentence = refusal(tiny, widths=str(tmp_path / "w"))
+    assert words in sentence
+    assert sentence.startswith("widths=w ")
+
+
+def test_one_number_for_the_model_is_the_mean_over_the_layers(tiny):
+    words = ["--model_args", f"pretrained={tiny}", "--format", "json", "--widths"]
+    file = tiny / "widths.json"
+    file.write_text("[30, 60, 60]")
+    (row,) = json.loads(pruned("plan", *words, file).out)
+    assert row["intermediate_size"] == 50
+    assert row["expansion_ratio"] == 50 / 32
+
+
+@pytest.mark.parametrize("more", [{"layers": "1-2"}, {"skip_layers": 0}])
+def test_only_some_layers_are_pruned_by_a_size(more, tiny):
+    assert widths_of(load_pruned(str(tiny), ratio=1, **more)) == [WIDTH, 32, 32]
+
+
+# Save and open a model of several widths
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_llama, tmp_path_factory):
+    """A model of several widths, which ``lm-eval-pruned prune`` wrote."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "w.json").write_text("[40, 60, 88]")
+    words = ["--model_args", f"pretrained={tiny_llama},widths={folder / 'w.json'}"]
+    done = pruned("prune", *words, "--output_path", folder / "uneven")
+    assert done.code == 0, done.err
+    return folder / "uneven"
+
+
+@pytest.fixture
+def uneven(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "uneven")
+
+
+def test_several_widths_are_saved_with_per_layer_config(uneven):
+    config = json.loads((uneven / "config.json").read_text())
+    assert config["intermediate_size"] == WIDTH
+    assert config["per_layer_config"] == {
+        str(n): {"intermediate_size": width} for n, width in enumerate((40, 60))
+    }
+    model = load_pruned(str(uneven))
+    assert widths_of(model) == [40, 60, 88]
+    assert all(
+        torch.equal(t, model.state_dict()[n]) for n, t in state_of(uneven).items()
+    )
+
+
+def test_stock_transformers_refuses_it(uneven):
+    with pytest.raises(Exception, match=r"per-layer|size"):
+        AutoModelForCausalLM.from_pretrained(uneven)
+
+
+def test_the_card_says_what_opens_it(exported):
+    assert "`lm_eval --model pruned-hf`" in (exported / "README.md").read_text()
+
+
+def test_the_record_says_that_no_key_of_the_config_expresses_the_widths(tiny):
+    record = load_pruned(str(tiny), widths=[40, 60, 88]).prune_record
+    assert record.as_dict()["config_expresses_widths"] is False
+    assert load_pruned(str(tiny), ratio=1).prune_record.as_dict()[
+        "config_expresses_widths"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "widths"),
+    [
+        ({"intermediate_size": 50}, [40, 50, 50]),
+        ({"ratio": "50/32"}, [40, 50, 50]),
+        ({"prune_percent": 50}, [20, 30, 44]),
+        ({"widths": [30, 60, 10]}, [30, 60, 10]),
+    ],
+)
+def test_sizes_of_a_model_of_several_widths_that_is_pruned_again(size, widths, uneven):
+    assert widths_of(load_pruned(str(uneven), **size)) == widths
+
+
+def test_widths_are_read_from_the_tensors_and_a_contradiction_names_the_layer(uneven):
+    edit_config(uneven, per_layer_config=None)
+    assert widths_of(load_pruned(str(uneven))) == [40, 60, 88]
+    edit_config(uneven, per_layer_config={"0": {"intermediate_size": 41}})
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp has 40 .* says 41"):
+        load_pruned(str(uneven))
+
+
+# Leave out whole layers
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("deep") / "deep", num_hidden_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        (2, [0, 1, 2, 5]),
+        ("1+3-4", [0, 2, 5]),
+        ("[3]", [0, 1, 2, 4, 5]),
+        ("3-3", [0, 1, 2, 4, 5]),
+        ([3, 4], [0, 1, 2, 5]),
+    ],
+)
+def test_which_layers_go(asked, kept, deep):
+    model, whole = load_pruned(str(deep), drop_layers=asked), load_pruned(str(deep))
+    layers = [whole.model.layers[number] for number in kept]
+    for ours, theirs in zip(model.model.layers, layers, strict=True):
+        assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [
+        *range(len(kept))
+    ]
+    record = model.prune_record.as_dict()
+    assert record["layers_before"] == 6
+    assert {"layers_dropped", "layers_kept"} <= record.keys()
+
+
+def test_the_layers_of_least_block_influence_go(deep, tmp_path, text):
+    """A layer that hands on what it is given has none."""
+    idle = shutil.copytree(deep, tmp_path / "idle")
+    names = [
+        f"model.layers.4.{n}.weight" for n in ("self_attn.o_proj", "mlp.down_proj")
+    ]
+    edit_weights(idle, lambda tensors: [tensors[name].zero_() for name in names])
+    asked = {"drop_layers": 1, "drop_by": "block_influence", "calibration": text}
+    record = load_pruned(str(idle), **asked).prune_record.as_dict()
+    assert record["layers_dropped"] == "4"
+    assert record["block_influence"]["4"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_exported_checkpoint_opens_in_stock_transformers(deep, tmp_path):
+    words = ["--model_args", f"pretrained={deep}", "--drop_layers", "1+3"]
+    assert pruned("prune", *words, "--output_path", tmp_path / "out").code == 0
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = load_pruned(str(deep), drop_layers="1+3")
+    assert stock.config.num_hidden_layers == 4
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(stock.state_dict()[name], tensor)
+
+
+def test_the_digest_covers_the_layers(deep):
+    digests = {
+        load_pruned(str(deep), drop_layers=layers, ratio=1).prune_record.digest
+        for layers in ("1", "[1]", "[2]")
+    }
+    assert len(digests) == 3
+
+
+def test_plan_prints_the_ratio_of_equal_parameters(deep):
+    words = ["plan", "--model_args", f"pretrained={deep}", "--drop_layers", 2, 4]
+    assert "ratio of equal parameters" in pruned(*words).out
+    rows = json.loads(pruned(*words, "--format", "json").out)
+    for row in rows:
+        narrow = load_pruned(str(deep), ratio=row["equal_ratio"])
+        # To within a neuron of each layer.
+        assert abs(narrow.num_parameters() - row["parameters"]) <= 6 * 3 * 32
+
+
+def test_with_a_size_the_layers_that_stay_are_narrowed_by_their_old_numbers(deep):
+    model = load_pruned(str(deep), drop_layers="1", ratio=1, layers="0+5")
+    assert widths_of(model) == [32, WIDTH, WIDTH, WIDTH, 32]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"widths": {0: 20}}, "widths"),
+        ({"ratio": 1, "allocation": "global"}, "allocation"),
+        ({"ratio": 1, "criterion": "best"}, "criterion=best"),
+    ],
+)
+def test_what_does_not_go_together_with_drop_layers(asked, words, deep):
+    sentence = refusal(deep, drop_layers=1, **asked)
+    assert words in sentence
+    assert "drop_layers" in sentence
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "asked"),
+    [
+        ("gemma3n_text", {"num_kv_shared_layers": 0}, 1),
+        ("t5", {"d_ff": 88, "d_model": 32, "feed_forward_proj": "gated-gelu"}, 1),
+        ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "1+3"),
+    ],
+)
+def test_models_whose_layers_cannot_be_dropped(family, options, asked, tmp_path):
+    from tests.helpers.checkpoints import auto_class, tiny_config
+
+    config = tiny_config(family, **{"num_hidden_layers": 4, **options})
+    config.save_pretrained(tmp_path / "bare")
+    more = {"auto_class": auto_class(config), "drop_layers": asked}
+    assert "drop_layers" in refusal(tmp_path / "bare", **more)
