@@ -246,9 +246,15 @@ def save_loaded(
                 target = folder / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-    before = request.widths.whole.original.to_dict()
+    whole = request.widths.whole.original
+    before, after = whole.to_dict(), model.config.to_dict()
+    if type(model.config) is not type(whole):
+        # The class was handed the part that is of text, and no Auto class opens that part alone.
+        after.pop("transformers_version")
+        classes = after["architectures"]
+        after = before | {"text_config": after, "architectures": classes}
     dtype = str(model.dtype).removeprefix("torch.")
-    _edit(config, before, model.config.to_dict(), dtype)
+    _edit(config, before, after, dtype)
     if "torch_dtype" not in config:
         config["dtype"] = dtype
     # As the Hub's JSON files are written.
