@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
-from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts
+from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts, watched
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.measuring import text_loss
 from lm_eval_pruned.util.tables import markdown_table
@@ -73,7 +73,9 @@ def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qu
         total, count = total + text_loss(model, tokens), count + tokens.numel() - 1
 
     run_texts(model, text.tokens, "held text", run=add)
-    return Quality(total / count, tuple(_said(model, tokenizer, p) for p in PROMPTS))
+    with watched(model, {}):
+        said = tuple(_said(model, tokenizer, prompt) for prompt in PROMPTS)
+    return Quality(total / count, said)
 
 
 def _said(
@@ -87,7 +89,6 @@ def _said(
     else:
         given = tokenizer(prompt, return_tensors="pt")
     ids = given["input_ids"].to(model.device)
-    model.eval()
     found: Any = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
