@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from lm_eval_pruned.checkpoints.cost import (
     PRUNED,
@@ -26,10 +27,10 @@ from lm_eval_pruned.checkpoints.cost import (
 )
 from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import load_request
-from lm_eval_pruned.checkpoints.request import LoadRequest, asked_of
+from lm_eval_pruned.checkpoints.request import LoadRequest, asked_of, stored_once
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.plan import whole_or_mean
-from lm_eval_pruned.util.atomic import appearing_whole
+from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def export_pruned(
 
     Raises:
         ValueError, UnsupportedModelError, OSError: As `load_pruned`; also where nothing would be
-            pruned, or `output` is not empty.
+            pruned, or `output` is not empty, cannot be written or has too little room.
 
     Example:
         ```python
@@ -151,6 +152,8 @@ def export_pruned(
         PruneArguments(**prune_arguments),
         {**given, "dtype": dtype, "device_map": {"": device}},
     )
+    source = source_folder(pretrained, given)
+    check_writable(output, _least_bytes(request, source, stored))
     cost: dict[str, Quality] = {}
 
     def measure(name: str, model: PreTrainedModel) -> None:
@@ -181,14 +184,15 @@ def export_pruned(
     if PRUNED in measured:
         measure(PRUNED, model)
     more = {} if more_files is None else more_files(record)
-    source = source_folder(pretrained, given)
+    weights = stored_once(model).values()
+    check_writable(output, sum(each.numel() * each.itemsize for each in weights))
     with appearing_whole(output) as unfinished:
         save_loaded(model, request, source, unfinished, max_shard_size)
         card = model_card(pretrained, given.get("revision"), source, record, cost=cost)
         for name, text in {"README.md": card, **more}.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_text(text, encoding="utf-8")
-        weights = [p.stat().st_size for p in unfinished.glob("*.safetensors")]
+        shards = [p.stat().st_size for p in unfinished.glob("*.safetensors")]
     if push_to_hub is not None:
         from huggingface_hub import HfApi
 
@@ -198,7 +202,22 @@ def export_pruned(
             folder_path=output,
             commit_message="Upload a model pruned by lm-eval-pruned",
         )
-    return Export(output, record, sum(weights), len(weights), cost)
+    return Export(output, record, sum(shards), len(shards), cost)
+
+
+def _least_bytes(request: LoadRequest, source: Path, dtype: torch.dtype | None) -> int:
+    """Return how many bytes of weights there will be at least; 0 where only a load tells."""
+    plan, widths = request.plan, request.widths
+    if plan.is_open or request.prune_arguments.measures_depth:
+        return 0
+    parameters = widths.count_parameters(widths.targets(plan))
+    if dtype is not None:
+        return parameters * dtype.itemsize
+    known = widths.original.dtype or torch.float32
+    size = sum(path.stat().st_size for path in source.glob("model*.safetensors"))
+    # A folder may hold weights that are not loaded, and a config lie about the dtype.
+    share = size * parameters // widths.parameters_before
+    return min(share, parameters * known.itemsize)
 
 
 def check_output(output: Path) -> None:
@@ -233,11 +252,21 @@ def save_loaded(
     folder: Path,
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write a model, and all that stays true of it in the folder of its source but the model card."""
-    if request.model_arguments.get("gguf_file") is not None:
-        save_converted(model, request.load_tokenizer(), folder, max_shard_size)
-        return
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    """Write a model, and all that stays true of it in the folder of its source but the model card.
+
+    Raises:
+        OSError: The weights cannot be written, as on a disk that is full.
+    """
+    try:
+        if request.model_arguments.get("gguf_file") is not None:
+            save_converted(model, request.load_tokenizer(), folder, max_shard_size)
+            return
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise OSError(
+            f"The weights cannot be written to {folder} ({error}): pass a folder on another disk, or "
+            "make room."
+        ) from None
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
         for path in source.glob(pattern):

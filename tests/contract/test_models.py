@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+
+import pytest
 
 from tests.contract.commands import pruned
 from tests.helpers import layouts
@@ -26,3 +29,41 @@ def test_experts_whose_width_the_grouped_product_refuses_run_one_by_one(tmp_path
     done = prune(source, tmp_path / "out", "--widths", widths, "--check")
     assert done.code == 0, done.err
     assert "loss, nats per token" in done.out
+
+
+@pytest.fixture
+def small_files():
+    """Let this process write no file above 20 kB, as where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_export_that_is_killed_leaves_a_folder_that_the_next_one_removes(
+    tiny_llama, tmp_path
+):
+    left = tmp_path / ".out.unfinished-abc"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    assert prune(tiny_llama, tmp_path / "out", *STUDY).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_fills_up_ends_in_one_sentence(tiny_llama, tmp_path, small_files):
+    said = prune(tiny_llama, tmp_path / "out", *STUDY).sentence
+    assert "The weights cannot be written to" in said and "make room" in said
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("command", ["prune", "heal", "sweep", "sensitivity"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_for(
+    command, tmp_path
+):
+    (tmp_path / "file").touch()
+    words = ["--model_args", "pretrained=/nowhere", "--output_path"]
+    more = {"prune": STUDY, "heal": ["--data", "texts.jsonl"]}
+    more["sweep"] = ["--tasks", "boolq", "--ratios", 2]
+    done = pruned(command, *words, tmp_path / "file" / "out", *more.get(command, ()))
+    assert "out cannot be written" in done.sentence
+    assert "Not a directory" in done.sentence
