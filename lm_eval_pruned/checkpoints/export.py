@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
@@ -20,7 +19,6 @@ from lm_eval_pruned.checkpoints.cost import (
     RANDOM_CUT,
     UNPRUNED,
     Quality,
-    UnmeasurableError,
     cost_table,
     quality_of,
     random_cut,
@@ -154,45 +152,34 @@ def export_pruned(
     )
     source = source_folder(pretrained, given)
     check_writable(output, _least_bytes(request, source, stored))
+    tokenizer = _tokenizer_of_measurable(request) if measured else None
     cost: dict[str, Quality] = {}
 
     def measure(name: str, model: PreTrainedModel) -> None:
-        try:
-            cost[name] = quality_of(model, tokenizer())
-        except UnmeasurableError as error:
-            logger.warning("The cost of the cut was not measured (%s): %s", name, error)
+        if tokenizer is not None and name in measured:
+            cost[name] = quality_of(model, tokenizer)
 
-    @functools.cache
-    def tokenizer() -> PreTrainedTokenizerBase:
-        try:
-            return request.load_tokenizer()
-        except (OSError, ValueError) as error:
-            raise UnmeasurableError(
-                f"The tokenizer cannot be loaded: {error}"
-            ) from None
-
-    if RANDOM_CUT in measured:
+    if RANDOM_CUT in measured and tokenizer is not None:
         measure(RANDOM_CUT, load_request(random_cut(request)))
-    look = (lambda loaded: measure(UNPRUNED, loaded.model)) if measured else None
-    model = load_request(request, look=look)
+    model = load_request(request, look=lambda loaded: measure(UNPRUNED, loaded.model))
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
     if not record.plan.changes_model:
         raise ValueError(
             f"{asked_of(record.plan) or 'no size'} keeps all {record.plan.width_before} neurons, so "
             f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
         )
-    if PRUNED in measured:
-        measure(PRUNED, model)
+    measure(PRUNED, model)
     more = {} if more_files is None else more_files(record)
     weights = stored_once(model).values()
     check_writable(output, sum(each.numel() * each.itemsize for each in weights))
     with appearing_whole(output) as unfinished:
         save_loaded(model, request, source, unfinished, max_shard_size)
-        card = model_card(pretrained, given.get("revision"), source, record, cost=cost)
+        origin = (pretrained, given.get("revision"), source, record)
+        card = model_card(*origin, unfinished, cost=cost)
         for name, text in {"README.md": card, **more}.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_text(text, encoding="utf-8")
-        shards = [p.stat().st_size for p in unfinished.glob("*.safetensors")]
+        shards = _shards(unfinished)
     if push_to_hub is not None:
         from huggingface_hub import HfApi
 
@@ -203,6 +190,17 @@ def export_pruned(
             commit_message="Upload a model pruned by lm-eval-pruned",
         )
     return Export(output, record, sum(shards), len(shards), cost)
+
+
+def _tokenizer_of_measurable(request: LoadRequest) -> PreTrainedTokenizerBase | None:
+    """Return what reads the held text; None, with a warning, where no model can be measured on it."""
+    try:
+        if request.widths.original.is_encoder_decoder:
+            raise ValueError("the held text has no target for a decoder")
+        return request.load_tokenizer()
+    except ValueError as error:
+        logger.warning("The cost of the cut was not measured: %s.", error)
+        return None
 
 
 def _least_bytes(request: LoadRequest, source: Path, dtype: torch.dtype | None) -> int:
@@ -311,6 +309,7 @@ def model_card(
     revision: str | None,
     folder: Path,
     record: PruneRecord,
+    written: Path,
     trained: str | None = None,
     cost: Mapping[str, Quality] | None = None,
 ) -> str:
@@ -321,6 +320,7 @@ def model_card(
         revision: Its revision on the Hub.
         folder: Folder of the source's own card.
         record: What was pruned.
+        written: Folder of the weights, which are complete.
         trained: A sentence on how the pruned model was trained.
         cost: What to show of it; see `Export`.
     """
@@ -329,6 +329,8 @@ def model_card(
         trained = _UNTRAINED if record.repaired is None else _REPAIRED
     shown = f"{_COST}\n\n{cost_table(cost)}\n\n" if cost else ""
     source = f"{name} (revision {revision})" if revision else name
+    loaded = f"pretrained={name}" + (f",revision={revision}" if revision else "")
+    shards = _shards(written)
     criteria = " or ".join(f"`{each}`" for each in plan.criteria)
     ranked = (
         f" In each layer, the neurons with the highest scores by {criteria} were kept."
@@ -344,8 +346,14 @@ dropped, "layers" and the numbers of those that are kept come first).
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} The cost of the cut
-depends on the model, the size and the task, so evaluate the model for your use before relying on it.
+{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} The weights are {sum(shards):,} bytes in {len(shards)} file{"s" * (len(shards) > 1)}.
+
+The cost of the cut depends on the model, the size and the task. Whether the model may be shipped in place
+of its source, for your use:
+
+```bash
+lm-eval-pruned verdict pruned-hf,{loaded} pruned-hf,pretrained=FOLDER_OF_THIS_MODEL
+```
 """
     tags = ["depth-pruning"] * (plan.depth is not None)
     title = f"{source}, {_what(plan)}"
@@ -401,6 +409,11 @@ def _card(
         **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
     )
     return f"---\n{fields.to_yaml()}\n---\n\n# {title}\n\n{body}"
+
+
+def _shards(folder: Path) -> list[int]:
+    """Return the size of each weight file of a folder, in bytes."""
+    return [path.stat().st_size for path in folder.glob("*.safetensors")]
 
 
 def _name(pretrained: str) -> str:

@@ -67,3 +67,29 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_f
     done = pruned(command, *words, tmp_path / "file" / "out", *more.get(command, ()))
     assert "out cannot be written" in done.sentence
     assert "Not a directory" in done.sentence
+
+
+def test_the_model_card_has_the_size_of_the_weights_and_the_next_command(tmp_path):
+    source, out = save_tiny(tmp_path / "A-Base"), tmp_path / "out"
+    assert prune(source, out, *STUDY, "--max_shard_size", "100KB").code == 0
+    sizes = [path.stat().st_size for path in out.glob("*.safetensors")]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert len(sizes) > 1
+    assert f"The weights are {sum(sizes):,} bytes in {len(sizes)} files." in card
+    command = "lm-eval-pruned verdict pruned-hf,pretrained=A-Base pruned-hf,pretrained="
+    assert command in card
+    assert str(tmp_path) not in card
+
+
+def test_a_folder_without_a_tokenizer_is_told_once_a_line(tmp_path, caplog):
+    """The recipe in one line, and that nothing was measured in another."""
+    source = save_tiny(tmp_path / "source")
+    for path in source.glob("*token*"):
+        path.unlink()
+    done = prune(source, tmp_path / "out", "--prune_percent", 40)
+    assert done.code == 0
+    lines = [*done.err.splitlines(), *caplog.messages]
+    told = [line for line in lines if "tokenizer" in line]
+    assert len(told) == 2, told
+    assert told[0].startswith("recipe=fast was chosen, because calibration text needs a")
+    assert told[1].startswith("The cost of the cut was not measured: no tokenizer can be")
