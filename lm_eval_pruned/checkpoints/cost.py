@@ -38,10 +38,6 @@ PROMPTS = ("Name three colours.", "The capital of France is", "Water boils at")
 _SAID = 16
 
 
-class UnmeasurableError(ValueError):
-    """The model cannot be asked for the next token of a text."""
-
-
 @dataclass(frozen=True)
 class Quality:
     """How well a model predicts the held text.
@@ -56,13 +52,7 @@ class Quality:
 
 
 def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
-    """Measure a model where it is.
-
-    Raises:
-        UnmeasurableError: It has an encoder.
-    """
-    if model.config.is_encoder_decoder:
-        raise UnmeasurableError("The text has no target for the decoder.")
+    """Measure a model without an encoder, where it is."""
     text = CalibrationText.of(
         model, tokenizer, str(HELD_TEXT), longest=TOKENS, shortest=2
     )
@@ -102,12 +92,12 @@ def _said(
 
 def random_cut(request: LoadRequest) -> LoadRequest:
     """Return the request for a random cut of the same size and layers, without repair."""
-    asked, kept = (
-        request.prune_arguments,
-        (*CUTS, "layers", "skip_layers", "multiple_of"),
-    )
-    given = {n: v for n in kept if (v := getattr(asked, n)) is not None}
-    arguments = PruneArguments(**given, criterion=RANDOM)
+    asked = request.prune_arguments
+    names = [*CUTS, "layers", "skip_layers", "multiple_of"]
+    if asked.measures_depth:
+        names += ["drop_by", "calibration", "calibration_samples"]
+    same = {n: v for n in names if (v := getattr(asked, n)) is not None}
+    arguments = PruneArguments(**same, criterion=RANDOM)
     return dataclasses.replace(
         request, prune_arguments=arguments, plan=request.widths.plan(arguments)
     )
