@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 
 import pytest
 
@@ -26,7 +27,8 @@ def test_experts_whose_width_the_grouped_product_refuses_run_one_by_one(tmp_path
     source, widths = tmp_path / "source", tmp_path / "widths.json"
     save_tiny(source, "deepseek_v3", **layouts.overrides("deepseek_v3", 35))
     widths.write_text(json.dumps({"1": 20}))
-    done = prune(source, tmp_path / "out", "--widths", widths, "--check")
+    words = ("--widths", widths, "--recipe", "study", "--check")
+    done = prune(source, tmp_path / "out", *words)
     assert done.code == 0, done.err
     assert "loss, nats per token" in done.out
 
@@ -91,5 +93,32 @@ def test_a_folder_without_a_tokenizer_is_told_once_a_line(tmp_path, caplog):
     lines = [*done.err.splitlines(), *caplog.messages]
     told = [line for line in lines if "tokenizer" in line]
     assert len(told) == 2, told
-    assert told[0].startswith("recipe=fast was chosen, because calibration text needs a")
-    assert told[1].startswith("The cost of the cut was not measured: no tokenizer can be")
+    assert told[0].startswith(
+        "recipe=fast was chosen, because calibration text needs a"
+    )
+    assert told[1].startswith(
+        "The cost of the cut was not measured: no tokenizer can be"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("config.json", "config.json"),
+        ("*.safetensors", "weights"),
+        ("model-00002*", "model-00002-of-00012.safetensors"),
+    ],
+)
+def test_a_damaged_checkpoint_fails_with_one_sentence_that_names_the_file(
+    pattern, named, tmp_path, tiny_llama_sharded
+):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama_sharded, source)
+    paths = [*source.glob(pattern)]
+    if named == "weights":
+        paths.append(source / "model.safetensors.index.json")
+    for path in paths:
+        path.unlink()
+    said = prune(source, tmp_path / "out", *STUDY).sentence
+    assert f"source is a folder without {named}: pass the folder of a" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
