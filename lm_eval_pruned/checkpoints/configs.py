@@ -126,7 +126,13 @@ def clear_errors(
     try:
         yield
     except Exception as error:
-        if why := _why_no_model(pretrained, error):
+        if Path(pretrained).is_dir():
+            if lacks := _missing_file(Path(pretrained), error):
+                raise NoModelError(
+                    f"pretrained={pretrained} is a folder without {lacks}: pass the folder of a "
+                    "complete checkpoint."
+                ) from error
+        elif why := _why_no_model(error):
             raise NoModelError(
                 f"pretrained={pretrained} was not found: no folder here has that name, and {why}."
             ) from error
@@ -152,12 +158,25 @@ def clear_errors(
         ) from error
 
 
-def _why_no_model(pretrained: str, error: Exception) -> str | None:
-    """Return why the Hub gave no model for a name that is not a folder; None for another error."""
+def _missing_file(folder: Path, error: Exception) -> str | None:
+    """Return which file of a checkpoint a folder lacks; None for another error."""
+    message = str(error)
+    if message.startswith("Unrecognized model in"):
+        return None if (folder / "config.json").exists() else "config.json"
+    if message.startswith("Error no file named"):
+        return "weights"
+    shard = re.search(
+        r"No such file or directory: .*?([^/]+\.(safetensors|bin))", message
+    )
+    return shard and shard[1]
+
+
+def _why_no_model(error: Exception) -> str | None:
+    """Return why the Hub gave no model of a name; None for another error."""
     from huggingface_hub import errors
 
     cause = error.__cause__ or error
-    if Path(pretrained).is_dir() or isinstance(cause, errors.GatedRepoError):
+    if isinstance(cause, errors.GatedRepoError):
         return None
     if isinstance(cause, errors.HFValidationError):
         return "no model on the Hub can have that name"

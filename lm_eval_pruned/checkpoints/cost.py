@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
-from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts
+from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts, watched
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.measuring import text_loss
 from lm_eval_pruned.util.tables import markdown_table
@@ -38,10 +38,6 @@ PROMPTS = ("Name three colours.", "The capital of France is", "Water boils at")
 _SAID = 16
 
 
-class UnmeasurableError(ValueError):
-    """The model cannot be asked for the next token of a text."""
-
-
 @dataclass(frozen=True)
 class Quality:
     """How well a model predicts the held text.
@@ -56,13 +52,7 @@ class Quality:
 
 
 def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
-    """Measure a model where it is.
-
-    Raises:
-        UnmeasurableError: It has an encoder.
-    """
-    if model.config.is_encoder_decoder:
-        raise UnmeasurableError("The text has no target for the decoder.")
+    """Measure a model without an encoder, where it is."""
     text = CalibrationText.of(
         model, tokenizer, str(HELD_TEXT), longest=TOKENS, shortest=2
     )
@@ -73,7 +63,9 @@ def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qu
         total, count = total + text_loss(model, tokens), count + tokens.numel() - 1
 
     run_texts(model, text.tokens, "held text", run=add)
-    return Quality(total / count, tuple(_said(model, tokenizer, p) for p in PROMPTS))
+    with watched(model, {}):
+        said = tuple(_said(model, tokenizer, prompt) for prompt in PROMPTS)
+    return Quality(total / count, said)
 
 
 def _said(
@@ -87,7 +79,6 @@ def _said(
     else:
         given = tokenizer(prompt, return_tensors="pt")
     ids = given["input_ids"].to(model.device)
-    model.eval()
     found: Any = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
@@ -101,12 +92,12 @@ def _said(
 
 def random_cut(request: LoadRequest) -> LoadRequest:
     """Return the request for a random cut of the same size and layers, without repair."""
-    asked, kept = (
-        request.prune_arguments,
-        (*CUTS, "layers", "skip_layers", "multiple_of"),
-    )
-    given = {n: v for n in kept if (v := getattr(asked, n)) is not None}
-    arguments = PruneArguments(**given, criterion=RANDOM)
+    asked = request.prune_arguments
+    names = [*CUTS, "layers", "skip_layers", "multiple_of"]
+    if asked.measures_depth:
+        names += ["drop_by", "calibration", "calibration_samples"]
+    same = {n: v for n in names if (v := getattr(asked, n)) is not None}
+    arguments = PruneArguments(**same, criterion=RANDOM)
     return dataclasses.replace(
         request, prune_arguments=arguments, plan=request.widths.plan(arguments)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
@@ -13,24 +12,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from lm_eval_pruned.checkpoints.cost import (
     PRUNED,
     RANDOM_CUT,
     UNPRUNED,
     Quality,
-    UnmeasurableError,
     cost_table,
     quality_of,
     random_cut,
 )
 from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import Stored, load_request
-from lm_eval_pruned.checkpoints.request import LoadRequest, as_stored, asked_of
+from lm_eval_pruned.checkpoints.request import (
+    LoadRequest,
+    as_stored,
+    asked_of,
+    stored_once,
+)
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.plan import whole_or_mean
 from lm_eval_pruned.pruning.slicing import finished
-from lm_eval_pruned.util.atomic import appearing_whole
+from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 
 
 if TYPE_CHECKING:
@@ -127,7 +131,7 @@ def export_pruned(
 
     Raises:
         ValueError, UnsupportedModelError, OSError: As `load_pruned`; also where nothing would be
-            pruned, or `output` is not empty.
+            pruned, or `output` is not empty, cannot be written or has too little room.
 
     Example:
         ```python
@@ -152,29 +156,20 @@ def export_pruned(
         PruneArguments(**prune_arguments),
         {**given, "dtype": dtype, "device_map": {"": device}},
     )
+    source = source_folder(pretrained, given)
+    check_writable(output, _least_bytes(request, source, stored))
+    tokenizer = _tokenizer_of_measurable(request) if measured else None
     cost: dict[str, Quality] = {}
 
     def measure(name: str, model: PreTrainedModel) -> None:
-        try:
-            cost[name] = quality_of(model, tokenizer())
-        except UnmeasurableError as error:
-            logger.warning("The cost of the cut was not measured (%s): %s", name, error)
+        if tokenizer is not None and name in measured:
+            cost[name] = quality_of(model, tokenizer)
 
-    @functools.cache
-    def tokenizer() -> PreTrainedTokenizerBase:
-        try:
-            return request.load_tokenizer()
-        except (OSError, ValueError) as error:
-            raise UnmeasurableError(
-                f"The tokenizer cannot be loaded: {error}"
-            ) from None
-
-    if RANDOM_CUT in measured:
+    if RANDOM_CUT in measured and tokenizer is not None:
         measure(RANDOM_CUT, load_request(random_cut(request)))
     request.check_text()
     loaded = Stored.of(request)
-    if measured:
-        measure(UNPRUNED, loaded.model)
+    measure(UNPRUNED, loaded.model)
     if dtype is None:
         model = finished(loaded.narrowed(), loaded.request.widths).to(device)
     else:
@@ -185,22 +180,23 @@ def export_pruned(
             f"{asked_of(record.plan) or 'no size'} keeps all {record.plan.width_before} neurons, so "
             f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
         )
-    if PRUNED in measured:
-        measure(PRUNED, model)
+    measure(PRUNED, model)
     if dtype is None:
         as_stored(loaded.rounded)
     more = {} if more_files is None else more_files(record)
-    source = source_folder(pretrained, given)
+    weights = stored_once(model).values()
+    check_writable(output, sum(each.numel() * each.itemsize for each in weights))
     with appearing_whole(output) as unfinished:
         save_loaded(
             *(model, request, source, unfinished, max_shard_size),
             keeps_dtype=dtype is None,
         )
-        card = model_card(pretrained, given.get("revision"), source, record, cost=cost)
+        origin = (pretrained, given.get("revision"), source, record)
+        card = model_card(*origin, unfinished, cost=cost)
         for name, text in {"README.md": card, **more}.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             (unfinished / name).write_text(text, encoding="utf-8")
-        weights = [p.stat().st_size for p in unfinished.glob("*.safetensors")]
+        shards = _shards(unfinished)
     if push_to_hub is not None:
         from huggingface_hub import HfApi
 
@@ -210,7 +206,33 @@ def export_pruned(
             folder_path=output,
             commit_message="Upload a model pruned by lm-eval-pruned",
         )
-    return Export(output, record, sum(weights), len(weights), cost)
+    return Export(output, record, sum(shards), len(shards), cost)
+
+
+def _tokenizer_of_measurable(request: LoadRequest) -> PreTrainedTokenizerBase | None:
+    """Return what reads the held text; None, with a warning, where no model can be measured on it."""
+    try:
+        if request.widths.original.is_encoder_decoder:
+            raise ValueError("the held text has no target for a decoder")
+        return request.load_tokenizer()
+    except ValueError as error:
+        logger.warning("The cost of the cut was not measured: %s.", error)
+        return None
+
+
+def _least_bytes(request: LoadRequest, source: Path, dtype: torch.dtype | None) -> int:
+    """Return how many bytes of weights there will be at least; 0 where only a load tells."""
+    plan, widths = request.plan, request.widths
+    if plan.is_open or request.prune_arguments.measures_depth:
+        return 0
+    parameters = widths.count_parameters(widths.targets(plan))
+    if dtype is not None:
+        return parameters * dtype.itemsize
+    known = widths.original.dtype or torch.float32
+    size = sum(path.stat().st_size for path in source.glob("model*.safetensors"))
+    # A folder may hold weights that are not loaded, and a config lie about the dtype.
+    share = size * parameters // widths.parameters_before
+    return min(share, parameters * known.itemsize)
 
 
 def check_output(output: Path) -> None:
@@ -250,11 +272,20 @@ def save_loaded(
     """Write a model, and all that stays true of it in the folder of its source but the model card.
 
     `keeps_dtype` says that its tensors have their stored dtypes, so that the config keeps its own.
+
+    Raises:
+        OSError: The weights cannot be written, as on a disk that is full.
     """
-    if request.model_arguments.get("gguf_file") is not None:
-        save_converted(model, request.load_tokenizer(), folder, max_shard_size)
-        return
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    try:
+        if request.model_arguments.get("gguf_file") is not None:
+            save_converted(model, request.load_tokenizer(), folder, max_shard_size)
+            return
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    except SafetensorError as error:
+        raise OSError(
+            f"The weights cannot be written to {folder} ({error}): pass a folder on another disk, or "
+            "make room."
+        ) from None
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
         for path in source.glob(pattern):
@@ -263,9 +294,15 @@ def save_loaded(
                 target = folder / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-    before = request.widths.whole.original.to_dict()
+    whole = request.widths.whole.original
+    before, after = whole.to_dict(), model.config.to_dict()
+    if type(model.config) is not type(whole):
+        # The class was handed the part that is of text, and no Auto class opens that part alone.
+        after.pop("transformers_version")
+        classes = after["architectures"]
+        after = before | {"text_config": after, "architectures": classes}
     dtype = None if keeps_dtype else str(model.dtype).removeprefix("torch.")
-    _edit(config, before, model.config.to_dict(), dtype)
+    _edit(config, before, after, dtype)
     if dtype is not None and "torch_dtype" not in config:
         config["dtype"] = dtype
     # As the Hub's JSON files are written.
@@ -298,6 +335,7 @@ def model_card(
     revision: str | None,
     folder: Path,
     record: PruneRecord,
+    written: Path,
     trained: str | None = None,
     cost: Mapping[str, Quality] | None = None,
 ) -> str:
@@ -308,6 +346,7 @@ def model_card(
         revision: Its revision on the Hub.
         folder: Folder of the source's own card.
         record: What was pruned.
+        written: Folder of the weights, which are complete.
         trained: A sentence on how the pruned model was trained.
         cost: What to show of it; see `Export`.
     """
@@ -316,6 +355,8 @@ def model_card(
         trained = _UNTRAINED if record.repaired is None else _REPAIRED
     shown = f"{_COST}\n\n{cost_table(cost)}\n\n" if cost else ""
     source = f"{name} (revision {revision})" if revision else name
+    loaded = f"pretrained={name}" + (f",revision={revision}" if revision else "")
+    shards = _shards(written)
     criteria = " or ".join(f"`{each}`" for each in plan.criteria)
     ranked = (
         f" In each layer, the neurons with the highest scores by {criteria} were kept."
@@ -331,8 +372,14 @@ dropped, "layers" and the numbers of those that are kept come first).
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} The cost of the cut
-depends on the model, the size and the task, so evaluate the model for your use before relying on it.
+{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} The weights are {sum(shards):,} bytes in {len(shards)} file{"s" * (len(shards) > 1)}.
+
+The cost of the cut depends on the model, the size and the task. Whether the model may be shipped in place
+of its source, for your use:
+
+```bash
+lm-eval-pruned verdict pruned-hf,{loaded} pruned-hf,pretrained=FOLDER_OF_THIS_MODEL
+```
 """
     tags = ["depth-pruning"] * (plan.depth is not None)
     title = f"{source}, {_what(plan)}"
@@ -388,6 +435,11 @@ def _card(
         **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},
     )
     return f"---\n{fields.to_yaml()}\n---\n\n# {title}\n\n{body}"
+
+
+def _shards(folder: Path) -> list[int]:
+    """Return the size of each weight file of a folder, in bytes."""
+    return [path.stat().st_size for path in folder.glob("*.safetensors")]
 
 
 def _name(pretrained: str) -> str:

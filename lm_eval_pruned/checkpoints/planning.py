@@ -76,8 +76,8 @@ def suggested_recipe(
         return "fast", f"calibration text cannot be used: {error}"
     try:
         request.load_tokenizer()
-    except (OSError, ValueError) as error:
-        return "fast", f"calibration text needs a tokenizer: {error}"
+    except ValueError as error:
+        return "fast", f"calibration text needs a tokenizer, and {error}"
     text = Path(str(calibrated.calibration)).name
     return "best", f"the model can be calibrated on {text}"
 

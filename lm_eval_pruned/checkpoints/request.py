@@ -145,14 +145,24 @@ class LoadRequest:
         check_repairable(self.widths.skeleton(), asked.repair)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer that belongs to the model."""
+        """Load the tokenizer that belongs to the model.
+
+        Raises:
+            ValueError: There is none, or it cannot be loaded.
+        """
         from transformers import AutoTokenizer
 
         read = (*HUB, "trust_remote_code", "gguf_file")
         given = {
             n: v for n, v in self.model_arguments.items() if n in read and v is not None
         }
-        return AutoTokenizer.from_pretrained(self.pretrained, **given)
+        try:
+            return AutoTokenizer.from_pretrained(self.pretrained, **given)
+        except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0].rstrip(" .:")
+            raise ValueError(
+                f"no tokenizer can be loaded from {self.pretrained} ({reason})"
+            ) from error
 
     @functools.cached_property
     def stored_dtypes(self) -> dict[str, tuple[str, torch.dtype]]:

@@ -79,6 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         name += f" {arguments.command}"
+        output = getattr(arguments, "output_path", None)
+        if output and not getattr(arguments, "dry_run", False):
+            from pathlib import Path
+
+            from lm_eval_pruned.util.atomic import check_writable
+
+            check_writable(Path(output))
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -271,5 +271,5 @@ def _write(
     model.config.use_cache = True
     save_loaded(model, request, origin[2], folder)
     if pruned.plan.prunes:
-        card = model_card(*origin, told)
+        card = model_card(*origin, folder, told)
         (folder / "README.md").write_text(card, encoding="utf-8")

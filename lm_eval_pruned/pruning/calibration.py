@@ -22,6 +22,7 @@ from lm_eval_pruned.pruning.layouts import (
     describe,
     find_glu_mlps,
 )
+from lm_eval_pruned.pruning.stacked import runnable
 from lm_eval_pruned.util.progress import steps
 
 
@@ -175,7 +176,7 @@ class CalibrationText:
 def watched(
     model: PreTrainedModel, hooks: Mapping[nn.Module, Callable[..., None]]
 ) -> Iterator[None]:
-    """Have a model in evaluation mode, without gradients, and with forward hooks.
+    """Have a model that can run, in evaluation mode, without gradients, and with forward hooks.
 
     The hooks are given arguments by name as well.
     """
@@ -186,7 +187,7 @@ def watched(
         for module, hook in hooks.items()
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), runnable(model):
             yield
     finally:
         model.train(training)

@@ -233,11 +233,27 @@ def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]
     for path, module in model.get_submodule(root).named_modules(prefix=root):
         if path.startswith(towers):
             continue
-        # A tower for images or sound has a separate config, without a vocabulary.
-        if hasattr(getattr(module, "config", text), "vocab_size"):
+        # A tower for images or sound has a separate config, without a vocabulary; an encoder's
+        # may hold one of text beside one of images.
+        if hasattr(text_config(getattr(module, "config", text)), "vocab_size"):
             yield path, module
         else:
             towers = (*towers, f"{path}.")
+            _check_tower(model, path, module)
+
+
+def _check_tower(model: PreTrainedModel, path: str, tower: nn.Module) -> None:
+    """Refuse a part without a vocabulary that has GLU-MLPs and yet is not of images or sound alone."""
+    reads = getattr(tower, "input_modalities", ())
+    name = getattr(tower, "main_input_name", None)
+    if "text" not in reads or name != "input_ids":
+        return
+    for inner, module in tower.named_modules(prefix=path):
+        if next(_mlps_of(inner, module), None) is not None:
+            raise UnsupportedModelError(
+                f"{describe(model)} has GLU-MLPs in {path}, whose config has no vocabulary although it "
+                "is of text, so its MLPs could be pruned only in part."
+            )
 
 
 def _kind(path: str) -> str:

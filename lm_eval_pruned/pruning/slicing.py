@@ -39,6 +39,7 @@ from lm_eval_pruned.pruning.measuring import (
 )
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.repair import cut_layer_by_layer
+from lm_eval_pruned.pruning.stacked import refused_by_grouped_mm
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.pruning")
 
-#: Bytes to which torch's grouped matrix product wants every row of the experts aligned.
-_GROUPED_ALIGNMENT = 16
 #: Neurons of which CUDA wants a multiple where a weight has 16 bits (NVIDIA, Matrix Multiplication
 #: Background User's Guide, "Tensor Core Requirements").
 _CUDA_MULTIPLE = 8
@@ -229,16 +228,9 @@ def _tell_once(sentence: str | None) -> None:
 
 
 def choose_experts_implementation(model: PreTrainedModel) -> None:
-    """Let experts run one by one where their width rules out the grouped product.
-
-    transformers runs stacked experts in one `torch.nn.functional.grouped_mm` by
-    default, which refuses rows whose size is not a multiple of 16 bytes.
-    """
-    if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
-        return
-    multiple = _GROUPED_ALIGNMENT // model.dtype.itemsize
-    mlps = (mlp for mlp in find_glu_mlps(model) if not mlp.projection("down_proj"))
-    if width := next((mlp.width for mlp in mlps if mlp.width % multiple), 0):
+    """Let experts run one by one where their width rules out the grouped product."""
+    if (found := refused_by_grouped_mm(model)) is not None:
+        width, multiple = found
         model.set_experts_implementation("eager")
         logger.warning(
             "The experts of %d neurons run one by one, because torch's grouped matrix product "

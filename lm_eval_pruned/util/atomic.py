@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -40,9 +42,39 @@ def write_atomically(file: str | Path, content: str | bytes) -> None:
     sync(file.parent)
 
 
+def check_writable(output: Path, needed: int = 0) -> None:
+    """Refuse a folder that cannot be written, or that has too little room.
+
+    Args:
+        output: The folder; where there is none yet, it would be made.
+        needed: Bytes that are going to be written there, as far as they are known.
+
+    Raises:
+        OSError: It cannot be written, or fewer bytes are free.
+    """
+    output = output.resolve()
+    there = next(each for each in (output, *output.parents) if each.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=there):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"output_path={output} cannot be written ({there}: {error.strerror}): pass a folder that "
+            "can."
+        ) from None
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise OSError(
+            f"output_path={output} needs {needed:,} bytes, but only {free:,} are free there: pass a "
+            "folder on another disk, or make room."
+        )
+
+
 @contextlib.contextmanager
 def appearing_whole(output: Path) -> Iterator[Path]:
     """Yield a folder beside `output` that takes its name when the block succeeds.
+
+    What a process that was killed left of the same `output` is removed first.
 
     Raises:
         OSError: The folder cannot be written, or there is something in `output` already.
@@ -50,16 +82,38 @@ def appearing_whole(output: Path) -> Iterator[Path]:
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{output.name}.unfinished-"
-    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-    try:
-        yield unfinished
-        for path in unfinished.rglob("*"):
-            if path.is_file():
-                sync(path)
-        unfinished.chmod(0o755)
-        unfinished.replace(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with contextlib.ExitStack() as locks:
+        # Under this lock, a folder without a lock is one that nobody writes any more.
+        with _locked(output.parent, wait=True) as alone:
+            for left in output.parent.glob(f"{glob.escape(prefix)}*"):
+                with _locked(left, wait=False) as abandoned:
+                    if alone and abandoned:
+                        shutil.rmtree(left, ignore_errors=True)
+            unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+            locks.enter_context(_locked(unfinished, wait=False))
+        try:
+            yield unfinished
+            for path in unfinished.rglob("*"):
+                if path.is_file():
+                    sync(path)
+            unfinished.chmod(0o755)
+            unfinished.replace(output)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a folder against other processes, if possible; a process that dies lets go of it."""
+    with contextlib.ExitStack() as undo:
+        locked = False
+        # Another process has it, or removed it, or the file system knows no locks.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            undo.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
+        yield locked
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.cli import main
 from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.layouts import save_family
@@ -131,6 +133,47 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=word):
         export_pruned(str(tiny_llama), tmp_path / "out", **{**HALF, **arguments})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [
+        ({"ratio": 2}, True),
+        ({"ratio": 2, "dtype": "float16"}, True),
+        # Only the loss tells how many neurons each layer keeps.
+        ({"ratio": 2, "criterion": "maw", "allocation": "global"}, False),
+    ],
+)
+def test_a_full_disk_is_noticed_before_the_model_is_loaded_if_its_size_is_known(
+    asked, known, tiny_llama, tmp_path, monkeypatch
+):
+    pruning = {name: value for name, value in asked.items() if name != "dtype"}
+    whole = export_pruned(
+        str(tiny_llama),
+        tmp_path / "a",
+        dtype=asked.get("dtype"),
+        prune_arguments=pruning,
+    )
+    weights = load_file(tmp_path / "a" / "model.safetensors").values()
+    needed = sum(each.numel() * each.itemsize for each in weights)
+    assert needed < whole.weight_bytes < needed + 10_000
+    usage, loads, load = shutil.disk_usage(tmp_path), [], LoadRequest.load
+    monkeypatch.setattr(
+        LoadRequest, "load", lambda *a, **k: loads.append(1) or load(*a, **k)
+    )
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda folder: usage._replace(free=needed - 1)
+    )
+    short = f"needs {needed:,} bytes, but only {needed - 1:,} are free"
+    with pytest.raises(OSError, match=short):
+        export_pruned(
+            str(tiny_llama),
+            tmp_path / "b",
+            dtype=asked.get("dtype"),
+            prune_arguments=pruning,
+        )
+    assert bool(loads) is not known
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_pushes_the_finished_folder_only_when_asked(tiny_llama, tmp_path, monkeypatch):

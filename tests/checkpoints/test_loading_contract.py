@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import re
 from fractions import Fraction
 
 import make_architectures as script
 import pytest
 import torch
-import transformers
 from hypothesis import example, given, settings, strategies as st
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -26,7 +24,6 @@ from lm_eval_pruned.pruning.criteria import (
 from lm_eval_pruned.pruning.widths import widths_in_memory
 from tests.helpers import by_hand, layouts
 from tests.helpers.checkpoints import (
-    ROOT,
     byte_tokenizer,
     edit_config,
     save_tiny,
@@ -386,39 +383,3 @@ def test_any_dense_model_on_load_in_memory_and_by_hand(
     silent = silenced(full.double(), by_hand.sliced(full, by_hand.listed(kept))[1])
     close = {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(logits(loaded.double()), logits(silent), **close)
-
-
-TABLE = (ROOT / "docs" / "architectures.md").read_text()
-
-
-@functools.cache
-def candidates() -> dict[str, tuple]:
-    """Return what the script checks, by model type."""
-    return {row[0]: row for row in script.candidates()}
-
-
-def in_the_table(outcome) -> set[str]:
-    """Return the model types in a section of the table, in its rows or in a list."""
-    text = TABLE.partition(f"## {outcome.capitalize()}")[2].partition("\n## ")[0]
-    found = re.findall(r"^\|`([^`]+)`\|", text, flags=re.MULTILINE)
-    lists = re.findall(r"^(?:\|[^`|]+\|)?`.*", text, flags=re.MULTILINE)
-    return {*found, *re.findall(r"`([^`]+)`", " ".join(lists))}
-
-
-@pytest.mark.parametrize(
-    ("model_type", "outcome"), [("aria_text", "pruned"), ("bitnet", "refused")]
-)
-def test_a_listed_architecture_is_pruned_or_refused(model_type, outcome):
-    assert script.check(*candidates()[model_type]).outcome == outcome
-    assert model_type in in_the_table(outcome)
-
-
-@pytest.mark.slow
-def test_the_table_of_architectures_is_what_its_script_writes_today():
-    """Every class of the installed transformers either equals slicing by hand or is refused."""
-    if f"transformers {transformers.__version__}, " not in TABLE:
-        pytest.skip("the table was written with another version of transformers")
-    found = {name: script.check(*row).outcome for name, row in candidates().items()}
-    for outcome in ("pruned", "refused"):
-        own = {name for name, each in found.items() if each == outcome}
-        assert own == in_the_table(outcome)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ SEPARATE = [
 ]
 FUSED = [("gate_up_proj", "down_proj"), ("input_linear", "output_linear")]
 _STACKED = ("gate_up_proj", "down_proj", "gate_up_proj_bias")
+#: Path of a module that is of images or sound, by its name alone.
+_NOT_TEXT = re.compile("vision|visual|image|audio|speech|sound|vq")
 
 
 #: The formulas of docs/criteria.md: of gate and up, each of shape (neurons, H).
@@ -88,18 +91,18 @@ def listed(kept):
     return lambda path, gate, up: torch.as_tensor(next(remaining))
 
 
-def sliced(model, kept_of, language=""):
+def sliced(model, kept_of):
     """Return ``(state_dict, masks)`` of an unpruned model pruned by hand.
 
     `kept_of` is a rule as `best` and `listed` return it: from the path of a module and its rows
     of gate and up to the neurons it keeps. `masks` maps the name of each parameter with down
-    columns to a mask that is 0 in the columns of removed neurons. `language` is the path of the
-    part to prune.
+    columns to a mask that is 0 in the columns of removed neurons. Every GLU-MLP outside of towers
+    for images and sound is sliced.
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     masks = {}
     for path, module in model.named_modules():
-        if not path.startswith(language):
+        if _NOT_TEXT.search(path):
             continue
         parts = dict(module.named_children()) | dict(module._parameters)
         for *rows, down in SEPARATE + FUSED:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from lm_eval_pruned.util.atomic import appearing_whole, write_atomically
+from lm_eval_pruned.util.atomic import (
+    appearing_whole,
+    check_writable,
+    write_atomically,
+)
 
 
 def fail(*_):
@@ -35,3 +42,33 @@ def test_a_folder_appears_when_its_block_succeeds(tmp_path):
         (folder / "file").write_text("x")
         assert not (tmp_path / "b").exists()
     assert [each.name for each in tmp_path.rglob("*")] == ["b", "file"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    kill = "import os, sys; from pathlib import Path\n"
+    kill += "from lm_eval_pruned.util.atomic import appearing_whole\n"
+    kill += "with appearing_whole(Path(sys.argv[1])) as folder:\n"
+    kill += "    (folder / 'shard').write_text('x'); os.kill(os.getpid(), 9)\n"
+    ended = subprocess.run([sys.executable, "-c", kill, tmp_path / "b[1]"], check=False)
+    (left,) = tmp_path.iterdir()
+    assert ended.returncode == -9 and left.name.startswith(".b[1].unfinished-")
+    with appearing_whole(tmp_path / "another"):
+        assert left.exists()
+    with appearing_whole(tmp_path / "b[1]") as first:
+        assert not left.exists()
+        with pytest.raises(ZeroDivisionError), appearing_whole(tmp_path / "b[1]"):
+            raise ZeroDivisionError
+        assert first.exists()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["another", "b[1]"]
+
+
+def test_a_folder_is_tried_and_measured_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"out cannot be written .*file: Not a directory"):
+        check_writable(tmp_path / "file" / "out")
+    usage = shutil.disk_usage(tmp_path)._replace(free=999)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    check_writable(tmp_path / "new" / "out", 999)
+    with pytest.raises(OSError, match="needs 1,000 bytes, but only 999 are free"):
+        check_writable(tmp_path / "new" / "out", 1000)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
