@@ -262,6 +262,55 @@ def test_repair_is_the_same_on_load_in_memory_and_in_an_export(
         assert ".mlp.down_proj." not in name or not weight.equal(state[name]), name
 
 
+def by_hand(model, ids, kept):
+    """Return weights and bias of the first down after repair, from raw activations in 64 bits."""
+    down, seen = model.model.layers[0].mlp.down_proj, []
+    handle = down.register_forward_hook(lambda *each: seen.append(each[1][0]))
+    with torch.no_grad():
+        for each in ids:
+            model(torch.tensor([each]))
+    handle.remove()
+    x = torch.cat([each.flatten(0, -2) for each in seen]).double()
+    weight, mean = down.weight.detach().double(), x.mean(0)
+    spread = x - mean
+    gram = spread.T @ spread
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    gone = [n for n in range(x.shape[1]) if n not in kept]
+    share = torch.linalg.solve(gram[kept][:, kept], gram[kept][:, gone])
+    repaired = weight[:, kept] + weight[:, gone] @ share.T
+    lost = weight @ mean - repaired @ mean[kept]
+    return repaired, down.bias.detach().double() + lost
+
+
+@pytest.mark.parametrize("case", ["plain", "one word again and again", "large means"])
+def test_beside_a_bias_repair_is_that_of_64_bit_activations(case, tmp_path):
+    # A text alone is not padded, so its activations are those of an ordinary pass to the last bit.
+    model, texts = tiny(mlp_bias=True), TEXTS[:1]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+                part.bias.copy_(torch.randn(part.bias.shape, generator=generator))
+            if case == "large means":
+                layer.mlp.gate_proj.bias[::3] += 300
+                layer.mlp.up_proj.bias[::3] += 300
+    if case == "one word again and again":
+        texts = ["a" * 500]
+    ids = byte_tokenizer()(texts)["input_ids"]
+    plain = tiny(mlp_bias=True)
+    plain.load_state_dict(model.state_dict())
+    text = {"calibration": write_texts(tmp_path / "text.jsonl", texts)}
+    prune(model, text, repair="least_squares")
+    kept = model.prune_record.kept[0].tolist()
+    weight, bias = by_hand(plain, ids, kept)
+    down = model.model.layers[0].mlp.down_proj
+    # G is summed in 32 bits, and its ridge is a hundredth of its mean eigenvalue.
+    close = {"rtol": 1e-3, "atol": 1e-3 * float(weight.abs().max())}
+    torch.testing.assert_close(down.weight.double(), weight, **close)
+    close["atol"] = 1e-3 * float(bias.abs().max())
+    torch.testing.assert_close(down.bias.double(), bias, **close)
+
+
 def test_a_bias_alone_takes_over_the_mean_of_what_is_gone(text):
     model, seen = tiny(mlp_bias=True), []
     model.model.layers[0].mlp.register_forward_hook(lambda *each: seen.append(each[2]))
