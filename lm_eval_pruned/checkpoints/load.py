@@ -22,8 +22,9 @@ from lm_eval_pruned.checkpoints.sensitivity import cached_losses
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.calibration import CalibrationText
+from lm_eval_pruned.pruning.calibration import CalibrationText, tell_device
 from lm_eval_pruned.pruning.criteria import RANDOM
+from lm_eval_pruned.pruning.layer_by_layer import moved
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.measuring import LoadedModel, ScoreTable, depth_in_memory
 from lm_eval_pruned.pruning.record import PruneRecord
@@ -67,8 +68,8 @@ def load_pruned(
         pretrained: Folder or Hub name of the model.
         ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
         tokenizer: What reads calibration text; default: the tokenizer of `pretrained`.
-        device: Where to load to; default: the CPU. Only the kept neurons go there:
-            scores are computed on the CPU.
+        device: Where to load to; default: the CPU. Scores of weights are computed on the CPU, and
+            only the kept neurons go there, unless calibration text runs there.
         dtype: Weight dtype; default: the one the checkpoint is stored in.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
@@ -145,7 +146,8 @@ def load_request(
     stored = Stored.of(request, tokenizer, known_scores)
     widths = stored.request.widths
     if look is not None:
-        look(stored)
+        with moved(stored.model, stored.device):
+            look(stored)
     return finished(request.placed(stored.pruned(), widths), widths)
 
 
@@ -175,11 +177,15 @@ class Stored(LoadedModel):
             key = (content, text, asked.calibration_samples, *ways)
             return tables.setdefault(key, ScoreTable())
 
+        device = request.device()
+        if asked.calibration is not None:
+            tell_device(device)
         model, widths = request.load(stored=True)
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
         if asked.drop_layers is not None:
-            depth = depth_in_memory(model, asked, tokenizer, known("influence"))
+            decides = (tokenizer, known("influence"), device)
+            depth = depth_in_memory(model, asked, *decides)
             widths = widths.without_layers(depth)
         plan = widths.plan(asked)
         request = dataclasses.replace(request, widths=widths, plan=plan)
@@ -193,7 +199,7 @@ class Stored(LoadedModel):
             asked.calibration,
             samples,
             plan.seed,
-            request.only_device(),
+            device,
             request=request,
         )
 

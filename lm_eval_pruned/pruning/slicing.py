@@ -17,6 +17,7 @@ import torch
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.calibration import unless_cpu
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
     OBS,
@@ -153,16 +154,16 @@ def carry_out(
                 for mlp in mlps
             }
             if asked.layer_by_layer:
-                text = evidence.text()
+                text, device = evidence.text(), evidence.device or model.device
                 own = [mlp for of in cut.values() for mlp in of]
                 chosen, done = cut_layer_by_layer(
                     *(model, text.tokens, own, targets, scores, asked.repair),
-                    *(on_error, evidence.device),
+                    *(on_error, device),
                 )
                 kept |= chosen
                 if asked.repair != NO_REPAIR:
                     repaired = done
-                calibration = text.as_dict()
+                calibration = text.as_dict() | unless_cpu(device)
             elif {*plan.criteria} & {*CALIBRATED} and evidence.known.calibration:
                 calibration = evidence.known.calibration.measured_on
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
