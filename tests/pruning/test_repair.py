@@ -18,13 +18,16 @@ from lm_eval_pruned.checkpoints.cost import HELD_TEXT
 from lm_eval_pruned.cli import main
 from lm_eval_pruned.pruning import slicing
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
+from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.repair import (
+    STEPS,
     Moments,
     order_by_cost,
     regularised,
+    removed_in_steps,
     repaired,
 )
 from tests.helpers.checkpoints import (
@@ -112,6 +115,33 @@ def test_the_first_neuron_to_go_is_the_one_that_costs_least_after_repair(seed):
     left = order_by_cost(gram, down, 11)
     (gone,) = {*range(12)} - {*left.tolist()}
     assert costs[gone] == pytest.approx(min(costs), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("by_scores", [False, True])
+def test_every_error_on_the_way_is_what_repair_leaves(seed, by_scores):
+    _, down, gram = layer(seed, neurons=40)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(40, generator=generator) if by_scores else None
+    widths = [39, 30, 17, 4]
+    steps = removed_in_steps(gram, down, widths, scores)
+    for width, (left, error) in zip(widths, steps, strict=True):
+        assert len(left) == width
+        assert scores is None or left.equal(kept_set(scores, len(left)))
+        remains = objective(gram, down, left, repaired(gram, down, left))
+        assert error == pytest.approx(remains, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_after_each_step_costs_are_those_of_the_neurons_that_are_left(seed):
+    _, down, gram = layer(seed, neurons=2 * STEPS)
+    left = torch.arange(2 * STEPS)
+    # One neuron goes in each step.
+    for _ in range(STEPS):
+        spared = [left[left != gone] for gone in left]
+        costs = [objective(gram, down, s, repaired(gram, down, s)) for s in spared]
+        left = spared[costs.index(min(costs))]
+    assert order_by_cost(gram, down, STEPS).equal(left)
 
 
 @given(seeds)
