@@ -185,10 +185,14 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
 
     `widths` are those of its unpruned MLPs.
     """
-    plan: PrunePlan = model.prune_record.plan  # type: ignore[union-attr, assignment]
+    record: PruneRecord = model.prune_record  # type: ignore[assignment]
+    plan = record.plan
     targets = widths.targets(plan)
     if plan.prunes and (plan.allocation, plan.arguments.repair) == (UNIFORM, NO_REPAIR):
-        _tell_once(beaten_by_chance(plan.criterion, 1 - plan.width / plan.width_before))
+        spares_first = plan.layers == tuple(range(1, record.layers))
+        cut = plan.criterion + ", skip_layers=0" * spares_first
+        if plan.depth is None and (plan.layers is None or spares_first):
+            _tell_once(beaten_by_chance(cut, 1 - plan.width / plan.width_before))
     choose_experts_implementation(model)
     if names := widths.inexpressible(targets):
         logger.warning(
