@@ -32,6 +32,7 @@ from lm_eval_pruned.checkpoints.request import (
     stored_once,
 )
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
+from lm_eval_pruned.pruning.layer_by_layer import moved
 from lm_eval_pruned.pruning.plan import whole_or_mean
 from lm_eval_pruned.pruning.slicing import finished
 from lm_eval_pruned.util.atomic import appearing_whole, check_writable
@@ -169,7 +170,8 @@ def export_pruned(
         measure(RANDOM_CUT, load_request(random_cut(request)))
     request.check_text()
     loaded = Stored.of(request)
-    measure(UNPRUNED, loaded.model)
+    with moved(loaded.model, loaded.device):
+        measure(UNPRUNED, loaded.model)
     if dtype is None:
         model = finished(loaded.narrowed(), loaded.request.widths).to(device)
     else:

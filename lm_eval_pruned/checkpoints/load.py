@@ -23,7 +23,7 @@ from lm_eval_pruned.checkpoints.sensitivity import cached_losses
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
-from lm_eval_pruned.pruning.calibration import CalibrationText
+from lm_eval_pruned.pruning.calibration import CalibrationText, tell_device
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.measuring import (
@@ -77,8 +77,8 @@ def load_pruned(
         pretrained: Folder or Hub name of the model.
         ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
         tokenizer: What reads calibration text; default: the tokenizer of `pretrained`.
-        device: Where to load to; default: the CPU. Only the kept neurons go there:
-            scores are computed on the CPU.
+        device: Where to load to; default: the CPU. Scores of weights are computed on the CPU, and
+            only the kept neurons go there, unless calibration text runs there.
         dtype: Weight dtype; default: as for ``from_pretrained``, that of config.json, else of the
             first tensor.
         auto_class: The transformers class to load with; default
@@ -184,11 +184,15 @@ class Stored(LoadedModel):
             key = (content, text, asked.calibration_samples, *ways)
             return tables.setdefault(key, ScoreTable())
 
+        device = request.device()
+        if asked.calibration is not None:
+            tell_device(device)
         model, widths, rounded = request.load_stored()
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
         if asked.drop_layers is not None:
-            depth = depth_in_memory(model, asked, tokenizer, known("influence"))
+            decides = (tokenizer, known("influence"), device)
+            depth = depth_in_memory(model, asked, *decides)
             widths = widths.without_layers(depth)
         plan = widths.plan(asked)
         request = dataclasses.replace(request, widths=widths, plan=plan)
@@ -202,7 +206,7 @@ class Stored(LoadedModel):
             asked.calibration,
             samples,
             plan.seed,
-            request.only_device(),
+            device,
             request=request,
             rounded=rounded,
         )

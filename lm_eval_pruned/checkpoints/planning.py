@@ -59,7 +59,7 @@ class PlanRow:
 def suggested_recipe(
     prune_arguments: dict[str, Any], loading: dict[str, Any]
 ) -> tuple[str, str]:
-    """Return which recipe suits a model, and why; reads its config and tokenizer.
+    """Return which recipe suits a model, and why in one line; reads its config and tokenizer.
 
     Raises:
         ValueError, UnsupportedModelError, OSError: As `lm_eval_pruned.load_pruned`.
@@ -73,11 +73,12 @@ def suggested_recipe(
     try:
         request.check_text()
     except UnsupportedModelError as error:
-        return "fast", f"calibration text cannot be used: {error}"
+        return "fast", f"calibration text cannot be used: {str(error).rstrip('.')}"
     try:
         request.load_tokenizer()
-    except ValueError as error:
-        return "fast", f"calibration text needs a tokenizer, and {error}"
+    except (OSError, ValueError):
+        why = "has no tokenizer that can be loaded, which calibration text needs"
+        return "fast", f"{request.pretrained} {why}"
     text = Path(str(calibrated.calibration)).name
     return "best", f"the model can be calibrated on {text}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
+
+
+#: Values of ``device_map`` that leave it to accelerate which part goes where.
+_SHARED = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ class LoadRequest:
         return (content, self.auto_class, tuple(given), tuple(settings))
 
     def check_text(self) -> None:
-        """Refuse what cannot be calibrated before a weight is read."""
+        """Refuse what cannot be calibrated, and an unknown device, before a weight is read."""
+        self.device()
         asked, plan = self.prune_arguments, self.plan
         if asked.calibration is None:
             return
@@ -251,10 +257,28 @@ class LoadRequest:
             widths = widths_in_memory(model)
         return model, widths
 
-    def only_device(self) -> Any:
-        """Return the device that the whole model is asked for; None where it is split, or unsaid."""
-        places = self.model_arguments.get("device_map")
-        return places.get("") if isinstance(places, dict) and len(places) == 1 else None
+    def device(self) -> torch.device:
+        """Return where calibration text runs: the first device that the model is asked for.
+
+        Without one, and where that is a disk, it is the CPU.
+
+        Raises:
+            ValueError: This machine has no such device.
+        """
+        asked = self.model_arguments.get("device_map")
+        name = next(iter(asked.values()), None) if isinstance(asked, dict) else asked
+        if name in _SHARED or (name is None and self.model_arguments.get("tp_plan")):
+            # Each process of tp_plan has an accelerator for itself.
+            rank = int(os.environ.get("LOCAL_RANK", "0"))
+            name = rank if torch.accelerator.is_available() else None
+        name = "cpu" if name in (None, "disk") else name
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise ValueError(
+                f"device={name} is not a device of this machine: pass one that torch finds here, such "
+                "as cpu, or cuda:0 where there is a GPU."
+            ) from None
 
     def placed(
         self,

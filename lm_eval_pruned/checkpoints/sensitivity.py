@@ -19,6 +19,7 @@ from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration import (
     CalibrationText,
     check_observable,
+    tell_device,
 )
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
@@ -87,6 +88,8 @@ def measure_sensitivity(
         raise ValueError(
             f"repair={repair} has no curves: pass {NO_REPAIR} or {LEAST_SQUARES}."
         )
+    device = request.device()
+    tell_device(device)
     named = [each if each == OBS else canonical_name(each) for each in criteria]
     names = dict.fromkeys(named)
     if OBS in names and repair == NO_REPAIR:
@@ -128,7 +131,8 @@ def measure_sensitivity(
         return model
 
     def measure(criterion: str, seed: int | None) -> Sensitivity:
-        loaded = LoadedModel(load(), tokenizer, known, calibration, seen, seed or 0)
+        text_of = (tokenizer, known, calibration, seen)
+        loaded = LoadedModel(load(), *text_of, seed or 0, device)
         return loaded.losses(text, criterion, shares, repair)
 
     parts = []
@@ -137,7 +141,10 @@ def measure_sensitivity(
         parts.append(cached_losses(*given, text, *way, shares, repair))
     curves = tuple(curve for part in parts for curve in part.curves)
     return Sensitivity(
-        *(request.pretrained, parts[0].loss, curves), **text.as_dict(), repair=repair
+        *(request.pretrained, parts[0].loss, curves),
+        **text.as_dict(),
+        repair=repair,
+        device=parts[0].device,
     )
 
 

@@ -71,6 +71,7 @@ def run(arguments) -> None:
         tokenizer=tokenizer and AutoTokenizer.from_pretrained(tokenizer),
         **{name: value for name, value in asked.items() if value},
     )
+    print(f"The curves were measured on {measured.device}.", file=sys.stderr)
     curves = LayerCurves.of(measured.as_dict())
     print(*curves.explanation, sep="\n\n")
     for share in curves.shares:

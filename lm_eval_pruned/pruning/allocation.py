@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from lm_eval_pruned.pruning.argument_values import (
     LEAST_SQUARES,
@@ -28,7 +29,7 @@ from lm_eval_pruned.pruning.argument_values import (
     UNIFORM,
     written_by_layer,
 )
-from lm_eval_pruned.pruning.calibration import check_observable
+from lm_eval_pruned.pruning.calibration import check_observable, unless_cpu
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
 from lm_eval_pruned.pruning.measuring import MEASURED_CUTS, LoadedModel
@@ -94,6 +95,7 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
         costs = [each.min(axis=0) for each in by_criterion.values()]
         text = {n: getattr(found, n) for n in ("file", "sha256", "texts", "tokens")}
         text |= {"repair": repair} if repair != NO_REPAIR else {}
+        text |= unless_cpu(torch.device(found.device))
         plan = dataclasses.replace(plan, measured_on=text)
         if lowest is None:
             # What is not known of layers narrower than measured is not relied on without need.

@@ -8,6 +8,7 @@ beside this file, which shares no run of eight words with the benchmarks that th
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -215,6 +216,17 @@ def run_texts(
             step(1)
 
 
+@functools.cache
+def tell_device(device: torch.device) -> None:
+    """Log once on which device text runs."""
+    logger.info("Calibration text runs on %s.", device)
+
+
+def unless_cpu(device: torch.device) -> dict[str, str]:
+    """Return what a record says of the device on which text ran: nothing of the CPU."""
+    return {} if device.type == "cpu" else {"device": str(device)}
+
+
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -250,7 +262,7 @@ def calibrate(
                 f"The calibration text makes {name} produce NaN or infinite activations: use "
                 "another dtype, such as dtype=float32, or other text."
             )
-    on = text.as_dict()
+    on = text.as_dict() | unless_cpu(model.device)
     logger.info(
         "Calibrated on %d texts (%d tokens) of %s.", on["texts"], on["tokens"], file
     )

@@ -56,6 +56,7 @@ class Sensitivity:
         path: How the model was run; there is one way.
         repair: How the layer was repaired after its cut. If it was, the loss is measured with half
             of its neurons, and others follow from the error of its output.
+        device: Where the model ran.
 
     Raises:
         ValueError: A loss is NaN or infinite.
@@ -80,6 +81,7 @@ class Sensitivity:
     tokens: int
     path: str = "layer by layer"
     repair: str = "none"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         losses = [self.loss, *(loss for curve in self.curves for loss in curve.losses)]

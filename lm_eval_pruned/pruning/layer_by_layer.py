@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections import defaultdict
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -32,11 +33,35 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.calibration")
+
 
 def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
     for module in modules:
         # As `nn.Module.to` does, but for the module without those inside it.
         module._apply(lambda weight: weight.to(device), recurse=False)
+
+
+@contextlib.contextmanager
+def moved(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]:
+    """Have a whole model on `device`, by default where it is; stay where it does not fit."""
+    home = model.device
+    try:
+        try:
+            if device not in (None, home):
+                _move(model.modules(), device)
+        except torch.OutOfMemoryError:
+            _move(model.modules(), home)
+            logger.warning(
+                "The unpruned model does not fit on %s, so its text runs on %s.",
+                device,
+                home,
+            )
+        yield
+    finally:
+        if model.device != home:
+            _move(model.modules(), home)
 
 
 def has_to_compute(named: Mapping[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from lm_eval_pruned.pruning.calibration import (
     calibrate,
     read_texts,
     run_texts,
+    unless_cpu,
 )
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
@@ -38,6 +39,7 @@ from lm_eval_pruned.pruning.depth import Depth, layers_of
 from lm_eval_pruned.pruning.layer_by_layer import (
     LayerByLayer,
     has_to_compute,
+    moved,
     returning,
 )
 from lm_eval_pruned.pruning.layouts import (
@@ -148,8 +150,11 @@ def depth_in_memory(
     arguments: PruneArguments,
     tokenizer: PreTrainedTokenizerBase | None = None,
     known: ScoreTable | None = None,
+    device: torch.device | None = None,
 ) -> Depth | None:
     """Return which layers of a loaded model stay; `known` takes the influence that decides.
+
+    Text runs on `device`, by default where the model is.
 
     Raises:
         ValueError: The layers or the text are wrong, or there is no tokenizer.
@@ -163,7 +168,9 @@ def depth_in_memory(
         check_weights(model)
         samples: Any = arguments.calibration_samples
         text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
-        known.influence = block_influence(model, text.tokens), text.as_dict()
+        with moved(model, device):
+            on = text.as_dict() | unless_cpu(model.device)
+            known.influence = block_influence(model, text.tokens), on
     return Depth.of(arguments, layers, *known.influence)
 
 
@@ -193,7 +200,7 @@ class LoadedModel:
         calibration: JSON Lines file of text.
         samples: How many of its texts to use; None for all.
         seed: Seed of the criterion ``random``.
-        device: Where text runs layer by layer; default: where the model is.
+        device: Where text runs; default: where the model is.
     """
 
     model: PreTrainedModel
@@ -202,7 +209,7 @@ class LoadedModel:
     calibration: str | None
     samples: int | None
     seed: int
-    device: Any = None
+    device: torch.device | None = None
 
     def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
@@ -240,9 +247,10 @@ class LoadedModel:
 
     def _calibrated(self) -> Calibration:
         known = self.known
-        known.calibration = known.calibration or calibrate(
-            self.model, self.tokenizer, str(self.calibration), self.samples
-        )
+        if known.calibration is None:
+            given = (self.tokenizer, str(self.calibration), self.samples)
+            with moved(self.model, self.device):
+                known.calibration = calibrate(self.model, *given)
         return known.calibration
 
     def text(self, samples: int | None = None, **bounds: int) -> CalibrationText:
@@ -286,10 +294,9 @@ class LoadedModel:
             for n, width in before.items()
         }
         count = sum(tokens.numel() - 1 for tokens in text.tokens)
-        if repair == NO_REPAIR:
-            sums = self._sums(text, criterion, held, widths)
-        else:
-            sums = self._repaired(text, criterion, held, widths)
+        measure = self._sums if repair == NO_REPAIR else self._repaired
+        with moved(model, self.device):
+            sums, ran_on = measure(text, criterion, held, widths), str(model.device)
         seed = self.seed if criterion == RANDOM else None
         curves = []
         for n, kept in widths.items():
@@ -298,7 +305,10 @@ class LoadedModel:
             curves.append(LayerCurve(*own))
         name = str(model.config.name_or_path)
         return Sensitivity(
-            *(name, sums[None] / count, tuple(curves)), **text.as_dict(), repair=repair
+            *(name, sums[None] / count, tuple(curves)),
+            **text.as_dict(),
+            repair=repair,
+            device=ran_on,
         )
 
     def _held(self) -> dict[int, list[GluMlp]]:

@@ -25,35 +25,52 @@ if TYPE_CHECKING:
 #: Bytes of activations that are kept, for each byte of a layer's down projections: together they
 #: are no larger than the gate, up and down projections.
 _KEPT = 3
+#: Tokens that are added together: so many are copied in float64.
+_BLOCK = 1024
 
 
 @dataclass
 class Moments:
     """What the neurons of a GLU-MLP did over some tokens.
 
+    Deviations are squared, never activations: where a mean is large beside them, the difference of
+    two large sums in float32 would be noise.
+
     Attributes:
-        gram: Sum of x x', shape (I, I), float32, where the weights are.
-        total: Sum of x, shape (I,), float32.
+        scatter: Sum of (x - mean) (x - mean)', shape (I, I), float32, where the weights are.
+        mean: Mean of x, shape (I,), float64.
         tokens: Number of tokens.
+
+    Source: Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance", The
+    American Statistician 37(3), equation 2.1b.
     """
 
-    gram: Tensor
-    total: Tensor
+    scatter: Tensor
+    mean: Tensor
     tokens: int = 0
 
     @classmethod
     def none(cls, width: int, device: torch.device) -> Moments:
         """Return those of no token."""
         return cls(
-            torch.zeros(width, width, device=device), torch.zeros(width, device=device)
+            torch.zeros(width, width, device=device),
+            torch.zeros(width, device=device, dtype=torch.float64),
         )
 
     def add(self, x: Tensor) -> None:
         """Take in more tokens, of shape (tokens, I)."""
-        x = x.float()
-        self.gram.addmm_(x.T, x)
-        self.total += x.sum(0)
-        self.tokens += len(x)
+        for block in x.split(_BLOCK):
+            self._add(block)
+
+    def _add(self, x: Tensor) -> None:
+        before, self.tokens = self.tokens, self.tokens + len(x)
+        mean = x.mean(0, dtype=torch.float64)
+        deviations = (x - mean).float()
+        self.scatter.addmm_(deviations.T, deviations)
+        moved = mean - self.mean
+        self.mean += len(x) / self.tokens * moved
+        weight = before * len(x) / self.tokens
+        self.scatter.addr_(moved.float(), moved.float(), alpha=weight)
 
 
 class LayerMoments:

@@ -172,6 +172,9 @@ class PruneRecord:
             done = f"criterion={plan.criterion}"
         if self.repaired is not None:
             done += f", repair={plan.arguments.repair}"
+        text = self.calibration or plan.measured_on or (depth and depth.measured_on)
+        if text:
+            done += f", calibrated on {text.get('device', 'cpu')}"
         asked = [f"{name}={value}" for name, value in plan.asked.items()] or [
             "baseline"
         ]

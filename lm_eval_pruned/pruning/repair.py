@@ -63,10 +63,9 @@ _TOGETHER = 8
 
 def regularised(moments: Moments, centred: bool) -> Tensor:
     """Return G + lambda I, shape (I, I), float64; `centred` is for weights beside a bias."""
-    gram = moments.gram.double()
-    if centred:
-        total = moments.total.double()
-        gram -= torch.outer(total, total) / moments.tokens
+    gram = moments.scatter.double()
+    if not centred:
+        gram.addr_(moments.mean, moments.mean, alpha=moments.tokens)
     gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) or 1.0)
     return gram
 
@@ -347,7 +346,7 @@ def _errors(
 def _checked(mlp: GluMlp, moments: Moments | None) -> Moments:
     if moments is None:
         return Moments.none(mlp.width, mlp.weight("down_proj").device)
-    if not moments.gram.isfinite().all():
+    if not moments.scatter.isfinite().all():
         raise ValueError(
             f"The calibration text makes {mlp.name} produce NaN or infinite activations: use "
             "another dtype, such as dtype=float32, or other text."
@@ -356,7 +355,7 @@ def _checked(mlp: GluMlp, moments: Moments | None) -> Moments:
 
 
 def _gram(mlp: GluMlp, moments: Moments) -> Tensor:
-    return regularised(moments, _bias(mlp) is not None and moments.tokens > 0)
+    return regularised(moments, centred=_bias(mlp) is not None)
 
 
 def _change(
@@ -382,8 +381,7 @@ def _change(
     down[:, gone] = 0
     if bias is not None and repair != NO_REPAIR and enough:
         on_error.callback(_restore_bias, mlp, bias.cpu().clone())
-        mean = (moments.total / moments.tokens).double()
-        bias += ((before.double() - down.double()) @ mean).to(bias)
+        bias += ((before.double() - down.double()) @ moments.mean).to(bias)
         return True
     return solves
 

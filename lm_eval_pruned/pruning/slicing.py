@@ -17,6 +17,7 @@ import torch
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.calibration import unless_cpu
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
     OBS,
@@ -163,16 +164,16 @@ def carry_out(
                 for mlp in mlps
             }
             if asked.layer_by_layer:
-                text = evidence.text()
+                text, device = evidence.text(), evidence.device or model.device
                 own = [mlp for of in cut.values() for mlp in of]
                 chosen, done = cut_layer_by_layer(
                     *(model, text.tokens, own, targets, scores, asked.repair),
-                    *(on_error, evidence.device),
+                    *(on_error, device),
                 )
                 kept |= chosen
                 if asked.repair != NO_REPAIR:
                     repaired = done
-                calibration = text.as_dict()
+                calibration = text.as_dict() | unless_cpu(device)
             elif {*plan.criteria} & {*CALIBRATED} and evidence.known.calibration:
                 calibration = evidence.known.calibration.measured_on
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
@@ -194,10 +195,14 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
 
     `widths` are those of its unpruned MLPs.
     """
-    plan: PrunePlan = model.prune_record.plan  # type: ignore[union-attr, assignment]
+    record: PruneRecord = model.prune_record  # type: ignore[assignment]
+    plan = record.plan
     targets = widths.targets(plan)
     if plan.prunes and (plan.allocation, plan.arguments.repair) == (UNIFORM, NO_REPAIR):
-        _tell_once(beaten_by_chance(plan.criterion, 1 - plan.width / plan.width_before))
+        spares_first = plan.layers == tuple(range(1, record.layers))
+        cut = plan.criterion + ", skip_layers=0" * spares_first
+        if plan.depth is None and (plan.layers is None or spares_first):
+            _tell_once(beaten_by_chance(cut, 1 - plan.width / plan.width_before))
     choose_experts_implementation(model)
     if names := widths.inexpressible(targets):
         logger.warning(

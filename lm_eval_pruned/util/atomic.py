@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import shutil
@@ -107,8 +106,10 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Lock a folder against other processes, if possible; a process that dies lets go of it."""
     with contextlib.ExitStack() as undo:
         locked = False
-        # Another process has it, or removed it, or the file system knows no locks.
-        with contextlib.suppress(OSError):
+        # Another process has it, or removed it, or the system or its disk knows no such locks.
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
             descriptor = os.open(folder, os.O_RDONLY)
             undo.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -71,11 +71,12 @@ def test_what_neurons_make_up_for_each_other_costs_nothing_after_repair(folder, 
     assert plain.loss == pytest.approx(repaired.loss)
     for curve in repaired.curves:
         rises = repaired.rises(curve)
-        # Narrower is never better.
-        assert [*rises] == sorted(rises, reverse=True)
         unrepaired = plain.rises(plain.curve(curve.layer, "maw"))
         if curve.layer == 1:
             assert max(rises) < 0.02 * max(unrepaired)
+        else:
+            # Narrower is worse.
+            assert [*rises] == sorted({*rises}, reverse=True) and len(rises) == 3
     assert curves(folder, text, "none", **percents) == plain
 
 

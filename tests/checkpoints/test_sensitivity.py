@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaForCausalLM,
+)
 
 from lm_eval_pruned import cli, load_pruned, prune_model
 from lm_eval_pruned.checkpoints.request import LoadRequest
@@ -111,6 +115,11 @@ def test_what_was_measured_is_not_measured_again(tiny_llama, text, cache, monkey
     alone = measured(tiny_llama, text, criteria=("random",), seeds=(0,))
     (tiny,) = {tuple(c for c in first.curves if c.seed == 0)}
     assert alone.curves == tiny
+    both = measured(tiny_llama, text, criteria=("random",), seeds=(0, 5)).curves
+    assert both[:3] == tiny and {curve.seed for curve in both[3:]} == {5}
+    assert all(
+        one.losses != other.losses for one, other in zip(tiny, both[3:], strict=True)
+    )
     monkeypatch.setattr(LoadedModel, "losses", None)
     assert measured(tiny_llama, text, criteria=("maw", "random"), seeds=(0,)) == first
     for file in cache.iterdir():
@@ -152,8 +161,13 @@ def test_curves_of_the_command_are_those_of_an_allocation(
 def test_one_model_has_one_key_however_it_was_asked_for(one, other, tiny_llama):
     first, second = (request_of(tiny_llama, **each) for each in (one, other))
     assert first.content_key() == second.content_key()
-    changed = request_of(tiny_llama, **one, rms_norm_eps=0.5)
-    assert first.content_key() != changed.content_key()
+    for change in (
+        {"rms_norm_eps": 0.5},
+        {"use_safetensors": True},
+        {"auto_class": LlamaForCausalLM},
+    ):
+        changed = request_of(tiny_llama, **one, **change)
+        assert first.content_key() != changed.content_key(), change
 
 
 CHANGES = {

@@ -22,6 +22,8 @@ def command(tiny_llama, tmp_path, monkeypatch):
         ("--criteria maw --seeds 1", "only the criterion random"),
         ("--prune_percents 100", "prune_percents=100"),
         ("--calibration nowhere.jsonl", "nowhere.jsonl cannot be read"),
+        ("--device nonsense:7", "device=nonsense:7 is not a device of this machine"),
+        ("--device cuda:7", "device=cuda:7 is not a device of this machine"),
         ("--model_args pretrained=x,ratio=2", "model_args has ratio=2"),
     ],
 )

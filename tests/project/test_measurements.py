@@ -2,9 +2,12 @@
 
 import csv
 import re
+from collections import defaultdict
+from statistics import fmean
 
 import pytest
 
+from lm_eval_pruned.pruning.criteria import CHANCE_BEATS
 from tests.helpers.checkpoints import ROOT
 
 
@@ -61,3 +64,34 @@ def test_figures_in_tables_are_those_of_the_data(stem):
                         for number in numbers
                         for scale in (1, 100)
                     ), (title, label, share, figure)
+
+
+def losses():
+    """Return the losses by CSV file, model, method and percent; seeds are one method."""
+    found = defaultdict(list)
+    for stem, column in (("recipes", "mean"), ("dichotomy", "score")):
+        lines = (FOLDER / f"{stem}.csv").read_text("utf-8").splitlines()
+        for row in csv.DictReader(line for line in lines if line[0] != "#"):
+            first = (row.get("question"), row.get("task"))
+            if stem == "dichotomy" and first != ("unpruned", "held_text"):
+                continue
+            percent = row.get("percent") or row.get("removed")
+            method = row["method"].partition(", seed")[0]
+            found[stem, row["model"], method, int(percent)] += [float(row[column])]
+    return {key: fmean(values) for key, values in found.items()}
+
+
+@pytest.mark.parametrize("cut", CHANCE_BEATS)
+def test_where_chance_beats_a_criterion_is_what_the_data_say(cut):
+    stem = "recipes" if cut.startswith("maw") else "dichotomy"
+    method = "fast" if "skip_layers" in cut else cut
+    by, measured = losses(), {}
+    for model in ("SmolLM2-135M-Instruct", "Gemma-3-270M"):
+        cuts = {
+            k[2:]: v for k, v in by.items() if model.startswith(k[1]) and k[0] == stem
+        }
+        percents = [n for name, n in cuts if name == method]
+        assert len(percents) >= 5
+        worse = tuple(n for n in percents if cuts[method, n] > cuts["random", n])
+        measured |= {model: worse} if worse else {}
+    assert measured == CHANCE_BEATS[cut]

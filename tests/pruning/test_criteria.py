@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
+from lm_eval_pruned.pruning import slicing
 from lm_eval_pruned.pruning.calibration import NeuronActivity
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
@@ -19,8 +20,9 @@ from lm_eval_pruned.pruning.criteria import (
     kept_set,
     score_neurons,
 )
-from lm_eval_pruned.pruning.slicing import narrow
+from lm_eval_pruned.pruning.slicing import narrow, prune_model
 from tests.helpers.by_hand import FORMULAS, FORMULAS_OF_ACTIVITY, random_scores
+from tests.helpers.checkpoints import tiny_config, tiny_model
 
 
 BY_WEIGHTS = sorted({*CRITERIA} - {*CALIBRATED})
@@ -178,3 +180,30 @@ def test_scores_and_narrow_weights_hold_no_graph(name):
         assert not narrow(weight, kept, axis).requires_grad
     # What keeps all neurons is not copied.
     assert narrow(gate, torch.arange(6), 0) is narrow(gate, torch.arange(4), 1) is gate
+
+
+@pytest.mark.parametrize(
+    ("asked", "models"),
+    [
+        ({"prune_percent": 10}, ["SmolLM2-135M-Instruct", "Gemma-3-270M"]),
+        ({"prune_percent": 40}, ["SmolLM2-135M-Instruct", "Gemma-3-270M"]),
+        ({"prune_percent": 40, "criterion": "pon"}, ["40, 50 %", "Gemma-3-270M"]),
+        ({"prune_percent": 30, "criterion": "l2"}, ["20, 30, 40 %", "Gemma-3-270M"]),
+        ({"prune_percent": 60, "criterion": "l2"}, ["40, 50, 60 %"]),
+        ({"prune_percent": 2, "criterion": "max_abs"}, ["SmolLM2", "Gemma-3-270M"]),
+        ({"prune_percent": 20, "recipe": "fast"}, ["in Gemma-3-270M (10, 20, 30 %"]),
+        ({"prune_percent": 40, "recipe": "fast"}, []),
+        ({"prune_percent": 50}, []),
+        ({"prune_percent": 60, "criterion": "pon"}, ["60 %"]),
+        ({"prune_percent": 70, "criterion": "pon"}, []),
+        ({"prune_percent": 10, "criterion": "random"}, []),
+        ({"prune_percent": 10, "layers": "1"}, []),
+    ],
+)
+def test_whoever_prunes_worse_than_chance_is_told_once_and_where(asked, models, caplog):
+    slicing._tell_once.cache_clear()
+    for _ in range(2):
+        prune_model(tiny_model(tiny_config(intermediate_size=200)), **asked)
+    found = [r.message for r in caplog.records if "than a random cut" in r.message]
+    assert len(found) == bool(models)
+    assert all(model in sentence for sentence in found for model in models)

@@ -1,0 +1,176 @@
+"""What docs/criteria.md promises."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+
+from lm_eval_pruned import load_pruned
+from tests.contract.commands import lm_eval, pruned, results_in
+from tests.helpers.checkpoints import edit_weights, save_tiny
+from tests.helpers.layouts import save_family
+
+
+TEXTS = ["One two three four five six. " * 6, "A model is cut and asked again. " * 6]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": each}) + "\n" for each in TEXTS]
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def digest(folder, **asked) -> str:
+    return load_pruned(str(folder), prune_percent=40, **asked).prune_record.digest
+
+
+def test_the_neurons_with_the_highest_scores_stay_in_their_order_and_ties_go_to_the_lower(
+    tmp_path,
+):
+    folder = save_tiny(tmp_path, num_hidden_layers=1)
+    gate = torch.zeros(88, 32)
+    gate[5], gate[80], gate[20:25] = 3.0, 4.0, 1.0
+
+    def change(tensors):
+        mlp = "model.layers.0.mlp."
+        tensors[f"{mlp}gate_proj.weight"] = gate
+        tensors[f"{mlp}up_proj.weight"] = gate.clone()
+
+    edit_weights(folder, change)
+    model = load_pruned(str(folder), intermediate_size=4)
+    assert [each.tolist() for each in model.prune_record.kept] == [[5, 20, 21, 80]]
+    assert model.model.layers[0].mlp.gate_proj.weight.equal(gate[[5, 20, 21, 80]])
+
+
+def test_criteria_look_at_the_stored_weights_whatever_dtype_the_model_is_loaded_in(
+    tiny_llama,
+):
+    for criterion in ("maw", "l2"):
+        asked = {"criterion": criterion}
+        assert digest(tiny_llama, dtype="bfloat16", **asked) == digest(
+            tiny_llama, **asked
+        )
+
+
+def test_ppm_is_an_alias_of_maw(tiny_llama):
+    assert digest(tiny_llama, criterion="ppm") == digest(tiny_llama, criterion="maw")
+
+
+def test_a_random_order_is_fixed_by_seed_and_layer(tiny_llama):
+    first, again, other = (
+        load_pruned(str(tiny_llama), ratio=1, criterion="random", seed=seed)
+        for seed in (0, 0, 1)
+    )
+    kept, same, another = (
+        [each.tolist() for each in model.prune_record.kept]
+        for model in (first, again, other)
+    )
+    assert kept == same and kept != another
+    assert kept[0] != kept[1]
+
+
+def test_experts_in_one_tensor_are_refused_by_act_and_accepted_by_obs(tmp_path, text):
+    save_family(tmp_path / "mixtral", "mixtral", 64)
+    given = [
+        "--model_args",
+        f"pretrained={tmp_path / 'mixtral'}",
+        "--calibration",
+        text,
+    ]
+    given += ["--prune_percent", 40, "--criterion"]
+    refused = pruned("prune", *given, "act", "--output_path", tmp_path / "one")
+    assert "stacked with others" in refused.sentence
+    asked = {"criterion": "obs", "repair": "least_squares", "calibration": text}
+    assert digest(tmp_path / "mixtral", **asked)
+
+
+def test_a_model_with_an_encoder_is_refused(tmp_path, text):
+    save_family(tmp_path / "t5", "t5", 40)
+    given = ["--model_args", f"pretrained={tmp_path / 't5'}", "--criterion", "act"]
+    given += ["--calibration", text, "--prune_percent", 40]
+    refused = pruned("prune", *given, "--output_path", tmp_path / "out")
+    assert "has an encoder" in refused.sentence
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("{", "is not a JSON object"),
+        ('{"text": 1}', "is not a JSON object"),
+        ("", "holds 0 texts"),
+    ],
+)
+def test_each_line_is_an_object_with_text_or_messages(line, word, tiny_llama, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=word):
+        digest(tiny_llama, criterion="act", calibration=str(file))
+
+
+def test_a_chat_is_formatted_by_the_chat_template(tiny_llama, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    chat = {"messages": [{"role": "user", "content": "Hello there."}]}
+    file.write_text(json.dumps(chat))
+    asked = {"criterion": "act", "calibration": str(file)}
+    model = load_pruned(str(tiny_llama), ratio=1, **asked)
+    # The template adds to what the user says.
+    found = model.prune_record.as_dict()["calibration"]
+    assert found["tokens"] > len("Hello there.")
+
+
+def test_calibration_samples_uses_the_first_and_a_text_ends_at_the_last_position(
+    tiny_llama, tmp_path
+):
+    file = tmp_path / "text.jsonl"
+    texts = ["short", "x" * 3000, "never read"]
+    file.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    asked = {"criterion": "act", "calibration": str(file), "calibration_samples": 2}
+    model = load_pruned(str(tiny_llama), ratio=1, **asked)
+    found = model.prune_record.as_dict()["calibration"]
+    assert (found["texts"], found["tokens"]) == (2, len("short") + 512)
+
+
+@pytest.mark.parametrize("device", ["nonsense:7", "cuda:99"])
+def test_a_device_that_this_machine_does_not_have_is_refused_before_the_load(
+    device, tiny_llama, tmp_path
+):
+    # Whoever read a weight would miss the file.
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    said = f"device={device} is not a device of this machine"
+    model = ["--model_args", f"pretrained={bare}", "--device", device]
+    assert said in pruned("sensitivity", *model).sentence
+    cut = ["--prune_percent", 40, "--output_path", tmp_path / "out"]
+    assert said in pruned("prune", *model, *cut).sentence
+    with pytest.raises(ValueError, match=said):
+        load_pruned(str(bare), prune_percent=40, device=device)
+
+
+def test_the_results_file_records_the_text(tiny_llama, text, tmp_path):
+    given = f"pretrained={tiny_llama},ratio=1,criterion=act,calibration={text}"
+    done = lm_eval(
+        *("--model", "pruned-hf", "--model_args", given, "--device", "cpu"),
+        *(
+            "--tasks",
+            "pruned_demo_mc1",
+            "--limit",
+            1,
+            "--output_path",
+            tmp_path / "out",
+        ),
+    )
+    assert done.code == 0, done.err
+    found = results_in(tmp_path / "out")["config"]["pruning"]["calibration"]
+    content = (tmp_path / "text.jsonl").read_bytes()
+    assert found == {
+        "file": "text.jsonl",
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "texts": 2,
+        "tokens": sum(map(len, TEXTS)),
+    }

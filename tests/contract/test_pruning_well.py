@@ -1,0 +1,127 @@
+"""What docs/pruning-well.md promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import LlamaForCausalLM
+
+from lm_eval_pruned import load_pruned
+from tests.contract.commands import pruned
+from tests.helpers.checkpoints import save_tiny
+from tests.helpers.ways_to_load import assert_state
+
+
+TEXTS = [
+    "One two three four five six seven eight nine ten. " * 8,
+    "A model is cut, and what is left of it is asked again. " * 8,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    return save_tiny(path, intermediate_size=64, max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    lines = [json.dumps({"text": each}) + "\n" for each in TEXTS]
+    (folder / "text.jsonl").write_text("".join(lines))
+    return str(folder / "text.jsonl")
+
+
+def test_prune_prints_the_recipe_the_cost_three_continuations_and_the_next_command(
+    folder, text, tmp_path
+):
+    command = ["prune", "--model_args", f"pretrained={folder}", "--prune_percent", 40]
+    command += ["--calibration", text, "--check", "--output_path", tmp_path]
+    done = pruned(*command)
+    assert done.code == 0, done.err
+    (choice,) = [line for line in done.err.splitlines() if "was chosen" in line]
+    assert choice.startswith("recipe=best was chosen, because ")
+    assert "unpruned|pruned|random cut" in done.out
+    assert "loss, nats per token" in done.out and done.out.count("“") == 3
+    assert " bytes of weights in 1 file" in done.out
+    assert f"lm-eval-pruned verdict pruned-hf,pretrained={folder} " in done.out
+    # An ordinary checkpoint, which transformers opens, and the same model without writing it.
+    expected = load_pruned(
+        str(folder), prune_percent=40, recipe="best", calibration=text
+    )
+    assert_state(LlamaForCausalLM.from_pretrained(tmp_path), expected.state_dict())
+
+
+def test_without_text_the_recipe_is_fast_and_one_line_says_why(folder, tmp_path):
+    bare = tmp_path / "bare"
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(bare)
+    given = ["--model_args", f"pretrained={bare}", "--prune_percent", 40]
+    done = pruned("prune", *given, "--output_path", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.err.splitlines().count(
+        f"recipe=fast was chosen, because {bare} has no tokenizer that can be loaded, which "
+        "calibration text needs."
+    )
+    # What is not known is not claimed.
+    assert "loss, nats" not in done.out
+    assert "loss, nats" not in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+RECIPES = {
+    "study": ("maw", None, [0, 1, 2]),
+    "fast": ("maw", None, [1, 2]),
+    "best": ("obs", "least_squares", [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_a_recipe_sets_criterion_and_repair_and_the_default_is_study(
+    recipe, folder, text
+):
+    criterion, repair, cut = RECIPES[recipe or "study"]
+    asked = {} if recipe is None else {"recipe": recipe}
+    asked |= {"calibration": text} if recipe == "best" else {}
+    model = load_pruned(str(folder), prune_percent=40, **asked)
+    record = model.prune_record.as_dict()
+    assert (record["criterion"], record.get("repair")) == (criterion, repair)
+    widths = [layer.mlp.gate_proj.out_features for layer in model.model.layers]
+    # Neurons that stay are those that a share of 40 % leaves, the same in each layer.
+    assert widths == [39 if n in cut else 64 for n in range(3)]
+
+
+def test_what_you_give_yourself_wins_over_a_recipe(folder, text):
+    asked = {"recipe": "best", "criterion": "random", "calibration": text}
+    record = load_pruned(str(folder), prune_percent=40, **asked).prune_record.as_dict()
+    assert (record["criterion"], record["repair"]) == ("random", "least_squares")
+
+
+@pytest.mark.parametrize("criterion", ["maw", "act", "random"])
+def test_repair_works_with_any_criterion(criterion, folder, text):
+    asked = {"criterion": criterion, "repair": "least_squares", "calibration": text}
+    record = load_pruned(str(folder), prune_percent=40, **asked).prune_record.as_dict()
+    assert (record["criterion"], record["mlps_repaired"]) == (criterion, 3)
+
+
+def test_repair_of_a_bias_that_is_not_there_is_refused(folder, text, tmp_path):
+    given = ["--model_args", f"pretrained={folder}", "--prune_percent", 40]
+    given += [
+        "--repair",
+        "bias",
+        "--calibration",
+        text,
+        "--output_path",
+        tmp_path / "out",
+    ]
+    assert "pass repair=least_squares" in pruned("prune", *given).sentence
+
+
+def test_a_layer_that_sees_fewer_tokens_than_it_keeps_is_not_repaired_and_a_warning_says_so(
+    folder, tmp_path, caplog
+):
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "Too short."}')
+    asked = {"repair": "least_squares", "calibration": str(short)}
+    model = load_pruned(str(folder), prune_percent=40, **asked)
+    assert model.prune_record.as_dict()["mlps_repaired"] == 0
+    assert "0 of 3 GLU-MLPs are repaired" in caplog.text
+    assert_state(model, load_pruned(str(folder), prune_percent=40).state_dict())
