@@ -58,5 +58,8 @@ def _run(call: Callable[[], Any]) -> Done:
         try:
             code = call() or 0
         except SystemExit as ending:
-            code = int(ending.code or 0)
+            code = ending.code or 0
+            if not isinstance(code, int):  # Python prints it.
+                err.write(f"{code}\n")
+                code = 1
     return Done(code, out.getvalue(), err.getvalue())
