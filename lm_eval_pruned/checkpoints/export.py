@@ -230,7 +230,7 @@ def _least_bytes(request: LoadRequest, source: Path, dtype: torch.dtype | None) 
     parameters = widths.count_parameters(widths.targets(plan))
     if dtype is not None:
         return parameters * dtype.itemsize
-    known = widths.original.dtype or torch.float32
+    known: Any = widths.original.dtype or torch.float32
     size = sum(path.stat().st_size for path in source.glob("model*.safetensors"))
     # A folder may hold weights that are not loaded, and a config lie about the dtype.
     share = size * parameters // widths.parameters_before

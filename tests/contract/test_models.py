@@ -7,10 +7,13 @@ import resource
 import shutil
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from tests.contract.commands import pruned
+from tests.contract.commands import lm_eval, pruned
 from tests.helpers import layouts
-from tests.helpers.checkpoints import save_tiny
+from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
+from tests.helpers.made_tasks import write_made_tasks
 
 
 def prune(source, output, *words):
@@ -19,6 +22,8 @@ def prune(source, output, *words):
     return pruned(*command, *words)
 
 
+MLP = "model.layers.1.mlp.up_proj.weight"
+BIAS = "model.layers.1.mlp.up_proj.bias"
 STUDY = ("--prune_percent", 40, "--recipe", "study")
 
 
@@ -122,3 +127,103 @@ def test_a_damaged_checkpoint_fails_with_one_sentence_that_names_the_file(
     said = prune(source, tmp_path / "out", *STUDY).sentence
     assert f"source is a folder without {named}: pass the folder of a" in said
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.slow
+def test_the_scores_of_an_export_are_those_of_the_source_pruned(tiny_llama, tmp_path):
+    """Each log-likelihood, to the last digit, where prefixes and slots are not shared."""
+    made, out = write_made_tasks(tmp_path / "tasks"), tmp_path / "out"
+    assert prune(tiny_llama, out, *STUDY).code == 0
+    cut = "prune_percent=40,prefix_sharing=false,slot_refilling=false"
+    models = {"hf": f"pretrained={out}", "pruned-hf": f"pretrained={tiny_llama},{cut}"}
+    scores = {}
+    for model, arguments in models.items():
+        words = ("--model", model, "--model_args", arguments, "--device", "cpu")
+        where = ("--include_path", made, "--output_path", tmp_path / model)
+        done = lm_eval(*words, "--tasks", "tiny_choice", "--log_samples", *where)
+        assert done.code == 0, done.err
+        (samples,) = (tmp_path / model).rglob("samples_tiny_choice_*.jsonl")
+        rows = map(json.loads, samples.read_text(encoding="utf-8").splitlines())
+        scores[model] = {row["doc_id"]: row["resps"] for row in rows}
+    assert len(scores["hf"]) == 6 and scores["hf"] == scores["pruned-hf"]
+
+
+def test_an_export_holds_config_tokenizer_generation_config_and_licence_of_its_source(
+    tmp_path,
+):
+    source, out = save_tiny(tmp_path / "source"), tmp_path / "out"
+    (source / "LICENSE").write_text("terms")
+    edit_config(source, a_key_nobody_knows=1)
+    assert prune(source, out, *STUDY).code == 0
+    for name in ("tokenizer.json", "LICENSE", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (source, out)
+    )
+    assert (before.pop("intermediate_size"), after.pop("intermediate_size")) == (88, 53)
+    assert after == before
+
+
+def test_weights_keep_their_dtype_unless_dtype_converts_them(tmp_path):
+    source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    for asked, expected in (("", "BF16"), ("float16", "F16")):
+        out = tmp_path / f"out{asked}"
+        words = [f"dtype={asked}"] if asked else []
+        command = ["prune", "--model_args", f"pretrained={source}", *words]
+        assert pruned(*command, "--output_path", out, *STUDY).code == 0
+        with safe_open(out / "model.safetensors", "pt") as file:
+            found = {file.get_slice(name).get_dtype() for name in file.keys()}
+        assert found == {expected}
+
+
+def test_a_checkpoint_that_is_already_quantised_is_refused(tmp_path):
+    source = save_tiny(tmp_path / "source")
+    edit_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    said = prune(source, tmp_path / "out", *STUDY).sentence
+    assert "quantised already (quant_method=gptq)" in said
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight"),
+        (lambda tensors: tensors.update({MLP: torch.ones(9, 32)}), MLP),
+        (lambda tensors: tensors.update({BIAS: torch.ones(88)}), BIAS),
+    ],
+)
+def test_a_tensor_that_is_missing_or_does_not_fit_the_config_is_refused(
+    damage, named, tmp_path
+):
+    source = save_tiny(tmp_path / "source")
+    edit_weights(source, damage)
+    assert named in prune(source, tmp_path / "out", *STUDY).sentence
+
+
+def test_fewer_layers_than_the_checkpoint_has_are_refused(tmp_path):
+    source = save_tiny(tmp_path / "source")
+    edit_config(source, num_hidden_layers=2)
+    assert "layers.2" in prune(source, tmp_path / "out", *STUDY).sentence
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_garbage_in_a_json_file_is_one_sentence(file, tmp_path, tiny_llama_sharded):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama_sharded, source)
+    (source / file).write_text("{]")
+    assert str(source) in prune(source, tmp_path / "out", *STUDY).sentence
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("prune_precent=40", "did you mean prune_percent"),
+        ("trust_remote_code=off", "trust_remote_code='off'"),
+        ("dtype=abc", "dtype=abc"),
+    ],
+)
+def test_a_mistyped_argument_is_one_sentence_with_the_argument(
+    argument, message, tiny_llama, tmp_path
+):
+    command = ["prune", "--model_args", f"pretrained={tiny_llama}", argument]
+    done = pruned(*command, "--output_path", tmp_path / "out", *STUDY)
+    assert message in done.sentence
