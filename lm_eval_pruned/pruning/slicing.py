@@ -200,9 +200,9 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
     targets = widths.targets(plan)
     if plan.prunes and (plan.allocation, plan.arguments.repair) == (UNIFORM, NO_REPAIR):
         spares_first = plan.layers == tuple(range(1, record.layers))
-        cut = plan.criterion + ", skip_layers=0" * spares_first
+        method = plan.criterion + ", skip_layers=0" * spares_first
         if plan.depth is None and (plan.layers is None or spares_first):
-            _tell_once(beaten_by_chance(cut, 1 - plan.width / plan.width_before))
+            _tell_once(beaten_by_chance(method, 1 - plan.width / plan.width_before))
     choose_experts_implementation(model)
     if names := widths.inexpressible(targets):
         logger.warning(

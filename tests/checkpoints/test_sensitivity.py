@@ -7,7 +7,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    LlamaForCausalLM,
+    AutoModelForSequenceClassification,
 )
 
 from lm_eval_pruned import cli, load_pruned, prune_model
@@ -164,7 +164,7 @@ def test_one_model_has_one_key_however_it_was_asked_for(one, other, tiny_llama):
     for change in (
         {"rms_norm_eps": 0.5},
         {"use_safetensors": True},
-        {"auto_class": LlamaForCausalLM},
+        {"auto_class": AutoModelForSequenceClassification},
     ):
         changed = request_of(tiny_llama, **one, **change)
         assert first.content_key() != changed.content_key(), change

@@ -158,7 +158,7 @@ def test_the_results_file_records_the_text(tiny_llama, text, tmp_path):
         *("--model", "pruned-hf", "--model_args", given, "--device", "cpu"),
         *(
             "--tasks",
-            "pruned_demo_mc1",
+            "pruned_demo_truthfulness",
             "--limit",
             1,
             "--output_path",
