@@ -121,6 +121,8 @@ class Sweep:
 
     #: Whether the log says how a unit failed; ``error.json`` always does.
     shows_tracebacks = True
+    #: Whether units of earlier commands in the folder stay part of it; see `folder.with_earlier`.
+    keeps_earlier = True
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -235,19 +237,27 @@ class Sweep:
         return self.stop_when is not None and is_pruned
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the content of ``sweep.json``, the same for every shard and every start."""
+        """Return the content of ``sweep.json``, the same for every shard and every start.
+
+        The `fingerprint` of a configuration is that of its `model_definition`; its `units` are the
+        fingerprints of their definitions, by task.
+        """
         left_out = deciding("how", "where")
-        floors = [
-            {"id": each.id, "model": each.floor, "arguments": each.arguments}
-            for each in self.floors
-        ]
-        models = [{**vars(each)} for each in self.configurations]
-        for each in models:
-            del each["floor"]
+        configurations = []
+        for each in (*self.floors, *self.configurations):
+            told = {k: v for k, v in vars(each).items() if k != "floor"}
+            if kind := each.floor:
+                told = {"id": each.id, "model": kind, "arguments": each.arguments}
+            told["fingerprint"] = of_tasks.fingerprint(self.model_definition(each))
+            told["units"] = {
+                task.name: of_tasks.fingerprint(self.definition(each, task))
+                for task in self.tasks
+            }
+            configurations.append(told)
         return {
             "definition": {k: v for k, v in self.options.items() if k not in left_out},
             "sources": self.sources,
-            "configurations": floors + models,
+            "configurations": configurations,
             "tasks": [each.name for each in self.tasks],
         }
 

@@ -1,0 +1,168 @@
+"""What docs/sweeps.md promises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.contract.commands import pruned
+from tests.helpers.checkpoints import save_tiny
+from tests.helpers.sweeping import write_tasks
+from tests.sweeps.conftest import quick  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def tiny2(tmp_path_factory):
+    """Another model of the same shape."""
+    return save_tiny(tmp_path_factory.mktemp("tiny2"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def sweep_of(made):
+    """Return the command of a sweep of 20 % on one task of four documents."""
+
+    def sweep_of(model, folder, *words, task="tiny_choice", size=20, dtype="float32"):
+        given = ["--model_args", f"pretrained={model}", f"dtype={dtype}"]
+        given += ["--prune_percents", size, "--tasks", task, "--include_path", made]
+        given += ["--output_path", folder, "--device", "cpu", "--floors", "no"]
+        return pruned("sweep", *given, *words)
+
+    return sweep_of
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama, sweep_of, tmp_path_factory):
+    """The folder of a finished sweep of `tiny_llama`."""
+    folder = tmp_path_factory.mktemp("finished") / "sweep"
+    assert sweep_of(tiny_llama, folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the finished sweep, to be changed."""
+    return shutil.copytree(finished, tmp_path / "sweep")
+
+
+def compared(folder):
+    """Return the tasks of each run that `compare` shows, and its notes."""
+    done = pruned("compare", folder, "--format", "json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    tasks: dict[str, set[str]] = {}
+    for row in told["rows"]:
+        tasks.setdefault(row["run"], set()).add(row["task"])
+    return tasks, " ".join(told["notes"])
+
+
+def test_a_second_sweep_with_another_size_keeps_what_the_first_finished(
+    folder, tiny_llama, sweep_of
+):
+    done = sweep_of(tiny_llama, folder, size=40)
+    assert done.code == 0
+    assert "stay part of the sweep: prune_percent-20 (tiny_choice)" in done.out
+    tasks, notes = compared(folder)
+    assert [*tasks] == ["prune_percent-20", "prune_percent-40"]
+    assert "left out" not in notes
+    report = pruned("report", folder)
+    assert report.code == 0, report.err
+    text = (folder / "report" / "report.md").read_text("utf-8")
+    assert "prune_percent-20" in text and "prune_percent-40" in text
+
+
+def test_a_second_sweep_with_another_task_keeps_what_the_first_finished(
+    folder, tiny_llama, sweep_of
+):
+    assert sweep_of(tiny_llama, folder, task="tiny_sentence").code == 0
+    tasks, notes = compared(folder)
+    assert tasks == {"prune_percent-20": {"tiny_choice", "tiny_sentence"}}
+    assert "left out" not in notes
+
+
+@pytest.mark.parametrize("other", ["model", "dtype"])
+def test_results_of_another_model_or_dtype_are_left_out_and_named(
+    folder, tiny_llama, tiny2, sweep_of, other
+):
+    model, dtype = (tiny2, "float32") if other == "model" else (tiny_llama, "bfloat16")
+    done = sweep_of(model, folder, task="tiny_sentence", dtype=dtype)
+    named = "baseline (tiny_choice), prune_percent-20 (tiny_choice)"
+    assert done.code == 0
+    assert named in done.out
+    tasks, notes = compared(folder)
+    assert tasks == {"prune_percent-20": {"tiny_sentence"}}
+    assert named in notes
+    for run in ("baseline", "prune_percent-20"):
+        path = folder / "units" / run
+        alone = pruned("compare", path, path, "--format", "json")
+        assert {row["task"] for row in json.loads(alone.out)["rows"]} == {
+            "tiny_sentence"
+        }
+    report = pruned("report", folder)
+    assert report.code == 0, report.err
+    text = (folder / "report" / "report.md").read_text("utf-8")
+    assert named in text
+    # The command of the earlier sweep takes its results in again.
+    assert sweep_of(tiny_llama, folder).code == 0
+    assert compared(folder)[0] == {"prune_percent-20": {"tiny_choice"}}
+
+
+def test_a_size_with_another_seed_is_left_out_and_named(folder, tiny_llama, sweep_of):
+    assert sweep_of(tiny_llama, folder, "--seed", 7, size=40).code == 0
+    tasks, notes = compared(folder)
+    assert [*tasks] == ["prune_percent-40"]
+    assert "prune_percent-20 (tiny_choice)" in notes
+
+
+@pytest.mark.parametrize("part", ["0/2", "7/8"])
+def test_while_another_model_is_swept_nothing_of_the_old_one_is_shown(
+    folder, tiny_llama, tiny2, sweep_of, part, tmp_path
+):
+    """A process that was killed behind its first unit, or before, leaves what a part does."""
+    assert sweep_of(tiny2, folder, "--shard", part).code == 0
+    said = pruned("compare", folder).sentence
+    assert "prune_percent-20 (tiny_choice)" in said
+    baseline = tmp_path / "baseline.json"
+    done = pruned("check", folder, "--baseline", baseline, "--update")
+    if part == "0/2":
+        assert done.code == 0
+        assert [*json.loads(baseline.read_text())["runs"]] == ["baseline"]
+        assert "prune_percent-20 (tiny_choice)" in done.out
+        assert sweep_of(tiny2, folder, "--shard", "1/2").code == 0
+        tasks, notes = compared(folder)
+        assert tasks == {"prune_percent-20": {"tiny_choice"}}
+        assert "left out" not in notes
+    else:
+        assert "prune_percent-20 (tiny_choice)" in done.sentence
+
+
+def test_sizes_that_share_an_error_are_those_of_one_command(
+    folder, tiny_llama, sweep_of
+):
+    assert sweep_of(tiny_llama, folder, "--stop_when", "decided", size=40).code == 0
+    tasks, notes = compared(folder)
+    assert [*tasks] == ["prune_percent-40"]
+    assert "prune_percent-20 (tiny_choice)" in notes
+
+
+def test_a_folder_whose_sweep_json_lists_no_units_says_what_to_do(
+    folder, tiny_llama, sweep_of
+):
+    file = folder / "sweep.json"
+    whole = json.loads(file.read_text())
+    for each in whole["configurations"]:
+        each.pop("units", None)
+    file.write_text(json.dumps(whole))
+    for words in (("compare", folder), ("report", folder)):
+        assert "repeat the command of the sweep" in pruned(*words).sentence
+    file.unlink()
+    before = {*folder.rglob("results_*.json")}
+    assert sweep_of(tiny_llama, folder).code == 0
+    assert {*folder.rglob("results_*.json")} == before
+    assert compared(folder)[0] == {"prune_percent-20": {"tiny_choice"}}
