@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 #: Model types that a sweep can evaluate, the default first.
 MODELS = ("pruned-hf", "pruned-vllm")
+#: Options that a model type takes beside its arguments.
+OF_MODEL = ("batch_size", "max_batch_size", "device")
 #: Arguments of the model that name files, and a file by which the Hub knows them.
 SOURCES = {
     "pretrained": "config.json",
@@ -243,21 +245,20 @@ class Sweep:
         fingerprints of their definitions, by task.
         """
         left_out = deciding("how", "where")
-        configurations = []
-        for each in (*self.floors, *self.configurations):
-            told = {k: v for k, v in vars(each).items() if k != "floor"}
-            if kind := each.floor:
-                told = {"id": each.id, "model": kind, "arguments": each.arguments}
-            told["fingerprint"] = of_tasks.fingerprint(self.model_definition(each))
-            told["units"] = {
-                task.name: of_tasks.fingerprint(self.definition(each, task))
-                for task in self.tasks
-            }
-            configurations.append(told)
+        digest = of_tasks.fingerprint
         return {
             "definition": {k: v for k, v in self.options.items() if k not in left_out},
             "sources": self.sources,
-            "configurations": configurations,
+            "configurations": [
+                {
+                    **vars(each),
+                    "fingerprint": digest(self.model_definition(each)),
+                    "units": {
+                        t.name: digest(self.definition(each, t)) for t in self.tasks
+                    },
+                }
+                for each in (*self.floors, *self.configurations)
+            ],
             "tasks": [each.name for each in self.tasks],
         }
 
@@ -336,13 +337,19 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
 def harness_settings(
     options: Mapping[str, Any], model: str, arguments: dict[str, Any]
 ) -> EvaluatorConfig:
-    """Have the harness read and check its part of the options, for a model and its arguments."""
+    """Have the harness and the model type read and check their options, or raise ValueError."""
     read = {name: options[name] for name in OF_HARNESS if name in options}
     read = {"log_samples": True, **read, "model": model, "model_args": arguments}
     if "seed" in read:
         seeds = [part.strip() for part in read["seed"].split(",")]
         read["seed"] = [None if part.lower() == "none" else part for part in seeds]
-    return EvaluatorConfig.from_cli(Namespace(**read))
+    settings = EvaluatorConfig.from_cli(Namespace(**read))
+    told = {name: getattr(settings, name) for name in OF_MODEL}
+    # The workers of Ray may have vLLM where this machine has none.
+    with contextlib.suppress(ImportError):
+        check = getattr(get_model(model), "check_values", lambda values: None)
+        check({**arguments, **told})
+    return settings
 
 
 def _check_names(arguments: dict[str, Any], model: str) -> None:

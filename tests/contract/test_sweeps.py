@@ -166,3 +166,29 @@ def test_a_folder_whose_sweep_json_lists_no_units_says_what_to_do(
     assert sweep_of(tiny_llama, folder).code == 0
     assert {*folder.rglob("results_*.json")} == before
     assert compared(folder)[0] == {"prune_percent-20": {"tiny_choice"}}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--model_args", "dtype=flaot16"),
+        ("--model_args", "trust_remote_code=off"),
+        ("--model_args", "backend=casual"),
+        ("--model_args", "prefix_sharing=maybe"),
+        ("--model_args", "slot_refilling=maybe"),
+        ("--model_args", "energy=maybe"),
+        ("--model_args", "max_length=long"),
+        ("--batch_size", "many"),
+        ("--max_batch_size", "-1"),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_a_misspelt_value_is_refused_before_anything_runs(
+    words, tiny_llama, sweep_of, tmp_path
+):
+    option, value = words
+    given = f"pretrained={tiny_llama}"
+    more = (option, given, value) if option == "--model_args" else words
+    done = sweep_of(tiny_llama, tmp_path / "sweep", *more)
+    assert value.rpartition("=")[2] in done.sentence
+    assert not (tmp_path / "sweep").exists()
