@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.results import runs as layout
+from lm_eval_pruned.sweeps.checks import check_files
 from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
 from lm_eval_pruned.sweeps.options import refuse_ray
-from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting
+from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting, model_source
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.unit import UnitRunner
@@ -77,6 +78,8 @@ def run_sweep(
         _definition(sweep, folder.path)
         print(_plan_table(sweep, _entries(sweep, folder, units), folder.path), end="")
         return 0
+    arguments = sweep.settings.model_args
+    check_files(sweep.model, {**model_source(arguments), **arguments}, "model_args")
     with contextlib.nullcontext() if shared else folder.held(name or "sweep"):
         entries = _entries(sweep, folder, units)
         definition = layout.as_text(_definition(sweep, folder.path))

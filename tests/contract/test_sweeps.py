@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from tests.contract.commands import pruned
-from tests.helpers.checkpoints import save_tiny
+from tests.helpers.checkpoints import ROOT, save_tiny
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -191,4 +191,29 @@ def test_a_misspelt_value_is_refused_before_anything_runs(
     more = (option, given, value) if option == "--model_args" else words
     done = sweep_of(tiny_llama, tmp_path / "sweep", *more)
     assert value.rpartition("=")[2] in done.sentence
+    assert not (tmp_path / "sweep").exists()
+
+
+LLAMA = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct")
+
+
+def test_a_dry_run_plans_the_study_s_models_without_access(tmp_path):
+    words = ("--quick", "--include_path", ROOT / "tasks", "--output_path", tmp_path)
+    done = pruned("study", *LLAMA, *words, "--dry_run")
+    assert done.code == 0, done.err
+    for name in (model.partition("/")[2] for model in LLAMA):
+        assert f"# {name}\n" in done.out
+    assert done.out.count("Accept the Llama Community License on huggingface.co/") == 2
+    for words in ("|pruned_demo_truthfulness", "documents.", "hours", "GB of disk"):
+        assert done.out.count(words) >= 2
+
+
+def test_what_cannot_be_fetched_is_refused_before_anything_runs(
+    tiny_llama, sweep_of, tmp_path
+):
+    done = sweep_of(LLAMA[0], tmp_path / "sweep")
+    assert f"pretrained={LLAMA[0]}" in done.sentence
+    words = ("--model_args", f"pretrained={tiny_llama}", "peft=nowhere")
+    done = sweep_of(tiny_llama, tmp_path / "sweep", *words)
+    assert "peft=nowhere" in done.sentence
     assert not (tmp_path / "sweep").exists()
