@@ -7,9 +7,15 @@ import shutil
 
 import pytest
 
-from tests.contract.commands import pruned
+from tests.contract.commands import lm_eval, pruned, results_in
 from tests.helpers.checkpoints import ROOT, save_tiny
-from tests.helpers.sweeping import write_tasks
+from tests.helpers.sweeping import (
+    change,
+    errors_of,
+    files_of,
+    results_of,
+    write_tasks,
+)
 from tests.sweeps.conftest import quick  # noqa: F401
 
 
@@ -104,10 +110,10 @@ def test_results_of_another_model_or_dtype_are_left_out_and_named(
         assert {row["task"] for row in json.loads(alone.out)["rows"]} == {
             "tiny_sentence"
         }
-    report = pruned("report", folder)
-    assert report.code == 0, report.err
-    text = (folder / "report" / "report.md").read_text("utf-8")
-    assert named in text
+    if other == "model":
+        report = pruned("report", folder)
+        assert report.code == 0, report.err
+        assert named in (folder / "report" / "report.md").read_text("utf-8")
     # The command of the earlier sweep takes its results in again.
     assert sweep_of(tiny_llama, folder).code == 0
     assert compared(folder)[0] == {"prune_percent-20": {"tiny_choice"}}
@@ -216,4 +222,107 @@ def test_what_cannot_be_fetched_is_refused_before_anything_runs(
     words = ("--model_args", f"pretrained={tiny_llama}", "peft=nowhere")
     done = sweep_of(tiny_llama, tmp_path / "sweep", *words)
     assert "peft=nowhere" in done.sentence
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_dry_run_shows_widths_parameters_and_what_is_left(
+    finished, tiny_llama, sweep_of, tmp_path
+):
+    done = sweep_of(tiny_llama, tmp_path / "sweep", "--dry_run")
+    assert done.code == 0
+    assert "|prune_percent-20|71|2.2188|46,528|9.52%|0|0|1|" in done.out
+    assert "Units: 2, 0 done, 0 failed, 2 to run" in done.out
+    assert not (tmp_path / "sweep").exists()
+    assert "2 done" in sweep_of(tiny_llama, finished, "--dry_run").out
+
+
+def test_the_results_of_a_unit_are_those_of_lm_eval(
+    finished, tiny_llama, made, tmp_path
+):
+    model = f"pretrained={tiny_llama},dtype=float32,prune_percent=20"
+    words = ["--model", "pruned-hf", "--model_args", model, "--tasks", "tiny_choice"]
+    words += ["--include_path", made, "--device", "cpu", "--log_samples"]
+    assert lm_eval("run", *words, "--output_path", tmp_path).code == 0
+    expected = results_in(tmp_path)
+    found = results_in(finished / "units" / "prune_percent-20" / "tiny_choice")
+    for results in (expected, found):
+        for name in ("date", "start_time", "end_time", "total_evaluation_time_seconds"):
+            results.pop(name, None)
+    assert found["config"].pop("weight_bytes") > 0
+    assert found == expected
+    (samples,) = tmp_path.rglob("samples_*.jsonl")
+    (ours,) = results_of(finished)["prune_percent-20/tiny_choice"]["samples"].values()
+    assert ours == [json.loads(line) for line in samples.read_text().splitlines()]
+
+
+def test_an_interrupted_sweep_continues_where_it_stopped(
+    folder, finished, tiny_llama, sweep_of
+):
+    """The folder of a sweep that was killed in its second unit, and goes on with smaller batches."""
+    lost = folder / "units" / "prune_percent-20" / "tiny_choice"
+    lost.rename(folder / ".unfinished" / "sweep" / "0")
+    before = files_of(folder)
+    done = sweep_of(tiny_llama, folder, "--batch_size", 2)
+    assert done.code == 0
+    assert "1 done, 0 failed before, 1 to run" in done.out
+    assert before.items() < files_of(folder).items()
+    assert results_of(folder) == results_of(finished)
+    assert not [*folder.glob(".unfinished/*/*")]
+
+
+def test_what_changed_is_named_and_evaluated_again_and_the_earlier_results_move(
+    folder, tiny_llama, sweep_of
+):
+    before = sorted(path.name for path in folder.glob("units/*/*/results_*"))
+    done = sweep_of(tiny_llama, folder, "--limit", 2)
+    assert done.code == 0
+    assert "2 finished units" in done.out and "(settings)" in done.out
+    moved = folder.glob("superseded/*/tiny_choice/*/results_*")
+    assert sorted(path.name for path in moved) == before
+
+
+def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_changes(
+    tiny_llama, made, sweep_of, tmp_path
+):
+    folder = tmp_path / "sweep"
+    broken = shutil.copytree(made, tmp_path / "tasks")
+    change(broken, "choice.yaml", ".load", ".cannot_be_had")
+    words = ("--include_path", broken, "--tasks", "tiny_choice", "tiny_sentence")
+    for more, said in (
+        ((), "0 failed before, 4 to run"),
+        ((), "2 failed before, 0 to run"),
+        (("--retry_failed",), "0 failed before, 2 to run"),
+    ):
+        done = sweep_of(tiny_llama, folder, *words, *more)
+        assert done.code == 1
+        assert said in done.out
+        for unit, names in files_of(folder).items():
+            is_error = names == ("error.json", "unit.json")
+            assert is_error == unit.endswith("tiny_choice")
+    error = errors_of(folder)["baseline/tiny_choice"]
+    assert error["type"] == "ConnectionError"
+    assert error["message"] == "the data set cannot be had"
+    assert "cannot_be_had" in error["traceback"]
+    words = ("--include_path", made, "--tasks", "tiny_choice", "tiny_sentence")
+    assert sweep_of(tiny_llama, folder, *words).code == 0
+    assert not errors_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--ratios", "4"), "ratio=4 is above the model's own expansion ratio 88/32"),
+        (("--model_args", "pretrained={}", "ratio=2"), "use --ratios"),
+        (("--seeds", "1"), "only the criterion random"),
+        (("--tasks", "no_such_task"), "no_such_task"),
+        (("--shard", "2/2"), "I from 0 to N-1"),
+        (("--shard", "next", "--ray"), "leave out --ray"),
+        (("--stop_when", "decided", "--ray"), "leave out --ray"),
+        (("--stop_when", "decided", "--log_samples", "false"), "log_samples=False"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
+)
+def test_what_cannot_be_swept_is_refused(words, said, tiny_llama, sweep_of, tmp_path):
+    given = [word.format(tiny_llama) for word in words]
+    assert said in sweep_of(tiny_llama, tmp_path / "sweep", *given).sentence
     assert not (tmp_path / "sweep").exists()

@@ -51,7 +51,7 @@ def answered(picks, rights, options=(" no", " yes")) -> dict:
     """Return a multiple-choice task by which choice was picked, and which is right."""
     pairs, rows = [*zip(picks, rights, strict=True)], {}
     for number, (pick, right) in enumerate(pairs):
-        likelihoods = [-1 - (n != pick) for n in range(2)]
+        likelihoods = [-1 - (n != pick) for n in range(len(options))]
         rows[number] = offering(options, right, likelihoods=likelihoods)
     values = [float(pick == right) for pick, right in pairs]
     return {"acc,none": {"values": values, "rows": rows}}
