@@ -38,10 +38,11 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger("lm_eval.models.pruned")
 
 _FLAGS = (
-    *("add_bos_token", "load_in_4bit", "load_in_8bit", "logits_cache", "parallelize"),
-    *("truncation", "trust_remote_code", "use_fast_tokenizer", ARGUMENT),
+    *("add_bos_token", "energy", "energy_per_task", "load_in_4bit", "load_in_8bit"),
+    *("logits_cache", "parallelize", "prefix_sharing", "slot_refilling", "truncation"),
+    *("trust_remote_code", "use_fast_tokenizer", ARGUMENT),
 )
-_COUNTS = ("max_batch_size", "max_length")
+_COUNTS = ("max_batch_size", "max_length", "slots")
 _TEXTS = (
     *("attn_implementation", "delta", "device", "gguf_file", "peft", "pretrained"),
     *("subfolder", "tokenizer"),
@@ -111,6 +112,11 @@ class PrefixHFLM(TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM):
         """Return the names of all arguments but those that HFLM hands on to transformers."""
         return argument_names(cls)
 
+    @staticmethod
+    def check_values(given: Mapping[str, Any]) -> None:
+        """Refuse values of arguments, as `check_values` does."""
+        check_values(given)
+
 
 def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
     """Refuse misspelt names, and values that the harness's model would stumble over.
@@ -126,13 +132,22 @@ def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name}={given[name]} is not understood: did you mean {near}?"
             )
-        for name, value in given.items():
-            if name in _FLAGS and value is not None:
-                check_flag(name, value)
-            elif name in _COUNTS:
-                check_count(name, value)
-            elif (expected := _expected_instead(name, value)) is not None:
-                raise ValueError(f"{name}={value} is not understood: pass {expected}.")
+        model_type.check_values(given)
+
+
+def check_values(given: Mapping[str, Any]) -> None:
+    """Refuse values of arguments that the harness's model would stumble over.
+
+    Raises:
+        ValueError: A value cannot be used.
+    """
+    for name, value in given.items():
+        if name in _FLAGS and value is not None:
+            check_flag(name, value)
+        elif name in _COUNTS:
+            check_count(name, value)
+        elif (expected := _expected_instead(name, value)) is not None:
+            raise ValueError(f"{name}={value} is not understood: pass {expected}.")
 
 
 def _expected_instead(name: str, value: Any) -> str | None:

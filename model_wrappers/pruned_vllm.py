@@ -41,6 +41,7 @@ from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyW
 from lm_eval_pruned.model_wrappers.hf_prefix import (
     argument_names,
     check_arguments,
+    check_values,
     given_or_default,
 )
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_request
@@ -63,6 +64,7 @@ _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
 
 class PrunedVLLM(EnergyWindows, VLLM):
     engine_died = False
+    check_values = staticmethod(check_values)
 
     @takes_prune_arguments
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, astuple, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -83,6 +84,17 @@ def suggested_recipe(
     return "best", f"the model can be calibrated on {text}"
 
 
+def shipped_config(pretrained: str) -> str | None:
+    """Return the folder with the dimensions of one of the study's models; None for another model.
+
+    The repositories of these models on the Hub can only be read by those who accepted a licence.
+    """
+    found = re.fullmatch(r"meta-llama/Llama-3\.2-([13])B(-Instruct)?", pretrained)
+    if found is None or Path(pretrained).exists():
+        return None
+    return str(Path(__file__).parent / "known" / f"llama-3.2-{found[1]}b")
+
+
 def plan_rows(
     pretrained: str,
     argument: str,
@@ -111,15 +123,27 @@ def plan_rows(
     from lm_eval_pruned.checkpoints.request import LoadRequest
 
     source = {name: value for name, value in given.items() if value}
-    whole = LoadRequest.resolve(None, pretrained, PruneArguments(), source)
+
+    def requests(model: str) -> list[LoadRequest]:
+        whole = LoadRequest.resolve(None, model, PruneArguments(), source)
+        return [whole.asking(arguments) for arguments in asked]
+
+    shipped = None if source else shipped_config(pretrained)
+    planned = requests(shipped or pretrained)
+    if shipped and any(map(_needs_weights, planned)):
+        planned = requests(pretrained)
     known: KnownScores = {}
-    return [_row(whole.asking(arguments), known) for arguments in asked]
+    return [_row(request, known) for request in planned]
+
+
+def _needs_weights(request: LoadRequest) -> bool:
+    return request.plan.is_open or request.prune_arguments.measures_depth
 
 
 def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
     """Describe what becomes of a model; `known` takes what its weights or text tell."""
     plan = request.plan
-    if plan.is_open or request.prune_arguments.measures_depth:
+    if _needs_weights(request):
         from lm_eval_pruned.checkpoints.load import Stored
 
         request.check_text()

@@ -54,6 +54,8 @@ def run(arguments) -> int:
     (rule,) = rules or [files.Rule("absolute", 0.0)]
     baseline = gate.make_baseline(runs, rule, previous)
     files.write_baseline(file, baseline)
+    for note in gate.notes(runs, baseline):
+        print(f"NOTE     {note}")
     for finding in gate.check(runs, baseline):
         if finding.status == "undecided":
             print(f"NOTE     {finding.title}: {finding.message}")

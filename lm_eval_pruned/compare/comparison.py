@@ -126,7 +126,7 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     if len(found) < 2:
         raise ResultsError(
             "There is nothing to compare: pass a base and at least one other run, or a sweep "
-            "folder with several configurations."
+            f"folder with several configurations. {' '.join(found[0].notes)}".rstrip()
         )
     names = Counter(run.name for run in found)
     return found[0], [

@@ -234,6 +234,11 @@ def finite_or_none(value: Any) -> float | None:
 def newest_first(folder: Path) -> list[Path]:
     """Return the results files of a folder, or of those below it where it has none."""
     files = [*folder.glob("results_*.json")] or [*folder.rglob("results_*.json")]
+    return sort_by_date(files)
+
+
+def sort_by_date(files: Iterable[Path]) -> list[Path]:
+    """Return results files by the date in their names, the newest first."""
     return sorted(files, key=lambda file: (_date_of(file), str(file)), reverse=True)
 
 

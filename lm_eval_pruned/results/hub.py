@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.results.files import (
     ResultsError,
     as_mapping,
-    newest_first,
     read_json,
 )
+from lm_eval_pruned.results.runs import results_files
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.pruning_record import left_of
 
@@ -73,9 +73,8 @@ def eval_results(path: str | Path, pruning: Mapping[str, Any] | None = None) -> 
     import yaml
     from huggingface_hub import eval_result_entries_to_yaml
 
-    path = Path(path)
     entries: dict[str, EvalResultEntry] = {}
-    for file in [path] if path.is_file() else newest_first(path):
+    for file in results_files(Path(path)):
         content = read_json(file)
         found = as_mapping(as_mapping(content.get("config")).get("pruning"))
         if pruning is not None and left_of(found) != left_of(pruning):

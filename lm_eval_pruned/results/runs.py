@@ -20,12 +20,16 @@ from lm_eval_pruned.results.files import (
     newest_first,
     read_json,
     read_results_file,
+    sort_by_date,
 )
 from lm_eval_pruned.util.pruning_record import left_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
+
+    #: The fingerprint of each unit, by configuration and task.
+    UnitsOf = Mapping[str, Mapping[str, str]]
 
 #: Version of ``sweep.json`` and ``unit.json``.
 SCHEMA = 1
@@ -91,8 +95,11 @@ def read_unit(folder: Path) -> UnitRecord | None:
         return None
 
 
-def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """Read ``sweep.json`` and the ids of its configurations; ResultsError if it is not known here."""
+def read_definition(sweep: Path) -> tuple[Mapping[str, Any], UnitsOf]:
+    """Read ``sweep.json``, and apart from it the units that it lists.
+
+    ResultsError if there is none, or it is not known here.
+    """
     file = sweep / DEFINITION
     if not is_sweep(sweep):
         why = "is not a sweep folder: it has no sweep.json"
@@ -107,11 +114,76 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], list[str]]:
             f"{SCHEMA}: use the version that wrote it, or upgrade lm-eval-pruned."
         )
     try:
-        return definition, [str(each["id"]) for each in definition["configurations"]]
-    except (KeyError, TypeError):
+        configurations = definition["configurations"]
+        return definition, {str(c["id"]): dict(c.pop("units")) for c in configurations}
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise ResultsError(
-            f"{file} lists no configurations with an id: restore the file that the sweep wrote."
+            f"{file} does not list the sweep's configurations and units: delete it and repeat the "
+            "command of the sweep, which writes it again and keeps what is finished."
         ) from None
+
+
+def results_files(path: Path) -> list[Path]:
+    """Return the results files that count of a file, or of a folder, the newest first.
+
+    Of a configuration of a sweep, these are the files of the units that ``sweep.json`` lists.
+    """
+    if path.is_file():
+        return [path]
+    if (sweep := _sweep_of(path)) is None:
+        return newest_first(path)
+    name, (_, units) = path.resolve().name, read_definition(sweep)
+    records = _records(sweep, name, units.get(name, {}))
+    return sort_by_date(each.results for each in records.values() if each.results)
+
+
+def left_out(sweep: Path, counted: Collection[Path], name: str = "*") -> str:
+    """Name the finished units in a sweep's folder that are not `counted`.
+
+    Args:
+        sweep: The folder.
+        counted: Folders of units, as `unit_folder` returns them.
+        name: A configuration, if only its units are asked for.
+
+    Returns:
+        See `units_text`; an empty text if there are none.
+    """
+    others: dict[str, list[str]] = {}
+    for unit in sorted(Path(sweep, UNITS).glob(f"{name}/*/")):
+        known = unit in counted or unit.parent.name.startswith(FLOOR)
+        if not known and newest_first(unit):
+            others.setdefault(unit.parent.name, []).append(unit.name)
+    return units_text(others)
+
+
+def units_text(units: Mapping[str, Sequence[str]]) -> str:
+    """Return tasks by configuration as text, such as ``baseline (boolq, gsm8k)``."""
+    return ", ".join(f"{name} ({', '.join(tasks)})" for name, tasks in units.items())
+
+
+def _sweep_of(path: Path) -> Path | None:
+    """Return the folder of the sweep that a folder is a configuration of, if it is one."""
+    parent = path.resolve().parent
+    return parent.parent if parent.name == UNITS and is_sweep(parent.parent) else None
+
+
+def _records(
+    sweep: Path, name: str, listed: Mapping[str, str]
+) -> dict[Path, UnitRecord]:
+    """Return the units of a configuration that have the listed fingerprints, by folder."""
+    records = {}
+    for task in sorted(listed):
+        folder = unit_folder(sweep, name, task)
+        record = read_unit(folder)
+        if record is not None and record.fingerprint == listed[task]:
+            records[folder] = record
+    return records
+
+
+def _notes(sweep: Path, counted: Collection[Path], name: str = "*") -> tuple[str, ...]:
+    others = left_out(sweep, counted, name)
+    why = "it does not list these units, or lists another definition of them"
+    return (f"{sweep / DEFINITION}: left out, because {why}: {others}.",) * bool(others)
 
 
 class Failure(NamedTuple):
@@ -136,16 +208,22 @@ class SweepResults(NamedTuple):
 
 
 def read_sweep(path: str | Path) -> SweepResults:
-    """Read a sweep folder; ResultsError if it is none that is known here, or no unit is finished."""
+    """Read the units of a sweep folder that ``sweep.json`` lists; others are named in a note.
+
+    ResultsError if it is none that is known here, or no unit is finished.
+    """
     path = Path(path)
-    definition, names = read_definition(path)
+    definition, units = read_definition(path)
     found: dict[str, Run] = {}
-    failures = _failures(path, names)
-    for name in names:
-        folder = path / UNITS / name
-        units = [unit for unit in sorted(folder.glob("*/")) if newest_first(unit)]
-        if units:
-            found[name] = _joined(name, folder, [*map(read_newest, units)])
+    counted: dict[Path, UnitRecord] = {}
+    for name, listed in units.items():
+        records = _records(path, name, listed)
+        counted |= records
+        if files := [each.results for each in records.values() if each.results]:
+            parts = map(read_results_file, files)
+            found[name] = _joined(name, path / UNITS / name, [*parts])
+    failures = _failures(counted)
+    notes = _notes(path, counted)
     runs = [run for run in found.values() if not run.is_floor]
     floors = [run for run in found.values() if run.is_floor]
     if not runs:
@@ -153,29 +231,32 @@ def read_sweep(path: str | Path) -> SweepResults:
             f"; {len(failures)} failed, such as {each.task} of {each.run} ({each.message})"
             for each in failures[:1]
         )
-        raise ResultsError(f"{path} holds no finished unit yet{failed}.")
-    if absent := [n for n in names if n not in found and not n.startswith(FLOOR)]:
-        note = f"{path} holds no finished unit of {', '.join(absent)}."
-        runs[0] = replace(runs[0], notes=(note,))
+        raise ResultsError(
+            " ".join([f"{path} holds no finished unit yet{failed}.", *notes])
+        )
+    if absent := [n for n in units if n not in found and not n.startswith(FLOOR)]:
+        notes = (f"{path} holds no finished unit of {', '.join(absent)}.", *notes)
+    runs[0] = replace(runs[0], notes=notes)
     return SweepResults(path, definition, tuple(runs), failures, tuple(floors))
 
 
 def read_failures(sweep: str | Path) -> tuple[Failure, ...]:
     """Return what failed of a sweep folder, apart from models that know nothing."""
-    _, names = read_definition(Path(sweep))
-    return _failures(Path(sweep), names)
+    sweep = Path(sweep)
+    _, units = read_definition(sweep)
+    return _failures(
+        {k: v for each in units.items() for k, v in _records(sweep, *each).items()}
+    )
 
 
-def _failures(sweep: Path, names: Sequence[str]) -> tuple[Failure, ...]:
+def _failures(records: Mapping[Path, UnitRecord]) -> tuple[Failure, ...]:
     failures = []
-    for name in names:
-        folder = sweep / UNITS / name
-        for unit in sorted(folder.glob("*/") if not name.startswith(FLOOR) else ()):
-            if (unit / ERROR).is_file() and not newest_first(unit):
-                # The first line of transformers' messages may only introduce the others.
-                message = str(read_json(unit / ERROR).get("message"))
-                line = textwrap.shorten(message, 400, placeholder=" ...")
-                failures.append(Failure(name, unit.name, line))
+    for folder, record in records.items():
+        if record.error and not folder.parent.name.startswith(FLOOR):
+            # The first line of transformers' messages may only introduce the others.
+            message = str(record.error.get("message"))
+            line = textwrap.shorten(message, 400, placeholder=" ...")
+            failures.append(Failure(folder.parent.name, folder.name, line))
     return tuple(failures)
 
 
@@ -186,21 +267,25 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     ResultsError if there is no such path, or it cannot be read as one run.
     """
     path = Path(path)
-    files = [path] if path.is_file() else newest_first(path)[::-1]
+    files = results_files(path)[::-1]
+    sweep, counted = _sweep_of(path), [file.parent for file in files]
+    notes = _notes(sweep, counted, path.resolve().name) if sweep else ()
     if not files:
-        raise ResultsError(
+        missing = (
             f"{path} does not exist or holds no results_*.json: pass the folder given to "
             "`lm_eval --output_path`, or a results file."
         )
+        raise ResultsError(notes[0] if notes else missing)
     runs = [read_results_file(file) for file in files]
     models = [_model(run) for run in runs]
     # The units of a configuration are of one model, whatever its arguments say.
-    if path.parent.name != UNITS and any(each != models[0] for each in models):
+    if sweep is None and any(each != models[0] for each in models):
         listed = ", ".join(str(file.relative_to(path)) for file in files)
         raise ResultsError(
             f"{path} holds the results of several models ({listed}): name one of them."
         )
-    return _joined(name or (path.stem if path.is_file() else path.name), path, runs)
+    joined = _joined(name or (path.stem if path.is_file() else path.name), path, runs)
+    return replace(joined, notes=notes)
 
 
 def read_newest(folder: Path) -> Run:

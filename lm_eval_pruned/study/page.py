@@ -64,7 +64,7 @@ def write_page(folder: Path, models: Mapping[str, Findings]) -> list[Path]:
         sections += [
             Section(f"{name}: verdict", [" ".join(sentences(name, found))]),
             Section(f"{name}: scores", [LEGEND], table=table),
-            Section(f"{name}: figures", plots=_plots(name, found)),
+            _figures(name, found),
             Section(f"{name}: limits of these results", notes=notes, links=there),
         ]
         how = "in its" if found.asked.get("apply_chat_template") else "without a"
@@ -114,10 +114,11 @@ def _texts(scores: list[float | None]) -> list[str]:
     return ["-" if score is None else f"{score:.3f}" for score in scores]
 
 
-def _plots(name: str, found: Findings) -> list[Plot]:
+def _figures(name: str, found: Findings) -> Section:
     floors = {(e.task, e.metric): Levels(e.floor.floor) for e in found.tasks if e.floor}
     members = [found.base, *found.cuts]
-    points, plots = points_of(members, found.base, found.comparison, floors), []
+    points = points_of(members, found.base, found.comparison, floors)
+    plots, notes = [], []
     for measure in ("relative", "above_chance"):
         drawn, (_, title, _, said) = (
             points[points["measure"] == measure],
@@ -126,4 +127,6 @@ def _plots(name: str, found: Findings) -> list[Plot]:
         if drawn["ratio"].nunique() > 1:
             chart = measure_chart(drawn, measure)
             plots.append(Plot(f"{slug(name)}-{measure}", title, said, chart))
-    return plots
+        else:
+            notes.append(f"{title}: not drawn, because no task is left. {said}")
+    return Section(f"{name}: figures", plots=plots, notes=notes)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.configs import clear_errors
+from lm_eval_pruned.checkpoints.planning import shipped_config
 from lm_eval_pruned.pruning.arguments import CUTS, SEVERAL
 from lm_eval_pruned.sweeps.options import read_file
 from lm_eval_pruned.sweeps.plan import model_source
@@ -68,6 +69,8 @@ def _preset(name: str) -> dict[str, Any]:
 def _kind_of(pretrained: str, **source: Any) -> str:
     from transformers import AutoTokenizer
 
+    if shipped_config(pretrained):
+        return "instruct" if pretrained.endswith("-Instruct") else "base"
     if re.search(r"(?i)[-_.](base|pt)\b", Path(pretrained).name):
         return "base"
     with clear_errors(pretrained):

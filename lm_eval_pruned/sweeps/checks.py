@@ -22,7 +22,7 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
     """
     source, prunes = model_source(arguments), model in MODELS
     pretrained = source.pop("pretrained")
-    _check_files(model, {**arguments, "pretrained": pretrained}, where)
+    check_files(model, {**arguments, "pretrained": pretrained}, where)
     if found := find_misspelt(arguments, model, DECLARED if prunes else ()):
         name, near = found
         raise ValueError(
@@ -46,7 +46,13 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
         )
 
 
-def _check_files(model: str, arguments: dict[str, Any], where: str) -> None:
+def check_files(model: str, arguments: dict[str, Any], where: str) -> None:
+    """Refuse arguments of a model that name files which are neither here nor on the Hub.
+
+    Raises:
+        ValueError: One of `lm_eval_pruned.sweeps.plan.SOURCES` cannot be found; the message begins
+            with `where`.
+    """
     for argument, file in SOURCES.items():
         name, of_model = arguments.get(argument), argument == "pretrained"
         # Tokenizers have files of several names, and so has what only vLLM reads.

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 #: Model types that a sweep can evaluate, the default first.
 MODELS = ("pruned-hf", "pruned-vllm")
+#: Options that a model type takes beside its arguments.
+OF_MODEL = ("batch_size", "max_batch_size", "device")
 #: Arguments of the model that name files, and a file by which the Hub knows them.
 SOURCES = {
     "pretrained": "config.json",
@@ -121,6 +123,8 @@ class Sweep:
 
     #: Whether the log says how a unit failed; ``error.json`` always does.
     shows_tracebacks = True
+    #: Whether units of earlier commands in the folder stay part of it; see `folder.with_earlier`.
+    keeps_earlier = True
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
@@ -235,19 +239,26 @@ class Sweep:
         return self.stop_when is not None and is_pruned
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the content of ``sweep.json``, the same for every shard and every start."""
+        """Return the content of ``sweep.json``, the same for every shard and every start.
+
+        The `fingerprint` of a configuration is that of its `model_definition`; its `units` are the
+        fingerprints of their definitions, by task.
+        """
         left_out = deciding("how", "where")
-        floors = [
-            {"id": each.id, "model": each.floor, "arguments": each.arguments}
-            for each in self.floors
-        ]
-        models = [{**vars(each)} for each in self.configurations]
-        for each in models:
-            del each["floor"]
+        digest = of_tasks.fingerprint
         return {
             "definition": {k: v for k, v in self.options.items() if k not in left_out},
             "sources": self.sources,
-            "configurations": floors + models,
+            "configurations": [
+                {
+                    **vars(each),
+                    "fingerprint": digest(self.model_definition(each)),
+                    "units": {
+                        t.name: digest(self.definition(each, t)) for t in self.tasks
+                    },
+                }
+                for each in (*self.floors, *self.configurations)
+            ],
             "tasks": [each.name for each in self.tasks],
         }
 
@@ -326,13 +337,19 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
 def harness_settings(
     options: Mapping[str, Any], model: str, arguments: dict[str, Any]
 ) -> EvaluatorConfig:
-    """Have the harness read and check its part of the options, for a model and its arguments."""
+    """Have the harness and the model type read and check their options, or raise ValueError."""
     read = {name: options[name] for name in OF_HARNESS if name in options}
     read = {"log_samples": True, **read, "model": model, "model_args": arguments}
     if "seed" in read:
         seeds = [part.strip() for part in read["seed"].split(",")]
         read["seed"] = [None if part.lower() == "none" else part for part in seeds]
-    return EvaluatorConfig.from_cli(Namespace(**read))
+    settings = EvaluatorConfig.from_cli(Namespace(**read))
+    told = {name: getattr(settings, name) for name in OF_MODEL}
+    # The workers of Ray may have vLLM where this machine has none.
+    with contextlib.suppress(ImportError):
+        check = getattr(get_model(model), "check_values", lambda values: None)
+        check({**arguments, **told})
+    return settings
 
 
 def _check_names(arguments: dict[str, Any], model: str) -> None:

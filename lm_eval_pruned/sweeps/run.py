@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.results import runs as layout
-from lm_eval_pruned.sweeps.folder import SweepFolder
+from lm_eval_pruned.sweeps.checks import check_files
+from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
 from lm_eval_pruned.sweeps.options import refuse_ray
-from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting
+from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting, model_source
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.unit import UnitRunner
@@ -74,11 +75,14 @@ def run_sweep(
     units = sweep.units(fixed)
     runner = UnitRunner(sweep, part)
     if dry_run:
+        _definition(sweep, folder.path)
         print(_plan_table(sweep, _entries(sweep, folder, units), folder.path), end="")
         return 0
+    arguments = sweep.settings.model_args
+    check_files(sweep.model, {**model_source(arguments), **arguments}, "model_args")
     with contextlib.nullcontext() if shared else folder.held(name or "sweep"):
         entries = _entries(sweep, folder, units)
-        definition = layout.as_text(sweep.as_dict())
+        definition = layout.as_text(_definition(sweep, folder.path))
         write_atomically(folder.path / layout.DEFINITION, definition)
         states = Counter(state for _, state, _ in entries)
         chosen = (TO_RUN, FAILED) if retry_failed else (TO_RUN,)
@@ -125,6 +129,34 @@ def run_sweep(
     if progress.elsewhere:
         print(f"Other processes have taken {progress.elsewhere} of {len(units)} units.")
     return 0 if progress.done + progress.elsewhere == len(units) else 1
+
+
+def _definition(sweep: Sweep, path: Path) -> dict[str, Any]:
+    """Return the content of ``sweep.json``, and say what becomes of earlier units in the folder."""
+    own = sweep.as_dict()
+    if not sweep.keeps_earlier or not layout.is_sweep(path):
+        return own
+    definition = with_earlier(
+        own,
+        *layout.read_definition(path),
+        base=sweep.baseline.id,
+        adds_sizes=sweep.stop_when is None,
+    )
+    asked = {each["id"]: each["units"] for each in own["configurations"]}
+    added, listed = {}, []
+    for each in definition["configurations"]:
+        name, units = each["id"], each["units"]
+        listed += [layout.unit_folder(path, name, task) for task in units]
+        if others := [task for task in units if task not in asked.get(name, ())]:
+            added[name] = others
+    if added:
+        names = layout.units_text(added)
+        print(f"Units of earlier sweeps in {path} stay part of the sweep: {names}.")
+    if others := layout.left_out(path, listed):
+        print(
+            f"Finished units in {path} that are defined differently are left out: {others}."
+        )
+    return definition
 
 
 def _open_units(

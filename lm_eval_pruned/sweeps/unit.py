@@ -20,7 +20,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval_pruned.results.runs import read_newest, read_unit, unit_folder
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
-from lm_eval_pruned.sweeps.plan import MODELS, Unit
+from lm_eval_pruned.sweeps.plan import MODELS, OF_MODEL, Unit
 from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.tracking import check_tracking, report
@@ -115,8 +115,7 @@ class UnitRunner:
             self.release()
             self._holds = configuration
             logger.info("Loading %s.", configuration.id)
-            names = ("batch_size", "max_batch_size", "device")
-            more = {name: getattr(sweep.settings, name) for name in names}
+            more = {name: getattr(sweep.settings, name) for name in OF_MODEL}
             try:
                 if configuration.healed:
                     sweep.heal(configuration)

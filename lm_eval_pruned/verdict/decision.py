@@ -16,11 +16,10 @@ from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
     as_mapping,
-    newest_first,
     read_json,
 )
 from lm_eval_pruned.results.groups import is_share, primary_metrics
-from lm_eval_pruned.results.runs import read_unit
+from lm_eval_pruned.results.runs import read_unit, results_files
 
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> 
         )
     leaves = base.leaves(key[0])
     files = [
-        next(file for file in files_of(run) if leaves[0] in _sizes(file))
+        next(file for file in results_files(run.path) if leaves[0] in _sizes(file))
         for run in (base, candidate)
     ]
     sizes, costs = _sizes(files[0]), [seconds_per_document([file]) for file in files]
@@ -210,11 +209,6 @@ def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> 
         return f"{more}, but the task has {there:,}: accept a wider margin."
     minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
     return f"{more}, {max(1, round(minutes)):,} min." if all(costs) else f"{more}."
-
-
-def files_of(run: Run) -> list[Path]:
-    """Return the results files that a run was read from."""
-    return [run.path] if run.path.is_file() else newest_first(run.path)
 
 
 def seconds_per_document(files: Iterable[Path]) -> float | None:

@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.runs import (
-    FLOOR,
-    UNITS,
-    is_sweep,
-    read_failures,
-    read_sweep,
-)
+from lm_eval_pruned.results.runs import is_sweep, read_failures, read_sweep
 from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
@@ -40,6 +34,8 @@ class OneModel(Sweep):
 
     # The last line of a verdict gives the reason.
     shows_tracebacks = False
+    # A verdict is on the tasks that were asked for.
+    keeps_earlier = False
 
     def __init__(self, name: str, text: str, options: Mapping[str, Any]) -> None:
         kind, _, given = text.partition(",")
@@ -125,5 +121,5 @@ def both_runs(
 
 def _results_of(path: str) -> str:
     """Return the folder of the only model in a sweep folder; another path as it is."""
-    models = [p for p in Path(path, UNITS).glob("*/") if not p.name.startswith(FLOOR)]
-    return str(models[0]) if len(models) == 1 else path
+    runs = read_sweep(path).runs if is_sweep(path) else ()
+    return str(runs[0].path) if len(runs) == 1 else path

@@ -12,9 +12,10 @@ from lm_eval_pruned.compare.comparison_table import interval_text, number_text
 from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Cell, Section, Table, as_files, as_markdown
 from lm_eval_pruned.report.sections import energy_section
+from lm_eval_pruned.results.runs import results_files
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
-from lm_eval_pruned.verdict.decision import ANSWERS, files_of, seconds_per_document
+from lm_eval_pruned.verdict.decision import ANSWERS, seconds_per_document
 
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _size_section(verdict: Verdict) -> Section:
     rows = []
     for name, run in (("base", verdict.base), ("candidate", verdict.candidate)):
         sizes = map(run.config.get, ("model_num_parameters", "weight_bytes"))
-        time = number_text(seconds_per_document(files_of(run)), ".3g")
+        time = number_text(seconds_per_document(results_files(run.path)), ".3g")
         rows.append([name, *(number_text(each, ",") for each in sizes), time])
     columns = ["model", "parameters", "bytes in memory", "s / document"]
     table = Table("Size and time", columns, rows)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lm_eval_pruned.results.runs import unit_folder
+
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +51,7 @@ def answered(picks, rights, options=(" no", " yes")) -> dict:
     """Return a multiple-choice task by which choice was picked, and which is right."""
     pairs, rows = [*zip(picks, rights, strict=True)], {}
     for number, (pick, right) in enumerate(pairs):
-        likelihoods = [-1 - (n != pick) for n in range(2)]
+        likelihoods = [-1 - (n != pick) for n in range(len(options))]
         rows[number] = offering(options, right, likelihoods=likelihoods)
     values = [float(pick == right) for pick, right in pairs]
     return {"acc,none": {"values": values, "rows": rows}}
@@ -174,7 +176,10 @@ def write_sweep(folder: Path, runs: dict, **failures) -> Path:
         **failures: By configuration id, the task that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    configurations = [{"id": identifier} for identifier in runs]
+    units = {name: dict.fromkeys(tasks, "0") for name, (_, tasks) in runs.items()}
+    for identifier, task in failures.items():
+        units[identifier][task] = "0"
+    configurations = [{"id": name, "units": units[name]} for name in runs]
     definition = {"schema_version": 1, "configurations": configurations}
     (folder / "sweep.json").write_text(json.dumps(definition))
     for identifier, (size, tasks) in runs.items():
@@ -182,10 +187,18 @@ def write_sweep(folder: Path, runs: dict, **failures) -> Path:
         of = pruning(size) if isinstance(size, int) else size
         about = {"config": {"model": of}} if isinstance(of, str) else {"pruning": of}
         for task, metrics in tasks.items():
-            write_run(folder / "units" / identifier / task, {task: metrics}, **about)
+            unit = unit_folder(folder, identifier, task)
+            write_run(unit, {task: metrics}, **about)
+            _write_unit(unit)
     for identifier, task in failures.items():
-        unit = folder / "units" / identifier / task
+        unit = unit_folder(folder, identifier, task)
         unit.mkdir(parents=True)
         error = {"task": task, "message": "out of memory"}
         (unit / "error.json").write_text(json.dumps(error))
+        _write_unit(unit)
     return folder
+
+
+def _write_unit(folder: Path) -> None:
+    unit = {"schema_version": 1, "fingerprint": "0", "seconds": 0}
+    (folder / "unit.json").write_text(json.dumps(unit))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -188,7 +187,7 @@ WORD = "sesame"
 
 
 @pytest.mark.slow
-def test_a_report_with_and_without_texts(tmp_path):
+def test_texts_and_the_page_of_an_earlier_report_go(tmp_path):
     pytest.importorskip("altair", reason="plots need the extra `report`")
     from lm_eval_pruned.report.report import write_report
 
@@ -207,14 +206,7 @@ def test_a_report_with_and_without_texts(tmp_path):
         return {each.name for each in files if WORD.encode() in each.read_bytes()}
 
     assert with_texts() == {PAGE}
-    text = (sweep / "report/report.md").read_text(encoding="utf-8")
-    assert "|p40 (2.40)|quiz|acc,none|4|1|1|75%|" in text
-    assert f"]({PAGE})" in text
-    # The texts of an earlier report go, too.
     assert with_texts(texts=False) == set()
-    (samples,) = sweep.glob("units/base/quiz/samples_*.jsonl")
-    digest = json.loads(samples.read_text().splitlines()[1])["doc_hash"]
-    assert digest[:16] in (sweep / "report" / PAGE).read_text(encoding="utf-8")
     for file in sweep.glob("units/*/*/samples_*.jsonl"):
         file.unlink()
     write_report(sweep)

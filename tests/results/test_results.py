@@ -11,6 +11,7 @@ from lm_eval_pruned.results import runs
 from lm_eval_pruned.results.documents import read_documents
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import series_of
+from lm_eval_pruned.results.hub import eval_results
 from lm_eval_pruned.results.runs import read_run, read_sweep, setting_of
 from tests.helpers.results_files import DATE, pruning, write_run, write_sweep
 
@@ -111,13 +112,30 @@ def test_a_sweep_folder(tmp_path):
 )
 def test_hostile_sweep_folders(tmp_path, definition, words):
     if definition is not None:
-        definition["configurations"] = [{"id": "a"}]
+        definition["configurations"] = [{"id": "a", "units": {}}]
         (tmp_path / "sweep.json").write_text(json.dumps(definition))
     with pytest.raises(ResultsError, match=words):
         runs.read_sweep(tmp_path)
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ResultsError, match=r"holds no results_\*.json"):
             read_run(path)
+
+
+def test_scores_for_the_hub_are_those_that_count_in_their_sweep(tmp_path):
+    unit = {"acc,none": [1.0, 0.0]}
+    folder = write_sweep(tmp_path, {"candidate": (20, {"new": unit, "old": unit})})
+    candidate = folder / "units" / "candidate"
+    for name in ("new", "old"):
+        (file,) = (candidate / name).glob("results_*.json")
+        of = {"dataset_path": f"org/{name}", "metric_list": [{"metric": "acc"}]}
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"configs": {name: of}})
+        )
+    assert "org/old" in eval_results(candidate)
+    record = candidate / "old" / "unit.json"
+    record.write_text(record.read_text().replace('"0"', '"1"'))
+    assert "org/old" not in eval_results(candidate)
+    assert "org/new" in eval_results(candidate)
 
 
 def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
@@ -177,5 +195,5 @@ def test_what_the_harness_writes(tmp_path):
 def test_a_sweep_that_was_edited_by_hand_is_named(tmp_path, configurations):
     edited = {"schema_version": 1, "configurations": configurations}
     (tmp_path / "sweep.json").write_text(json.dumps(edited))
-    with pytest.raises(ResultsError, match=r"sweep\.json lists no configurations"):
+    with pytest.raises(ResultsError, match=r"sweep\.json does not list"):
         read_sweep(tmp_path)

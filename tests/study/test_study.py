@@ -98,6 +98,17 @@ def test_the_page_is_short_and_shows_floors_and_what_was_published(tmp_path):
     assert page.read_text("utf-8").count("<figure") == 2
 
 
+def test_a_page_says_which_figure_nothing_is_left_for(tmp_path):
+    from lm_eval_pruned.study.page import write_page
+
+    found = studied(tmp_path, {"mmlu": (0.25, 0.2, 0.25)})
+    page, text, *plots = write_page(tmp_path / "page", {"Llama-3.2-1B": found})
+    assert {plot.stem.split("-", 3)[-1] for plot in plots} == {"1b-relative"}
+    told = text.read_text("utf-8")
+    assert "What is left above chance: not drawn, because no task is left." in told
+    assert "What is left above chance: not drawn" in page.read_text("utf-8")
+
+
 BASE = {"tasks": ["pruned_dichotomy"], "seeds": ["0", "1", "2"]}
 PERCENTS = ["10", "20", "30", "40", "50", "60"]
 

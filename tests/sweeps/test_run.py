@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
@@ -14,7 +13,6 @@ from unittest.mock import DEFAULT, Mock
 import lm_eval
 import pytest
 import torch
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
@@ -24,7 +22,6 @@ from lm_eval_pruned.sweeps.folder import SweepFolder
 from lm_eval_pruned.sweeps.plan import FLOORS, Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import (
-    change,
     errors_of,
     files_of,
     forked,
@@ -93,28 +90,6 @@ def test_units_are_results_of_the_harness(undisturbed):
     assert not list(undisturbed.glob(".unfinished/*/*"))
 
 
-def test_same_as_the_stock_command(options, undisturbed, tmp_path, monkeypatch):
-    model = f"pretrained={options['model_args']['pretrained']},ratio=1.5"
-    words = ["lm_eval", "run", "--model", "pruned-hf", "--tasks", "tiny_sentence"]
-    words += ["--model_args", model, "--include_path", options["include_path"]]
-    words += ["--log_samples", "--output_path", str(tmp_path), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", words)
-    cli_evaluate()
-    (stock,) = tmp_path.rglob("results_*.json")
-    expected = json.loads(stock.read_text())
-    found = results_file(undisturbed, "ratio-1.5/tiny_sentence")
-    for results in (expected, found):
-        # A group may set what the task leaves open.
-        results["configs"]["tiny_sentence"]["custom_dataset"] = None
-        for name in ("date", "start_time", "end_time", "total_evaluation_time_seconds"):
-            results.pop(name, None)
-    assert found["config"].pop("weight_bytes") > 0
-    assert found == expected
-    (samples,) = tmp_path.rglob("samples_*.jsonl")
-    (ours,) = results_of(undisturbed)["ratio-1.5/tiny_sentence"]["samples"].values()
-    assert ours == [json.loads(line) for line in samples.read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on(options, folder, undisturbed, calls):
     def dying(**_):
@@ -131,48 +106,6 @@ def test_a_killed_sweep_goes_on(options, folder, undisturbed, calls):
         before = files_of(folder)
     assert results_of(folder) == results_of(undisturbed)
     assert not list(folder.glob(".unfinished/*/*"))
-
-
-@pytest.mark.slow
-def test_a_second_start_evaluates_what_changed_and_keeps_the_old(
-    options, folder, capsys
-):
-    assert run_sweep(options) == 0
-    old = files_of(folder)
-    assert run_sweep({**options, "batch_size": "2"}) == 0
-    assert files_of(folder) == old
-    assert run_sweep({**options, "limit": 2.0}) == 0
-    assert "defined differently (settings)" in capsys.readouterr().out
-    assert results_file(folder, UNITS[0])["n-samples"]["tiny_choice"]["effective"] == 2
-    aside = folder.glob("superseded/*/*/*")
-    kept = sorted(sorted(map(os.path.basename, each.iterdir())) for each in aside)
-    assert kept == sorted(map(list, old.values()))
-
-
-def test_a_failed_unit_is_recorded_and_the_rest_goes_on(
-    options, folder, tasks, tmp_path, capsys
-):
-    broken = shutil.copytree(tasks, tmp_path / "tasks")
-    change(broken, "choice.yaml", ".load", ".cannot_be_had")
-    options = {**options, "include_path": str(broken)}
-    for retry, said in (
-        (False, "0 failed before, 4 to run"),
-        (False, "2 failed before, 0 to run"),
-        (True, "0 failed before, 2 to run"),
-    ):
-        assert run_sweep(options, retry_failed=retry) == 1
-        assert said in capsys.readouterr().out
-        for unit, names in files_of(folder).items():
-            is_error = names == ("error.json", "unit.json")
-            assert is_error == unit.endswith("tiny_choice")
-    error = errors_of(folder)[UNITS[0]]
-    assert error["type"] == "ConnectionError"
-    assert error["message"] == "the data set cannot be had"
-    assert "cannot_be_had" in error["traceback"]
-    # A task that was mended has another definition: no option is needed.
-    assert run_sweep({**options, "include_path": str(tasks)}) == 0
-    assert not errors_of(folder)
-    assert not (folder / "superseded").exists()
 
 
 @pytest.mark.slow

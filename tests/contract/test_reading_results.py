@@ -1,0 +1,103 @@
+"""What docs/reading-results.md promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.contract.commands import pruned
+from tests.helpers.results_files import answered, write_sweep, written
+
+
+WORD = "sesame"
+CHOICES = tuple(f" {WORD} {number}" for number in range(3))
+#: Which choices are right, and which two models pick.
+RIGHT, BEFORE, AFTER = [0, 1, 2, 0, 1], [0, 1, 0, 2, 1], [0, 0, 1, 0, 1]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A sweep whose pruned model answers other questions correctly, and as many."""
+
+    def tasks(picks, end):
+        return {
+            "quiz": answered(picks, RIGHT, CHOICES),
+            "free": written([f"{WORD} {end}"] * 2, [1, 1]),
+            "unknown": {"acc,none": [*map(float, map(int.__eq__, picks, RIGHT))]},
+            "mass": {"acc,none": [0.25 + pick / 8 for pick in picks]},
+        }
+
+    folder = tmp_path_factory.mktemp("sweep")
+    sizes = {"baseline": (0, tasks(BEFORE, "a")), "p40": (40, tasks(AFTER, "b"))}
+    return write_sweep(folder, sizes)
+
+
+@pytest.fixture(scope="module")
+def reported(sweep, tmp_path_factory):
+    """Write the report with these options, once, and return its folder."""
+    pytest.importorskip("altair", reason="a report needs the extra `report`")
+    folders = {}
+
+    def reported(*words):
+        if words not in folders:
+            folders[words] = tmp_path_factory.mktemp("report")
+            done = pruned("report", sweep, "--output_path", folders[words], *words)
+            assert done.code == 0, done.err
+        return folders[words]
+
+    return reported
+
+
+def test_the_same_score_is_not_the_same_answers(reported):
+    told = (reported() / "report.md").read_text("utf-8")
+    # Documents, right to wrong, wrong to right, and changed: a wrong answer that stays wrong, too.
+    assert "|quiz|acc,none|5|1|1|60%|" in told
+    # Two texts that differ in a word have changed, and stay right.
+    assert "|free|prompt_level_strict_acc,none|2|0|0|100%|" in told
+
+
+def test_a_dash_means_that_the_samples_do_not_show_the_answer(reported):
+    told = (reported() / "report.md").read_text("utf-8")
+    assert "|unknown|acc,none|5|1|1|-|" in told
+
+
+def test_tasks_without_right_and_wrong_have_no_flips(reported):
+    told = (reported() / "report.md").read_text("utf-8")
+    assert "|mass|acc,none|5|" not in told
+    assert "mass" in told
+
+
+def test_the_page_of_flips_lists_first_what_turned_wrong(reported):
+    page = (reported() / "flips.html").read_text("utf-8")
+    body = page.partition("<tbody>")[2]
+    kinds = ("right to wrong", "wrong to right", "another")
+    places = [body.index(kind) for kind in kinds]
+    assert places == sorted(places)
+    assert body.rindex(kinds[0]) < places[1]
+
+
+def test_a_report_without_texts_names_documents_by_id_and_hash(reported, sweep):
+    assert WORD in (reported() / "flips.html").read_text("utf-8")
+    folder = reported("--no_texts")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if WORD.encode() in path.read_bytes()]
+    assert "|quiz|acc,none|5|1|1|60%|" in (folder / "report.md").read_text("utf-8")
+    assert [*folder.glob("plots/*")]
+    (samples,) = sweep.glob("units/baseline/quiz/samples_*.jsonl")
+    digest = json.loads(samples.read_text().splitlines()[1])["doc_hash"]
+    page = (folder / "flips.html").read_text("utf-8")
+    assert "document 1" in page and digest[:16] in page
+
+
+def test_compare_and_report_show_the_floor_of_each_score(sweep, reported):
+    done = pruned("compare", sweep)
+    assert done.code == 0, done.err
+    (row,) = [
+        row
+        for row in done.out.splitlines()
+        if row.startswith("|p40") and "|quiz" in row
+    ]
+    # Whoever always gives the commonest right answer has 2 of 5, who guesses a third.
+    assert "|0.4000|" in row
+    assert "0.400" in (reported() / "report.md").read_text("utf-8")

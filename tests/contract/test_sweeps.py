@@ -1,0 +1,328 @@
+"""What docs/sweeps.md promises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.contract.commands import lm_eval, pruned, results_in
+from tests.helpers.checkpoints import ROOT, save_tiny
+from tests.helpers.sweeping import (
+    change,
+    errors_of,
+    files_of,
+    results_of,
+    write_tasks,
+)
+from tests.sweeps.conftest import quick  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def tiny2(tmp_path_factory):
+    """Another model of the same shape."""
+    return save_tiny(tmp_path_factory.mktemp("tiny2"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def sweep_of(made):
+    """Return the command of a sweep of 20 % on one task of four documents."""
+
+    def sweep_of(model, folder, *words, task="tiny_choice", size=20, dtype="float32"):
+        given = ["--model_args", f"pretrained={model}", f"dtype={dtype}"]
+        given += ["--prune_percents", size, "--tasks", task, "--include_path", made]
+        given += ["--output_path", folder, "--device", "cpu", "--floors", "no"]
+        return pruned("sweep", *given, *words)
+
+    return sweep_of
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama, sweep_of, tmp_path_factory):
+    """The folder of a finished sweep of `tiny_llama`."""
+    folder = tmp_path_factory.mktemp("finished") / "sweep"
+    assert sweep_of(tiny_llama, folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the finished sweep, to be changed."""
+    return shutil.copytree(finished, tmp_path / "sweep")
+
+
+def compared(folder):
+    """Return the tasks of each run that `compare` shows, and its notes."""
+    done = pruned("compare", folder, "--format", "json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    tasks: dict[str, set[str]] = {}
+    for row in told["rows"]:
+        tasks.setdefault(row["run"], set()).add(row["task"])
+    return tasks, " ".join(told["notes"])
+
+
+def test_a_second_sweep_with_another_size_keeps_what_the_first_finished(
+    folder, tiny_llama, sweep_of
+):
+    done = sweep_of(tiny_llama, folder, size=40)
+    assert done.code == 0
+    assert "stay part of the sweep: prune_percent-20 (tiny_choice)" in done.out
+    tasks, notes = compared(folder)
+    assert [*tasks] == ["prune_percent-20", "prune_percent-40"]
+    assert "left out" not in notes
+    report = pruned("report", folder)
+    assert report.code == 0, report.err
+    text = (folder / "report" / "report.md").read_text("utf-8")
+    assert "prune_percent-20" in text and "prune_percent-40" in text
+
+
+def test_a_second_sweep_with_another_task_keeps_what_the_first_finished(
+    folder, tiny_llama, sweep_of
+):
+    assert sweep_of(tiny_llama, folder, task="tiny_sentence").code == 0
+    tasks, notes = compared(folder)
+    assert tasks == {"prune_percent-20": {"tiny_choice", "tiny_sentence"}}
+    assert "left out" not in notes
+
+
+@pytest.mark.parametrize("other", ["model", "dtype"])
+def test_results_of_another_model_or_dtype_are_left_out_and_named(
+    folder, tiny_llama, tiny2, sweep_of, other
+):
+    model, dtype = (tiny2, "float32") if other == "model" else (tiny_llama, "bfloat16")
+    done = sweep_of(model, folder, task="tiny_sentence", dtype=dtype)
+    named = "baseline (tiny_choice), prune_percent-20 (tiny_choice)"
+    assert done.code == 0
+    assert named in done.out
+    tasks, notes = compared(folder)
+    assert tasks == {"prune_percent-20": {"tiny_sentence"}}
+    assert named in notes
+    for run in ("baseline", "prune_percent-20"):
+        path = folder / "units" / run
+        alone = pruned("compare", path, path, "--format", "json")
+        assert {row["task"] for row in json.loads(alone.out)["rows"]} == {
+            "tiny_sentence"
+        }
+    if other == "model":
+        report = pruned("report", folder)
+        assert report.code == 0, report.err
+        assert named in (folder / "report" / "report.md").read_text("utf-8")
+    # The command of the earlier sweep takes its results in again.
+    assert sweep_of(tiny_llama, folder).code == 0
+    assert compared(folder)[0] == {"prune_percent-20": {"tiny_choice"}}
+
+
+def test_a_size_with_another_seed_is_left_out_and_named(folder, tiny_llama, sweep_of):
+    assert sweep_of(tiny_llama, folder, "--seed", 7, size=40).code == 0
+    tasks, notes = compared(folder)
+    assert [*tasks] == ["prune_percent-40"]
+    assert "prune_percent-20 (tiny_choice)" in notes
+
+
+@pytest.mark.parametrize("part", ["0/2", "7/8"])
+def test_while_another_model_is_swept_nothing_of_the_old_one_is_shown(
+    folder, tiny_llama, tiny2, sweep_of, part, tmp_path
+):
+    """A process that was killed behind its first unit, or before, leaves what a part does."""
+    assert sweep_of(tiny2, folder, "--shard", part).code == 0
+    said = pruned("compare", folder).sentence
+    assert "prune_percent-20 (tiny_choice)" in said
+    baseline = tmp_path / "baseline.json"
+    done = pruned("check", folder, "--baseline", baseline, "--update")
+    if part == "0/2":
+        assert done.code == 0
+        assert [*json.loads(baseline.read_text())["runs"]] == ["baseline"]
+        assert "prune_percent-20 (tiny_choice)" in done.out
+        assert sweep_of(tiny2, folder, "--shard", "1/2").code == 0
+        tasks, notes = compared(folder)
+        assert tasks == {"prune_percent-20": {"tiny_choice"}}
+        assert "left out" not in notes
+    else:
+        assert "prune_percent-20 (tiny_choice)" in done.sentence
+
+
+def test_sizes_that_share_an_error_are_those_of_one_command(
+    folder, tiny_llama, sweep_of
+):
+    assert sweep_of(tiny_llama, folder, "--stop_when", "decided", size=40).code == 0
+    tasks, notes = compared(folder)
+    assert [*tasks] == ["prune_percent-40"]
+    assert "prune_percent-20 (tiny_choice)" in notes
+
+
+def test_a_folder_whose_sweep_json_lists_no_units_says_what_to_do(
+    folder, tiny_llama, sweep_of
+):
+    file = folder / "sweep.json"
+    whole = json.loads(file.read_text())
+    for each in whole["configurations"]:
+        each.pop("units", None)
+    file.write_text(json.dumps(whole))
+    for words in (("compare", folder), ("report", folder)):
+        assert "repeat the command of the sweep" in pruned(*words).sentence
+    file.unlink()
+    before = {*folder.rglob("results_*.json")}
+    assert sweep_of(tiny_llama, folder).code == 0
+    assert {*folder.rglob("results_*.json")} == before
+    assert compared(folder)[0] == {"prune_percent-20": {"tiny_choice"}}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--model_args", "dtype=flaot16"),
+        ("--model_args", "trust_remote_code=off"),
+        ("--model_args", "backend=casual"),
+        ("--model_args", "prefix_sharing=maybe"),
+        ("--model_args", "slot_refilling=maybe"),
+        ("--model_args", "energy=maybe"),
+        ("--model_args", "max_length=long"),
+        ("--batch_size", "many"),
+        ("--max_batch_size", "-1"),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_a_misspelt_value_is_refused_before_anything_runs(
+    words, tiny_llama, sweep_of, tmp_path
+):
+    option, value = words
+    given = f"pretrained={tiny_llama}"
+    more = (option, given, value) if option == "--model_args" else words
+    done = sweep_of(tiny_llama, tmp_path / "sweep", *more)
+    assert value.rpartition("=")[2] in done.sentence
+    assert not (tmp_path / "sweep").exists()
+
+
+LLAMA = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct")
+
+
+def test_a_dry_run_plans_the_study_s_models_without_access(tmp_path):
+    words = ("--quick", "--include_path", ROOT / "tasks", "--output_path", tmp_path)
+    done = pruned("study", *LLAMA, *words, "--dry_run")
+    assert done.code == 0, done.err
+    for name in (model.partition("/")[2] for model in LLAMA):
+        assert f"# {name}\n" in done.out
+    assert done.out.count("Accept the Llama Community License on huggingface.co/") == 2
+    for words in ("|pruned_demo_truthfulness", "documents.", "hours", "GB of disk"):
+        assert done.out.count(words) >= 2
+
+
+def test_what_cannot_be_fetched_is_refused_before_anything_runs(
+    tiny_llama, sweep_of, tmp_path
+):
+    done = sweep_of(LLAMA[0], tmp_path / "sweep")
+    assert f"pretrained={LLAMA[0]}" in done.sentence
+    words = ("--model_args", f"pretrained={tiny_llama}", "peft=nowhere")
+    done = sweep_of(tiny_llama, tmp_path / "sweep", *words)
+    assert "peft=nowhere" in done.sentence
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_dry_run_shows_widths_parameters_and_what_is_left(
+    finished, tiny_llama, sweep_of, tmp_path
+):
+    done = sweep_of(tiny_llama, tmp_path / "sweep", "--dry_run")
+    assert done.code == 0
+    assert "|prune_percent-20|71|2.2188|46,528|9.52%|0|0|1|" in done.out
+    assert "Units: 2, 0 done, 0 failed, 2 to run" in done.out
+    assert not (tmp_path / "sweep").exists()
+    assert "2 done" in sweep_of(tiny_llama, finished, "--dry_run").out
+
+
+def test_the_results_of_a_unit_are_those_of_lm_eval(
+    finished, tiny_llama, made, tmp_path
+):
+    model = f"pretrained={tiny_llama},dtype=float32,prune_percent=20"
+    words = ["--model", "pruned-hf", "--model_args", model, "--tasks", "tiny_choice"]
+    words += ["--include_path", made, "--device", "cpu", "--log_samples"]
+    assert lm_eval("run", *words, "--output_path", tmp_path).code == 0
+    expected = results_in(tmp_path)
+    found = results_in(finished / "units" / "prune_percent-20" / "tiny_choice")
+    for results in (expected, found):
+        for name in ("date", "start_time", "end_time", "total_evaluation_time_seconds"):
+            results.pop(name, None)
+    assert found["config"].pop("weight_bytes") > 0
+    assert found == expected
+    (samples,) = tmp_path.rglob("samples_*.jsonl")
+    (ours,) = results_of(finished)["prune_percent-20/tiny_choice"]["samples"].values()
+    assert ours == [json.loads(line) for line in samples.read_text().splitlines()]
+
+
+def test_an_interrupted_sweep_continues_where_it_stopped(
+    folder, finished, tiny_llama, sweep_of
+):
+    """The folder of a sweep that was killed in its second unit, and goes on with smaller batches."""
+    lost = folder / "units" / "prune_percent-20" / "tiny_choice"
+    lost.rename(folder / ".unfinished" / "sweep" / "0")
+    before = files_of(folder)
+    done = sweep_of(tiny_llama, folder, "--batch_size", 2)
+    assert done.code == 0
+    assert "1 done, 0 failed before, 1 to run" in done.out
+    assert before.items() < files_of(folder).items()
+    assert results_of(folder) == results_of(finished)
+    assert not [*folder.glob(".unfinished/*/*")]
+
+
+def test_what_changed_is_named_and_evaluated_again_and_the_earlier_results_move(
+    folder, tiny_llama, sweep_of
+):
+    before = sorted(path.name for path in folder.glob("units/*/*/results_*"))
+    done = sweep_of(tiny_llama, folder, "--limit", 2)
+    assert done.code == 0
+    assert "2 finished units" in done.out and "(settings)" in done.out
+    moved = folder.glob("superseded/*/tiny_choice/*/results_*")
+    assert sorted(path.name for path in moved) == before
+
+
+def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_changes(
+    tiny_llama, made, sweep_of, tmp_path
+):
+    folder = tmp_path / "sweep"
+    broken = shutil.copytree(made, tmp_path / "tasks")
+    change(broken, "choice.yaml", ".load", ".cannot_be_had")
+    words = ("--include_path", broken, "--tasks", "tiny_choice", "tiny_sentence")
+    for more, said in (
+        ((), "0 failed before, 4 to run"),
+        ((), "2 failed before, 0 to run"),
+        (("--retry_failed",), "0 failed before, 2 to run"),
+    ):
+        done = sweep_of(tiny_llama, folder, *words, *more)
+        assert done.code == 1
+        assert said in done.out
+        for unit, names in files_of(folder).items():
+            is_error = names == ("error.json", "unit.json")
+            assert is_error == unit.endswith("tiny_choice")
+    error = errors_of(folder)["baseline/tiny_choice"]
+    assert error["type"] == "ConnectionError"
+    assert error["message"] == "the data set cannot be had"
+    assert "cannot_be_had" in error["traceback"]
+    words = ("--include_path", made, "--tasks", "tiny_choice", "tiny_sentence")
+    assert sweep_of(tiny_llama, folder, *words).code == 0
+    assert not errors_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--ratios", "4"), "ratio=4 is above the model's own expansion ratio 88/32"),
+        (("--model_args", "pretrained={}", "ratio=2"), "use --ratios"),
+        (("--seeds", "1"), "only the criterion random"),
+        (("--tasks", "no_such_task"), "no_such_task"),
+        (("--shard", "2/2"), "I from 0 to N-1"),
+        (("--shard", "next", "--ray"), "leave out --ray"),
+        (("--stop_when", "decided", "--ray"), "leave out --ray"),
+        (("--stop_when", "decided", "--log_samples", "false"), "log_samples=False"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
+)
+def test_what_cannot_be_swept_is_refused(words, said, tiny_llama, sweep_of, tmp_path):
+    given = [word.format(tiny_llama) for word in words]
+    assert said in sweep_of(tiny_llama, tmp_path / "sweep", *given).sentence
+    assert not (tmp_path / "sweep").exists()
