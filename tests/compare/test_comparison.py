@@ -332,6 +332,6 @@ def test_one_row_makes_a_metric_comparable(tmp_path, monkeypatch, form):
     ]
     base, run = runs(tmp_path, *({"t": {"new,none": each}} for each in scored))
     (row,) = comparison.compare(base, [run]).rows
-    assert row.method == "paired t test over documents"
+    assert row.method == "Gaffke's test over documents"
     assert row.difference == pytest.approx(row.score - row.base_score)
     assert row.low < row.difference < row.high
