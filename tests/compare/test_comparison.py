@@ -319,6 +319,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert header.endswith("verdict,margin,p_margin,q_margin")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "restated" not in shown().partition("|")[2]
+    assert max(map(len, shown().splitlines())) <= 80
     # The same as elsewhere, in columns of one width.
     assert re.sub("[ -]", "", shown("--all")) == re.sub("[ -]", "", markdown)
 

@@ -94,11 +94,16 @@ def test_equivalent_is_within_the_margin_in_both_directions(verdict, candidate, 
 def test_not_worse_is_above_only_the_lower_end(verdict):
     rng = np.random.default_rng(1)
     picks = [
-        int(r) if known else 1 - r for r, known in zip(RIGHTS, rng.random(800) < 0.8, strict=True)
+        int(r) if known else 1 - r
+        for r, known in zip(RIGHTS, rng.random(800) < 0.8, strict=True)
     ]
     # 14 answers become right and 10 wrong.
-    wrong = [n for n, (p, r) in enumerate(zip(picks, RIGHTS, strict=True)) if p != r][:14]
-    fine = [n for n, (p, r) in enumerate(zip(picks, RIGHTS, strict=True)) if p == r][:10]
+    wrong = [n for n, (p, r) in enumerate(zip(picks, RIGHTS, strict=True)) if p != r][
+        :14
+    ]
+    fine = [n for n, (p, r) in enumerate(zip(picks, RIGHTS, strict=True)) if p == r][
+        :10
+    ]
     after = [1 - p if n in {*wrong, *fine} else p for n, p in enumerate(picks)]
     tasks = [{"boolq": answered(of, RIGHTS)} for of in (picks, after)]
     done = verdict(*tasks)
