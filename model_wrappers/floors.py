@@ -141,9 +141,12 @@ def _right_answers(
 
 
 def _place(value: Any, choices: tuple[str, ...]) -> int:
-    """Return which choice a field of a document names, by its text or its index, or -1."""
+    """Return which choice a field of a document names, or -1.
+
+    As in the harness, a number is an index, and a text that is one of the choices is that one.
+    """
     text = str(value).strip()
-    if text in choices:
+    if not isinstance(value, int) and text in choices:
         return choices.index(text)
-    is_index = isinstance(value, bool) or text.isdecimal()
-    return int(value) if is_index and int(value) < len(choices) else -1
+    is_index = isinstance(value, int) or text.isdecimal()
+    return int(value) if is_index and 0 <= int(value) < len(choices) else -1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections import Counter
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -161,14 +163,62 @@ CORRELATION = (
 )
 
 
+#: Characters of a line in a terminal, and the columns that go first where there are more.
+WIDTH, SPARED = 80, ("equal answers", "floor", "score", "q", "without knowledge", "p")
+
+
+def findings(comparison: Comparison) -> str:
+    """Return in a sentence how many scores of the runs differ, and which way."""
+    counts = Counter(row.verdict for row in comparison.rows if row.primary)
+    parts = (f"{count} {verdict}" for verdict, count in counts.most_common())
+    return f"Compared with {comparison.base}: {', '.join(parts)}."
+
+
+def fitted_table(columns: Sequence[Column], rows: Sequence[Any], alpha: float) -> str:
+    """Return a padded table whose lines have at most `WIDTH` characters.
+
+    The columns `SPARED` go first, then the middle of the longest names of runs and tasks.
+    """
+
+    def table(longest: int) -> str:
+        cells = [[column.text(row) for column in columns] for row in rows]
+        for line in cells:
+            for place, column in enumerate(columns):
+                if column.title in ("run", "task"):
+                    line[place] = shortened(line[place], longest)
+        align = "".join("l" if column.form == "s" else "r" for column in columns)
+        return markdown_table(titles(columns, alpha), cells, align, padded=True)
+
+    longest = WIDTH
+    for title in SPARED:
+        if len(table(longest).partition("\n")[0]) > WIDTH:
+            columns = [column for column in columns if column.title != title]
+    while len(table(longest).partition("\n")[0]) > WIDTH and longest > 5:
+        longest -= 1
+    return table(longest)
+
+
+def shortened(name: str, longest: int) -> str:
+    """Return a name without its middle where it has more characters than `longest`.
+
+    Example:
+        >>> shortened("prune_percent-40", 9)
+        'prun…t-40'
+    """
+    if len(name) <= longest:
+        return name
+    end = (longest - 1) // 2
+    return f"{name[: longest - 1 - end]}…{name[-end:]}"
+
+
 def as_table(
     comparison: Comparison, *, everything: bool = True, padded: bool = False
 ) -> str:
     """Return Markdown tables, `padded` for a terminal; without `everything`, those that fit one."""
     rows, margin = comparison.rows, comparison.margin
     shown = [row for row in rows if everything or row.primary]
+    floors = [e for e in comparison.floors if everything or e.primary]
     tables: list[tuple[str, Sequence[Column], Sequence[Any]]]
-    floors = [each for each in comparison.floors if everything or each.primary]
     tables = [("", DIFFERENCES, shown), (FLOOR, FLOORS, floors)]
     about = ["--all shows all columns, restated metrics, trends and correlations."]
     if everything:
@@ -182,16 +232,27 @@ def as_table(
         about += [ANSWERS] * any(row.answers for row in rows)
         tables.append((TREND, TRENDS, comparison.trends))
         tables.append((CORRELATION, CORRELATIONS, comparison.correlations))
-    parts = [f"Compared with {comparison.base}; {' '.join(about)}"]
+    parts = [f"{findings(comparison)} {' '.join(about)}"]
     for heading, columns, of in tables:
         columns = [e for e in filled(columns, of) if everything or e.terminal]
-        cells = [[column.text(row) for column in columns] for row in of]
-        align = "".join("l" if each.form == "s" else "r" for each in columns)
-        if of:
+        if of and everything:
+            cells = [[column.text(row) for column in columns] for row in of]
+            align = "".join("l" if e.form == "s" else "r" for e in columns)
             heads = titles(columns, comparison.alpha)
             parts += [heading, markdown_table(heads, cells, align, padded=padded)]
-    parts.append("\n".join(f"Note: {note}" for note in comparison.notes))
+        elif of:
+            parts += [heading, fitted_table(columns, of, comparison.alpha)]
+    notes = [f"Note: {note}" for note in comparison.notes]
+    if not everything:
+        parts, notes = ([_wrapped(text) for text in each] for each in (parts, notes))
+    parts.append("\n".join(notes))
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    if text[:1] == "|":
+        return text
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def as_csv(comparison: Comparison) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,11 +119,11 @@ def _p_above(
     if of and (pair := pairing.paired_documents(of, run, *key, read)):
         test = pairing.paired_test(pair)
     elif documents and documents.transform == "mean":
-        if (documents.values == 1).all():
-            # A test of means needs some spread.
-            return level ** len(documents.values), "binomial"
-        constant = replace(documents, values=np.full(len(documents.values), level))
-        test = pairing.paired_test((constant, documents))
+        constant = np.full(len(documents.values), level)
+        limits, about = (-level, 1 - level), pairing.grouping(documents)
+        test = statistics.paired_difference(
+            constant, documents.values, **about, limits=limits
+        )
     elif score.stderr is not None:
         test = statistics.unpaired_difference(score.value - level, score.stderr)
     else:

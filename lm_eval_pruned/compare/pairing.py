@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 #: Chance, over the sizes of a sweep, that any comparison of a task is decided wrongly.
 LEVEL = 0.05
-#: Fewer documents show nothing where they are not right or wrong: Student's t is off at the
-#: levels of early looks if documents are skewed.
+#: Fewer documents show nothing where they are not right or wrong: the test of their mean was not
+#: simulated at the small levels of early looks.
 LEAST_OF_MEANS = 500
 
 

@@ -7,10 +7,17 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from lm_eval_pruned.compare.pairing import paired_documents, paired_test
-from lm_eval_pruned.compare.statistics import POWER, PairedTest, Shares, chance_seen
+from lm_eval_pruned.compare.statistics import (
+    LEAST_UNITS_OF_MARGIN,
+    POWER,
+    Gaffke,
+    PairedTest,
+    Shares,
+    chance_seen,
+)
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import primary_metrics
 
@@ -91,20 +98,25 @@ def chances(test: PairedTest, seen: int, size: float, alpha: float, n: int) -> C
         raise ResultsError(f"The chances cannot be estimated: {test.method}.")
     if isinstance(of, Shares):
         return power_of_shares(of.changing, n, size, alpha)
-    stderr = of.stderr * (of.perplexity or 1.0) * math.sqrt(seen / n)
-    return power_of_means(stderr, max(1, round(test.units * n / seen) - 1), size, alpha)
+    return power_of_means(of._replace(times=n / seen), size, alpha)
 
 
-def power_of_means(stderr: float, degrees: int, size: float, alpha: float) -> Chances:
-    """Return the chances of `VERDICTS` of t tests at `alpha`, of a margin of `size`.
+def power_of_means(of: Gaffke, size: float, alpha: float) -> Chances:
+    """Return the chances of `VERDICTS` of `Gaffke`'s test at `alpha`, of a margin of `size`.
 
-    Source: Phillips 1990, Journal of Pharmacokinetics and Biopharmaceutics 18, 137-144
-    (noncentral t), with the two tails taken for exclusive.
+    The mean of its units, as often as they count, is taken for normal.
     """
-    away = min(size / stderr, 37.0)
-    missed = float(stats.nct.cdf(stats.t.isf(alpha, degrees), degrees, away))
-    seen = float(stats.nct.sf(stats.t.isf(alpha / 2, degrees), degrees, away))
-    return max(0.0, 1 - 2 * missed), 1 - missed, seen
+    scale = of.perplexity or 1.0
+    stderr = scale * of.stderr / math.sqrt(of.times)
+
+    def chance(level: float) -> float:
+        reach = scale * max(of.reach(side, level) for side in (0, 1))
+        with np.errstate(divide="ignore"):
+            return float(special.ndtr(np.divide(size - reach, stderr)))
+
+    enough = of.bounded or of.times * len(of.weights) >= LEAST_UNITS_OF_MARGIN
+    within = chance(2 * alpha) if enough or not stderr else 0.0
+    return max(0.0, 2 * within - 1), within, chance(alpha)
 
 
 def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chances:
@@ -115,9 +127,9 @@ def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chanc
     """
     different = chance_seen(changing, n, size, alpha)
     if n * changing > 200:
-        return *power_of_means(math.sqrt(changing / n), n - 1, size, alpha)[
-            :2
-        ], different
+        away = size / math.sqrt(changing / n) - stats.norm.isf(alpha)
+        within = float(special.ndtr(away))
+        return max(0.0, 2 * within - 1), within, different
     changes = np.arange(stats.binom.isf(1e-7, n, changing) + 1)
     ups, downs = np.meshgrid(changes, changes)
     chance = stats.binom.pmf(ups + downs, n, changing)

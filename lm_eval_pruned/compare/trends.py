@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from lm_eval_pruned.compare.pairing import grouping, paired_documents
-from lm_eval_pruned.compare.statistics import false_discovery, paired_t
+from lm_eval_pruned.compare.statistics import false_discovery, paired_mean
 from lm_eval_pruned.results.documents import TRANSFORMS
 from lm_eval_pruned.results.groups import is_perplexity, primary_metrics, series_of
 
@@ -113,8 +113,8 @@ def trend(
     factor = TRANSFORMS[transform].factor
     slopes = factor * (centred / (centred @ centred)) @ (rows - rows[0])
     weights = np.broadcast_to(np.asarray(weights, dtype=float), slopes.shape)
-    test = paired_t(slopes * weights, weights, alpha=alpha, **groups)
-    method = test.method.replace("paired t test", "t test of slopes")
+    test = paired_mean(slopes * weights, weights, alpha=alpha, **groups)
+    method = test.method.replace("test over", "test of slopes over")
     return Trend(
         len(rows), test.difference, test.low, test.high, test.p, method, test.units
     )

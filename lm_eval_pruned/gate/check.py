@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lm_eval_pruned.compare.comparison import difference_test, settings_notes
 from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.statistics import LEAST_UNITS, PairedTest, false_discovery
@@ -144,10 +146,11 @@ def _within_tolerance(rule: Rule, expected: Score, score: float) -> Decision:
 
 
 def _documents(run: Run, task: str, metric: str) -> Documents | None:
-    """Read documents, with hashes as short as a baseline file holds them."""
+    """Read documents, with hashes as short and values as exact as a baseline file holds them."""
     if documents := read_documents(run, task, metric):
         keys = tuple((task, digest[:16], n) for task, digest, n in documents.keys)
-        return replace(documents, keys=keys)
+        values = np.array([float(f"{value:.10g}") for value in documents.values])
+        return replace(documents, keys=keys, values=values)
     return None
 
 
@@ -188,7 +191,12 @@ def _by_documents(
         alpha = CLAIM_LEVEL if margin else float(rules[key].value)
         within = f"{margin.verdict} within {margin.text}" if margin else ""
         status = "undecided"
-        if margin and claim is None:
+        if margin and test.units_missing:
+            said = (
+                f"A margin of a score without bounds takes {test.units_missing} more independent "
+                f"documents than the {test.units} that were evaluated."
+            )
+        elif margin and claim is None:
             said = f"The margin {margin.text} cannot be tested here: {_TOLERANCE}"
         elif claim and claim.q < alpha:
             status, said = "pass", f"Shown to be {within} (q = {claim.q:.3g})."

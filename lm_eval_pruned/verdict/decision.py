@@ -32,14 +32,16 @@ ANSWERS = ("ship", "do not ship", "not decided")
 CLAIM = "not_worse"
 #: Metrics that say which way a model is biased, whose tasks may list others first.
 BIAS = ("bias", "pct_stereotype")
+#: What is said of a score within its margin where the base shows no more than a model that knows nothing.
+NO_LOSS = "cannot show a loss"
 _WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
 
 
 class Judged(NamedTuple):
     """One score: how it differs, and what the gate finds of it within a margin.
 
-    `word` is ``equivalent``, ``not worse``, ``better``, ``worse`` or ``undecided``; `take` says what
-    would decide.
+    `word` is ``equivalent``, ``not worse``, ``better``, ``worse``, ``undecided`` or `NO_LOSS`; `take`
+    says what would decide.
     """
 
     row: Difference
@@ -71,7 +73,8 @@ def decide(
 
     A candidate is shipped if each score is shown to lie within its margin, which needs no
     correction for many scores; it is not if one is shown to be worse, and not to lie within. `floors`
-    are runs of models that know nothing.
+    are runs of models that know nothing: where the base is not shown to be above them, nobody could
+    lose anything, and such scores alone decide nothing.
 
     Raises:
         ValueError: A margin names nothing that was scored, or the runs cannot be compared.
@@ -92,18 +95,22 @@ def decide(
     some_rule = next(iter(rules.values()))
     expected = make_baseline(before, some_rule, Baseline({}, rules))
     findings = check(after, expected)
-    judged = []
+    judged, blind = [], set()
     for finding in findings:
         key = finding.task, finding.metric
         row, margin, word = rows[key], chosen[key], _WORDS.get(finding.status)
         size = Margin(CLAIM, margin).size(row.base_score, row.score)
         ends = [end for end in (row.low, row.high) if end is not None]
         inside = size is not None and len(ends) == 2 and max(map(abs, ends)) < size
+        if row.floor and not row.floor.base_above_floor and _names(key)[1] not in BIAS:
+            blind.add(key)
+            word = word or NO_LOSS
         word = word or ("equivalent" if inside else "not worse")
         runs = (_only(base, [key]), _only(candidate, [key]))
         take = _take(*runs, key, margin, row) if word == "undecided" else ""
         judged.append(Judged(row, margin, word, finding, take))
-    return Verdict(base, candidate, exit_code(findings), judged, compared.notes)
+    code = exit_code(findings) or (2 if len(blind) == len(keys) else 0)
+    return Verdict(base, candidate, code, judged, compared.notes)
 
 
 def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[str, str]:

@@ -111,6 +111,11 @@ def both_runs(
     floors = read_sweep(given["base"]).floors if is_sweep(given["base"]) else ()
     found, runs = read_comparands([*map(_results_of, given.values())])
     runs = [run for run in runs if not run.is_floor]
+    if not runs:
+        raise ResultsError(
+            f"The candidate {candidate} is a model that knows nothing, which shows the floor of each "
+            "task: pass results of the model that you may ship."
+        )
     if len(runs) != 1:
         raise ResultsError(
             f"The candidate {candidate} is a sweep of {len(runs)} pruned models: name one of them, "

@@ -15,7 +15,7 @@ from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.runs import results_files
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
-from lm_eval_pruned.verdict.decision import ANSWERS, seconds_per_document
+from lm_eval_pruned.verdict.decision import ANSWERS, NO_LOSS, seconds_per_document
 
 
 if TYPE_CHECKING:
@@ -111,10 +111,19 @@ def _name(each: Judged) -> str:
 def _answer_section(verdict: Verdict) -> Section:
     words = [each.word for each in verdict.judged]
     of = f"of {len(words)} scores are"
+    able = " that can show a loss" * (NO_LOSS in words)
+    open_question = (
+        f"{words.count('undecided')} {of} not shown to lie within their margins."
+    )
+    if "undecided" not in words:
+        open_question = (
+            "No score can show a loss, because the base is not shown to be above the floor of any "
+            "task: evaluate tasks that it can do."
+        )
     head = (
-        "Each score is shown to lie within its margin.",
+        f"Each score{able} is shown to lie within its margin.",
         f"{words.count('worse')} {of} shown to be worse.",
-        f"{words.count('undecided')} {of} not shown to lie within their margins.",
+        open_question,
     )[verdict.code]
     notes = [
         f"{_name(each)}: {each.word}. {each.take or each.finding.message}"

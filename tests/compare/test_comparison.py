@@ -319,6 +319,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert header.endswith("verdict,margin,p_margin,q_margin")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "restated" not in shown().partition("|")[2]
+    assert max(map(len, shown().splitlines())) <= 80
     # The same as elsewhere, in columns of one width.
     assert re.sub("[ -]", "", shown("--all")) == re.sub("[ -]", "", markdown)
 
@@ -332,6 +333,6 @@ def test_one_row_makes_a_metric_comparable(tmp_path, monkeypatch, form):
     ]
     base, run = runs(tmp_path, *({"t": {"new,none": each}} for each in scored))
     (row,) = comparison.compare(base, [run]).rows
-    assert row.method == "paired t test over documents"
+    assert row.method == "Gaffke's test over documents"
     assert row.difference == pytest.approx(row.score - row.base_score)
     assert row.low < row.difference < row.high

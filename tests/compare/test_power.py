@@ -34,15 +34,17 @@ def test_power_of_shares_is_that_of_the_test_counted_out(changed, margin):
 
 
 def test_power_of_means_is_that_of_the_test_simulated():
-    n, margin, times, rng = 60, 0.3, 600, np.random.default_rng(0)
-    shown = np.zeros(3)
+    n, margin, times, rng = 120, 0.06, 600, np.random.default_rng(0)
+    base, shown = np.full(n, 0.5), np.zeros(3)
     for _ in range(times):
-        gains = rng.normal(size=n)
-        test = paired_difference(np.zeros(n), gains)
+        run = base + rng.uniform(-0.3, 0.3, size=n)
+        test = paired_difference(base, run)
         shown[0] += test.p_outside(-margin, margin) < 0.05
         shown[1] += test.p_outside(-margin, np.inf) < 0.05
-        shown[2] += paired_difference(np.zeros(n), gains + margin).p < 0.05
-    found = power_of_means(n**-0.5, n - 1, margin, 0.05)
+        shown[2] += paired_difference(base, run + margin).p < 0.05
+    noise = np.linspace(-0.3, 0.3, 1200)
+    pilot = paired_difference(np.full(1200, 0.5), 0.5 + noise).distribution
+    found = power_of_means(pilot._replace(times=n / 1200), margin, 0.05)
     assert found == pytest.approx(shown / times, abs=4 * (0.25 / times) ** 0.5)
 
 

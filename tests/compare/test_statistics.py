@@ -159,82 +159,138 @@ def test_p_outside_is_where_the_interval_leaves_the_margin(seen, margin, alpha):
 @given(st.integers(0, 400), st.sampled_from([*TRANSFORMS]), levels)
 def test_p_intervals_and_claims_of_means_agree(seed, transform, alpha):
     rng = np.random.default_rng(seed)
-    base, noise = rng.normal(size=(2, 30))
-    about = {"weights": rng.integers(1, 40, size=30), "transform": transform}
+    base, noise = rng.normal(size=(2, 80))
+    about = {"weights": rng.integers(1, 40, size=80), "transform": transform}
     test = paired_difference(base - 3, base - 2.8 + noise / 2, **about, alpha=alpha)
     assert (test.p < alpha) == (test.low > 0 or test.high < 0)
     assert test.low < test.difference < test.high
-    assert (test.sides[0] < 0.5) == (test.difference < 0)
+    assert (test.sides[0] < test.sides[1]) == (test.difference < 0)
     low, high = test.distribution.ends(alpha)
     assert test.p_outside(low, math.inf) == pytest.approx(alpha / 2, abs=1e-6)
     assert test.p_outside(-math.inf, high) == pytest.approx(alpha / 2, abs=1e-6)
     assert test.smallest_detectable(alpha) < test.smallest_detectable(alpha / 99)
 
 
-def test_means_of_documents_are_the_paired_t_test():
-    base, run = np.random.default_rng(1).normal(size=(2, 50))
-    result = paired_difference(base, run)
-    sides = ("two-sided", "less", "greater")
-    expected = [stats.ttest_rel(run, base, alternative=side).pvalue for side in sides]
-    assert (result.p, *result.sides) == pytest.approx(expected)
-    interval = stats.ttest_rel(run, base).confidence_interval()
-    assert (result.low, result.high) == pytest.approx(interval)
-    above = stats.ttest_1samp(run - base, -0.5, alternative="greater").pvalue
-    below = stats.ttest_1samp(run - base, 0.5, alternative="less").pvalue
-    assert result.p_outside(-0.5, 0.5) == pytest.approx(max(above, below))
-    assert result.p_outside(-0.5, math.inf) == pytest.approx(above)
-    size = result.smallest_detectable() / ((run - base).std(ddof=1) / np.sqrt(50))
-    power = stats.nct.sf(stats.t.isf(0.025, 49), 49, size)
-    assert power == pytest.approx(statistics.POWER, abs=1e-4)
+def by_draws(terms, draws=100_000):
+    """Return how often a sum with exponential weights is 0 or less, and its standard error."""
+    weights = np.random.default_rng(0).exponential(size=(draws, len(terms)))
+    p = float((weights @ terms <= 0).mean())
+    return p, math.sqrt(p * (1 - p) / draws)
 
 
-def test_clusters_are_the_regression_with_clustered_errors():
-    import statsmodels.api as sm
+@pytest.mark.parametrize("n", [10, 60])
+@pytest.mark.parametrize("scale", [0.05, 0.3])
+def test_the_test_of_means_is_gaffke_s_as_drawn(n, scale):
+    rng = np.random.default_rng(n)
+    base, run = 0.5 + scale * rng.uniform(-1, 1, size=(2, n))
+    test, gains = paired_difference(base, run), run - base
+    for x in (-0.1, 0.0, 0.1):
+        expected = [
+            by_draws(np.append(-1, gains) - x),
+            by_draws(x - np.append(1, gains)),
+        ]
+        for found, (p, error) in zip(test.distribution.tails(x), expected, strict=True):
+            # The saddlepoint is 3 % off at most with ten documents, in either direction.
+            assert found == pytest.approx(p, abs=4 * error + 1e-4, rel=0.03)
 
+
+@pytest.mark.parametrize(("n", "wrong"), [(60, 0), (60, 3), (200, 1)])
+def test_for_scores_of_0_and_1_the_test_of_means_is_clopper_and_pearson_s(n, wrong):
+    run = np.append(np.full(wrong, 0.0), np.full(n - wrong, 1.0))
+    test = paired_difference(np.full(n, 0.5), run, limits=(-0.5, 0.5))
+    expected = stats.binomtest(n - wrong, n).proportion_ci(method="exact")
+    found = np.array([test.low, test.high]) + 0.5
+    # The ends differ as far as 1 % of p moves them.
+    assert found == pytest.approx([*expected], abs=2e-3)
+
+
+@pytest.mark.parametrize("transform", ["mean", "perplexity"])
+def test_the_test_of_means_becomes_the_paired_t_test(transform):
+    rng = np.random.default_rng(1)
+    base, run = 0.5 + rng.uniform(-0.5, 0.5, size=(2, 20_000)) / 2
+    test = paired_difference(base, run, transform=transform)
+    expected = stats.ttest_rel(run, base)
+    low, high = expected.confidence_interval()
+    if transform == "perplexity":
+        before = np.exp(-base.mean())
+        low, high = before * np.expm1(-high), before * np.expm1(-low)
+    assert (test.low, test.high) == pytest.approx((low, high), abs=0.04 * (high - low))
+    size = test.smallest_detectable() / (high - low)
+    assert size == pytest.approx(0.5 + 0.8416 / 1.96 / 2, rel=0.04)
+
+
+def test_clusters_are_tested_by_their_sums_and_strata_by_their_spread_within():
     rng = np.random.default_rng(2)
-    names = np.repeat(np.arange(30), rng.integers(1, 12, size=30))
-    gains = rng.normal(size=30)[names] + rng.normal(size=len(names))
+    names = np.repeat(np.arange(400), rng.integers(1, 6, size=400))
+    gains = 0.1 * (rng.normal(size=400)[names] + rng.normal(size=len(names)))
     test = paired_difference(np.zeros(len(names)), gains, clusters=names.astype(str))
-    groups = {"groups": names, "use_correction": False}
-    ones = np.ones(len(names))
-    fit = sm.OLS(gains, ones).fit(cov_type="cluster", cov_kwds=groups)
-    assert test.difference == pytest.approx(fit.params[0])
-    half = stats.t.isf(0.025, 29) * fit.bse[0] * np.sqrt(30 / 29)
-    assert test.high - test.difference == pytest.approx(half)
-    assert test.units == 30
-
-
-def test_strata_are_the_textbook_s():
-    rng, sizes = np.random.default_rng(3), [5, 20, 40]
+    sums, sizes = np.bincount(names, gains), np.bincount(names)
+    mean = sums.sum() / sizes.sum()
+    stderr = np.sqrt(((sums - mean * sizes) ** 2).sum() * 400 / 399) / sizes.sum()
+    assert (test.units, test.distribution.stderr) == (400, pytest.approx(stderr))
+    assert test.difference == pytest.approx(mean)
+    assert test.high - mean > 1.96 * stderr
+    sizes = [5, 20, 40]
     names, shift = np.repeat([*"abc"], sizes), np.repeat([-2.0, 0.0, 2.0], sizes)
     weights = 1 / np.repeat(sizes, sizes)
     gains = shift + rng.normal(size=65)
-    result = paired_difference(np.zeros(65), gains, weights=weights, strata=names)
+    test = paired_difference(np.zeros(65), gains, weights=weights, strata=names)
     parts = [gains[names == name] for name in "abc"]
-    assert result.difference == pytest.approx(np.mean([part.mean() for part in parts]))
+    assert test.difference == pytest.approx(np.mean([part.mean() for part in parts]))
     stderr = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts)) / 3
-    half = stats.t.isf(0.025, 62) * stderr
-    assert result.high - result.difference == pytest.approx(half)
+    assert test.distribution.stderr == pytest.approx(stderr)
+    assert test.high - test.low < 8 * stderr
     # A stratum of one document has no spread: then there are none.
     alone = paired_difference(np.zeros(65), gains, strata=[*names[:-1], "d"])
     assert alone == paired_difference(np.zeros(65), gains)
 
 
+@pytest.mark.parametrize("bounded", [True, False])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_rare_large_loss_of_the_size_of_the_margin_is_not_called_equal(bounded, side):
+    """Where 4 % of documents differ by 0.5, a claim of less than 2 points is wrong."""
+    about = {} if bounded else {"transform": "bits_per_byte"}
+    for n in (20, 40, 100, 400):
+        wrong = 0
+        for seed in range(100):
+            rng = np.random.default_rng([seed, n])
+            gains = side * np.where(rng.random(n) < 0.04, 0.5, 0) + rng.normal(
+                0, 1e-3, n
+            )
+            # Bits per byte fall where log-likelihoods rise.
+            factor = 1 if bounded else -math.log(2)
+            test = paired_difference(np.full(n, 0.5), 0.5 + factor * gains, **about)
+            p = test.p_outside(-0.02, 0.02)
+            wrong += p is not None and p < 0.05
+        # More than 11 of 100 would be seen in 0.4 % of cases at a true 5 %.
+        assert wrong <= 11, (n, wrong)
+
+
+def test_a_margin_of_scores_without_bounds_takes_60_documents_that_changed():
+    base, noise = np.random.default_rng(0).normal(size=(2, 60))
+    for n, shown in ((59, False), (60, True)):
+        about = {"transform": "perplexity"}
+        test = paired_difference(base[:n], base[:n] + 1e-3 * noise[:n], **about)
+        p = test.p_outside(-0.1, math.inf)
+        assert (p is not None and p < 0.05) == shown
+        assert test.p is not None
+
+
 def test_a_perplexity_is_tested_as_its_logarithm():
     rng = np.random.default_rng(0)
-    words, base = rng.integers(5, 500, size=40), rng.normal(-3, 0.3, size=40)
-    run = base + rng.normal(-0.1, 0.3, size=40)
+    words, base = rng.integers(5, 500, size=80), rng.normal(-3, 0.3, size=80)
+    run = base + rng.normal(-0.1, 0.3, size=80)
     result = paired_difference(base, run, transform="perplexity")
+    logs = paired_difference(base, run, transform="bits_per_byte")
     before = np.exp(-base.mean())
     ratios = np.array([result.low, result.high]) / before + 1
-    interval = stats.ttest_rel(base, run).confidence_interval()
-    assert np.log(ratios) == pytest.approx(list(interval))
-    less = stats.ttest_1samp(base - run, np.log(1.05), alternative="less").pvalue
-    assert result.p_outside(-np.inf, 0.05 * before) == pytest.approx(less)
+    assert np.log2(ratios) == pytest.approx([logs.low, logs.high])
+    more = logs.p_outside(-math.inf, np.log2(1.05))
+    assert result.p_outside(-np.inf, 0.05 * before) == pytest.approx(more)
     # Nothing lies below a perplexity of 0.
     assert result.p_outside(-2 * before, np.inf) == 0
     result = paired_difference(base, run, weights=words, transform="perplexity")
-    one, other = (np.exp(-np.average(each, weights=words)) for each in (base, run))
+    one, other = (np.exp(-np.average(rows, weights=words)) for rows in (base, run))
     assert result.difference == pytest.approx(other - one)
 
 
@@ -243,8 +299,7 @@ def test_a_perplexity_is_tested_as_its_logarithm():
     [
         ([0.5], [0.7], None, "too few"),
         ([1e300] * 12 + [0.0], [0.0] + [1e300] * 12, None, "too large"),
-        ([0.9] * 12, [0.4] * 12, None, "alike"),
-        ([5.25] * 60, [5.25] * 60, 1, "equal"),
+        ([9.0] * 12, [4.0] * 12, None, "alike"),
         ([0], [1], 0.5, "McNemar"),
     ],
 )
@@ -254,12 +309,21 @@ def test_what_cannot_be_tested_says_why(base, run, p, words):
     assert words in result.method
     assert result.smallest_detectable() is None
     assert p or (result.low, result.p_outside(-1, 1)) == (None, None)
-    # So many scores that do not change bound the share of those that do.
-    scores = np.linspace(0.1, 0.9, 60)
-    same = paired_difference(scores, scores)
-    assert (same.low, same.high) == pytest.approx((-0.0602, 0.0602), abs=5e-5)
     assert paired(0, 4).smallest_detectable() is None
     assert 0.9 < paired(0, 5).smallest_detectable() < 1
+
+
+def test_equal_scores_are_equivalent_without_bounds_and_bounded_with_them():
+    scores = np.linspace(0.1, 0.9, 60)
+    same = paired_difference(scores, scores)
+    # So many documents without a change bound the share of those that do, as with 1 % of p.
+    end = 1 - 0.025 ** (1 / 60)
+    assert (same.low, same.high) == pytest.approx((-end, end), rel=0.01)
+    assert same.p_outside(-0.02, 0.02) > 0.05
+    for transform in ("perplexity", "bits_per_byte"):
+        same = paired_difference([-3.0] * 5, [-3.0] * 5, transform=transform)
+        assert (same.p, same.p_outside(-0.02, 0.02)) == (1, 0)
+        assert "equal" in same.method
 
 
 @given(st.lists(st.tuples(st.one_of(st.none(), st.floats(0, 1)), st.booleans())))

@@ -2,12 +2,167 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.contract.commands import pruned
 from tests.helpers.checkpoints import save_tiny
+from tests.helpers.results_files import answered, write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
+
+
+RIGHTS = [n % 2 for n in range(800)]
+
+
+def right(share, documents=800):
+    """Return answers of which a share is right, the same documents first; chance is one half."""
+    picks = [r if n < share * documents else 1 - r for n, r in enumerate(RIGHTS)]
+    return answered(picks[:documents], RIGHTS[:documents])
+
+
+@pytest.fixture
+def verdict(tmp_path):
+    """Return what the command says of two finished results."""
+
+    def verdict(base, candidate, *words, **about):
+        paths = [write_run(tmp_path / "old", base).parent]
+        paths += [write_run(tmp_path / "new", candidate, **about).parent]
+        return pruned("verdict", *paths, *words, "--output_path", tmp_path / "out")
+
+    return verdict
+
+
+def rows_of(done):
+    """Return verdict, interval and margin of each score, by task."""
+    table = done.out.partition("## Scores")[2].partition("\n## ")[0]
+    lines = [line.split("|")[1:-1] for line in table.splitlines() if line[:1] == "|"]
+    head, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_ship_do_not_ship_and_not_decided_by_exit_code(verdict):
+    for share, documents, code, word in (
+        (0.7925, 800, 0, "Ship"),
+        (0.7, 800, 1, "Do not ship"),
+        (0.8, 60, 2, "Not decided"),
+    ):
+        tasks = [{"boolq": right(of, documents)} for of in (0.8, share)]
+        done = verdict(*tasks)
+        assert (done.code, word in done.out) == (code, True), done.out
+
+
+def test_by_default_scores_between_0_and_1_may_lose_2_points(verdict):
+    losses = {"aggregation": "perplexity", "higher_is_better": False}
+    values = np.random.default_rng(0).normal(-3, 0.2, size=80)
+    wiki = {"word_perplexity,none": {"values": [*values], **losses}}
+    more = {"word_perplexity,none": {"values": [*(values - 0.01)], **losses}}
+    done = verdict({"boolq": right(0.8), "w": wiki}, {"boolq": right(0.775), "w": more})
+    found = {task: row["margin"] for task, row in rows_of(done).items()}
+    assert found == {"boolq": "2pt", "w": "2%"}
+    # 2.5 points are lost for certain, which a margin of 20 points would not mind.
+    assert done.code == 1
+
+
+def test_the_interval_is_that_of_90_percent_and_decides(verdict):
+    """20 of 800 answers became wrong: Tango's interval of 90 %, worked out by hand."""
+    done = verdict({"boolq": right(0.8)}, {"boolq": right(0.775)}, "--margin", "4pt")
+    row = rows_of(done)["boolq"]
+    low, high = (float(end) for end in row["90% interval"].strip("[]").split(","))
+    # Where nothing becomes right, the score interval of a single share (Wilson's) is Tango's.
+    z, n, lost = 1.6449, 800, 0.025
+    middle = (lost + z * z / 2 / n) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(lost * (1 - lost) / n + (z / 2 / n) ** 2)
+    assert (-high, -low) == pytest.approx((middle - half, middle + half), abs=1e-4)
+    # The 95 % interval would reach beyond the margin that the 90 % interval keeps.
+    margin = f"{100 * (middle + half) + 0.02:.2f}pt"
+    done = verdict({"boolq": right(0.8)}, {"boolq": right(0.775)}, "--margin", margin)
+    assert (done.code, rows_of(done)["boolq"]["verdict"]) == (0, "equivalent")
+
+
+@pytest.mark.parametrize(
+    ("candidate", "word"),
+    [
+        (0.8, "equivalent"),
+        (0.81, "equivalent"),
+        (0.87, "not worse"),
+        (0.79, "equivalent"),
+    ],
+)
+def test_equivalent_is_within_the_margin_in_both_directions(verdict, candidate, word):
+    done = verdict({"boolq": right(0.8)}, {"boolq": right(candidate)})
+    assert rows_of(done)["boolq"]["verdict"] == word
+
+
+def test_not_worse_is_above_only_the_lower_end(verdict):
+    rng = np.random.default_rng(1)
+    picks = [
+        int(r) if known else 1 - r
+        for r, known in zip(RIGHTS, rng.random(800) < 0.8, strict=True)
+    ]
+    # 14 answers become right and 10 wrong.
+    wrong = [n for n, (p, r) in enumerate(zip(picks, RIGHTS, strict=True)) if p != r][
+        :14
+    ]
+    fine = [n for n, (p, r) in enumerate(zip(picks, RIGHTS, strict=True)) if p == r][
+        :10
+    ]
+    after = [1 - p if n in {*wrong, *fine} else p for n, p in enumerate(picks)]
+    tasks = [{"boolq": answered(of, RIGHTS)} for of in (picks, after)]
+    done = verdict(*tasks)
+    row = rows_of(done)["boolq"]
+    low, high = (float(end) for end in row["90% interval"].strip("[]").split(","))
+    assert low > -0.02 and high < 0.02 and row["verdict"] == "equivalent"
+    done = verdict(*tasks, "--margin", f"{high - 0.0005:.4f}")
+    assert low > -(high - 0.0005)
+    assert (done.code, rows_of(done)["boolq"]["verdict"]) == (0, "not worse")
+
+
+def test_a_candidate_that_is_the_base_ships_whatever_its_perplexity_is_of(verdict):
+    losses = {"aggregation": "perplexity", "higher_is_better": False}
+    values = [*np.random.default_rng(0).normal(-3, 0.2, size=20)]
+    tasks = {
+        "boolq": right(0.8),
+        "w": {"word_perplexity,none": {"values": values, **losses}},
+    }
+    done = verdict(tasks, tasks)
+    assert done.code == 0, done.out
+    assert rows_of(done)["w"]["verdict"] == "equivalent"
+
+
+def test_rare_large_losses_of_the_size_of_the_margin_are_not_shipped(verdict):
+    shipped = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        base = rng.uniform(0.5, 0.9, size=40)
+        run = base - np.where(rng.random(40) < 0.04, 0.5, 0) + rng.normal(0, 1e-3, 40)
+        tasks = [{"t": {"mc2,none": [*values]}} for values in (base, run)]
+        shipped += verdict(*tasks).code == 0
+    # A t test ships 5 of these 20.
+    assert shipped <= 1
+
+
+def test_where_the_base_is_at_its_floor_no_score_ships(verdict):
+    done = verdict({"boolq": right(0.51)}, {"boolq": right(0.51)})
+    assert (done.code, rows_of(done)["boolq"]["verdict"]) == (
+        2,
+        "cannot show a loss (at floor)",
+    )
+    assert "Not decided" in done.out and "No score can show a loss" in done.out
+    # Beside another that can show one, it neither ships nor stands in the way.
+    both = {"boolq": right(0.51), "piqa": right(0.8)}
+    done = verdict(both, both)
+    assert (done.code, "Each score that can show a loss" in done.out) == (0, True)
+    lost = {"boolq": right(0.3), "piqa": right(0.8)}
+    assert verdict(both, lost).code == 1
+
+
+@pytest.mark.parametrize("model", ["echo", "constant"])
+def test_a_model_that_knows_nothing_is_no_candidate(verdict, model):
+    done = verdict(
+        {"boolq": right(0.8)}, {"boolq": right(0.5)}, config={"model": model}
+    )
+    assert "is a model that knows nothing" in done.sentence
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +176,16 @@ def tiny2(tmp_path_factory):
 
 
 @pytest.fixture
-def verdict(made, tmp_path):
+def verdict_on_models(made, tmp_path):
     """Run the command on two models and some of two tasks, always into one folder."""
 
-    def verdict(base, candidate, *tasks):
+    def on_models(base, candidate, *tasks):
         models = [f"hf,pretrained={path},dtype=float32" for path in (base, candidate)]
         words = ["--tasks", *tasks, "--include_path", made, "--device", "cpu"]
         words += ["--gen_kwargs", "do_sample=false", "--margin", "10pt"]
         return pruned("verdict", *models, *words, "--output_path", tmp_path / "out")
 
-    return verdict
+    return on_models
 
 
 BOTH = ("tiny_choice", "tiny_sentence")
@@ -43,16 +198,16 @@ def scored(done):
 
 
 def test_another_candidate_or_base_in_the_same_folder_gets_no_score_of_the_first(
-    verdict, tiny_llama, tiny2, tmp_path
+    verdict_on_models, tiny_llama, tiny2, tmp_path
 ):
-    assert scored(verdict(tiny_llama, tiny2, *BOTH)) == {*BOTH}
+    assert scored(verdict_on_models(tiny_llama, tiny2, *BOTH)) == {*BOTH}
     base = tmp_path / "out" / "base" / "units"
     before = {*base.rglob("results_*.json")}
-    second = verdict(tiny_llama, tiny_llama, "tiny_choice")
+    second = verdict_on_models(tiny_llama, tiny_llama, "tiny_choice")
     assert second.code == 0, second.out + second.err
     assert scored(second) == {"tiny_choice"}
     assert "candidate (tiny_sentence)" in second.out
     assert {*base.rglob("results_*.json")} == before, "the base's results are reused"
-    third = verdict(tiny2, tiny2, "tiny_choice")
+    third = verdict_on_models(tiny2, tiny2, "tiny_choice")
     assert scored(third) == {"tiny_choice"}
     assert "base (tiny_sentence)" in third.out

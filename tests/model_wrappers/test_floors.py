@@ -55,6 +55,12 @@ def test_a_rule_chooses_among_answers(rule, place):
     assert set(chosen(rule, documents[::-1])) == {place}
 
 
+@pytest.mark.parametrize(("right", "place"), [(4, 4), ("4", 3), (True, 1), (9, None)])
+def test_a_right_answer_is_an_index_as_a_number_and_a_choice_as_a_text(right, place):
+    documents = [asked("12345", n, f"Is it {n}?", answer=right) for n in range(40)]
+    assert (set(chosen("commonest", documents)) == {place}) == (place is not None)
+
+
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "first"])
 def test_what_a_rule_leaves_open_is_guessed(rule):
     """Within 4 standard deviations of a share of one third; no field says what is right."""

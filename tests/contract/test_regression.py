@@ -1,4 +1,4 @@
-"""``lm-eval-pruned check``: what passes, fails and is undecided; its formats are golden files."""
+"""What docs/regression.md promises of ``lm-eval-pruned check``; its formats are golden files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lm_eval_pruned import cli
+from tests.contract.commands import pruned
 from tests.helpers.results_files import pruning, write_run, write_sweep
 
 
@@ -32,14 +32,13 @@ BEFORE = {**one(answers(0.5)), "lambada": {"perplexity,none": PERPLEXITY}}
 
 
 @pytest.fixture
-def held(tmp_path, capsys):
+def held(tmp_path):
     """Return a function that checks a folder, or makes the baseline of it; exit code and text."""
 
     def run(folder, *options):
         file = str(tmp_path / "baseline.json")
-        code = cli.main(["check", str(tmp_path / folder), "--baseline", file, *options])
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
+        done = pruned("check", tmp_path / folder, "--baseline", file, *options)
+        return done.code, done.out + done.err
 
     return run
 
@@ -86,6 +85,73 @@ def test_rules(gate, rule, before, after, code, words):
     options = f"--{rule}".split() if rule else ()
     found, text = gate(one(before), one(after), rule=options)
     assert (found, words in text) == (code, True), text
+
+
+#: Scores between 0 and 1 that are not right or wrong.
+SOFT = np.linspace(0.3, 0.9, N).tolist()
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "words"),
+    [
+        (0, 0, "1 as expected"),
+        (59, 2, "takes 1 more independent documents than the 59 that were"),
+        (60, 0, "1 as expected"),
+    ],
+)
+def test_a_margin_of_scores_without_bounds_takes_60_documents_unless_none_changed(
+    gate, changed, code, words
+):
+    size = changed or 5
+    tasks = []
+    for by in (0, 1e-4 * bool(changed)):
+        values = [v + by * (n % 7) for n, v in enumerate(LOSSES[:size])]
+        tasks.append({"w": {"perplexity,none": {**PERPLEXITY, "values": values}}})
+    found, text = gate(*tasks, rule=("--not_worse", "2%"))
+    assert (found, words in text) == (code, True), text
+
+
+@pytest.mark.parametrize(("margin", "code"), [("2pt", 2), ("10pt", 0)])
+def test_a_margin_of_scores_between_0_and_1_takes_as_many_as_could_hide_it(
+    gate, margin, code
+):
+    assert gate(one(SOFT), one(SOFT), rule=("--not_worse", margin))[0] == code
+
+
+def test_the_rules_alpha_and_those_with_a_margin_are_families_of_their_own(
+    gate, held, tmp_path
+):
+    """Four answers lost: q of one test with this rule is 0.031, of two it is 0.0625."""
+    lost = [0.0] * 4 + [1.0] * 26
+    tasks = [{n: {"acc,none": v} for n in ("a", "b")} for v in ([1.0] * 30, lost)]
+    write_run(tmp_path / "before", {**tasks[0], "a": {"acc,none": [1.0] * 30}})
+    write_run(tmp_path / "after", {**tasks[1], "b": {"acc,none": [1.0] * 30}})
+    assert held("before", "--update", *ALPHA)[0] == 0
+    file = tmp_path / "baseline.json"
+    code, text = held("after")
+    assert (code, "2 as expected" in text) == (0, True), text
+    data = json.loads(file.read_text())
+    record = data["runs"]["run"]["b"]["metrics"]["acc,none"]
+    record["not_worse"] = f"{100 * record.pop('alpha') * 4:g}pt"
+    file.write_text(json.dumps(data))
+    code, text = held("after")
+    assert (code, "q = 0.0312 < 0.05" in text) == (1, True), text
+
+
+@pytest.mark.parametrize(("away", "code"), [(0, 0), (1e-8, 1), (1e-4, 1)])
+def test_the_exact_score_is_exact_to_the_digits_of_the_file(gate, away, code):
+    after = [0.5 - away] * N
+    assert gate(one([0.5] * N), one(after), rule=())[0] == code
+
+
+def test_a_folder_with_several_models_is_refused(held, tmp_path):
+    for n, name in enumerate(("m1", "m2")):
+        config = {"model": "hf", "model_args": {"pretrained": name}}
+        date = f"2026-01-0{n + 1}T03-04-05.678901"
+        write_run(tmp_path / "both" / name, one(answers(0.5)), config=config, date=date)
+    code, text = held("both", "--update")
+    assert (code, "of several models" in text, "name one of them" in text) == (2, 1, 1)
+    assert held("both/m1", "--update")[0] == 0
 
 
 @pytest.mark.parametrize("rule", [ALPHA, ("--absolute", "0.01")])

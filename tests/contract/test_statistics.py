@@ -1,0 +1,115 @@
+"""What docs/statistics.md promises of ``compare``."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.contract.commands import pruned
+from tests.helpers.results_files import write_run
+
+
+N = 80
+
+
+def answers(share):
+    order = np.random.default_rng(7).permutation(N)
+    return (order < share * N).astype(float).tolist()
+
+
+def soft(seed, level=0.0):
+    rng = np.random.default_rng(seed)
+    return (0.4 + level + rng.uniform(-0.3, 0.3, size=N)).tolist()
+
+
+def perplexity(values):
+    form = {"aggregation": "perplexity", "higher_is_better": False}
+    return {"values": [*values], **form}
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Return the rows that `compare` makes of two runs, by task."""
+
+    def compared(base, run, *words, **about):
+        paths = [
+            write_run(tmp_path / name, tasks, **about).parent
+            for name, tasks in (("base", base), ("run", run))
+        ]
+        done = pruned("compare", *paths, "--format", "json", *words)
+        assert done.code == 0, done.err
+        return {row["task"]: row for row in json.loads(done.out)["rows"]}
+
+    return compared
+
+
+def tasks(share, seed, level=0.0):
+    losses = perplexity(np.random.default_rng(seed).normal(-3 + level, 0.2, size=N))
+    return {
+        "right": {"acc,none": answers(share)},
+        "soft": {"mc2,none": soft(seed, level)},
+        "text": {"word_perplexity,none": losses},
+    }
+
+
+def test_swapping_two_runs_reverses_every_sign(compared):
+    one, other = tasks(0.5, 1), tasks(0.7, 2, 0.1)
+    there, back = compared(one, other), compared(other, one)
+    for task, row in there.items():
+        assert back[task]["difference"] == pytest.approx(-row["difference"])
+        assert back[task]["p"] == pytest.approx(row["p"])
+        if task != "text":
+            ends = -row["high"], -row["low"]
+            assert (back[task]["low"], back[task]["high"]) == pytest.approx(ends)
+
+
+@pytest.mark.parametrize("level", [0, 0.02, 0.05, 0.1])
+def test_p_is_below_5_percent_exactly_if_0_is_outside_the_interval(compared, level):
+    for row in compared(tasks(0.5, 1), tasks(0.5 + level, 2, level)).values():
+        assert (row["p"] < 0.05) == (row["low"] > 0 or row["high"] < 0), row
+        assert row["low"] <= row["difference"] <= row["high"]
+
+
+def test_fewer_than_10_documents_that_are_not_right_or_wrong_are_not_tested(compared):
+    few = [{"soft": {"mc2,none": soft(n)[:9]}} for n in (1, 2)]
+    row = compared(*few)["soft"]
+    assert (row["p"], row["low"], row["verdict"]) == (None, None, "not tested")
+
+
+def test_without_a_spread_a_score_between_0_and_1_is_tested_and_a_perplexity_is_not(
+    compared,
+):
+    moved = [
+        {"soft": {"mc2,none": [0.5 + by] * N}, "text": {"p,none": perplexity([by] * N)}}
+        for by in (0.0, 0.25)
+    ]
+    rows = compared(*moved)
+    assert (rows["soft"]["verdict"], rows["text"]["verdict"]) == (
+        "better",
+        "not tested",
+    )
+
+
+@pytest.mark.parametrize("claim", ["--equivalent", "--not_worse"])
+def test_a_perplexity_that_is_the_same_for_all_documents_is_equivalent(compared, claim):
+    text = {"text": {"p,none": perplexity(np.linspace(-4, -2, 5))}}
+    assert compared(text, text, claim, "2%")["text"]["verdict"] == claim[2:].replace(
+        "_", " "
+    )
+
+
+def test_149_documents_without_a_change_are_needed_for_a_claim_of_2_points(compared):
+    for documents, verdict in ((148, "undecided"), (150, "not worse")):
+        run = {"soft": {"mc2,none": np.linspace(0.2, 0.9, documents).tolist()}}
+        assert compared(run, run, "--not_worse", "2pt")["soft"]["verdict"] == verdict
+
+
+def test_without_samples_standard_errors_are_tested(compared):
+    both = [
+        {"t": {"acc,none": {"values": answers(s), "stderr": 0.05}}} for s in (0.3, 0.5)
+    ]
+    row = compared(*both, samples=False)["t"]
+    assert "unpaired z test" in row["method"]
+    assert row["p"] == pytest.approx(0.0047, abs=1e-4)
