@@ -13,7 +13,9 @@ from tests.helpers.checkpoints import ROOT
 
 HERE = Path(__file__).parent
 CONTRACTS = sorted(HERE.glob("test_*.py"))
-PAGES = {p.stem.replace("-", "_") for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"]}
+PAGES = {
+    p.stem.replace("-", "_") for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"]
+}
 
 
 def names_imported(tree):
