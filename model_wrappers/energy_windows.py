@@ -179,6 +179,14 @@ class EnergyLog:
                 place = place.setdefault(name, {})
             is_set_up = key[0] == "set_up"
             place.update(reading.as_dict() if is_set_up else usage.as_dict(idle))
+        net = (block["total"].get("net_joules") or {}).get("total")
+        if net is not None and net < 0:
+            notes.append(
+                f"net energy is negative ({net:.3g} J): the machine drew more power while it was "
+                "idle, so that reading is no baseline"
+            )
+            eval_logger.warning("Energy: %s.", notes[-1])
+            block["status"] = "partial"
         return block
 
 

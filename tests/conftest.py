@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import lm_eval_pruned
 from tests.helpers import checkpoints
 
 
@@ -27,6 +28,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_configure(config):
+    # Our .pth file imports the package when Python starts: an installed copy comes before the clone.
+    folder = Path(lm_eval_pruned.__file__).parent
+    if not folder.samefile(checkpoints.ROOT / "lm_eval_pruned"):
+        raise pytest.UsageError(
+            f"these tests would run {folder} instead of this clone: install the clone with "
+            "`pip install --editable '.[test]'`, or run `tox`, which does."
+        )
 
 
 def pytest_runtest_setup(item):

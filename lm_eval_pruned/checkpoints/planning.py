@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, astuple, dataclass
+from collections import defaultdict
+from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
-from lm_eval_pruned.pruning.plan import whole_or_mean
+from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
@@ -25,6 +26,23 @@ if TYPE_CHECKING:
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
 SOURCE_ARGUMENTS = ("revision", "subfolder", "gguf_file", "trust_remote_code")
+
+
+#: Keys of a config without which a model is not one of `_BIASES`.
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "vocab_size"),
+)
+#: By model type, what decides whether query, key and value, the output of attention, and the MLP
+#: have biases: a key of the config, or always (True), or never ("").
+_BIASES: dict[str, tuple[str | bool, ...]] = {
+    "llama": ("attention_bias", "attention_bias", "mlp_bias"),
+    "mistral": ("", "", ""),
+    "qwen2": (True, "", ""),
+}
+#: Keys with which a model of these types is another.
+_UNREAD = {"auto_map", "block_configs", "layer_types", "per_layer_config"}
+_BYTES = {None: 4, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -120,15 +138,19 @@ def plan_rows(
     asked = [PruneArguments(**{argument: value, **others}) for value in values]
     if not asked:
         return []
-    from lm_eval_pruned.checkpoints.request import LoadRequest
-
     source = {name: value for name, value in given.items() if value}
+    shipped = None if source else shipped_config(pretrained)
+    deep = [arguments for arguments in asked if arguments.drop_layers is not None]
+    if not source and not deep and (dense := _Dense.read(shipped or pretrained)):
+        plans = [dense.plan(arguments) for arguments in asked]
+        if not any(plan.is_open for plan in plans):
+            return [dense.row(plan) for plan in plans]
+    from lm_eval_pruned.checkpoints.request import LoadRequest
 
     def requests(model: str) -> list[LoadRequest]:
         whole = LoadRequest.resolve(None, model, PruneArguments(), source)
         return [whole.asking(arguments) for arguments in asked]
 
-    shipped = None if source else shipped_config(pretrained)
     planned = requests(shipped or pretrained)
     if shipped and any(map(_needs_weights, planned)):
         planned = requests(pretrained)
@@ -150,21 +172,98 @@ def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
         stored = Stored.of(request, known_scores=known)
         plan, request = stored.settled(), stored.request
     widths = request.widths
-    before = widths.parameters_before
     after = widths.count_parameters(widths.targets(plan))
     dtype: Any = widths.original.dtype
+    row = _described(plan, widths.parameters_before, after, dtype and dtype.itemsize)
+    if plan.depth is None or plan.prunes:
+        return row
+    return replace(row, equal_ratio=_equal_ratio(request, after))
+
+
+def _described(
+    plan: PrunePlan, before: int, after: int, itemsize: int | None
+) -> PlanRow:
+    """Return the row of a plan, from parameters before and after and the bytes of one."""
     return PlanRow(
         ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
         whole_or_mean(plan.mean_width),
         plan.ratio,
         after,
         1 - after / before,
-        after * (4 if dtype is None else dtype.itemsize),
+        after * (itemsize or 4),
         written_by_layer(plan.layer_widths or ()),
         written_by_layer(plan.layer_criteria or ()),
         "" if plan.depth is None else written_layers(plan.depth.dropped),
-        "" if plan.depth is None or plan.prunes else _equal_ratio(request, after),
     )
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """What the config of a plain dense model says, read without torch and transformers.
+
+    Attributes:
+        hidden_size: Model width H.
+        width: Intermediate size I of all layers, in neurons.
+        layers: Number of layers.
+        per_neuron: Parameters of a neuron.
+        others: Parameters of all else; tied ones count once.
+        itemsize: Bytes of a parameter in the config's dtype.
+    """
+
+    hidden_size: int
+    width: int
+    layers: int
+    per_neuron: int
+    others: int
+    itemsize: int
+
+    @classmethod
+    def read(cls, pretrained: str) -> _Dense | None:
+        """Return what ``config.json`` of a folder says; None where transformers has to read it."""
+        try:
+            text = Path(pretrained, "config.json").read_text("utf-8")
+            config = defaultdict(lambda: None, json.loads(text))
+        except (OSError, ValueError):
+            return None
+        kind, dtype = config["model_type"], config["dtype"] or config["torch_dtype"]
+        sizes = [config[name] for name in _SIZES]
+        known = kind in _BIASES and dtype in _BYTES and not config.keys() & _UNREAD
+        if not known or not all(type(size) is int and size > 0 for size in sizes):
+            return None
+        hidden, width, layers, heads, vocabulary = sizes
+        shared = config["num_key_value_heads"] or heads
+        size = config["head_dim"] or hidden // heads
+        if hidden % heads or heads % shared:
+            return None
+        query, keys = heads * size, 2 * shared * size
+        inputs, output, mlp = (
+            bool(config[key] or key is True) for key in _BIASES[kind]
+        )
+        attention = (
+            hidden * (2 * query + keys) + inputs * (query + keys) + output * hidden
+        )
+        layer = attention + 2 * hidden + mlp * hidden
+        embeddings = vocabulary * hidden * (1 if config["tie_word_embeddings"] else 2)
+        others = layers * layer + embeddings + hidden
+        return cls(hidden, width, layers, 3 * hidden + 2 * mlp, others, _BYTES[dtype])
+
+    def plan(self, arguments: PruneArguments) -> PrunePlan:
+        """Resolve the arguments of pruning; ValueError if one is out of range."""
+        own = dict.fromkeys(range(self.layers), self.width)
+        return PrunePlan.of(arguments, self.hidden_size, self.width, own)
+
+    def row(self, plan: PrunePlan) -> PlanRow:
+        """Describe what becomes of the model."""
+        kept = {
+            n: plan.width if plan.includes_layer(n) else self.width
+            for n in range(self.layers)
+        }
+        kept |= dict(plan.layer_widths or ())
+        before, after = (
+            self.others + self.per_neuron * neurons
+            for neurons in (self.layers * self.width, sum(kept.values()))
+        )
+        return _described(plan, before, after, self.itemsize)
 
 
 def _equal_ratio(request: LoadRequest, parameters: int) -> str:

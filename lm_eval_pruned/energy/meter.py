@@ -6,6 +6,7 @@ components beside it, in kWh, of the `EmissionsData` that it hands to an output.
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,6 +88,8 @@ class CodecarbonMeter:
             def out(output, total: EmissionsData, delta: EmissionsData) -> None:
                 self._latest = total
 
+        # A tracker logs to the terminal before it looks at its `log_level`.
+        logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
         lock = threading.Lock()
 
         class Tracker(codecarbon.OfflineEmissionsTracker):

@@ -101,7 +101,7 @@ def prepare(
     if positions and options.max_length > positions:
         raise ValueError(
             f"max_length={options.max_length} exceeds the {positions} positions of the model: "
-            "pass at most {positions}."
+            f"pass at most {positions}."
         )
     tokenizer = request.load_tokenizer()
     next(token_blocks(data, texts, tokenizer, options.max_length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
@@ -9,6 +10,7 @@ import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import lm_eval
 import torch
@@ -27,6 +29,8 @@ from lm_eval_pruned.sweeps.tracking import check_tracking, report
 
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.sweeps.plan import Configuration, Sweep
@@ -37,6 +41,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lm_eval.pruned.sweep")
 #: What a traceback says where the device failed, for which too little memory does not count.
 _OF_DEVICE = r"Error: (CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
+
+
+@contextlib.contextmanager
+def _quiet_git() -> Iterator[None]:
+    """Keep the harness from asking git for a commit where there is none: git complains on the terminal."""
+    here = Path.cwd()
+    if any((folder / ".git").exists() for folder in (here, *here.parents)):
+        yield
+        return
+    with mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+        yield
 
 
 class UnitRunner:
@@ -134,6 +149,7 @@ class UnitRunner:
         # The results of a unit are of that unit alone.
         getattr(self._lm, "begin_evaluation", lambda: None)()
 
+    @_quiet_git()
     def _evaluate(
         self,
         configuration: Configuration,

@@ -316,7 +316,7 @@ def test_text_of_other_forms_and_bf16(tiny_llama, data, tmp_path):
         ("--temperature 2", "temperature=2.0 has no effect"),
         ("--teacher_weight 1 --temperature 0", "temperature=0.0 is not a dist"),
         ("--max_length 500", "needs blocks"),
-        ("--max_length 5000", "exceeds the 512 positions"),
+        ("--max_length 5000", "the 512 positions of the model: pass at most 512."),
         ("--training_args learning_rte=1", "learning_rte"),
         ("--training_args max_steps=3", "other options of heal set"),
         ("--method full --peft_args r=3", "method=full trains none"),

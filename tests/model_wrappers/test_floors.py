@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.model_wrappers.floors import RULES, ConstantLM, EchoLM
+from lm_eval_pruned.tasks.demo import utils
 from tests.helpers.sweeping import write_tasks
 
 
@@ -117,6 +118,16 @@ def test_the_stock_harness_runs_them(tmp_path):
     assert results["config"]["model"] == "constant"
     assert results["results"]["tiny_choice"]["acc,none"] == 3 / 5
     assert results["results"]["tiny_sentence"]["exact_match,none"] == 1 / 5
+
+
+def test_an_answer_without_a_language_is_no_error(caplog):
+    """It has no letters, which the harness logs for each of 62 documents of IFEval."""
+    lm = ConstantLM(".")
+    document = {"key": 1, "prompt": "?", "kwargs": [{"language": "de"}]}
+    document["instruction_id_list"] = ["language:response_language"]
+    scores = utils._ifeval().process_results(document, texts_of(lm, ["?"], []))
+    assert scores["prompt_level_strict_acc"]
+    assert not caplog.records
 
 
 @pytest.mark.slow

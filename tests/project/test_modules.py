@@ -1,9 +1,11 @@
-"""Every installed module: its types are checked, its examples run, public names show one."""
+"""Every installed module: its types are checked, its examples run, its messages are filled in."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
+import re
 
 import pytest
 from mypy.main import process_options
@@ -36,3 +38,13 @@ def test_mypy_checks_every_module_under_its_installed_name(monkeypatch):
     monkeypatch.chdir(ROOT)
     sources, _ = process_options([])
     assert {source.module for source in sources} == modules().keys()
+
+
+def test_no_part_of_a_message_lacks_its_f():
+    """Of strings that Python joins, one without an f shows its braces to the user."""
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else []
+            plain = [part.value for part in parts if isinstance(part, ast.Constant)]
+            found = re.search(r"\{[a-z_][\w.]*\}", " ".join(plain))
+            assert not found, f"{name}, line {node.lineno}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.checkpoints import ROOT
 from tests.helpers.installed import FOLDERS, copy_of_the_tree
 
 
@@ -88,3 +90,16 @@ def test_the_source_distribution_holds_all_and_gives_the_same_wheel(
     # The archive's order of names is that of the folder that was read.
     different = {name for name in first | again if first.get(name) != again.get(name)}
     assert not {name for name in different if "RECORD" not in name}
+
+
+def test_an_installed_copy_is_not_tested_in_place_of_the_clone(tmp_path):
+    copy = tmp_path / "lm_eval_pruned"
+    shutil.copytree(ROOT / "lm_eval_pruned", copy)
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", __file__]
+    settings = {"cwd": ROOT, "capture_output": True, "text": True}
+    # As after `pip install .`: the package is imported before pytest puts the clone in front.
+    settings["env"] = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, check=False, **settings)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR, run.stdout
+    line = run.stderr.strip().splitlines()[-1]
+    assert f"would run {copy} instead of this clone: install the clone with" in line

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 from lm_eval_pruned.cli import main
+from tests.helpers.meters import Clock
 from tests.helpers.results_files import pruning, write_sweep
 
 
@@ -173,6 +176,32 @@ def test_the_estimate_counts_documents_tokens_hours_and_bytes(
     # 2 x 3e9 parameters x (427,500 + 600 + 5 x 12,800) tokens / (0.4 x 1e12 a second).
     assert "About 2.1 hours" in told and "Not counted: mine." in told
     assert f"; {tmp_path} has only 0.0 GB free." in told
+
+
+class Machine(TorchFunctionMode):
+    """Computes no matrix product, and moves a clock on by what one takes at a speed."""
+
+    def __init__(self, speed):
+        super().__init__()
+        self.speed, self.clock = speed, Clock()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.Tensor.matmul:
+            return function(*args, **kwargs or {})
+        tokens, weight = args
+        self.clock.sleep(2 * len(tokens) * weight.numel() / self.speed)
+        return tokens
+
+
+@pytest.mark.parametrize("speed", [1e7, 1e9, 3e10, 1e11, 2e12, 1e15])
+def test_the_speed_is_measured_in_less_than_a_second(speed):
+    """From float16 on a processor that converts each number, to a card."""
+    from lm_eval_pruned.study.estimate import operations_per_second
+
+    with Machine(speed) as machine:
+        found = operations_per_second("cpu", "float16", machine.clock)
+    assert found == pytest.approx(speed)
+    assert machine.clock.now < 1
 
 
 @pytest.mark.slow

@@ -60,6 +60,16 @@ def calls(monkeypatch):
     return SimpleNamespace(evaluate=evaluate, load=load)
 
 
+def test_outside_of_a_repository_git_does_not_complain(
+    options, folder, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    assert run_sweep(options) == 0
+    assert "fatal" not in capfd.readouterr().err
+    files = [json.loads(p.read_text()) for p in folder.glob("units/*/*/results_*")]
+    assert [file["git_hash"] for file in files] == [None] * len(UNITS)
+
+
 def at_second(effect):
     return [DEFAULT, effect, *[DEFAULT] * 20]
 
