@@ -40,22 +40,6 @@ def plan(capsys):
 
 
 @pytest.mark.parametrize("model", STUDY)
-def test_the_study_s_architectures_come_out_exactly(model, plan):
-    rows = [row for row in ARCHITECTURES if row["base_model"] == model]
-    percents = [row["prune_percent"] for row in rows]
-    baseline, *pruned = plan(model, "--prune_percents", 0, *percents)
-    assert baseline["intermediate_size"] == int(rows[0]["intermediate_size_before"])
-    assert baseline["parameters"] == int(rows[0]["parameters_before"])
-    assert baseline["reduction"] == 0
-    for ours, theirs in zip(pruned, rows, strict=True):
-        width, parameters = ours["intermediate_size"], ours["parameters"]
-        assert width == int(theirs["intermediate_size_after"])
-        assert parameters == int(theirs["parameters_after"])
-        assert ours["checkpoint_bytes"] == 2 * parameters
-        assert ours["expansion_ratio"] == width / int(theirs["hidden_size"])
-
-
-@pytest.mark.parametrize("model", STUDY)
 def test_a_plan_of_the_study_imports_neither_torch_nor_transformers(model):
     code = "import sys; sys.modules.update(torch=None, transformers=None)\n"
     code += "from lm_eval_pruned.cli import main; sys.exit(main(sys.argv[1:]))"
