@@ -227,12 +227,13 @@ class LoadRequest:
             arguments["dtype"] = functools.reduce(torch.promote_types, inside)
         model, widths = self._load(arguments)
         held, rounded = model.state_dict(keep_vars=True), []
-        for name, (file, dtype) in stored.items():
-            if (
-                name in outside
-                and torch.promote_types(dtype, held[name].dtype) != held[name].dtype
-            ):
-                rounded.append((held[name], load_state_dict(file)[name]))
+        for name in outside & stored.keys():
+            (file, dtype), weight = stored[name], held[name]
+            if torch.promote_types(dtype, weight.dtype) != weight.dtype:
+                exact = load_state_dict(file)[name]
+                # Of another shape where the user lets shapes differ.
+                if torch.equal(exact.to(weight.dtype), weight):
+                    rounded.append((weight, exact))
         return model, widths, rounded
 
     def _load(self, asked: Mapping[str, Any]) -> tuple[PreTrainedModel, Widths]:
