@@ -235,7 +235,9 @@ def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]
             continue
         # A tower for images or sound has a separate config, without a vocabulary; an encoder's
         # may hold one of text beside one of images.
-        if hasattr(text_config(getattr(module, "config", text)), "vocab_size"):
+        config = getattr(module, "config", text)
+        inner = getattr(config, "text_config", None)
+        if hasattr(config, "vocab_size") or hasattr(inner, "vocab_size"):
             yield path, module
         else:
             towers = (*towers, f"{path}.")
