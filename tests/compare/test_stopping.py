@@ -49,6 +49,18 @@ def test_four_looks_err_no_more_often_than_the_level():
     assert 0.04 < crossed < LEVEL + 3 * (0.05 * 0.95 / 40_000) ** 0.5
 
 
+def test_a_record_holds_for_its_metric_and_difference_alone():
+    """Without a difference, as where samples were missing at the look, it holds for none."""
+    known = record(400, p=0.01, p_margin=0.02, difference=0.1, rule="decided:1pt")
+    p, q, claim = sequential(known, "acc,none", 0.1, POINT, 0.01)
+    assert (p, q, claim.p, claim.q) == (0.01, 0.01, 0.02, 0.02)
+    for metric, difference in (("acc_norm,none", 0.1), ("acc,none", 0.11)):
+        none = sequential(known, metric, difference, POINT, 0.01)
+        assert none == (None, None, None)
+    unknown = record(400, p=0.01, rule="decided:1pt")
+    assert sequential(unknown, "acc,none", 0.1, POINT, 0.01) == (None, None, None)
+
+
 def test_differences_and_a_margin_share_one_level():
     """Of six sizes three have no difference, and three one as large as the margin."""
     shared = {"of": 400, "sizes": 6, "rule": "decided:1pt", "difference": 0.0}
