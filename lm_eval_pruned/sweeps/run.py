@@ -152,9 +152,9 @@ def _definition(sweep: Sweep, path: Path) -> dict[str, Any]:
     if added:
         names = layout.units_text(added)
         print(f"Units of earlier sweeps in {path} stay part of the sweep: {names}.")
-    if others := layout.left_out(path, listed):
+    if left_out := layout.left_out(path, listed):
         print(
-            f"Finished units in {path} that are defined differently are left out: {others}."
+            f"Finished units in {path} that are defined differently are left out: {left_out}."
         )
     return definition
 
