@@ -44,7 +44,7 @@ def test_a_plan_of_the_study_imports_neither_torch_nor_transformers(model):
     code = "import sys; sys.modules.update(torch=None, transformers=None)\n"
     code += "from lm_eval_pruned.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "plan", "--prune_percents", "10", "60"]
-    command += ["--model_args", f"pretrained={checkpoints.DATA / STUDY[model]}"]
+    command += ["--model_args", f"pretrained={model}"]
     command += ["--format", "json"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     counts = {

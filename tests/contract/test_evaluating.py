@@ -14,13 +14,9 @@ from tests.contract.commands import pruned
 from tests.helpers import checkpoints
 
 
-STUDY = {
-    "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
-    "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b",
-    "meta-llama/Llama-3.2-3B": "llama-3.2-3b",
-}
 with (checkpoints.DATA / "architectures.csv").open(encoding="utf-8") as file:
     ARCHITECTURES = list(csv.DictReader(file))
+STUDY = sorted({row["base_model"] for row in ARCHITECTURES})
 
 
 def planned(folder, *words):
@@ -30,7 +26,7 @@ def planned(folder, *words):
 
 
 def test_half_of_the_ratio_of_llama_has_the_width_and_the_parameters_of_the_page():
-    (row,) = planned(checkpoints.DATA / "llama-3.2-1b", "--ratios", "2.0")
+    (row,) = planned("meta-llama/Llama-3.2-1B", "--ratios", "2.0")
     assert (row["intermediate_size"], row["parameters"]) == (4096, 833_161_216)
 
 
@@ -38,8 +34,7 @@ def test_half_of_the_ratio_of_llama_has_the_width_and_the_parameters_of_the_page
 def test_the_study_s_architectures_come_out_exactly(model):
     rows = [row for row in ARCHITECTURES if row["base_model"] == model]
     percents = [row["prune_percent"] for row in rows]
-    folder = checkpoints.DATA / STUDY[model]
-    baseline, *cut = planned(folder, "--prune_percents", 0, *percents)
+    baseline, *cut = planned(model, "--prune_percents", 0, *percents)
     assert baseline["intermediate_size"] == int(rows[0]["intermediate_size_before"])
     assert baseline["parameters"] == int(rows[0]["parameters_before"])
     assert baseline["reduction"] == 0
