@@ -276,7 +276,7 @@ def checkpoint_files(
         names = [named]
     for name in names:
         with contextlib.suppress(OSError):
-            file = cached_file(pretrained, name, **where)
+            file: Any = cached_file(pretrained, name, **where)
             if not name.endswith(".json"):
                 return [file]
             return get_checkpoint_shard_files(pretrained, file, **where)[0]

@@ -173,7 +173,8 @@ def export_pruned(
     with moved(loaded.model, loaded.device):
         measure(UNPRUNED, loaded.model)
     if dtype is None:
-        model = finished(loaded.narrowed(), loaded.request.widths).to(device)
+        model = finished(loaded.narrowed(), loaded.request.widths)
+        model.to(device)  # type: ignore[arg-type]
     else:
         model = loaded.placed()
     record: PruneRecord = model.prune_record  # type: ignore[assignment]

@@ -327,7 +327,7 @@ class LoadRequest:
 
     def _default_dtype(self, model: PreTrainedModel) -> torch.dtype:
         """Return the dtype in which `from_pretrained` loads the whole model if it is not told any."""
-        config = self.widths.original
+        config: Any = self.widths.original
         if type(config) is not type(model.config):
             config = text_config(config)
         first = next(iter(self.stored_dtypes.values()), (None, model.dtype))
