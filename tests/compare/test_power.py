@@ -110,7 +110,8 @@ def test_the_command(ask, task):
         ("gsm8k", ["--margin", "1pt"], "has boolq, tf"),
         ("wiki", ["--margin", "1pt"], "1pt is not a margin"),
         ("boolq", ["--margin", "1pt", "--documents", "1"], "documents=1"),
-        ("boolq", ["--margin", "1pt", "--alpha", "0.7"], "alpha=0.7"),
+        ("boolq", ["--margin", "1pt", "--alpha", "0.5"], "alpha=0.5"),
+        ("boolq", ["--margin", "5"], "any difference of boolq acc"),
     ],
 )
 def test_what_cannot_be_asked(ask, task, options, words):

@@ -374,7 +374,10 @@ def test_a_trend_is_the_mean_slope_of_documents():
     slopes = np.polyfit(RATIOS, rows, 1)[0]
     assert (result.n, result.units) == (7, 50)
     assert result.slope == pytest.approx(slopes.mean())
-    assert result.p == pytest.approx(stats.ttest_1samp(slopes, 0).pvalue)
+    expected = stats.ttest_1samp(slopes, 0)
+    assert result.p == pytest.approx(expected.pvalue)
+    ends = expected.confidence_interval(0.95)
+    assert (result.low, result.high) == pytest.approx((ends.low, ends.high))
     # Of perplexities the logarithm has a slope; it falls where log-likelihoods rise.
     upside_down = trends.trend(RATIOS, rows, transform="perplexity")
     assert upside_down.slope == pytest.approx(-result.slope)
