@@ -95,9 +95,11 @@ def suggested_recipe(
         return "fast", f"calibration text cannot be used: {str(error).rstrip('.')}"
     try:
         request.load_tokenizer()
-    except (OSError, ValueError):
-        why = "has no tokenizer that can be loaded, which calibration text needs"
-        return "fast", f"{request.pretrained} {why}"
+    except ValueError as error:
+        return (
+            "fast",
+            f"calibration text needs a tokenizer, and {str(error).rstrip('.')}",
+        )
     text = Path(str(calibrated.calibration)).name
     return "best", f"the model can be calibrated on {text}"
 
@@ -147,13 +149,13 @@ def plan_rows(
             return [dense.row(plan) for plan in plans]
     from lm_eval_pruned.checkpoints.request import LoadRequest
 
-    def requests(model: str) -> list[LoadRequest]:
+    def requests_for(model: str) -> list[LoadRequest]:
         whole = LoadRequest.resolve(None, model, PruneArguments(), source)
         return [whole.asking(arguments) for arguments in asked]
 
-    planned = requests(shipped or pretrained)
+    planned = requests_for(shipped or pretrained)
     if shipped and any(map(_needs_weights, planned)):
-        planned = requests(pretrained)
+        planned = requests_for(pretrained)
     known: KnownScores = {}
     return [_row(request, known) for request in planned]
 

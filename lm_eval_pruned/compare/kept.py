@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import optimize
 
-from lm_eval_pruned.compare.statistics import paired_t
+from lm_eval_pruned.compare.statistics import paired_mean
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def share_kept(
     """Return (candidate - floor) / (base - floor) of two means over the same documents.
 
     The interval holds each share at which a paired test does not tell ``candidate - floor`` from
-    that share of ``base - floor``: Fieller's, with the variance between clusters.
+    that share of ``base - floor``, as Fieller's does. The test is that of `statistics.paired_mean`, for
+    scores without bounds, over clusters.
 
     Args:
         base: Values of the base, shape (n,).
@@ -72,7 +73,7 @@ def share_kept(
 
     Example:
         >>> share_kept([0.9, 0.7] * 10, [0.7, 0.5] * 10, 0.2).text
-        '67 % [64, 69]'
+        '67 % [63, 69]'
     """
     above, left = (
         np.asarray(v, float) - np.asarray(floor, float) for v in (base, candidate)
@@ -85,7 +86,7 @@ def share_kept(
 
     def excess(supposed: float, side: int) -> float:
         gains = weights * (left - supposed * above)
-        test = paired_t(gains, weights, clusters, strata, alpha)
+        test = paired_mean(gains, weights, clusters, strata, alpha)
         return 1.0 if test.sides is None else test.sides[side] - alpha / 2
 
     def end(direction: int) -> float | None:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import special, stats
 
+from lm_eval_pruned.compare.gaffke import POWER, Gaffke
 from lm_eval_pruned.compare.pairing import paired_documents, paired_test
 from lm_eval_pruned.compare.statistics import (
     LEAST_UNITS_OF_MARGIN,
-    POWER,
-    Gaffke,
     PairedTest,
     Shares,
     chance_seen,
@@ -94,11 +93,11 @@ def power_of(
 def chances(test: PairedTest, seen: int, size: float, alpha: float, n: int) -> Chances:
     """Return the chances of `VERDICTS` on `n` documents, of which the test has `seen`."""
     of = test.distribution
-    if of is None:
-        raise ResultsError(f"The chances cannot be estimated: {test.method}.")
     if isinstance(of, Shares):
         return power_of_shares(of.changing, n, size, alpha)
-    return power_of_means(of._replace(times=n / seen), size, alpha)
+    if isinstance(of, Gaffke):
+        return power_of_means(of._replace(times=n / seen), size, alpha)
+    raise ResultsError(f"The chances cannot be estimated: {test.method}.")
 
 
 def power_of_means(of: Gaffke, size: float, alpha: float) -> Chances:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
+from lm_eval_pruned.compare.gaffke import POWER, Gaffke
 from lm_eval_pruned.results.documents import TRANSFORMS
 
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-#: Chance of seeing a difference of the size of `PairedTest.smallest_detectable`.
-POWER = 0.8
 #: Fewer documents or clusters than this are not tested, unless they are right or wrong.
 LEAST_UNITS = 10
 #: Fewer say nothing about a margin of scores without bounds: a loss that one unit in twenty carries
@@ -121,116 +120,6 @@ class Normal(NamedTuple):
     def detectable(self, level: float) -> float:
         """Return the difference that a two-sided test at `level` finds with `POWER`."""
         return float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER)) * self.stderr
-
-
-class Gaffke(NamedTuple):
-    """Gaffke's test of `mean`, a mean of differences or the logarithm of a ratio of perplexities.
-
-    Unit i, a document or a cluster, departs from the mean by ``deviations[i] / weights[i]``; both are of
-    shape (n,), and the deviations add up to 0. The mean is drawn again with random (exponential)
-    weights, among the units and one more that nobody has seen: for the lower end of the interval it
-    departs by `unseen[0]`, for the upper one by `unseen[1]`, and it weighs as much as the heaviest. p is
-    the share of draws beyond a value. Where no document can differ by more than the unseen unit, no
-    distribution is known for which p is too small; for right-or-wrong scores it is Clopper and Pearson's.
-
-    `stderr` is that of the mean, `perplexity` that of the base, or another score that is the exponential
-    of a mean; `bounded` says whether documents cannot differ by more than the unseen unit. The units
-    count `times` times, for the same test on other numbers of documents.
-
-    Source: Gaffke 2005, Mathematical Methods of Statistics 14, 451-467; Learned-Miller and Thomas 2019,
-    arXiv 1905.06208.
-    """
-
-    mean: float
-    deviations: np.ndarray
-    weights: np.ndarray
-    unseen: tuple[float, float]
-    stderr: float
-    perplexity: float | None = None
-    bounded: bool = False
-    times: float = 1.0
-
-    def score(self, mean: float) -> float:
-        """Return the difference of scores that a difference of means makes."""
-        if self.perplexity is None:
-            return mean
-        with np.errstate(over="ignore"):
-            return float(self.perplexity * np.expm1(mean))
-
-    def _departures(self, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return deviations and weights with those of the unseen unit, which is first."""
-        weights = np.append(self.weights.max(), self.weights)
-        first = self.unseen[side] * weights[0]
-        return (1, -1)[side] * np.append(first, self.deviations), weights
-
-    def _beyond(self, side: int, distance: float) -> float:
-        """Return the p of a true mean that is lower (side 0) or higher (1) by `distance` or more."""
-        deviations, weights = self._departures(side)
-        terms = deviations + distance * weights
-        counts = np.append(1.0, np.full(len(self.weights), self.times))
-        return below_zero(terms, counts)
-
-    def tails(self, x: float) -> tuple[float, float]:
-        """Return the p of "the difference is `x` or less", and of "`x` or more"."""
-        if self.perplexity is not None:
-            share = x / self.perplexity
-            x = math.log1p(share) if share > -1 else -math.inf
-        if not math.isfinite(x):
-            return float(x > 0), float(x < 0)
-        return self._beyond(0, self.mean - x), self._beyond(1, x - self.mean)
-
-    def reach(self, side: int, level: float) -> float:
-        """Return how far the end of the two-sided interval at `level` is from the mean."""
-        deviations, weights = self._departures(side)
-        most = float((-deviations / weights).max())
-        excess = lambda distance: self._beyond(side, distance) - level / 2
-        if most <= 0 or excess(0.0) <= 0:
-            return 0.0
-        return float(optimize.brentq(excess, 0.0, most, xtol=1e-12 * most))
-
-    def ends(self, level: float) -> tuple[float, float] | None:
-        """Return the two-sided interval; None where an end of it is not finite."""
-        low, high = (self.reach(side, level) for side in (0, 1))
-        ends = self.score(self.mean - low), self.score(self.mean + high)
-        return ends if all(map(math.isfinite, ends)) else None
-
-    def detectable(self, level: float) -> float | None:
-        """Return the difference that a two-sided test at `level` finds with `POWER`."""
-        size = max(self.reach(side, level) for side in (0, 1))
-        size += float(stats.norm.ppf(POWER)) * self.stderr
-        change = max(abs(self.score(side * size)) for side in (-1, 1))
-        return float(change) if math.isfinite(change) else None
-
-
-def below_zero(terms: np.ndarray, counts: np.ndarray) -> float:
-    """Return the chance that a weighted sum of `terms` is 0 or less, the weights being exponential.
-
-    Term i is there ``counts[i]`` times, each with a weight of its own. The saddlepoint
-    approximation: with one term it is 4 % too large at 0.05, with sixty it is 1 %.
-
-    Source: Lugannani and Rice 1980, Advances in Applied Probability 12, 475-490.
-
-    Example:
-        >>> round(below_zero(np.array([-0.98, 0.02]), np.array([1.0, 149.0])), 3)  # 0.98**149
-        0.05
-    """
-    if terms.min() >= 0 or terms.max() <= 0:
-        return float(terms.min() < 0)
-    terms = terms / np.abs(terms).max()
-    slope = lambda t: float((counts * terms / (1 - t * terms)).sum())
-    inside = 1 - 1e-12
-    ends = inside / float(terms.min()), inside / float(terms.max())
-    if slope(ends[0]) >= 0 or slope(ends[1]) <= 0:
-        return float(slope(ends[1]) <= 0)
-    t = optimize.brentq(slope, *ends, xtol=1e-15, rtol=1e-12)
-    curvature = float((counts * (terms / (1 - t * terms)) ** 2).sum())
-    r = math.copysign(math.sqrt(2 * (counts * np.log1p(-t * terms)).sum().clip(0)), t)
-    if abs(r) < 1e-4:
-        skew = 2 * float((counts * terms**3).sum()) / curvature**1.5
-        return 0.5 + skew / (6 * math.sqrt(2 * math.pi))
-    density = math.exp(-r * r / 2) / math.sqrt(2 * math.pi)
-    p = special.ndtr(r) + density * (1 / r - 1 / (t * math.sqrt(curvature)))
-    return float(np.clip(p, 0, 1))
 
 
 @dataclass(frozen=True)

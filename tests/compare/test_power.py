@@ -7,13 +7,14 @@ import pytest
 from scipy import stats
 
 from lm_eval_pruned import cli
+from lm_eval_pruned.compare.gaffke import POWER
 from lm_eval_pruned.compare.power import (
     chances,
     documents_for,
     power_of_means,
     power_of_shares,
 )
-from lm_eval_pruned.compare.statistics import POWER, paired_difference
+from lm_eval_pruned.compare.statistics import paired_difference
 from tests.helpers.results_files import write_run
 
 

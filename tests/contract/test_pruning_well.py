@@ -58,10 +58,8 @@ def test_without_text_the_recipe_is_fast_and_one_line_says_why(folder, tmp_path)
     given = ["--model_args", f"pretrained={bare}", "--prune_percent", 40]
     done = pruned("prune", *given, "--output_path", tmp_path / "out")
     assert done.code == 0, done.err
-    assert done.err.splitlines().count(
-        f"recipe=fast was chosen, because {bare} has no tokenizer that can be loaded, which "
-        "calibration text needs."
-    )
+    why = "recipe=fast was chosen, because calibration text needs a tokenizer, and no"
+    assert [line.startswith(why) for line in done.err.splitlines()].count(True) == 1
     # What is not known is not claimed.
     assert "loss, nats" not in done.out
     assert "loss, nats" not in (tmp_path / "out" / "README.md").read_text("utf-8")
