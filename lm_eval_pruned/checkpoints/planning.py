@@ -33,6 +33,7 @@ _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "vocab_size"),
 )
+_DERIVED = ("num_key_value_heads", "head_dim")
 #: By model type, what decides whether query, key and value, the output of attention, and the MLP
 #: have biases: a key of the config, or always (True), or never ("").
 _BIASES: dict[str, tuple[str | bool, ...]] = {
@@ -225,12 +226,14 @@ class _Dense:
         try:
             text = Path(pretrained, "config.json").read_text("utf-8")
             config = defaultdict(lambda: None, json.loads(text))
-        except (OSError, ValueError):
+            kind, dtype = config["model_type"], config["dtype"] or config["torch_dtype"]
+            known = kind in _BIASES and dtype in _BYTES and not config.keys() & _UNREAD
+        except (OSError, ValueError, TypeError):
             return None
-        kind, dtype = config["model_type"], config["dtype"] or config["torch_dtype"]
         sizes = [config[name] for name in _SIZES]
-        known = kind in _BIASES and dtype in _BYTES and not config.keys() & _UNREAD
-        if not known or not all(type(size) is int and size > 0 for size in sizes):
+        # These two follow from the others where the config leaves them out.
+        extra = [n for key in _DERIVED if (n := config[key]) is not None]
+        if not known or not all(type(n) is int and n > 0 for n in [*sizes, *extra]):
             return None
         hidden, width, layers, heads, vocabulary = sizes
         shared = config["num_key_value_heads"] or heads

@@ -152,3 +152,16 @@ def test_the_auto_class_is_the_one_that_the_harness_takes(model_type):
     config, lm = CONFIG_MAPPING[model_type](), object.__new__(HFLM)
     lm._get_backend(config, backend="default", trust_remote_code=False)
     assert auto_class_for(config) is lm.AUTO_MODEL_CLASS
+
+
+@pytest.mark.parametrize(
+    "change", [{"head_dim": "8"}, {"dtype": {}}, {"vocab_size": 0}]
+)
+def test_a_config_that_is_not_plain_is_left_to_transformers(
+    change, tiny_llama, tmp_path, capsys
+):
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    checkpoints.edit_config(tmp_path, **change)
+    words = ["plan", "--model_args", f"pretrained={tmp_path}", "--ratios", "1"]
+    main(words)
+    assert "Traceback" not in capsys.readouterr().err
