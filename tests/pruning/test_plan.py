@@ -10,6 +10,7 @@ from hypothesis import example, given, strategies as st
 
 from lm_eval_pruned import PrunePlan
 from lm_eval_pruned.pruning.argument_values import read_widths, written_layers
+from lm_eval_pruned.pruning.plan import whole_or_mean
 
 
 plan_of = PrunePlan.from_arguments
@@ -145,3 +146,8 @@ def test_a_plan_of_widths_keeps_the_layers_that_are_not_named():
     plan = plan_of(16, 48, **given, multiple_of=5)
     assert plan.layer_widths == ((0, 20), (1, 48), (2, 5), (3, 48))
     assert not plan_of(16, 48, available_layers=[0], widths={0: 48}).prunes
+
+
+def test_a_mean_width_is_written_with_four_digits_and_a_whole_one_with_none():
+    assert whole_or_mean(Fraction(7000, 3)) == 2333.3333
+    assert str(whole_or_mean(Fraction(6, 2))) == "3"
