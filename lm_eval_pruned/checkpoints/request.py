@@ -339,12 +339,16 @@ class LoadRequest:
         """Build a model with MLPs of `targets`, from the checkpoint or from a state dict."""
         from_memory = "state_dict" in arguments
         loader: Any = widths.model_class if from_memory else self.auto_class
+        config = widths.narrowed_config(targets)
         if widths.inexpressible(targets):
             loader = class_with_widths(widths.model_class, targets)
+            if not isinstance(config, widths.model_class.config_class):
+                # A class of text alone is handed that part, as by the Auto classes.
+                config = text_config(config)
         with BUILDING, clear_errors(self.pretrained, self.model_arguments):
             model, found = loader.from_pretrained(
                 None if from_memory else self.pretrained,
-                config=widths.narrowed_config(targets),
+                config=config,
                 output_loading_info=True,
                 **arguments,
             )

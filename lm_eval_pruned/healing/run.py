@@ -10,14 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, adapted_shapes, read_healing
+from lm_eval_pruned.checkpoints.cards import adapter_card, model_card
 from lm_eval_pruned.checkpoints.configs import quantising_arguments
-from lm_eval_pruned.checkpoints.export import (
-    adapter_card,
-    check_output,
-    model_card,
-    save_loaded,
-    source_folder,
-)
+from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.healing.cost import TrainingCost

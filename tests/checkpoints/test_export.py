@@ -157,9 +157,9 @@ def test_a_full_disk_is_noticed_before_the_model_is_loaded_if_its_size_is_known(
     weights = load_file(tmp_path / "a" / "model.safetensors").values()
     needed = sum(each.numel() * each.itemsize for each in weights)
     assert needed < whole.weight_bytes < needed + 10_000
-    usage, loads, load = shutil.disk_usage(tmp_path), [], LoadRequest.load
+    usage, loads, load = shutil.disk_usage(tmp_path), [], LoadRequest._load
     monkeypatch.setattr(
-        LoadRequest, "load", lambda *a, **k: loads.append(1) or load(*a, **k)
+        LoadRequest, "_load", lambda *a, **k: loads.append(1) or load(*a, **k)
     )
     monkeypatch.setattr(
         "shutil.disk_usage", lambda folder: usage._replace(free=needed - 1)

@@ -51,14 +51,23 @@ def test_power_of_means_is_that_of_the_test_simulated():
 
 @pytest.mark.parametrize("transform", ["mean", "perplexity"])
 def test_chances_on_other_numbers_of_documents_are_those_of_the_same_gains(transform):
-    """A standard error falls with the root of the documents; a perplexity's is relative to it."""
+    """Four times the documents have the chances of documents that are there four times."""
     base, gains = np.random.default_rng(0).normal([[-2], [0]], [[0.2], [1]], (2, 80))
-    test = paired_difference(base, base + gains, transform=transform)
+    few, many = (
+        paired_difference(
+            np.tile(base, n), np.tile(base + gains, n), transform=transform
+        )
+        for n in (1, 4)
+    )
     unit = 1.0 if transform == "mean" else np.exp(-base.mean())
-    for n in (2, 40, 80, 320):
-        stderr = gains.std(ddof=1) / n**0.5 * unit
-        expected = power_of_means(stderr, n - 1, 0.4 * unit, 0.05)
-        assert chances(test, 80, 0.4 * unit, 0.05, n) == pytest.approx(expected)
+    for share in (0.1, 0.2, 0.4):
+        found = chances(few, 80, share * unit, 0.05, 320)
+        # The spread of 80 documents is estimated with one degree of freedom less.
+        expected = chances(many, 320, share * unit, 0.05, 320)
+        assert found == pytest.approx(expected, abs=0.01)
+    assert chances(few, 80, 0.2 * unit, 0.05, 40) < chances(
+        few, 80, 0.2 * unit, 0.05, 80
+    )
 
 
 def test_documents_for_is_where_the_chance_reaches_80_percent():

@@ -377,7 +377,9 @@ def test_a_trend_is_the_mean_slope_of_documents():
     expected = stats.ttest_1samp(slopes, 0)
     assert result.p == pytest.approx(expected.pvalue)
     ends = expected.confidence_interval(0.95)
-    assert (result.low, result.high) == pytest.approx((ends.low, ends.high))
+    # Student's t lacks the document that nobody has seen.
+    assert ends.low - 0.001 < result.low < ends.low < ends.high < result.high
+    assert result.high < ends.high + 0.001
     # Of perplexities the logarithm has a slope; it falls where log-likelihoods rise.
     upside_down = trends.trend(RATIOS, rows, transform="perplexity")
     assert upside_down.slope == pytest.approx(-result.slope)
