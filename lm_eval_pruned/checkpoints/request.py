@@ -342,7 +342,8 @@ class LoadRequest:
         config = widths.narrowed_config(targets)
         if widths.inexpressible(targets):
             loader = class_with_widths(widths.model_class, targets)
-            if not isinstance(config, widths.model_class.config_class):
+            expected: Any = widths.model_class.config_class
+            if not isinstance(config, expected):
                 # A class of text alone is handed that part, as by the Auto classes.
                 config = text_config(config)
         with BUILDING, clear_errors(self.pretrained, self.model_arguments):

@@ -64,7 +64,7 @@ def operations_per_second(
     hundred times slower at it than at float32. Without a dtype, or with ``auto``, it is float32.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    like = {"device": place, "dtype": getattr(torch, dtype or "", torch.float32)}
+    like: Any = {"device": place, "dtype": getattr(torch, dtype or "", torch.float32)}
     weight, speed, spent, rows = torch.ones(2048, 2048, **like), 0.0, 0.0, 1
     while spent < 0.25 and rows <= 2**14:
         tokens = torch.ones(rows, 2048, **like)
