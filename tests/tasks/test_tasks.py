@@ -36,12 +36,17 @@ GROUPS = {
     "pruned_dichotomy": BASE.split(),
     "pruned_dichotomy_instruct": INSTRUCT.split(),
     "pruned_probes": ["pruned_probe_knowledge", "pruned_probe_instructions"],
-    "pruned_demo": ["pruned_demo_truthfulness", "pruned_demo_instruction_following"],
+    "pruned_demo": [
+        "pruned_demo_truthfulness",
+        "pruned_probe_knowledge",
+        "pruned_probe_instructions",
+    ],
 }
 #: Members with examples in front of each question; all others have none.
 SHOTS = {"mmlu": 5, "gsm8k": 5}
-OWN_TASKS = {*GROUPS["pruned_demo"], "pruned_demo_bias", "pruned_demo_text"}
-OWN_TASKS |= {*GROUPS["pruned_probes"], "pruned_probe_instructions_generated"}
+#: Those that are in no group.
+ALONE = {"pruned_demo_bias", "pruned_demo_text", "pruned_demo_instruction_following"}
+ALONE |= {"pruned_probe_instructions_generated"}
 #: Number of tasks in the harness's groups that ours refer to.
 LEAVES = {"mmlu": 57, "leaderboard_musr": 3}
 
@@ -171,7 +176,7 @@ def test_demo_runs_without_network_and_leaves_the_package_alone(
     before = {path: path.stat().st_mtime_ns for path in files}
     done = lm_eval(
         *PRUNED, f"pretrained={tiny_llama},ratio=2.0",
-        "--tasks", "pruned_demo",
+        "--tasks", "pruned_demo,pruned_demo_instruction_following",
         "--limit", "2",
         "--log_samples",
         "--output_path", tmp_path / "out",
@@ -218,8 +223,8 @@ def test_the_check_lets_pass_what_can_be_scored(monkeypatch):
 def test_everything_is_listed_from_anywhere_and_valid(where, lm_eval, tmp_path):
     places = {"elsewhere": tmp_path, "repository": checkpoints.ROOT, "package": FOLDER}
     listed = lm_eval("ls", "tasks", cwd=places[where]).stdout
-    assert all(f"|{name} " in listed for name in [*GROUPS, *OWN_TASKS])
-    names = ",".join([*GROUPS, *OWN_TASKS])
+    assert all(f"|{name} " in listed for name in [*GROUPS, *ALONE])
+    names = ",".join([*GROUPS, *ALONE])
     done = lm_eval("validate", "--tasks", names, cwd=places[where])
     assert "All tasks found and valid" in done.stdout
 
