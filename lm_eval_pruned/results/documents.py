@@ -30,6 +30,7 @@ CLUSTER_FIELDS = {
     r"(^|_)multirc(_|$)": "paragraph",
     r"(^|_)record(_|$)": "passage",
     r"belebele(_|$)": "flores_passage",
+    r"^pruned_probe_": "block",
 }
 
 

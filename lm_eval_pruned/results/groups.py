@@ -28,7 +28,7 @@ class Family(NamedTuple):
     tasks: str
 
 
-_KNOWLEDGE = "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa"
+_KNOWLEDGE = "probe_knowledge|mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa"
 _COMMONSENSE = "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa"
 _LANGUAGE = "wikitext|lambada|^held_text|demo_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
 #: Metrics that are shares of 1, by parts of their names.

@@ -1,1 +1,1 @@
-"""The two tasks of the group ``pruned_demo``, with their data."""
+"""The group ``pruned_demo``, and the demo tasks with their data."""

@@ -93,7 +93,7 @@ def test_demo_runs_without_network_and_leaves_the_package_alone(
     before = {path: path.stat().st_mtime_ns for path in files}
     done = lm_eval(
         *PRUNED, f"pretrained={tiny_llama},ratio=2.0",
-        "--tasks", "pruned_demo",
+        "--tasks", "pruned_demo,pruned_demo_instruction_following",
         "--limit", "2",
         "--log_samples",
         "--output_path", tmp_path / "out",
@@ -106,7 +106,8 @@ def test_demo_runs_without_network_and_leaves_the_package_alone(
     assert results["config"]["pruning"]["criterion"] == "maw"
     assert results["group_subtasks"]["pruned_demo"] == [
         "pruned_demo_truthfulness",
-        "pruned_demo_instruction_following",
+        "pruned_probe_knowledge",
+        "pruned_probe_instructions",
     ]
     assert set(results["n-shot"].values()) == {0}
     truthfulness = results["results"]["pruned_demo_truthfulness"]

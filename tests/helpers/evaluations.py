@@ -31,7 +31,7 @@ def _unshared(model: str, model_args: str) -> str:
 
 
 @functools.cache
-def _task_manager():
+def task_manager():
     from lm_eval.tasks import TaskManager
 
     # Without the harness's own tasks: reading them takes longer than the evaluation.
@@ -54,7 +54,7 @@ def evaluate(
         limit=limit,
         log_samples=True,
         bootstrap_iters=0,
-        task_manager=_task_manager(),
+        task_manager=task_manager(),
     )
     assert results is not None
     samples = results["samples"][TASK]

@@ -354,7 +354,11 @@ def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
         "slot_refilling=false"
     )
     evaluations.lm_eval(
-        *("--model=pruned-hf", f"--model_args={model_args}", "--tasks=pruned_demo"),
+        *(
+            "--model=pruned-hf",
+            f"--model_args={model_args}",
+            "--tasks=pruned_demo,pruned_demo_instruction_following",
+        ),
         *("--device=cpu", "--batch_size=auto", "--max_batch_size=2", "--limit=3"),
         f"--output_path={tmp_path / 'out'}",
         cwd=tmp_path,

@@ -33,7 +33,12 @@ GROUPS = {
     "pruned_fairness": ["bbq", "crows_pairs_english"],
     "pruned_dichotomy": BASE.split(),
     "pruned_dichotomy_instruct": INSTRUCT.split(),
-    "pruned_demo": ["pruned_demo_truthfulness", "pruned_demo_instruction_following"],
+    "pruned_probes": ["pruned_probe_knowledge", "pruned_probe_instructions"],
+    "pruned_demo": [
+        "pruned_demo_truthfulness",
+        "pruned_probe_knowledge",
+        "pruned_probe_instructions",
+    ],
 }
 #: Members with examples in front of each question; all others have none.
 SHOTS = {"mmlu": 5, "gsm8k": 5}

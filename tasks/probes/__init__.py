@@ -1,0 +1,1 @@
+"""The tasks of the group ``pruned_probes``, with their data."""
