@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned
 from tests.helpers import layouts
 from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
@@ -36,6 +38,19 @@ def test_experts_whose_width_the_grouped_product_refuses_run_one_by_one(tmp_path
     done = prune(source, tmp_path / "out", *words)
     assert done.code == 0, done.err
     assert "loss, nats per token" in done.out
+
+
+def test_a_teacher_whose_experts_the_grouped_product_refuses_runs_them_one_by_one(
+    tmp_path,
+):
+    source, texts = tmp_path / "source", tmp_path / "texts.jsonl"
+    save_tiny(source, "deepseek_v3", **layouts.overrides("deepseek_v3", 35))
+    texts.write_text(json.dumps({"text": "one two three four " * 4}))
+    words = ("--model_args", f"pretrained={source}", "intermediate_size=20")
+    words += ("--teacher_weight", 0.5, "--max_steps", 1, "--max_length", 32)
+    words += ("--training_args", "use_cpu=true", "--output_path", tmp_path / "out")
+    done = pruned("heal", "--data", texts, *words)
+    assert done.code == 0, done.err
 
 
 @pytest.fixture
@@ -227,3 +242,25 @@ def test_a_mistyped_argument_is_one_sentence_with_the_argument(
     command = ["prune", "--model_args", f"pretrained={tiny_llama}", argument]
     done = pruned(*command, "--output_path", tmp_path / "out", *STUDY)
     assert message in done.sentence
+
+
+@pytest.mark.parametrize("command", ["heal", "profile", "sensitivity", "study"])
+def test_a_mistyped_dtype_is_one_sentence_of_each_command(
+    command, tiny_llama, tmp_path
+):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "one two three four " * 4}))
+    which = {"heal": ("--data", texts), "profile": ("--ratios", 1)}
+    which["study"] = (tiny_llama, "--dry_run")
+    words = ["--model_args", "dtype=flaot16", "--output_path", tmp_path / "out"]
+    if command != "study":
+        words.insert(1, f"pretrained={tiny_llama}")
+    said = pruned(command, *which.get(command, ()), *words).sentence
+    assert "dtype=flaot16 is not understood: pass a dtype such as bfloat16." in said
+
+
+@pytest.mark.parametrize("dtype", ["flaot16", "nn", "int8", 16, torch.int8])
+def test_a_dtype_that_weights_cannot_have_is_refused_by_name(dtype, tiny_llama):
+    said = f"dtype={dtype} is not understood: pass a dtype such as bfloat16"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_pruned(str(tiny_llama), prune_percent=40, dtype=dtype)
