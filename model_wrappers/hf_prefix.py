@@ -13,10 +13,13 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.checkpoints.configs import argument_errors, misspelt
+from lm_eval_pruned.checkpoints.configs import (
+    argument_errors,
+    check_dtype,
+    misspelt,
+)
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
@@ -146,6 +149,8 @@ def check_values(given: Mapping[str, Any]) -> None:
             check_flag(name, value)
         elif name in _COUNTS:
             check_count(name, value)
+        elif name in _DTYPES:
+            check_dtype(name, value)
         elif (expected := _expected_instead(name, value)) is not None:
             raise ValueError(f"{name}={value} is not understood: pass {expected}.")
 
@@ -154,10 +159,6 @@ def _expected_instead(name: str, value: Any) -> str | None:
     """Return what to pass for an argument; None if `value` will do."""
     if name in _TEXTS and isinstance(value, (bool, int, float)):
         return "one such as cpu, or cuda:0" if name == "device" else "a name"
-    if name in _DTYPES:
-        found = getattr(torch, value, value) if isinstance(value, str) else value
-        if found not in (None, "auto") and not isinstance(found, torch.dtype):
-            return "a dtype such as bfloat16"
     if name == "backend" and value not in ("default", "causal", "seq2seq"):
         return "default, causal or seq2seq"
     if name == "batch_size":

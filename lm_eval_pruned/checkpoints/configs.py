@@ -132,10 +132,8 @@ def clear_errors(
                     f"pretrained={pretrained} is a folder without {lacks}: pass the folder of a "
                     "complete checkpoint."
                 ) from error
-        elif why := _why_no_model(error):
-            raise NoModelError(
-                f"pretrained={pretrained} was not found: no folder here has that name, and {why}."
-            ) from error
+        elif sentence := not_found("pretrained", pretrained, error):
+            raise NoModelError(sentence) from error
         if isinstance(error, _CLEAR) and not isinstance(error, _UNCLEAR):
             raise
         summary = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -171,20 +169,22 @@ def _missing_file(folder: Path, error: Exception) -> str | None:
     return shard and shard[1]
 
 
-def _why_no_model(error: Exception) -> str | None:
-    """Return why the Hub gave no model of a name; None for another error."""
+def not_found(argument: str, name: str, error: Exception) -> str | None:
+    """Return the sentence about a `name` for which the Hub has no files; None for another error."""
     from huggingface_hub import errors
 
     cause = error.__cause__ or error
     if isinstance(cause, errors.GatedRepoError):
         return None
     if isinstance(cause, errors.HFValidationError):
-        return "no model on the Hub can have that name"
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return "the Hub has no such model, or shows it only after `hf auth login`"
-    if isinstance(cause, errors.LocalEntryNotFoundError):
-        return "the Hub could not be asked for what the cache does not hold"
-    return None
+        why = "no model on the Hub can have that name"
+    elif isinstance(cause, errors.RepositoryNotFoundError):
+        why = "the Hub has no such model, or shows it only after `hf auth login`"
+    elif isinstance(cause, errors.LocalEntryNotFoundError):
+        why = "the Hub could not be asked for what the cache does not hold"
+    else:
+        return None
+    return f"{argument}={name} was not found: no folder here has that name, and {why}."
 
 
 def skeleton(
@@ -238,6 +238,7 @@ def config_and_rest(
     given = _with_quantisation(from_pretrained)
     if (dtype := given.pop("torch_dtype", None)) is not None:
         given["dtype"] = given.get("dtype") or dtype
+    check_dtype("dtype", given.get("dtype"))
     # AutoConfig would take the dtype for a setting.
     placing = {name: given.pop(name) for name in list(given) if PLACING.fullmatch(name)}
     kept = {name: given[name] for name in READING if name in given}
@@ -252,6 +253,20 @@ def config_and_rest(
             "can be neither ranked nor sliced: pass the unquantised checkpoint it was made from."
         )
     return config, {**unused, **kept, **placing}
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Refuse what is neither a floating-point dtype of torch, nor its name, ``auto`` or None.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    found = getattr(torch, value, value) if isinstance(value, str) else value
+    is_floating = isinstance(found, torch.dtype) and found.is_floating_point
+    if not (is_floating or found in (None, "auto")):
+        raise ValueError(
+            f"{name}={value} is not understood: pass a dtype such as bfloat16."
+        )
 
 
 def checkpoint_files(

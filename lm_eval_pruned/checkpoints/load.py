@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_eval_pruned.checkpoints.request import Rounded
     from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.plan import PrunePlan
@@ -166,7 +167,7 @@ class Stored(LoadedModel):
     """
 
     request: LoadRequest = field(kw_only=True)
-    rounded: Sequence[tuple[Tensor, Tensor]] = field(kw_only=True)
+    rounded: Sequence[Rounded] = field(kw_only=True)
 
     @classmethod
     def of(

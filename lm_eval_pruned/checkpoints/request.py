@@ -42,11 +42,15 @@ from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
+
+    #: A module, the name of a tensor in it, and that tensor as it is stored. A module that goes to a
+    #: device and back stays the same object; its parameters may not.
+    Rounded = tuple[nn.Module, str, Tensor]
 
 
 #: Values of ``device_map`` that leave it to accelerate which part goes where.
@@ -200,15 +204,15 @@ class LoadRequest:
 
     def load_stored(
         self,
-    ) -> tuple[PreTrainedModel, Widths, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[PreTrainedModel, Widths, list[Rounded]]:
         """Load it as it is stored, on the CPU, whatever the user asked for; see `load`.
 
         It gets one dtype, so that text can run: the widest of its MLPs, which rounds none of what
         is ranked, and copies nothing where the tensors have it already.
 
         Returns:
-            The model, its widths, and pairs of a tensor outside of the MLPs that the dtype
-            rounded and that tensor as it is stored.
+            The model, its widths, and the tensors outside of the MLPs that the dtype rounded, each
+            as it is stored.
         """
         from transformers.modeling_utils import load_state_dict
 
@@ -233,7 +237,8 @@ class LoadRequest:
                 exact = load_state_dict(file)[name]
                 # Of another shape where the user lets shapes differ.
                 if torch.equal(exact.to(weight.dtype), weight):
-                    rounded.append((weight, exact))
+                    path, _, attribute = name.rpartition(".")
+                    rounded.append((model.get_submodule(path), attribute, exact))
         return model, widths, rounded
 
     def _load(self, asked: Mapping[str, Any]) -> tuple[PreTrainedModel, Widths]:
@@ -285,7 +290,7 @@ class LoadRequest:
         self,
         model: PreTrainedModel,
         widths: Widths,
-        rounded: Iterable[tuple[Tensor, Tensor]],
+        rounded: Iterable[Rounded],
     ) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.
 
@@ -358,10 +363,10 @@ class LoadRequest:
         return model, found
 
 
-def as_stored(rounded: Iterable[tuple[Tensor, Tensor]]) -> None:
+def as_stored(rounded: Iterable[Rounded]) -> None:
     """Undo what the dtype of a load rounded; see `LoadRequest.load_stored`."""
-    for held, stored in rounded:
-        held.data = stored
+    for module, name, stored in rounded:
+        getattr(module, name).data = stored
 
 
 def stored_once(model: PreTrainedModel) -> dict[str, Tensor]:

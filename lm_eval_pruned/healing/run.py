@@ -19,6 +19,7 @@ from lm_eval_pruned.healing.cost import TrainingCost
 from lm_eval_pruned.healing.text import digest_of, texts_of, token_blocks
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.stacked import runnable
 from lm_eval_pruned.util.atomic import appearing_whole
 from lm_eval_pruned.util.pruning_record import left_of
 
@@ -171,7 +172,9 @@ def heal(
     teacher: PreTrainedModel | None = None
     if options.teacher_weight:
         teacher = request.load()[0].eval().requires_grad_(False)
-    with contextlib.closing(TrainingCost(metered=metered, before=before)) as cost:
+    running = contextlib.nullcontext() if teacher is None else runnable(teacher)
+    metering = contextlib.closing(TrainingCost(metered=metered, before=before))
+    with metering as cost, running:
         checkpointing = training.Checkpoints(record, cost)
         trainer = training.HealingTrainer(
             teacher,

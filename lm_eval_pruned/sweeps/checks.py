@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from lm_eval_pruned.checkpoints.configs import not_found
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, PruneArguments
 from lm_eval_pruned.sweeps.plan import MODELS, SOURCES, find_misspelt, model_source
@@ -29,11 +30,7 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
             f"{where} has {name}={arguments[name]}, which {model} does not know: did you mean "
             f"{near}?"
         )
-    if "vllm" in model and find_spec("vllm") is None:
-        raise ValueError(
-            f"{where} needs the package vllm, which is not installed: run `pip install "
-            "'lm-eval-pruned[vllm]'`."
-        )
+    check_installed(model, where)
     if prunes:
         asked = PruneArguments.taken_from(dict(arguments))
         try:
@@ -43,6 +40,15 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
     elif cut := next((name for name in CUTS if name in arguments), None):
         raise ValueError(
             f"{where} has {cut}={arguments[cut]}, but only {' and '.join(MODELS)} prune."
+        )
+
+
+def check_installed(model: str, where: str) -> None:
+    """Refuse a model type whose engine is not installed; the ValueError begins with `where`."""
+    if "vllm" in model and find_spec("vllm") is None:
+        raise ValueError(
+            f"{where} needs the package vllm, which is not installed: run `pip install "
+            "'lm-eval-pruned[vllm]'`."
         )
 
 
@@ -67,6 +73,8 @@ def check_files(model: str, arguments: dict[str, Any], where: str) -> None:
         try:
             cached_file(str(name), file, **how if of_model else {})
         except (OSError, ValueError) as error:
+            if sentence := not_found(argument, str(name), error):
+                raise ValueError(f"{where} cannot be used: {sentence}") from None
             why = str(error).strip().partition("\n")[0].rstrip(".")
             raise ValueError(
                 f"{where} has {argument}={name}, where {file} cannot be found ({why}): pass a folder "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.results import runs as layout
-from lm_eval_pruned.sweeps.checks import check_files
+from lm_eval_pruned.sweeps.checks import check_files, check_installed
 from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
 from lm_eval_pruned.sweeps.options import refuse_ray
 from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting, model_source
@@ -78,6 +78,8 @@ def run_sweep(
         _definition(sweep, folder.path)
         print(_plan_table(sweep, _entries(sweep, folder, units), folder.path), end="")
         return 0
+    if not options.get("ray"):
+        check_installed(sweep.model, f"model={sweep.model}")
     arguments = sweep.settings.model_args
     check_files(sweep.model, {**model_source(arguments), **arguments}, "model_args")
     with contextlib.nullcontext() if shared else folder.held(name or "sweep"):

@@ -19,6 +19,7 @@ from tests.helpers.layouts import logits
 from tests.helpers.ways_to_load import (
     WEIGHTS,
     assert_state,
+    norms_in_float32,
     request_of,
     write_texts,
 )
@@ -38,13 +39,6 @@ def stored_as(folder, file: str, config: str | None, **options):
     save_tiny(folder, dtype=dtype_of(file), **options)
     edit_config(folder, dtype=config)
     return folder
-
-
-def norms_in_float32(tensors):
-    for name in tensors:
-        if "norm" in name:
-            # Below the step of a 16-bit float around 1.
-            tensors[name] = tensors[name].float() + 1e-5
 
 
 def by_rank_of_the_file(folder, width):

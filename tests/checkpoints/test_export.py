@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
-from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +17,6 @@ from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.cli import main
 from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.layouts import save_family
-from tests.helpers.results_files import write_run
 from tests.helpers.ways_to_load import assert_state
 
 
@@ -157,9 +155,9 @@ def test_a_full_disk_is_noticed_before_the_model_is_loaded_if_its_size_is_known(
     weights = load_file(tmp_path / "a" / "model.safetensors").values()
     needed = sum(each.numel() * each.itemsize for each in weights)
     assert needed < whole.weight_bytes < needed + 10_000
-    usage, loads, load = shutil.disk_usage(tmp_path), [], LoadRequest._load
+    usage, loads, load = shutil.disk_usage(tmp_path), [], LoadRequest.load_stored
     monkeypatch.setattr(
-        LoadRequest, "_load", lambda *a, **k: loads.append(1) or load(*a, **k)
+        LoadRequest, "load_stored", lambda *a, **k: loads.append(1) or load(*a, **k)
     )
     monkeypatch.setattr(
         "shutil.disk_usage", lambda folder: usage._replace(free=needed - 1)
@@ -192,38 +190,6 @@ def test_pushes_the_finished_folder_only_when_asked(tiny_llama, tmp_path, monkey
     assert calls == []
     export_pruned(str(tiny_llama), tmp_path / "b", push_to_hub="r", **HALF)
     assert calls == ["me/r"]
-
-
-def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
-    tiny_llama, tmp_path, capsys
-):
-    digest = load_pruned(str(tiny_llama), prune_percent=50).prune_record.digest
-    configs = {
-        name: {"dataset_path": place, "metric_list": [{"metric": "acc"}], **more}
-        for name, place, more in (
-            ("gpqa", "Idavidrein/gpqa", {"dataset_name": "gpqa_diamond"}),
-            ("local", "json", {}),
-        )
-    }
-    tasks = {name: {"acc,none": [1, 0, 1, 0]} for name in configs}
-    repaired = {"repair": "least_squares", "calibration": {"sha256": "ab"}}
-    for name, found in ((digest, {}), ("another", {}), ("repaired", repaired)):
-        left = name if name == "another" else digest
-        pruned = {"kept_digest": left, **found}
-        write_run(tmp_path / name, tasks, pruning=pruned, configs=configs)
-    command = ["prune", "--model_args", f"pretrained={tiny_llama}"]
-    command += ["--prune_percent", "50", "--output_path", str(tmp_path / "out")]
-    command += ["--recipe", "study"]
-    for wrong in ("another", "repaired"):
-        assert main([*command, "--results", str(tmp_path / wrong)]) == 2
-        assert "with other neurons or another repair" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    assert main([*command, "--results", str(tmp_path / digest)]) == 0
-    text = (tmp_path / "out" / ".eval_results" / "lm_eval.yaml").read_text()
-    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
-    assert (entry.dataset_id, entry.task_id) == ("Idavidrein/gpqa", "gpqa_diamond")
-    assert entry.value == 0.5
-    assert entry.notes == ("lm-evaluation-harness, gpqa: acc,none, 0-shot, 4 documents")
 
 
 def test_command(tiny_llama, tmp_path, capsys):

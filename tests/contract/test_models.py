@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import parse_eval_result_entries
+from lm_eval.api.registry import get_model
+from lm_eval.utils import simple_parse_args_string
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
+from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned
 from tests.helpers import layouts
-from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
+from tests.helpers.checkpoints import (
+    edit_config,
+    edit_weights,
+    save_tiny,
+    tiny_config,
+    tiny_model,
+)
 from tests.helpers.made_tasks import write_made_tasks
+from tests.helpers.results_files import write_run
 
 
 def prune(source, output, *words):
@@ -36,6 +50,19 @@ def test_experts_whose_width_the_grouped_product_refuses_run_one_by_one(tmp_path
     done = prune(source, tmp_path / "out", *words)
     assert done.code == 0, done.err
     assert "loss, nats per token" in done.out
+
+
+def test_a_teacher_whose_experts_the_grouped_product_refuses_runs_them_one_by_one(
+    tmp_path,
+):
+    source, texts = tmp_path / "source", tmp_path / "texts.jsonl"
+    save_tiny(source, "deepseek_v3", **layouts.overrides("deepseek_v3", 35))
+    texts.write_text(json.dumps({"text": "one two three four " * 4}))
+    words = ("--model_args", f"pretrained={source}", "intermediate_size=20")
+    words += ("--teacher_weight", 0.5, "--max_steps", 1, "--max_length", 32)
+    words += ("--training_args", "use_cpu=true", "--output_path", tmp_path / "out")
+    done = pruned("heal", "--data", texts, *words)
+    assert done.code == 0, done.err
 
 
 @pytest.fixture
@@ -98,9 +125,8 @@ def test_a_folder_without_a_tokenizer_is_told_once_a_line(tmp_path, caplog):
     lines = [*done.err.splitlines(), *caplog.messages]
     told = [line for line in lines if "tokenizer" in line]
     assert len(told) == 2, told
-    assert told[0].startswith(
-        "recipe=fast was chosen, because calibration text needs a"
-    )
+    assert told[0].startswith("recipe=fast was chosen, because ")
+    assert "has no tokenizer that can be loaded, which calibration text" in told[0]
     assert told[1].startswith(
         "The cost of the cut was not measured: no tokenizer can be"
     )
@@ -227,3 +253,95 @@ def test_a_mistyped_argument_is_one_sentence_with_the_argument(
     command = ["prune", "--model_args", f"pretrained={tiny_llama}", argument]
     done = pruned(*command, "--output_path", tmp_path / "out", *STUDY)
     assert message in done.sentence
+
+
+@pytest.mark.parametrize("command", ["heal", "profile", "sensitivity", "study"])
+def test_a_mistyped_dtype_is_one_sentence_of_each_command(
+    command, tiny_llama, tmp_path
+):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "one two three four " * 4}))
+    which = {"heal": ("--data", texts), "profile": ("--ratios", 1)}
+    which["study"] = (tiny_llama, "--dry_run")
+    words = ["--model_args", "dtype=flaot16", "--output_path", tmp_path / "out"]
+    if command != "study":
+        words.insert(1, f"pretrained={tiny_llama}")
+    said = pruned(command, *which.get(command, ()), *words).sentence
+    assert "dtype=flaot16 is not understood: pass a dtype such as bfloat16." in said
+
+
+@pytest.mark.parametrize("dtype", ["flaot16", "nn", "int8", 16, torch.int8])
+def test_a_dtype_that_weights_cannot_have_is_refused_by_name(dtype, tiny_llama):
+    said = f"dtype={dtype} is not understood: pass a dtype such as bfloat16"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_pruned(str(tiny_llama), prune_percent=40, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("argument", "works"),
+    [
+        ("device=0", "pass one such as cpu, or cuda:0"),
+        ("batch_size=0", "pass a whole number of 1 or more, auto or auto:4"),
+        ("dtype=abc", "pass a dtype such as bfloat16"),
+        ("backend=abc", "pass default, causal or seq2seq"),
+        ("trust_remote_code=off", "pass true or false"),
+        ("energy=off", "pass true or false"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_one_sentence_with_the_argument(
+    argument, works, tiny_llama
+):
+    given = {"pretrained": str(tiny_llama), "prune_percent": 40, "device": "cpu"}
+    given |= simple_parse_args_string(argument)
+    load = get_model("pruned-hf")
+    with pytest.raises(ValueError, match=works) as error:
+        load(**given)
+    said = str(error.value)
+    assert said.startswith(argument.partition("=")[0] + "=") and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "advice"),
+    [(88, "or peft_stage=before"), (40, "or intermediate_size=40")],
+)
+def test_an_adapter_of_another_width_is_refused_before_weights_are_read(
+    trained_on, advice, tmp_path
+):
+    adapter, source = tmp_path / "adapter", save_tiny(tmp_path / "source")
+    model = tiny_model(tiny_config(intermediate_size=trained_on))
+    config = LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"])
+    get_peft_model(model, config).save_pretrained(adapter)
+    (source / "model.safetensors").write_bytes(b"no weights")
+    load, said = get_model("pruned-hf"), f"{trained_on} neurons, but .* 53 .*{advice}"
+    with pytest.raises(ValueError, match=said):
+        load(str(source), prune_percent=40, peft=str(adapter), device="cpu")
+
+
+def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
+    tiny_llama, tmp_path
+):
+    digest = load_pruned(str(tiny_llama), prune_percent=50).prune_record.digest
+    configs = {
+        name: {"dataset_path": place, "metric_list": [{"metric": "acc"}], **more}
+        for name, place, more in (
+            ("gpqa", "Idavidrein/gpqa", {"dataset_name": "gpqa_diamond"}),
+            ("local", "json", {}),
+        )
+    }
+    tasks = {name: {"acc,none": [1, 0, 1, 0]} for name in configs}
+    repaired = {"repair": "least_squares", "calibration": {"sha256": "ab"}}
+    for name, found in ((digest, {}), ("another", {}), ("repaired", repaired)):
+        left = name if name == "another" else digest
+        pruning = {"kept_digest": left, **found}
+        write_run(tmp_path / name, tasks, pruning=pruning, configs=configs)
+    out, half = tmp_path / "out", ("--prune_percent", 50, "--recipe", "study")
+    for wrong in ("another", "repaired"):
+        done = prune(tiny_llama, out, *half, "--results", tmp_path / wrong)
+        assert "with other neurons or another repair" in done.sentence
+    assert not out.exists()
+    assert prune(tiny_llama, out, *half, "--results", tmp_path / digest).code == 0
+    text = (out / ".eval_results" / "lm_eval.yaml").read_text()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert (entry.dataset_id, entry.task_id) == ("Idavidrein/gpqa", "gpqa_diamond")
+    assert entry.value == 0.5
+    assert entry.notes == ("lm-evaluation-harness, gpqa: acc,none, 0-shot, 4 documents")

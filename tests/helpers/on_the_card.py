@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lm_eval_pruned import cli, load_pruned, prune_model
-from lm_eval_pruned.checkpoints.load import load_request
+from lm_eval_pruned.checkpoints import cost, export
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.curves import read_sensitivity
 from lm_eval_pruned.pruning.repair import Moments
 from tests.helpers import simulated_card
-from tests.helpers.checkpoints import auto_class, byte_tokenizer, tiny_config
+from tests.helpers.checkpoints import (
+    auto_class,
+    byte_tokenizer,
+    edit_weights,
+    save_tiny,
+    tiny_config,
+)
 from tests.helpers.layouts import EAGER, FAMILIES, logits, save_family
-from tests.helpers.ways_to_load import request_of, write_texts
+from tests.helpers.ways_to_load import (
+    WEIGHTS,
+    norms_in_float32,
+    request_of,
+    write_texts,
+)
 
 
 #: One of each way to store gate, up and down.
@@ -96,6 +108,26 @@ def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkey
     assert "calibrated on cpu" in expected.prune_record.as_table()
 
 
+@pytest.mark.parametrize("asked", [{"recipe": "best"}, {"criterion": "act"}])
+def test_text_on_the_card_leaves_tensors_of_another_dtype_as_they_are_stored(
+    asked, tmp_path
+):
+    """Norms in float32 beside weights in bfloat16, in which the text runs.
+
+    The card rounds activations in another order, so that what is made of them may differ.
+    """
+    text = write_texts(tmp_path / "text.jsonl", ("one two three " * 20, "four"))
+    folder = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
+    edit_weights(folder, norms_in_float32)
+    asked = {"prune_percent": 40, "calibration": text, "dtype": "float32", **asked}
+    model = load_pruned(str(folder), device="card", **asked)
+    stored, found = load_file(folder / WEIGHTS), dict(model.named_parameters())
+    outside = {name for name in stored if ".mlp." not in name}
+    assert sum(stored[name].dtype == torch.float32 for name in outside) == 7
+    for name in outside:
+        assert torch.equal(found[name].cpu(), stored[name].float()), name
+
+
 @pytest.mark.parametrize("repair", ["none", "least_squares"])
 def test_curves_are_measured_on_the_card(
     repair, tiny_llama, tmp_path, monkeypatch, capsys
@@ -115,13 +147,25 @@ def test_curves_are_measured_on_the_card(
         assert one.losses == pytest.approx(other.losses, rel=1e-4)
 
 
-def test_what_looks_at_the_unpruned_model_finds_it_on_the_card(tiny_llama):
-    request = request_of(
-        tiny_llama, prune_percent=40, arguments={"device_map": {"": "card"}}
-    )
-    seen = []
-    load_request(request, look=lambda loaded: seen.append(loaded.model.device.type))
-    assert seen == ["card"]
+def test_an_export_measures_what_the_cut_costs_on_the_card(
+    tiny_llama, tmp_path, monkeypatch
+):
+    measured, measure = [], export.quality_of
+
+    def noted(model, tokenizer):
+        measured.append(model.device.type)
+        return measure(model, tokenizer)
+
+    def end(record):
+        # What is on this card cannot be written: its tensors have no addresses.
+        raise InterruptedError
+
+    monkeypatch.setattr(export, "quality_of", noted)
+    asked = {"prune_arguments": {"prune_percent": 40}, "device": "card"}
+    asked |= {"measured": (cost.UNPRUNED, cost.PRUNED), "more_files": end}
+    with pytest.raises(InterruptedError):
+        export.export_pruned(str(tiny_llama), tmp_path / "out", **asked)
+    assert measured == ["card", "card"]
 
 
 @pytest.mark.parametrize(

@@ -81,15 +81,13 @@ def test_an_argument_is_taken_or_named(tiny_llama, text):
 
 #: What hf and transformers leave unclear: arguments, and what the sentence says of each.
 UNCLEAR = {
-    "is not understood": "peft=0 peft=2.5 peft=false delta=2.5 dtype=abc dtype=tensor"
-    " softmax_dtype=half_precision batch_size=nan batch_size=0 batch_size=-1"
+    "is not understood": "peft=0 peft=2.5 peft=false delta=2.5 dtype=tensor"
+    " softmax_dtype=half_precision batch_size=nan batch_size=-1"
     " batch_size=true batch_size=automatic max_batch_size=0 max_length=2.5 max_length=-1"
-    " load_in_8bit=2 trust_remote_code=off attn_implementation=1 tokenizer=1"
-    " pretrained=1 subfolder=1 energy=nan energy=off prefix_sharing=sometimes"
+    " load_in_8bit=2 attn_implementation=1 tokenizer=1"
+    " pretrained=1 subfolder=1 energy=nan prefix_sharing=sometimes"
     " slot_refilling=2 slots=0 slots=-1 slots=1.5 slots=many slots=true",
     "is not an adapter": "peft=nowhere/",
-    "pass one such as cpu": "device=0",
-    "pass default, causal": "backend=abc",
     "No model can be built from the config": "hidden_size=0 hidden_size=-8 hidden_size=abc",
     "layers.2.mlp.*config.json does not describe": "num_hidden_layers=2",
     r"did you mean prune_percent\?": "prune_precent=40",

@@ -166,7 +166,14 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
         (("{tiny}", "{tiny}", "--margin", "5"), "did you mean 5pt?"),
         (("{tiny}", "{old}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
         (("{old}", "{tiny}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
-        (("{tiny}", "{tiny}lish"), "The candidate {tiny}lish has pretrained="),
+        (
+            ("hf,pretrained=./nosuch", "{tiny}"),
+            "pretrained=./nosuch was not found: no folder here has that name, and no model on",
+        ),
+        (
+            ("{tiny}", "{tiny}lish"),
+            "The candidate {tiny}lish cannot be used: pretrained=",
+        ),
         (("{tiny}", "{pruned},prune_percent=130"), "prune_percent=130"),
         (("{tiny}", "{pruned},prune_precent=3"), "did you mean prune_percent?"),
         (("{tiny}", "{tiny},prune_percent=3"), "only pruned-hf and pruned-vllm prune"),
