@@ -60,7 +60,9 @@ def healed(words_of):
     return lambda *words, **named: pruned(*words_of(*words, **named))
 
 
-@pytest.fixture(scope="module", params=["lora", "dora"])
+@pytest.fixture(
+    scope="module", params=["lora", pytest.param("dora", marks=pytest.mark.slow)]
+)
 def adapter(request, healed, tmp_path_factory):
     """An adapter, and the checkpoint with it merged."""
     output = tmp_path_factory.mktemp(request.param) / "healed"
