@@ -133,6 +133,7 @@ class PrefixSharingMixin(FastPathMixin):
             reason = None
             if limit is not None and self._input_length(request) > limit:
                 reason = f"it is longer than {limit} tokens"
+                self._complain(self._sharing, reason)
             elif not context or not 0 < len(continuation) <= self.max_length:
                 reason = "hf refuses it"
             reasons.append(reason)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.helpers import checkpoints
 
 
@@ -75,6 +77,17 @@ def results(folder: Path) -> dict[str, Any]:
     """Return the only results file below `folder`."""
     (path,) = Path(folder).rglob("results_*.json")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def exact(value: Any) -> Any:
+    """Return `value` as JSON has it."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def near(value: Any) -> Any:
+    """Return `value` as JSON has it, its floats as what two float32 paths agree on."""
+    text = json.dumps(value, default=str)
+    return json.loads(text, parse_float=lambda n: pytest.approx(float(n), 1e-4, 1e-4))
 
 
 def lm_eval(*arguments: Any, check: bool = True, **options: Any):

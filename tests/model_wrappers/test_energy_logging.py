@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM
 
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
@@ -278,18 +277,6 @@ def test_answers_survive_a_meter_that_fails(lm, fail_at):
     assert block["total"]["requests"] == 1
 
 
-def test_cached_answers_cost_nothing_and_are_counted(lm, tmp_path):
-    cache = CachingLM(lm(), str(tmp_path / "cache.db"))
-    requests = [*ONE, scored("abc", "fg")]
-    expected = ((requests, 0, 2), ([*requests, scored("q", "r")], 2, 1))
-    for asked, cached, sent in (*expected, (requests, 2, 0)):
-        cache.loglikelihood(asked)
-        block = energy_of(cache)
-        assert (block["cached_answers"], block["total"]["requests"]) == (cached, sent)
-    assert block["request_types"] == {}
-    assert block["total"]["joules"]["total"] is None
-
-
 def test_a_window_ends_when_the_last_process_has_finished(lm, monkeypatch):
     log, clock = log_of()
     model = lm((log, clock), energy=True)
@@ -330,53 +317,6 @@ def test_machines_add_up_and_processes_are_not_metered_twice():
         assert record["net_joules"]["total"] == 2 * (4000 + 2000)
     search = block["set_up"]["batch_size_search"][kind]
     assert (search["seconds"], search["joules"]["total"]) == (2 * 2.0, 2 * (1000 + 500))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("energy_country=FRA", "energy_country=FRA.*energy=true"),
-        ("energy=true,energy_country=France", "energy_country=France"),
-        ("energy=true,energy_idle_seconds=long", "energy_idle_seconds=long"),
-    ],
-)
-def test_arguments_are_checked_before_the_model_loads(text, message):
-    with pytest.raises(ValueError, match=message):
-        PrunedHFLM.create_from_arg_string(f"pretrained=nowhere,{text}")
-
-
-@pytest.mark.slow
-def test_the_stock_command_writes_the_block(tiny_llama, tmp_path):
-    """The real codecarbon and the real command."""
-    model_args = (
-        f"pretrained={tiny_llama},ratio=2.0,energy=true,energy_per_task=true,"
-        "energy_idle_seconds=0.3,energy_country=ESP,max_length=512,prefix_sharing=false,"
-        "slot_refilling=false"
-    )
-    evaluations.lm_eval(
-        *(
-            "--model=pruned-hf",
-            f"--model_args={model_args}",
-            "--tasks=pruned_demo,pruned_demo_instruction_following",
-        ),
-        *("--device=cpu", "--batch_size=auto", "--max_batch_size=2", "--limit=3"),
-        f"--output_path={tmp_path / 'out'}",
-        cwd=tmp_path,
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    block = evaluations.results(tmp_path / "out")["config"]["energy"]
-    # Whatever else runs on the machine decides whether it was idle at first.
-    status = "partial" if block["total"]["net_joules"]["total"] < 0 else "ok"
-    found = (block["status"], block["country"], block["schema_version"])
-    assert found == (status, "ESP", 2)
-    # Every type of request was preceded by a search, which no record holds.
-    types = block["request_types"].keys()
-    assert block["set_up"]["batch_size_search"].keys() == types
-    assert types == {"loglikelihood", "generate_until"}
-    for record in (*block["request_types"].values(), block["total"], block["idle"]):
-        assert record["emissions_kg_co2e"] > 0
-        for name, source in block["sources"].items():
-            assert (record["joules"][name] is None) == (source["kind"] == "none")
 
 
 @pytest.mark.slow

@@ -11,9 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.healing.trainer import HealingTrainer
-from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import errors_of, files_of, forked, sweep_options
@@ -80,21 +78,6 @@ def trainer(monkeypatch):
 
     monkeypatch.setattr("lm_eval_pruned.healing.trainer.HealingTrainer", Noting)
     return noted
-
-
-def test_each_size_is_evaluated_before_and_after(done):
-    assert sorted(files_of(done["output_path"])) == UNITS
-    sweep = Sweep(done)
-    adapter = sweep.adapter(sweep.configurations[2])
-    record = json.loads((adapter / HEALING).read_text())
-    before, after = (run.config for run in read_sweep(done["output_path"]).runs[1:])
-    assert "healing" not in before
-    assert after["healing"] | {"pruning": after["pruning"]} == record
-    assert after["pruning"] == before["pruning"]
-    assert (record["steps"], record["tokens_seen"]) == (4, 4 * 2 * 32)
-    assert record["training_args"]["learning_rate"] == 1e-2
-    # The checkpoints have done their duty.
-    assert [p for p in adapter.parent.iterdir() if p.is_dir()] == [adapter]
 
 
 @pytest.mark.slow
@@ -175,26 +158,3 @@ def test_two_shards_train_one_adapter_once(options, tmp_path):
     assert [part.wait() for part in parts] == [0, 0]
     assert len(files_of(options["output_path"])) == 6
     assert len(list(tmp_path.rglob("adapter_model.safetensors"))) == 1
-
-
-@pytest.mark.parametrize(
-    ("heal", "more", "message"),
-    [
-        ({"data": None}, {}, "add data=FILE"),
-        ({"max_step": 3}, {}, "did you mean max_steps"),
-        ({"max_length": 5000}, {}, "512 positions"),
-        ({"method": "full"}, {}, "pass method=lora"),
-        ({"teacher_weight": 1.0}, {"ratios": [], "drop_layers": ["1"]}, "no size"),
-        ({}, {"ratios": []}, "add sizes"),
-        ({}, {"model": "pruned-vllm"}, "model=pruned-vllm"),
-        ({}, {"ray": True}, "leave out --ray"),
-        ({}, {"model_args": {"peft": "x"}}, "model_args has peft=x"),
-        ({}, {"model_args": {"delta": "x"}}, "model_args has delta=x"),
-    ],
-)
-def test_what_is_refused_before_a_model_is_loaded(options, heal, more, message):
-    here = {**healing(options, **heal), **more}
-    here["model_args"] = options["model_args"] | more.get("model_args", {})
-    with pytest.raises(ValueError, match=message):
-        run_sweep(here)
-    assert not files_of(options["output_path"])

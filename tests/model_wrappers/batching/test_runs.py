@@ -9,44 +9,14 @@ import sys
 import pytest
 from lm_eval.models.huggingface import HFLM
 
-from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.helpers import checkpoints, evaluations
 from tests.helpers.answering import GENERATED
+from tests.helpers.evaluations import exact, near
 
 
 def loaded(cls, pretrained, **arguments):
     arguments = {"device": "cpu", "max_length": 256, "batch_size": 1} | arguments
     return cls(str(pretrained), **arguments)
-
-
-def near(value):
-    """Return `value` with its floats as what two float32 paths agree on."""
-    text = json.dumps(value, default=str)
-    return json.loads(text, parse_float=lambda n: pytest.approx(float(n), 1e-4, 1e-4))
-
-
-def exact(value):
-    return json.loads(json.dumps(value, default=str))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("batch_size", "chat"), [(1, True), ("auto:2", False)])
-def test_samples_and_scores_are_those_of_hf(
-    tiny_llama, evaluate, batch_size, chat, share_however_little
-):
-    lm = loaded(PrefixHFLM, tiny_llama, batch_size=batch_size, max_batch_size=2)
-    got, expected = (
-        evaluate(each, num_fewshot=0, apply_chat_template=chat)
-        for each in (lm, loaded(HFLM, tiny_llama))
-    )
-    for part in ("results", "samples"):
-        assert exact(got[part]) == near(expected[part])
-    paths = got["config"]["answer_paths"]
-    assert paths["loglikelihood"]["requests"] == {"shared": 12}
-    assert paths["loglikelihood_rolling"]["requests"].keys() == {"shared"}
-    assert paths["generate_until"]["requests"] == {"slots": 4}
-    (prompt, _) = got["samples"]["tiny_generation"][0]["arguments"][0]
-    assert prompt.endswith("<assistant>") == chat
 
 
 @pytest.mark.slow

@@ -1,0 +1,431 @@
+"""What docs/healing.md promises."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from subprocess import DEVNULL, Popen
+
+import pytest
+import torch
+from lm_eval.api.registry import get_model
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm_eval_pruned import load_pruned
+from tests.contract.commands import pruned
+from tests.helpers import evaluations
+from tests.helpers.layouts import logits
+from tests.helpers.sweeping import files_of, write_tasks
+from tests.helpers.ways_to_load import write_texts
+from tests.sweeps.conftest import quick  # noqa: F401
+
+
+TEXTS = [f"The tide of day {n} comes in twice, and goes out twice." for n in range(12)]
+TRAINING = (
+    "per_device_train_batch_size=2,use_cpu=true,disable_tqdm=true,learning_rate=1e-2,"
+    "save_steps=2"
+)
+SIZE = "prune_percent=40"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data") / "data.jsonl", TEXTS)
+
+
+@pytest.fixture(scope="module")
+def words_of(tiny_llama, data):
+    """Return the words of a command that trains 4 steps on 64 tokens each."""
+
+    def words_of(output, *more, size=SIZE, text=data, training=TRAINING):
+        model_args = f"pretrained={tiny_llama}" + f",{size}" * bool(size)
+        words = ["heal", "--model_args", model_args, "--data", text]
+        words += ["--max_length", 32, "--max_steps", 4, "--training_args", training]
+        return [*words, "--output_path", output, *more]
+
+    return words_of
+
+
+@pytest.fixture(scope="module")
+def healed(words_of):
+    """Return a function that runs that command."""
+    return lambda *words, **named: pruned(*words_of(*words, **named))
+
+
+@pytest.fixture(
+    scope="module", params=["lora", pytest.param("dora", marks=pytest.mark.slow)]
+)
+def adapter(request, healed, tmp_path_factory):
+    """An adapter, and the checkpoint with it merged."""
+    output = tmp_path_factory.mktemp(request.param) / "healed"
+    done = healed(output, "--method", request.param, "--merge")
+    assert done.code == 0, done.err
+    assert f"Trained 4 steps on 256 tokens; wrote {output}." in done.out
+    return output
+
+
+@pytest.fixture(scope="module")
+def record(adapter):
+    return json.loads((adapter / "healing.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_llama):
+    """Return a function that loads ``pruned-hf`` with an adapter."""
+
+    def evaluated(adapter, **more):
+        cls, more = get_model("pruned-hf"), {"prune_percent": 40, **more}
+        return cls(str(tiny_llama), device="cpu", peft=str(adapter), **more)
+
+    return evaluated
+
+
+def assert_same_weights(found, expected):
+    ours, theirs = (
+        load_file(next(folder.glob("*model.safetensors")))
+        for folder in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# --- the adapter and its record
+
+
+def test_the_adapter_is_applied_and_merged(adapter, record, evaluated, tiny_llama):
+    whole = load_pruned(str(tiny_llama), prune_percent=40)
+    plain = logits(whole)
+    applied = logits(PeftModel.from_pretrained(whole, adapter).eval())
+    assert not torch.allclose(plain, applied, atol=1e-2)
+    model = evaluated(adapter)
+    found = logits(model.model)
+    torch.testing.assert_close(found, applied[..., : found.shape[-1]])
+    # The results file holds the record.
+    info = model.get_model_info()
+    assert record == info["healing"] | {"pruning": info["pruning"]}
+    merged = AutoModelForCausalLM.from_pretrained(adapter / "merged")
+    # Merging rounds.
+    torch.testing.assert_close(logits(merged), applied, atol=1e-4, rtol=1e-4)
+    assert len(AutoTokenizer.from_pretrained(adapter / "merged")) == 259
+    assert "was then trained on" in (adapter / "merged" / "README.md").read_text()
+
+
+def test_the_record_says_what_was_pruned_trained_and_spent(record, data, tiny_llama):
+    whole = load_pruned(str(tiny_llama), prune_percent=40).prune_record
+    assert record["pruning"] == whole.as_dict()
+    assert record["pruning"]["kept_digest"] == whole.digest
+    with open(data, "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    # The texts are joined with one token of end of text each, and cut into blocks of 32.
+    tokens = (sum(map(len, TEXTS)) + len(TEXTS)) // 32 * 32
+    assert record["data"] == {
+        "file": "data.jsonl",
+        "sha256": digest,
+        "texts": len(TEXTS),
+        "tokens": tokens,
+    }
+    assert record["method"] in ("lora", "dora")
+    assert record["teacher"] is None
+    assert record["training_args"]["learning_rate"] == 1e-2
+    assert (record["steps"], record["tokens_seen"]) == (4, 4 * 2 * 32)
+    assert record["seconds"] > 0
+    joules = record["energy"]["joules"]
+    # What could not be measured is null, and notes says why.
+    assert (joules["total"] is None) == bool(record["energy"]["notes"])
+
+
+def test_an_adapter_comes_with_a_readme(adapter, record, tiny_llama):
+    card = (adapter / "README.md").read_text()
+    digest = record["pruning"]["kept_digest"][:12]
+    for words in ("53 neurons per MLP", digest, "256 tokens of data.jsonl"):
+        assert words in card
+    # Not the folder of this machine, and not peft's empty template.
+    assert str(tiny_llama) not in card
+    assert "More Information Needed" not in card
+
+
+def test_an_adapter_of_other_neurons_is_refused_even_at_the_same_width(
+    adapter, evaluated, data, tmp_path
+):
+    with pytest.raises(ValueError, match=r"peft=.*was trained on .*the kept set"):
+        evaluated(adapter, criterion="l2")
+    with pytest.raises(ValueError, match=r"peft=.*repair"):
+        evaluated(adapter, repair="least_squares", calibration=data)
+    # Without the record, only widths are checked.
+    for file in adapter.glob("adapter*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert evaluated(tmp_path, criterion="l2").get_model_info()["pruning"]
+    with pytest.raises(ValueError, match="peft="):
+        evaluated(tmp_path, prune_percent=20)
+    (tmp_path / "healing.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"healing\.json is not a healing record"):
+        evaluated(tmp_path, criterion="l2")
+
+
+def test_without_a_recipe_heal_trains_the_study_s_cut(record, tiny_llama):
+    cut = load_pruned(str(tiny_llama), prune_percent=40, criterion="maw").prune_record
+    assert record["pruning"]["kept_digest"] == cut.digest
+
+
+def test_full_writes_an_ordinary_checkpoint(healed, tmp_path):
+    assert healed(tmp_path / "healed", "--method", "full", "--max_steps", 1).code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    assert model.config.intermediate_size == 53
+    assert not (tmp_path / "healed" / "adapter_config.json").exists()
+
+
+def test_text_is_json_lines_of_texts_or_chats_or_a_plain_file(healed, tmp_path):
+    plain, chats = tmp_path / "plain.txt", tmp_path / "chats.jsonl"
+    plain.write_text("\n".join(TEXTS))
+    messages = [{"role": "user", "content": text} for text in TEXTS]
+    chats.write_text(json.dumps({"messages": messages}))
+    letters = sum(map(len, TEXTS))
+    added = {plain: len(TEXTS) - 1 + 1, chats: len("<user>\n") * len(TEXTS) + 1}
+    for file, more in added.items():
+        output = tmp_path / file.stem
+        bf16 = f"{TRAINING},bf16=true"
+        assert healed(output, "--max_steps", 1, text=file, training=bf16).code == 0
+        found = json.loads((output / "healing.json").read_text())
+        assert found["data"]["tokens"] == (letters + more) // 32 * 32
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data nowhere.jsonl", "data=nowhere.jsonl cannot be read"),
+        ("--teacher_weight 2", "teacher_weight=2.0 is not a share"),
+        ("--temperature 2", "temperature=2.0 has no effect"),
+        ("--teacher_weight 1 --temperature 0", "temperature=0.0 is not a dist"),
+        ("--max_length 500", "needs blocks"),
+        ("--max_length 5000", "the 512 positions of the model: pass at most 512."),
+        ("--training_args learning_rte=1", "learning_rte"),
+        ("--training_args max_steps=3", "other options of heal set"),
+        ("--method full --peft_args r=3", "method=full trains none"),
+        ("--method full --merge", "method=full trains none"),
+        ("--resume", "resume continues from a checkpoint"),
+        ("--output_path .", "output=. exists"),
+        ("--model_args pretrained=TINY,load_in_8bit=true", "quantised weights"),
+        ("--model_args pretrained=TINY,peft=x", "model_args has peft=x"),
+        ("--model_args pretrained=TINY --teacher_weight 1", "teach itself"),
+    ],
+)
+def test_what_is_refused_before_a_weight_is_read(
+    words, message, healed, tiny_llama, tmp_path, monkeypatch
+):
+    # Whoever read a weight would miss the file.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_llama.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"text": "Not 500 tokens of text."}))
+    model = ("--model_args", f"pretrained={bare},{SIZE}")
+    more = words.replace("TINY", str(bare)).split()
+    done = healed(tmp_path / "out", *model, *more, text=file, training="use_cpu=true")
+    assert message in done.sentence
+    assert not (tmp_path / "out").exists()
+
+
+# --- stop and resume
+
+
+def test_another_healing_is_not_resumed(healed, data, tmp_path):
+    healing = tmp_path / "healed"
+    assert healed(healing).code == 0
+    checkpoints = sorted(p.name for p in tmp_path.glob("healed.checkpoints/*"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
+    healing.rename(tmp_path / "moved")
+    other = write_texts(tmp_path / "data.jsonl", TEXTS[1:])
+    repaired = f"{SIZE},repair=least_squares,calibration={data}"
+    for words, named, message in (
+        (("--method", "dora"), {}, "method=lora, but this one has method=dora"),
+        (("--teacher_weight", 0.5), {}, "teacher=None, but this one has teacher="),
+        ((), {"text": other}, "with data="),
+        ((), {"size": f"{SIZE},criterion=l2"}, "with kept_digest="),
+        ((), {"size": repaired}, "repair=None, but this one has repair=least_squares"),
+    ):
+        assert message in healed(healing, *words, "--resume", **named).sentence
+    assert "holds checkpoints of a healing: add --resume" in healed(healing).sentence
+    # Its last checkpoint has nothing left to train.
+    assert healed(healing, "--resume").code == 0
+    assert_same_weights(healing, tmp_path / "moved")
+
+
+def wait_for_a_checkpoint(output):
+    """Return when the first checkpoint is complete; the training goes on for many steps."""
+    checkpoint = output.with_name(f"{output.name}.checkpoints") / "checkpoint-2"
+    while not (checkpoint / "healing.json").exists():
+        time.sleep(0.002)
+
+
+LONG = ("--max_steps", 30, "--teacher_weight", 0.5)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(healed, tmp_path_factory):
+    """The adapter of an uninterrupted run of many steps."""
+    output = tmp_path_factory.mktemp("whole") / "healed"
+    assert healed(output, *LONG).code == 0
+    return output
+
+
+def test_the_first_ctrl_c_ends_the_training_after_the_step_and_resume_continues(
+    healed, uninterrupted, tmp_path
+):
+    output = tmp_path / "healed"
+
+    def interrupt():
+        wait_for_a_checkpoint(output)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    stopped = healed(output, *LONG)
+    assert stopped.code == 130
+    steps = re.search(r"Stopped after (\d+) steps", stopped.err)[1]
+    # It writes a checkpoint, and no output.
+    assert (tmp_path / "healed.checkpoints" / f"checkpoint-{steps}").is_dir()
+    assert not output.exists()
+    assert healed(output, *LONG, "--resume").code == 0
+    assert_same_weights(output, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_killed_training_resumes_to_the_weights_of_an_uninterrupted_run(
+    healed, words_of, uninterrupted, tmp_path
+):
+    output = tmp_path / "healed"
+    command = [sys.executable, "-m", "lm_eval_pruned.cli", *words_of(output, *LONG)]
+    running = Popen([*map(str, command)], stdout=DEVNULL, stderr=DEVNULL)
+    wait_for_a_checkpoint(output)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    assert not output.exists()
+    assert healed(output, *LONG, "--resume").code == 0
+    assert_same_weights(output, uninterrupted)
+
+
+# --- sweeps
+
+
+@pytest.fixture(scope="module")
+def sweep_of(tiny_llama, data, tmp_path_factory):
+    """Return the command of a sweep of one size, before and after training."""
+    made = write_tasks(tmp_path_factory.mktemp("tasks"))
+    training = dict(
+        pair.split("=") for pair in TRAINING.split(",") if "use" not in pair
+    )
+
+    def sweep_of(folder, *heal, words=(), size=("--prune_percents", 40)):
+        heal = heal or (f"data={data}",)
+        heal = ("max_length=32", "max_steps=2", *heal)
+        return pruned(
+            *("sweep", "--model_args", f"pretrained={tiny_llama}", *size),
+            *("--tasks", "tiny_choice", "--include_path", made, "--device", "cpu"),
+            *("--floors", "no", "--output_path", folder, *words, "--heal", *heal),
+            f"training_args={json.dumps(training)}",
+        )
+
+    return sweep_of
+
+
+CONFIGURATIONS = ["baseline", "prune_percent-40", "prune_percent-40_healed"]
+
+
+@pytest.fixture(scope="module")
+def swept(sweep_of, tmp_path_factory):
+    """The folder of that sweep."""
+    folder = tmp_path_factory.mktemp("sweep")
+    done = sweep_of(folder)
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_each_size_of_a_sweep_is_evaluated_before_and_after(swept):
+    assert sorted(files_of(swept)) == [f"{name}/tiny_choice" for name in CONFIGURATIONS]
+    before, after = (
+        evaluations.results(swept / "units" / name)["config"]
+        for name in CONFIGURATIONS[1:]
+    )
+    assert "healing" not in before
+    assert after["pruning"] == before["pruning"]
+    # One way of training, whose checkpoints are gone.
+    kept = (swept / "adapters" / CONFIGURATIONS[2]).iterdir()
+    (adapter,) = (path for path in kept if path.is_dir())
+    record = json.loads((adapter / "healing.json").read_text())
+    assert record == after["healing"] | {"pruning": after["pruning"]}
+    compared = pruned("compare", swept)
+    assert all(name in compared.out for name in CONFIGURATIONS[1:])
+
+
+def test_each_adapter_is_trained_once_and_another_text_trains_another(
+    sweep_of, swept, data, tmp_path
+):
+    def files():
+        adapters = swept.glob("adapters/*/*/adapter_model.safetensors")
+        return {path: path.stat().st_mtime_ns for path in adapters}
+
+    first = files()
+    # What counts is the content.
+    moved = write_texts(tmp_path / "moved.jsonl", TEXTS)
+    done = sweep_of(swept, f"data={moved}")
+    assert "3 done, 0 failed before, 0 to run" in done.out
+    assert files() == first
+    other = write_texts(tmp_path / "other.jsonl", TEXTS[1:])
+    done = sweep_of(swept, f"data={other}")
+    assert "2 done, 0 failed before, 1 to run" in done.out
+    assert first.items() < files().items()
+
+
+@pytest.mark.slow
+def test_a_report_tests_after_against_before_and_lists_the_cost(swept):
+    assert pruned("report", swept).code == 0
+    report = (swept / "report" / "report.md").read_text()
+    _, after = report.split("## Healing, compared with no healing")
+    assert "|prune_percent-40_healed (1.66) against prune_percent-40|" in after
+    assert "steps 2, tokens_seen 128, seconds" in after
+
+
+@pytest.mark.parametrize(
+    ("heal", "words", "message"),
+    [
+        ("teacher_weight=0.5", "", "add data=FILE"),
+        ("data=DATA max_step=3", "", "did you mean max_steps"),
+        ("data=DATA max_length=5000", "", "512 positions"),
+        ("data=DATA method=full", "", "pass method=lora"),
+        ("data=DATA", "--model pruned-vllm", "model=pruned-vllm"),
+        ("data=DATA", "--ray", "leave out --ray"),
+        ("data=DATA", "--model_args pretrained=TINY peft=x", "model_args has peft=x"),
+        ("data=DATA", "--model_args pretrained=TINY delta=x", "model_args has delta=x"),
+        ("data=DATA", "--model_args pretrained=TINY load_in_8bit=true", "load_in_8bit"),
+    ],
+)
+def test_what_a_sweep_cannot_heal_is_refused_before_a_model_is_loaded(
+    heal, words, message, sweep_of, data, tiny_llama, tmp_path
+):
+    heal = heal.replace("DATA", data).split()
+    words = words.replace("TINY", str(tiny_llama)).split()
+    assert message in sweep_of(tmp_path / "out", *heal, words=words).sentence
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "heal", "message"),
+    [
+        ([], [], "add sizes"),
+        (["--drop_layers", 1], ["teacher_weight=1"], "no size"),
+    ],
+)
+def test_a_sweep_without_a_size_has_nothing_to_heal(
+    size, heal, message, sweep_of, data, tmp_path
+):
+    done = sweep_of(tmp_path / "out", f"data={data}", *heal, size=size)
+    assert message in done.sentence
