@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from lm_eval_pruned.compare import pairing, power
-from lm_eval_pruned.compare.statistics import POWER, Means
+from lm_eval_pruned.compare.gaffke import POWER
 from lm_eval_pruned.results.runs import read_run
 
 
@@ -52,10 +53,10 @@ def above(docs: pd.DataFrame, metric: str) -> dict[str, Any]:
     stderr = np.sqrt((sums**2).sum() * len(sums) / max(1, len(sums) - 1)) / n
     found = {metric: round(value.mean(), 4)}
     if stderr > 1e-9:
-        test = Means(value.mean(), float(stderr), len(sums) - 1)
-        low, high = test.ends(0.05)
+        test = stats.t(len(sums) - 1, value.mean(), stderr)
+        low, high = test.interval(0.95)
         found |= {f"{metric}_low": round(low, 4), f"{metric}_high": round(high, 4)}
-        found[f"{metric}_p"] = f"{test.tails(floor)[0]:.2g}"
+        found[f"{metric}_p"] = f"{test.cdf(floor):.2g}"
     return found
 
 

@@ -59,9 +59,6 @@ PLACING = re.compile(
 )
 #: Arguments of `transformers.BitsAndBytesConfig`, which lm-evaluation-harness passes on as they are.
 _BITSANDBYTES = re.compile(r"load_in_[48]bit|bnb_4bit_\w+|llm_int8_\w+")
-#: Files of weights, in the order in which transformers looks for them.
-_SAFE_FILES = ("model.safetensors", "model.safetensors.index.json")
-_TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Errors whose own message says what is wrong, and kinds of them that do not name the file.
 _CLEAR = (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
 _UNCLEAR = (json.JSONDecodeError, UnicodeDecodeError)
@@ -267,35 +264,6 @@ def check_dtype(name: str, value: Any) -> None:
         raise ValueError(
             f"{name}={value} is not understood: pass a dtype such as bfloat16."
         )
-
-
-def checkpoint_files(
-    pretrained: str, config: PretrainedConfig, arguments: Mapping[str, Any]
-) -> list[str]:
-    """Return the files of weights that ``from_pretrained`` reads, fetched from the Hub if need be.
-
-    Empty where there are none, which ``from_pretrained`` says better.
-
-    Source: `transformers.modeling_utils._get_resolved_checkpoint_files`.
-    """
-    from transformers.utils import cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
-
-    where = {name: arguments[name] for name in HUB if arguments.get(name) is not None}
-    safe, variant = (arguments.get(name) for name in ("use_safetensors", "variant"))
-    names = [*_SAFE_FILES] if safe is not False else []
-    names += [] if safe else _TORCH_FILES
-    if variant:
-        names = [re.sub(r"\.(\w+)$", rf".{variant}.\1", name) for name in names]
-    if named := getattr(config, "transformers_weights", None):
-        names = [named]
-    for name in names:
-        with contextlib.suppress(OSError):
-            file: Any = cached_file(pretrained, name, **where)
-            if not name.endswith(".json"):
-                return [file]
-            return get_checkpoint_shard_files(pretrained, file, **where)[0]
-    return []
 
 
 def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:

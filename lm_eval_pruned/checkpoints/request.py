@@ -18,12 +18,16 @@ from lm_eval_pruned.checkpoints.configs import (
     argument_errors,
     auto_class_for,
     check_filled,
-    checkpoint_files,
     class_with_widths,
     clear_errors,
     config_and_rest,
     skeleton,
     stored_widths,
+)
+from lm_eval_pruned.checkpoints.weights import (
+    checkpoint_files,
+    dtypes_in,
+    tensor_in,
 )
 from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.arguments import PruneArguments
@@ -180,19 +184,14 @@ class LoadRequest:
 
         Empty for GGUF files, whose blocks have none.
         """
-        from transformers.modeling_utils import load_state_dict
-
-        arguments, found = self.model_arguments, {}
+        arguments = self.model_arguments
         if arguments.get("gguf_file") is not None:
             return {}
         with clear_errors(self.pretrained, arguments):
-            for file in checkpoint_files(
-                self.pretrained, self.widths.original, arguments
-            ):
-                for name, tensor in load_state_dict(file, map_location="meta").items():
-                    if tensor.is_floating_point():
-                        found[name] = file, tensor.dtype
-        return found
+            files = checkpoint_files(self.pretrained, self.widths.original, arguments)
+            return {
+                name: (file, dtype) for file in files for name, dtype in dtypes_in(file)
+            }
 
     def load(self) -> tuple[PreTrainedModel, Widths]:
         """Load the model unpruned, with all its layers, and find the widths that its tensors have.
@@ -214,8 +213,6 @@ class LoadRequest:
             The model, its widths, and the tensors outside of the MLPs that the dtype rounded, each
             as it is stored.
         """
-        from transformers.modeling_utils import load_state_dict
-
         arguments = {
             name: value
             for name, value in self.model_arguments.items()
@@ -234,7 +231,7 @@ class LoadRequest:
         for name in outside & stored.keys():
             (file, dtype), weight = stored[name], held[name]
             if torch.promote_types(dtype, weight.dtype) != weight.dtype:
-                exact = load_state_dict(file)[name]
+                exact = tensor_in(file, name)
                 # Of another shape where the user lets shapes differ.
                 if torch.equal(exact.to(weight.dtype), weight):
                     path, _, attribute = name.rpartition(".")

@@ -151,7 +151,12 @@ def test_values_beyond_the_dtype_of_the_config_are_kept_or_refused(tmp_path):
 
 @pytest.mark.parametrize("make", [mixed, lambda f: stored_as(f, "float32", "bfloat16")])
 @pytest.mark.parametrize(
-    "asked", [{"ratio": 1}, {"drop_layers": "[1]"}, {"recipe": "best", "ratio": 1}]
+    "asked",
+    [
+        {"ratio": 1},
+        {"drop_layers": "[1]"},
+        {"recipe": "best", "ratio": 1, "calibration_samples": 8},
+    ],
 )
 def test_an_export_is_stored_as_its_source_is(make, asked, tmp_path):
     """So that it is the same model however it is opened."""

@@ -15,12 +15,15 @@ FOLDER = ROOT / "docs" / "measurements"
 PAGES = {
     "latency": ROOT / "docs" / "energy.md",
     "recipes": ROOT / "docs" / "pruning-well.md",
+    "probes_kept": FOLDER / "probes.md",
 }
 #: Files whose figures a page shows as well.
 BESIDE = {
     "first_layer": ("dichotomy", "recipes"),
     "dichotomy": ("recipes",),
     "price": ("recipes",),
+    "probes": ("probes_kept",),
+    "probes_kept": ("probes",),
 }
 #: Sections whose tables rest on what others published, or on data that were not kept.
 OTHERS = r"## (?:The study's|Compare with a published)(?:.*\n)+?(?=## |\Z)"
@@ -30,10 +33,12 @@ def rows_of(stem):
     """Return model, percent, words of the method and values of the rows of a file."""
     lines = (FOLDER / f"{stem}.csv").read_text("utf-8").splitlines()
     for row in csv.DictReader(line for line in lines if line[0] != "#"):
-        percent = float(row.get("percent") or row.get("removed") or 0)
-        words = {*re.findall(r"\w+", row.get("method", ""))}
+        run = row.get("run", "")
+        percent = row.get("percent") or row.get("removed")
+        percent = float(percent or "".join(re.findall(r"(\d+) %", run)) or 0)
+        words = {*re.findall(r"\w+", row.get("method", run))}
         numbers = [float(v) for v in row.values() if re.fullmatch(r"[+-]?\d+\.\d+", v)]
-        yield row["model"], f"{percent:.0f}", words, numbers
+        yield row.get("model", run.split(" ")[0]), f"{percent:.0f}", words, numbers
 
 
 @pytest.mark.parametrize(
