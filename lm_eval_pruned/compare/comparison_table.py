@@ -97,6 +97,7 @@ DIFFERENCES = (
     Column("q margin", "claim.q", "p"),
     Column("documents", documents_text, ">"),
     Column("floor", "floor.floor", ".4f", terminal=True),
+    Column("kept", "floor.kept_text", ">", terminal=True),
     Column("equal answers", "answers.equal_answers", ".0%", terminal=True),
     Column("KL", "answers.kl", ".3f"),
     Column("commonest answer", _commonest, ">"),
@@ -145,7 +146,8 @@ DIFFERENCE = (
 )
 FLOOR = (
     "Floor: the best score without knowledge, whether from a model that knows nothing, from chance, or "
-    "from always giving the commonest right answer; at floor: not shown to be above it (one-sided tests). "
+    "from always giving the commonest right answer; at floor: not shown to be above it (one-sided tests); "
+    "kept: the share of what the base has above the floor, where it is shown to have any. "
     "If the base is not shown to be above its floor, the task cannot show a loss."
 )
 ANSWERS = (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm_eval_pruned.compare import pairing, statistics
+from lm_eval_pruned.compare.kept import Kept, share_kept
 from lm_eval_pruned.results.groups import is_control
 
 
@@ -32,7 +33,9 @@ class Standing:
     `floor` is the best score without knowledge and `floor_name` the run that has it, or ``chance``
     or ``commonest answer``, as the samples of the base tell. `p_floor` is one-sided, of "the model
     is not above"; `q_floor` is corrected over the runs of the task, without the base and random
-    controls. The last two are None where the score is above the floor and was not tested.
+    controls. Whether a model is above is None where its score is above the floor and was not tested.
+    `kept` is the share of what the base has above the floor, with the interval of a single test; None
+    for the base, and where the base is not shown to be above. See `kept.share_kept`.
     """
 
     task: str
@@ -45,6 +48,16 @@ class Standing:
     floor_test: str
     base_above_floor: bool | None
     above_floor: bool | None
+    kept: float | None = None
+    kept_low: float | None = None
+    kept_high: float | None = None
+
+    @property
+    def kept_text(self) -> str | None:
+        """Return what is kept in percent, such as ``61 % [52, 70]``."""
+        if self.kept is None:
+            return None
+        return Kept(self.kept, self.kept_low, self.kept_high).text
 
     @property
     def primary(self) -> bool:
@@ -83,16 +96,33 @@ def standings(
     families = [(key[0], run is base, is_control(run)) for run, key, *_ in asked]
     qs = statistics.false_discovery([p for *_, p, _ in asked], families, alpha)
     found: dict[tuple[str, str, str], Standing] = {}
-    for (run, key, (name, level, _), p, test), (q, _) in zip(asked, qs, strict=True):
+    for (run, key, floor, p, test), (q, _) in zip(asked, qs, strict=True):
+        name, level, _ = floor
         score = run.scores[key].value
         gain = score - level if run.scores[key].higher_is_better else level - score
         above = False if gain <= 0 else None if q is None else q < alpha
         own = found.get((base.name, *key))
         shown = own.above_floor if own else above, above
+        kept = own and shown[0] and _kept(base, run, key, floor, alpha, read)
         found[run.name, key[0], key[1]] = Standing(
-            *key, score, name, level, p, q, test, *shown
+            *(*key, score, name, level, p, q, test, *shown),
+            *((kept.share, kept.low, kept.high) if kept else ()),
         )
     return found
+
+
+def _kept(
+    base: Run, run: Run, key: Key, floor: Floor, alpha: float, read: pairing.Reader
+) -> Kept | None:
+    """Return the share of what the base has above the floor that a run keeps, of scores that are means."""
+    pair, (_, level, of) = pairing.paired_documents(base, run, *key, read), floor
+    if pair is None or pair[0].transform != "mean":
+        return None
+    below = of and pairing.paired_documents(base, of, *key, read)
+    how = pairing.grouping(pair[0])
+    del how["transform"]
+    values = (each.values for each in pair)
+    return share_kept(*values, below[1].values if below else level, **how, alpha=alpha)
 
 
 def highest_floor(

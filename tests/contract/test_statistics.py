@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.contract.commands import pruned
-from tests.helpers.results_files import write_run
+from tests.helpers.results_files import answered, write_run
 
 
 N = 80
@@ -113,3 +113,43 @@ def test_without_samples_standard_errors_are_tested(compared):
     row = compared(*both, samples=False)["t"]
     assert "unpaired z test" in row["method"]
     assert row["p"] == pytest.approx(0.0047, abs=1e-4)
+
+
+RIGHTS = [n % 2 for n in range(200)]
+
+
+def right(share):
+    """Return answers of which a share is right, the same documents first; chance is one half."""
+    picks = [r if n < share * 200 else 1 - r for n, r in enumerate(RIGHTS)]
+    return {"boolq": answered(picks, RIGHTS)}
+
+
+@pytest.mark.parametrize(
+    ("base", "run", "kept"), [(0.9, 0.9, 1), (0.9, 0.7, 0.5), (0.9, 0.5, 0)]
+)
+def test_kept_is_100_percent_for_all_of_it_and_0_percent_for_the_floor(
+    compared, base, run, kept
+):
+    floor = compared(right(base), right(run))["boolq"]["floor"]
+    assert floor["kept"] == pytest.approx(kept)
+    assert floor["kept_low"] <= floor["kept"] <= floor["kept_high"]
+    assert floor["kept_high"] - floor["kept_low"] < 0.5
+
+
+def test_where_the_unpruned_model_is_at_its_floor_there_is_nothing_to_keep(compared):
+    floor = compared(right(0.52), right(0.5))["boolq"]["floor"]
+    assert (floor["base_above_floor"], floor["kept"]) == (False, None)
+
+
+def test_results_after_other_questions_are_a_floor_whatever_else_is_compared(tmp_path):
+    blind = {"model": "hf-prefix", "mismatched_questions": True}
+    runs = {"base": (0.9, {}), "run": (0.8, {}), "blind": (0.7, {"config": blind})}
+    paths = [
+        write_run(tmp_path / name, right(share), **about).parent
+        for name, (share, about) in runs.items()
+    ]
+    done = pruned("compare", *paths, "--format", "json")
+    (row,) = json.loads(done.out)["rows"]
+    assert (row["run"], row["floor"]["floor_name"]) == ("run", "blind")
+    assert row["floor"]["floor"] == pytest.approx(0.7)
+    assert row["floor"]["kept"] == pytest.approx(0.5)
