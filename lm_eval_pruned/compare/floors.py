@@ -121,8 +121,8 @@ def _kept(
     below = of and pairing.paired_documents(base, of, *key, read)
     how = pairing.grouping(pair[0])
     del how["transform"]
-    values = (each.values for each in pair)
-    return share_kept(*values, below[1].values if below else level, **how, alpha=alpha)
+    without = below[1].values if below else level
+    return share_kept(pair[0].values, pair[1].values, without, **how, alpha=alpha)
 
 
 def highest_floor(
