@@ -388,9 +388,14 @@ def test_ctrl_c_keeps_the_finished_passes(profiled, tmp_path):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # Where tests run side by side, their processes ignore Ctrl-C.
+    ignoring = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt_after_a_repeat, daemon=True).start()
-    # A pass takes a second at least: the signal comes long before the last one.
-    done = profiled("--ratios", 1, "--repeats", 50, output=folder)
+    try:
+        # A pass takes a second at least: the signal comes long before the last one.
+        done = profiled("--ratios", 1, "--repeats", 50, output=folder)
+    finally:
+        signal.signal(signal.SIGINT, ignoring)
     assert done.code == 130, done.err
     found = json.loads((folder / "profile.json").read_text())
     assert found["interrupted"]

@@ -82,11 +82,11 @@ def test_prune_uses_best_and_a_load_the_study_s_cut(smaller, tiny_llama):
 
 @pytest.mark.slow
 def test_the_first_command_prints_the_numbers_of_the_page(real_model):
-    shown = re.findall(r"(?m)^\| - (\w+) *\|.*\|(\w+) *\|↑ +\|(0\.\d+)\|", PAGE)
-    assert len(shown) == 2
+    shown = re.findall(r"(?m)^\| - (\w+) *\|.*\|(\w+) *\|↑ +\| *(0\.\d+)\|", PAGE)
+    assert len(shown) == 3
     words = re.findall(r"(?m)&& lm_eval (--model .*)$", PAGE)[0].split()
     done = lm_eval(*words)
-    rows = re.findall(r"(?m)^\|[ -]*(\w*) *\|.*\|(\w+) *\|↑ +\|(0\.\d+)\|", done.out)
+    rows = re.findall(r"(?m)^\|[ -]*(\w*) *\|.*\|(\w+) *\|↑ +\| *(0\.\d+)\|", done.out)
     found, task = {}, ""
     for name, metric, value in rows:
         task = name or task
