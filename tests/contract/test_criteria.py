@@ -152,6 +152,7 @@ def test_a_device_that_this_machine_does_not_have_is_refused_before_the_load(
         load_pruned(str(bare), prune_percent=40, device=device)
 
 
+@pytest.mark.slow
 def test_the_results_file_records_the_text(tiny_llama, text, tmp_path):
     given = f"pretrained={tiny_llama},ratio=1,criterion=act,calibration={text}"
     done = lm_eval(

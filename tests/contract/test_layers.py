@@ -162,6 +162,7 @@ def test_the_criterion_of_each_layer_is_chosen_by_loss(allocation, tiny, text):
     assert {*chosen.values()} <= {"maw", "act"}
 
 
+@pytest.mark.slow
 def test_plan_shows_the_width_of_each_layer_and_results_record_them(tiny, tmp_path):
     asked = f"pretrained={tiny},prune_percent=40,allocation=global,criterion=vow"
     done = pruned("plan", "--model_args", asked, "--format", "json")

@@ -123,6 +123,7 @@ def task(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_all_commands_take_the_task_and_a_changed_question_is_evaluated_again(
     task, tiny_llama
 ):

@@ -150,6 +150,7 @@ socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 """
 
 
+@pytest.mark.slow
 def test_it_does_not_use_the_network_unless_asked_nor_write_elsewhere(
     tiny_llama, tmp_path
 ):

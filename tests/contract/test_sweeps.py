@@ -281,6 +281,7 @@ def test_what_changed_is_named_and_evaluated_again_and_the_earlier_results_move(
     assert sorted(path.name for path in moved) == before
 
 
+@pytest.mark.slow
 def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_changes(
     tiny_llama, made, sweep_of, tmp_path
 ):

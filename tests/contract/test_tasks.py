@@ -61,6 +61,7 @@ def write_data(folder, name, rows):
     (folder / name / "train.jsonl").write_text(lines)
 
 
+@pytest.mark.slow
 def test_ifeval_stops_before_anything_is_generated_and_says_what_to_do(
     lm_eval, tiny_llama, tmp_path
 ):
