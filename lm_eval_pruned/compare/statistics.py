@@ -1,7 +1,8 @@
 """Paired tests of two runs: p, interval, smallest detectable difference, and their correction.
 
 Student's t is not among them: a candidate that is almost the base changes few documents, and a t test
-of documents that hardly differ claims that none lost much. No random numbers are drawn, and the order of documents changes nothing but the rounding.
+of documents that hardly differ claims that none lost much. No random numbers are drawn, and the order
+of documents changes nothing but the rounding.
 """
 
 from __future__ import annotations
