@@ -20,9 +20,7 @@ from lm_eval_pruned.report.sections import declared_table
 from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.results.groups import (
     FAMILIES,
-    LEFT,
-    TAKEN,
-    UNKNOWN,
+    SIDES,
     family_of,
     is_perplexity,
     is_share,
@@ -149,7 +147,7 @@ def points_of(
             continue
         unpruned, known = base.scores[key], levels.get(key, Levels())
         share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])
-        family = family_of(key[0])
+        family = family_of(key[0], base.metadata)
         about = {
             "line": key[0],
             "family": family.name,
@@ -184,7 +182,7 @@ def _point(row: Difference) -> dict[str, Any]:
         "low": low,
         "high": high,
         "mark": "not tested" if row.q is None else tested,
-        "filled": row.q is not None and row.verdict != "not shown",
+        "filled": row.verdict in ("better", "worse", "different"),
     }
 
 
@@ -217,7 +215,7 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 
 def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
-    """Draw one measure: a panel for what pruning takes, for what it leaves, and for each unit."""
+    """Draw one measure: a panel for each side of the dichotomy, and for each unit."""
     present = set(points["family"])
     families = {each.name: each.label for each in FAMILIES if each.name in present}
     data = points.drop(columns=["before", "after", "falls", "lasts", "measure"])
@@ -228,7 +226,7 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
     }
     look = line_look(list(hues), hues)
     panels = []
-    data["side"] = pd.Categorical(data["side"], [TAKEN, LEFT, UNKNOWN])
+    data["side"] = pd.Categorical(data["side"], SIDES)
     for (_, unit), rows in data.groupby(["side", "unit"], observed=True):
         here = [families[name] for name in families if name in set(rows["family"])]
         scale = alt.Scale(type="log" if is_perplexity(unit) else "linear")
