@@ -56,14 +56,31 @@ def _answer(state: str, *claimed: str) -> str:
 def _of_sides(found: Findings) -> Iterator[Claim]:
     claimed = {
         "knowledge falls": ("v1, v3", KNOWLEDGE, FALLS),
-        "perplexity rises": ("v1, v3", TEXT, FALLS),
+        "language modelling falls": ("v1, v3", TEXT, FALLS),
         "instruction following improves": ("v1", INSTRUCTIONS, RISES),
-        "truthfulness improves": ("v1", TRUTH, RISES),
         "multi-step reasoning (MUSR) is robust": ("v1, v3", REASONING, KEEPS, RISES),
     }
     for claim, (versions, of, *states) in claimed.items():
         answer = _answer(found.state(of), *states)
         yield Claim(claim, versions, answer, found.text(of))
+    texts = [found.text(TRUTH), *_correlations(found)]
+    answer = _answer(found.state(TRUTH), RISES)
+    if answer == "yes" and found.state(KNOWLEDGE) != FALLS:
+        answer = UNKNOWN
+    claim = "truthfulness improves as knowledge falls"
+    yield Claim(claim, "v1", answer, "; ".join(texts))
+
+
+def _correlations(found: Findings) -> Iterator[str]:
+    """Yield Pearson's r of each task of truthfulness with each of knowledge, over the sizes."""
+    knowledge = {task.task for task in found.on(KNOWLEDGE)}
+    truth = {task.task for task in found.on(TRUTH)}
+    for pair in found.comparison.correlations:
+        one, other = (task for task, _ in pair.tasks)
+        between = {one, other} & knowledge and {one, other} & truth
+        if between and pair.correlation.pearson is not None:
+            r, n = pair.correlation.pearson, pair.correlation.n
+            yield f"{one} and {other}: r = {r:.3f} over {n} sizes"
 
 
 def _of_sizes(found: Findings) -> Iterator[Claim]:

@@ -234,10 +234,10 @@ def test_each_claim_of_the_paper_is_named_with_what_is_shown(tmp_path):
     table = claimed(found)
     assert {claim: row[:2] for claim, row in table.items()} == {
         "knowledge falls": ["v1, v3", "yes"],
-        "perplexity rises": ["v1, v3", "yes"],
+        "language modelling falls": ["v1, v3", "yes"],
         "instruction following improves": ["v1", "yes"],
-        "truthfulness improves": ["v1", "cannot tell"],
         "multi-step reasoning (MUSR) is robust": ["v1, v3", "yes"],
+        "truthfulness improves as knowledge falls": ["v1", "cannot tell"],
         "instruction following improves at the expansion ratio 2.4": ["v3", "yes"],
         "the decline can be predicted from the size": ["v1, v3", "no"],
         "`maw` keeps more than `vow`": ["v3", "yes"],
@@ -248,6 +248,27 @@ def test_each_claim_of_the_paper_is_named_with_what_is_shown(tmp_path):
     evidence = table["instruction following improves at the expansion ratio 2.4"][2]
     assert evidence == "chat rises: 0.500 to 0.800, floor 0.250 (constant)"
     assert table["less energy per token"][2].endswith("not measured")
+
+
+@pytest.mark.parametrize(
+    ("knowledge", "truth", "shown"),
+    [
+        ("falls", "rises", "yes"),
+        ("falls", "keeps", "no"),
+        ("falls", "falls", "no"),
+        ("falls", "cannot tell", "cannot tell"),
+        ("keeps", "rises", "cannot tell"),
+    ],
+)
+def test_truthfulness_that_improves_as_knowledge_falls(
+    knowledge, truth, shown, tmp_path
+):
+    found = made(tmp_path, {"facts": knowledge, "truth": truth}, families=CLAIMS)
+    answer, evidence = claimed(found)["truthfulness improves as knowledge falls"][1:]
+    assert answer == shown
+    assert evidence.startswith(f"truthfulness: {truth} in truth")
+    if (knowledge, truth) == ("falls", "rises"):
+        assert evidence.endswith("facts and truth: r = -1.000 over 3 sizes")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lm_eval_pruned.cli import main
 from tests.helpers.meters import Clock
 from tests.helpers.results_files import pruning, write_sweep
 
@@ -146,35 +145,6 @@ def test_the_expansion_ratio_2_4_is_among_the_sizes(hidden, width, ratios, tmp_p
     assert options["prune_percents"] == ["10", "40"]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["{model}"], "output_path was not given"),
-        (
-            ["{model}", "--margin", "x", "--output_path", "o"],
-            "margin=x is not a margin",
-        ),
-        (
-            ["{model}", "--families", "mine=facts", "--output_path", "o"],
-            "--families mine=facts names no family: pass one of knowledge, commonsense",
-        ),
-        (
-            ["{model}", "--model_args", "pretrained=x", "--output_path", "o"],
-            "name the model",
-        ),
-        (["{model}", "{model}", "--output_path", "o"], "is the second model called"),
-        (["{model}", "--ratios", "9", "--output_path", "o"], "ratio=9 is above"),
-        (
-            ["meta-llama/none", "--output_path", "o"],
-            "Accept the Llama Community License",
-        ),
-    ],
-)
-def test_refusals(words, said, tiny_llama, capsys):
-    assert main(["study", *(word.format(model=tiny_llama) for word in words)]) == 2
-    assert said in capsys.readouterr().err
-
-
 def test_the_estimate_counts_documents_tokens_hours_and_bytes(
     tiny_llama, tmp_path, monkeypatch
 ):
@@ -219,31 +189,3 @@ def test_the_speed_is_measured_in_less_than_a_second(speed):
         found = operations_per_second("cpu", "float16", machine.clock)
     assert found == pytest.approx(speed)
     assert machine.clock.now < 1
-
-
-@pytest.mark.slow
-def test_from_the_command_to_the_page(cluster, tiny_llama, tmp_path, capsys):
-    words = ["study", str(tiny_llama), "--kind", "base", "--tasks", "pruned_demo"]
-    words += ["--prune_percents", "20", "50", "--limit", "6", "--seeds", "0"]
-    words += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
-    assert main([*words, "--dry_run"]) == 0
-    said = capsys.readouterr().out
-    assert "|pruned_demo_truthfulness|6|" in said
-    assert not (tmp_path / "out").exists()
-    for elsewhere in (["--shard", "0/2"], ["--ray"]):
-        assert main([*words, "--quick", *elsewhere]) == 0
-        assert "/profile.md)" not in (tmp_path / "out" / "study.md").read_text("utf-8")
-    assert main([*words, "--quick"]) == 0
-    told = (tmp_path / "out" / "study.md").read_text("utf-8")
-    name = tiny_llama.name
-    for heading in ("verdict", "scores", "figures", "limits of these results"):
-        assert f"\n## {name}: {heading}\n" in told
-    assert "|pruned_demo_truthfulness|random|" in told
-    assert f"]({name}/profile/profile.md)" in told
-    for file in ("report/report.html", "profile/profile.json", "sweep.json"):
-        assert (tmp_path / "out" / name / file).is_file()
-    # Again, it finds everything done.
-    capsys.readouterr()
-    assert main([*words, "--quick"]) == 0
-    assert "starts" not in capsys.readouterr().out
-    assert (tmp_path / "out" / "study.md").read_text("utf-8") == told
