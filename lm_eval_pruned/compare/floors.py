@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm_eval_pruned.compare import pairing, statistics
-from lm_eval_pruned.compare.kept import Kept, share_kept
+from lm_eval_pruned.compare.kept import NO_LOSS, Kept, share_kept
 from lm_eval_pruned.results.files import as_mapping
 from lm_eval_pruned.results.groups import is_control, is_share
 
@@ -50,16 +50,14 @@ class Standing:
     floor_test: str
     base_above_floor: bool | None
     above_floor: bool | None
-    kept: float | None = None
-    kept_low: float | None = None
-    kept_high: float | None = None
+    kept: Kept | None = None
 
     @property
     def kept_text(self) -> str | None:
-        """Return what is kept in percent, such as ``61 % [52, 70]``."""
-        if self.kept is None:
-            return None
-        return Kept(self.kept, self.kept_low, self.kept_high).text
+        """What is kept in percent, such as ``61 % [52, 70]``, or that there is no loss to see."""
+        if self.base_above_floor is False:
+            return NO_LOSS
+        return self.kept and self.kept.text
 
     @property
     def primary(self) -> bool:
@@ -70,7 +68,7 @@ class Standing:
         """Return what it means that the base is not above."""
         return (
             f"{self.task}: {base} ({self.score:.4f}) is not shown to be above the floor "
-            f"({self.floor:.4f}, {self.floor_name}): this task cannot show a loss in this model."
+            f"({self.floor:.4f}, {self.floor_name}): this task {NO_LOSS} in this model."
         )
 
 
@@ -105,11 +103,10 @@ def standings(
         above = False if gain <= 0 else None if q is None else q < alpha
         own = found.get((base.name, *key))
         shown = own.above_floor if own else above, above
-        kept = own and shown[0] and _kept(base, run, key, floor, alpha, read)
-        found[run.name, key[0], key[1]] = Standing(
-            *(*key, score, name, level, p, q, test, *shown),
-            *((kept.share, kept.low, kept.high) if kept else ()),
-        )
+        seen = own is not None and shown[0]
+        kept = _kept(base, run, key, floor, alpha, read) if seen else None
+        told = *key, score, name, level, p, q, test, *shown, kept
+        found[run.name, key[0], key[1]] = Standing(*told)
     return found
 
 

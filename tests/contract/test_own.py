@@ -206,7 +206,7 @@ def test_the_metric_that_metadata_names_counts_and_its_floor_is_exact(tmp_path):
     assert by_metric["gain,none"]["verdict"] == "worse"
     floor = by_metric["gain,none"]["floor"]
     assert (floor["floor"], floor["floor_name"]) == (0, "exact")
-    assert floor["base_above_floor"] and floor["kept"] == pytest.approx(0.5)
+    assert floor["base_above_floor"] and floor["kept"]["share"] == pytest.approx(0.5)
     undeclared = declaring(tmp_path / "undeclared", GAINS)
     rows = json.loads(pruned("compare", *undeclared, "--format", "json").out)["rows"]
     assert [row["floor"] for row in rows] == [None, None]
