@@ -1,9 +1,10 @@
-"""What the probes show: ``python benchmarks/probes.py NAME=FOLDER ...``, of results with samples.
+"""What the probes show of a model and of its cuts: ``python benchmarks/probes.py NAME=SWEEP ...``.
 
-Writes ``probes.csv``, the scores of each run by level and by family with 95 % intervals over blocks
-(Student's t), and ``probes_kept.csv``, the difference of each run from the first, paired by block, into
-``docs/measurements``. ``p`` is one-sided, of "not above the floor". Where all blocks score alike there is
-neither interval nor p.
+Of sweep folders with samples of both probes, writes into ``docs/measurements`` ``probes.csv``, the scores
+of each unpruned model by level and family with 95 % intervals over blocks (Student's t; ``p`` is one-sided,
+of "not above the floor"), and ``probes_kept.csv``: of each cut the difference from the unpruned model, paired
+by block, the share kept with Fieller's interval, and by how many documents a difference of this size is shown
+with 80 % power. ``q`` is Benjamini and Hochberg's over the cuts of one model, probe, level and metric.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lm_eval_pruned.compare import pairing, power
+from lm_eval_pruned.compare import power
 from lm_eval_pruned.compare.gaffke import POWER
-from lm_eval_pruned.results.runs import read_run
+from lm_eval_pruned.compare.kept import share_kept
+from lm_eval_pruned.compare.statistics import paired_mean
+from lm_eval_pruned.results.runs import read_sweep
 
 
 if TYPE_CHECKING:
@@ -29,84 +32,121 @@ if TYPE_CHECKING:
 
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "measurements"
 PROBES = ("knowledge", "instructions")
+METRICS = ("acc", "lift")
 
 
-def documents(run: Run, probe: str) -> pd.DataFrame:
-    """Return block, level, family, floor, acc and lift of each prompt."""
+def read_prompts(run: Run, probe: str) -> pd.DataFrame:
+    """Return block, level, family, floors, acc and lift of each prompt, sorted by prompt."""
     lines = run.samples[f"pruned_probe_{probe}"].read_text("utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
     return pd.DataFrame(
         {
-            **{key: row["doc"][key] for key in ("block", "level", "family")},
-            "floor": 1 / len(row["doc"]["choices"]),
-            **{key: row[key] for key in ("acc", "lift")},
+            **{key: sample["doc"][key] for key in ("block", "level", "family")},
+            "acc_floor": 1 / len(sample["doc"]["choices"]),
+            "lift_floor": 0.0,
+            **{metric: sample[metric] for metric in METRICS},
         }
-        for row in rows
+        for sample in samples
     )
 
 
-def above(docs: pd.DataFrame, metric: str) -> dict[str, Any]:
+def parts_of(prompts: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield level, family and prompts of the whole probe, of its levels, and of its families."""
+    yield "all", "all", prompts
+    for level, part in prompts.groupby("level"):
+        yield str(level), "all", part
+    for family, part in prompts.groupby("family"):
+        yield "all", str(family), part
+
+
+def above_floor(prompts: pd.DataFrame, metric: str) -> dict[str, Any]:
     """Return mean, interval and p of a metric against its floor, over blocks."""
-    value, n = docs[metric], len(docs)
-    floor = docs["floor"].mean() if metric == "acc" else 0.0
-    sums = (value - value.mean()).groupby(docs["block"]).sum()
-    stderr = np.sqrt((sums**2).sum() * len(sums) / max(1, len(sums) - 1)) / n
-    found = {metric: round(value.mean(), 4)}
-    if stderr > 1e-9:
+    value, floor = prompts[metric], prompts[f"{metric}_floor"].mean()
+    sums = (value - value.mean()).groupby(prompts["block"]).sum()
+    variance = (sums**2).sum() * len(sums) / max(1, len(sums) - 1)
+    row = {metric: round(value.mean(), 4)}
+    # Where all blocks score alike there is neither interval nor p.
+    if variance > 1e-9:
+        stderr = np.sqrt(variance) / len(value)
         test = stats.t(len(sums) - 1, value.mean(), stderr)
         low, high = test.interval(0.95)
-        found |= {f"{metric}_low": round(low, 4), f"{metric}_high": round(high, 4)}
-        found[f"{metric}_p"] = f"{test.cdf(floor):.2g}"
-    return found
+        row |= {f"{metric}_low": round(low, 4), f"{metric}_high": round(high, 4)}
+        row[f"{metric}_p"] = f"{test.cdf(floor):.2g}"
+    return row
 
 
-def scores(name: str, run: Run) -> Iterator[dict[str, Any]]:
-    """Yield a row for each probe, and for each level and each family of it."""
+def unpruned_rows(model: str, run: Run) -> Iterator[dict[str, Any]]:
+    """Yield the scores of an unpruned model."""
     for probe in PROBES:
-        docs = documents(run, probe)
-        parts = [("all", "all", docs)]
-        parts += [(str(level), "all", of) for level, of in docs.groupby("level")]
-        parts += [("all", str(family), of) for family, of in docs.groupby("family")]
-        for level, family, of in parts:
-            row = {"run": name, "probe": probe, "level": level, "family": family}
-            row |= {"items": len(of), "blocks": of["block"].nunique()}
-            row |= {"floor": round(of["floor"].mean(), 4)}
-            yield row | above(of, "acc") | above(of, "lift")
+        for level, family, prompts in parts_of(read_prompts(run, probe)):
+            row = {"model": model, "probe": probe, "level": level, "family": family}
+            row |= {"items": len(prompts), "blocks": prompts["block"].nunique()}
+            row |= {"floor": round(prompts["acc_floor"].mean(), 4)}
+            yield row | above_floor(prompts, "acc") | above_floor(prompts, "lift")
 
 
-def kept(name: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
-    """Yield the difference of a run from the base, and how many documents would show it."""
+def rounded(value: float | None, digits: int) -> float | None:
+    """Return a number for the table; None stays an empty cell."""
+    return None if value is None else round(value, digits)
+
+
+def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
+    """Yield what a cut keeps of each probe and of each of its levels."""
+    cut = run.pruning
+    method = cut["recipe"] if cut.get("recipe") == "best" else cut["criterion"]
+    start = {"model": model, "method": method, "percent": round(cut["prune_percent"])}
+    start["seed"] = cut["seed"] if method == "random" else None
     for probe in PROBES:
-        task = f"pruned_probe_{probe}"
-        for metric in ("acc", "lift"):
-            pair = pairing.paired_documents(base, run, task, f"{metric},none")
-            test = pairing.paired_test(pair)
-            n, size = len(pair[0].values), abs(test.difference)
-            chance = lambda m, t=test, n=n, s=size: power.chances(t, n, s, 0.05, m)
-            floor = documents(base, probe)["floor"].mean() if metric == "acc" else 0.0
-            above_floor = np.mean(pair[0].values) - floor
-            yield {
-                "run": name, "probe": probe, "metric": metric,
-                "difference": round(test.difference, 4),
-                "low": round(test.low, 4), "high": round(test.high, 4), "p": f"{test.p:.2g}",
-                "kept": round(1 + test.difference / above_floor, 3),
-                f"documents_for_{POWER:.0%}_power": power.documents_for(chance, 2, n),
-            }  # fmt: skip
+        before, after = read_prompts(base, probe), read_prompts(run, probe)
+        for level, family, prompts in parts_of(before):
+            if family != "all":
+                continue
+            cut_prompts = after.loc[prompts.index]
+            for metric in METRICS:
+                clusters = prompts["block"].astype(str).tolist()
+                gains = (cut_prompts[metric] - prompts[metric]).to_numpy()
+                test = paired_mean(gains, np.ones(len(gains)), clusters, None, 0.05)
+                share = share_kept(
+                    prompts[metric], cut_prompts[metric], prompts[f"{metric}_floor"],
+                    clusters=clusters,
+                )  # fmt: skip
+                n, size = len(gains), abs(test.difference)
+                chances = lambda m, t=test, n=n, s=size: power.chances(t, n, s, 0.05, m)
+                yield start | {
+                    "probe": probe, "level": level, "metric": metric,
+                    "score": round(cut_prompts[metric].mean(), 4),
+                    "difference": round(test.difference, 4),
+                    "low": rounded(test.low, 4), "high": rounded(test.high, 4), "p": test.p,
+                    "kept": rounded(share and share.share, 3),
+                    "kept_low": rounded(share and share.low, 3),
+                    "kept_high": rounded(share and share.high, 3),
+                    f"documents_for_{POWER:.0%}_power": power.documents_for(chances, 2, n)
+                    if level == "all" else None,
+                }  # fmt: skip
+
+
+def with_q(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with q beside p, both in two digits."""
+    tested = rows.groupby(["model", "probe", "level", "metric"])["p"]
+    q = tested.transform(stats.false_discovery_control)
+    two_digits = "{:.2g}".format
+    place = rows.columns.get_loc("p") + 1
+    rows.insert(place, "q", q.map(two_digits))
+    return rows.assign(p=rows["p"].map(two_digits))
 
 
 def main() -> None:
-    """Write both files from the results named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", nargs="+", metavar="NAME=FOLDER")
-    pairs = [text.partition("=") for text in parser.parse_args().results]
-    runs = {name: read_run(folder) for name, _, folder in pairs}
-    base, *others = runs
-    rows = [row for name, run in runs.items() for row in scores(name, run)]
-    pd.DataFrame(rows).to_csv(PAGES / "probes.csv", index=False)
-    # Runs of another model have no base here.
-    same = [name for name in others if name.split()[0] == base.split()[0]]
-    rows = [row for name in same for row in kept(name, runs[base], runs[name])]
-    pd.DataFrame(rows).to_csv(PAGES / "probes_kept.csv", index=False)
+    """Write both files from the sweeps named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweeps", nargs="+", metavar="NAME=SWEEP")
+    unpruned, kept = [], []
+    for text in parser.parse_args().sweeps:
+        model, _, folder = text.partition("=")
+        base, *cuts = read_sweep(folder).runs
+        unpruned += unpruned_rows(model, base)
+        kept += (row for run in cuts for row in kept_rows(model, base, run))
+    pd.DataFrame(unpruned).to_csv(PAGES / "probes.csv", index=False)
+    with_q(pd.DataFrame(kept)).to_csv(PAGES / "probes_kept.csv", index=False)
 
 
 if __name__ == "__main__":

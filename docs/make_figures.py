@@ -1,6 +1,6 @@
 """Draw the figures of the README and of the pages on pruning: ``python docs/make_figures.py``.
 
-Reads ``dichotomy.csv``, ``price.csv`` and ``recipes.csv`` in ``docs/measurements``, and writes one SVG beside each. Needs
+Reads ``price.csv``, ``probes_kept.csv`` and ``recipes.csv`` in ``docs/measurements``, and writes one SVG beside each. Needs
 the extra ``report``.
 """
 
@@ -16,19 +16,13 @@ from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "measurements"
-#: Task: label, settings, and the floor that is drawn.
-MEASURED = {
-    "truthfulqa_mc1": ("TruthfulQA MC1, %", "bfloat16", "equally likely answers"),
-    "truthfulqa_mc2": ("TruthfulQA MC2, %", "bfloat16", "equally likely answers"),
-    "boolq": ("BoolQ, %", "bfloat16", "commonest answer"),
-    "ifeval": ("IFEval, %", "bfloat16, 128 tokens", "answer Yes"),
-    "held_text": ("speeches, bits per byte", "bfloat16", None),
-}
-CRITERIA = ("maw", "l2", "act", "random")
 PRICES = ("uniform maw", "uniform act", "sensitivity maw", "sensitivity best", "random")
 #: Rows of ``recipes.csv``, and what the figure calls them.
-RECIPES = ("maw", "random", "fast", "best")
-SHOWN_AS = ("study (maw)", "random", "fast", "best")
+RECIPES = ("maw", "random", "fast", "act", "best")
+SHOWN_AS = ("study (maw)", "random", "fast", "act, no repair", "best")
+#: Methods of ``probes_kept.csv``.
+KEPT = ("maw", "random", "act", "best")
+KEPT_AS = ("study (maw)", "random", "act, no repair", "best")
 #: Models of ``recipes.csv``, and the titles of their panels.
 MODELS = {"SmolLM2": "SmolLM2-135M-Instruct", "Gemma-3": "Gemma-3-270M"}
 REMOVED = alt.X("percent:Q", title="neurons removed, %")
@@ -59,27 +53,28 @@ def look_of(names: tuple[str, ...]) -> dict[str, alt.Color]:
     return line_look(names, hues | {"random": "var(--ink)"})
 
 
-def dichotomy() -> Plot:
-    """Draw the scores of SmolLM2 by criterion, with what needs no knowledge."""
-    rows = pd.read_csv(PAGES / "dichotomy.csv")
-    floors = rows[(rows["question"] == "floor") & (rows["n"] < 500)]
-    rows = rows[(rows["question"] == "unpruned") & (rows["model"] == "SmolLM2")]
-    look = look_of(CRITERIA)
+def kept() -> Plot:
+    """Draw the share of both probes that is kept over the share removed, a row for each model."""
+    rows = pd.read_csv(PAGES / "probes_kept.csv", dtype={"level": str})
+    rows = rows[(rows["level"] == "all") & (rows["metric"] == "lift")]
+    rows = rows.replace({"method": dict(zip(KEPT, KEPT_AS, strict=True))})
+    y = alt.Y("value:Q", title="kept", axis=alt.Axis(format="%"))
+    start = pd.DataFrame([{"method": "unpruned", "percent": 0, "kept": 1.0}])
     panels = []
-    for task, (title, settings, floor) in MEASURED.items():
-        scale = 1 if floor is None else 100
-        of = rows[(rows["task"] == task) & (rows["settings"] == settings)]
-        of = of.assign(score=scale * of["score"])
-        y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
-        panel = lines(over_sizes(of, "score", CRITERIA), REMOVED, y, look)
-        if floor is not None:
-            at = floors[(floors["task"] == task) & (floors["method"] == floor)]
-            at = at[at["n"] == of["n"].max()]
-            panel += level(scale * at["score"].iloc[0], y)
-        panels.append(panel.properties(title=title, width=220, height=180))
-    said = "Dotted: a score that needs no knowledge. Band: three random choices of neurons."
-    title = "SmolLM2-135M-Instruct, cut alike in all layers"
-    return Plot("dichotomy", title, said, alt.concat(*panels, columns=3))
+    for model, title in MODELS.items():
+        for probe in ("knowledge", "instructions"):
+            of = rows[(rows["model"] == model) & (rows["probe"] == probe)]
+            of = pd.concat([start, of])
+            drawn = lines(over_sizes(of, "kept", KEPT_AS), REMOVED, y, look_of(KEPT_AS))
+            drawn += level(0, y)
+            panel = drawn.properties(title=f"{title}: {probe}", width=260, height=200)
+            panels.append(panel)
+    said = (
+        "Share of the lift (log-likelihood of the right answer beside the wrong ones) that is left. "
+        "Dotted: a model that does not read the prompt. Band: five random choices of neurons."
+    )
+    title = "What is kept of knowledge and of following instructions"
+    return Plot("kept", title, said, alt.concat(*panels, columns=2))
 
 
 def price() -> Plot:
@@ -117,7 +112,7 @@ def recipes() -> Plot:
 
 def main() -> None:
     """Draw all figures."""
-    for plot in (dichotomy(), price(), recipes()):
+    for plot in (kept(), price(), recipes()):
         (PAGES / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
 
 

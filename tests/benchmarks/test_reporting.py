@@ -84,11 +84,6 @@ TASKS = ["pruned_demo_truthfulness", "pruned_demo_instruction_following"]
             [*BESIDE_HF, "0 greedy flags differ"],
         ),
         (
-            "generation",
-            "--hf-batch-sizes 1,8 --task uniform --max-gen-toks 4",
-            [*BESIDE_HF, "2 of 2 texts"],
-        ),
-        (
             "engines",
             f"--models hf-prefix hf --max-gen-toks 4 --tasks {' '.join(TASKS)}",
             [

@@ -49,8 +49,8 @@ ODD_KEYS = ("recurrent_gemma", "lfm2", "gemma3n_text")
 #: A text model whose config has more; one whose config names experts that it lacks; one expert.
 ODD_CONFIGS = ("qwen3_5", "gemma3", "doge", "gpt_oss of one expert")
 LAYOUTS = dict.fromkeys((*layouts.FAMILIES, *DENSE, *ODD_KEYS, *ODD_CONFIGS))
-#: Separate, fused, an encoder, a shared expert of an odd width, transposed, mixed, nested.
-QUICK = ("llama", "phi3", "t5", "qwen2_moe", "gpt_oss", "deepseek_v3", "qwen3_5")
+#: Separate, fused, an encoder, stacked and transposed experts.
+QUICK = ("llama", "phi3", "t5", "gpt_oss")
 #: Without `CALIBRATED`, and an alias.
 BY_WEIGHTS = sorted({*CRITERIA, RANDOM} - {*CALIBRATED})
 

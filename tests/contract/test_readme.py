@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from tests.helpers.installed import FOLDERS, copy_of_the_tree
 
 
 PAGE = (ROOT / "README.md").read_text("utf-8")
+MEASURED = ROOT / "docs" / "measurements"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,24 @@ def smaller(tiny_llama, tmp_path_factory):
     )
     assert done.code == 0, done.err
     return done, folder
+
+
+def test_in_gemma_fast_is_worse_than_a_random_cut_at_10_and_20_percent():
+    """That is, above each of three random cuts on speeches."""
+    (said,) = re.findall(r"\*fast\* is worse than a random cut at ([^.]+) %\.", PAGE)
+    drawn, fast = defaultdict(list), {}
+    with (MEASURED / "price.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if (row["table"], row["model"]) == ("loss", "Gemma-3") and row[
+                "method"
+            ].startswith("random"):
+                drawn[row["percent"]].append(float(row["value"]))
+    with (MEASURED / "recipes.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(line for line in file if not line.startswith("#")):
+            if (row["model"], row["method"]) == ("Gemma-3", "fast"):
+                fast[row["removed"]] = float(row["speeches"])
+    worse = [size for size, loss in fast.items() if loss > max(drawn[size])]
+    assert said == " and ".join(worse)
 
 
 def test_ratio_keeps_that_many_neurons_for_each_unit_of_the_hidden_size(tiny_llama):

@@ -14,8 +14,8 @@ from tests.helpers.checkpoints import ROOT
 HERE = Path(__file__).parent
 CONTRACTS = sorted(HERE.glob("test_*.py"))
 GUIDE = {p.stem.replace("-", "_") for p in ROOT.glob("docs/*.md")}
-#: The page of the tasks is in their folder; the map of the code promises users nothing.
-PAGES = GUIDE - {"architecture"} | {"readme", "security", "tasks"}
+#: The page of the tasks is in their folder; the map of the code and the glossary promise nothing.
+PAGES = GUIDE - {"architecture", "glossary"} | {"readme", "security", "tasks"}
 
 
 def names_imported(tree):

@@ -46,9 +46,20 @@ _CHAT = """{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor
 {% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
+#: Sizes that other types do not have. By default, each layer embeds 262,144 tokens again.
+TINY_EMBEDDINGS = {
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": 260,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+    }
+}
+
+
 def tiny_config(model_type: str = "llama", **overrides) -> PretrainedConfig:
     """Return the config of a model of a few ten thousand parameters."""
-    return AutoConfig.for_model(model_type, **{**TINY, **overrides})
+    sizes = TINY | TINY_EMBEDDINGS.get(model_type, {})
+    return AutoConfig.for_model(model_type, **sizes | overrides)
 
 
 def auto_class(config: PretrainedConfig) -> type:

@@ -133,7 +133,7 @@ def test_the_command_is_accepted(words, parse, capsys):
         "lm_eval --model pruned-hf --model_args rato=2.0 --tasks pruned_demo",
         "lm_eval --model pruned-hf --model_args ratio=2.0 --tasks pruned_domo",
         "torchrun --standalone --nproc 2 -m lm_eval --modle pruned-hf",
-        "python benchmarks/load_memory.py --no-such-option",
+        "python benchmarks/rounding.py --no-such-option",
     ],
 )
 def test_a_command_that_is_wrong_is_not_accepted(wrong, parse):
