@@ -155,21 +155,25 @@ def read_findings(
     Raises:
         ResultsError: No unpruned or no pruned model is done.
     """
-    asked = {
-        str(each["id"]): as_mapping(each.get("arguments"))
-        for each in sweep.definition["configurations"]
+    arguments = {
+        str(configuration["id"]): as_mapping(configuration.get("arguments"))
+        for configuration in sweep.definition["configurations"]
     }
     base, others = split_sweep(list(sweep.runs), str(sweep.path))
     ways: dict[str, list[Run]] = defaultdict(list)
     for run in others:
         if {*run.tasks()} & {*base.tasks()}:
-            ways[_way(run, asked.get(run.name, {}))].append(run)
+            ways[_way(run, arguments.get(run.name, {}))].append(run)
     main = min(ways, key=_rank, default="random")
     if main == "random":
         raise ResultsError(f"{sweep.path} holds no finished pruned model yet.")
     cuts = ways.pop(main)
     cuts.sort(key=lambda run: -(run.expansion_ratio or 0))
-    read, tasks, known = DocumentReader(), [], {each.name: each for each in FAMILIES}
+    read, tasks, known = (
+        DocumentReader(),
+        [],
+        {family.name: family for family in FAMILIES},
+    )
     comparison = compare(
         *(base, [*cuts, *sweep.floors]),
         alpha=alpha,
@@ -189,8 +193,9 @@ def read_findings(
     options = as_mapping(sweep.definition.get("definition"))
     file = sweep.path / "profile" / "profile.json"
     profile = read_json(file) if file.is_file() else {}
-    found = comparison, against, failed, options, profile
-    return Findings(base, cuts, dict(ways), tasks, *found)
+    return Findings(
+        base, cuts, dict(ways), tasks, comparison, against, failed, options, profile
+    )
 
 
 def _rank(way: str) -> list[bool]:
@@ -223,10 +228,10 @@ def _against(
     seen: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in compared_pairs(pairs, alpha, read):
         seen[row.task, row.run.partition(" against ")[0]].add(row.verdict)
-    found: dict[str, set[str]] = defaultdict(set)
+    against_all: dict[str, set[str]] = defaultdict(set)
     for (task, _), verdicts in seen.items():
-        found[task] |= verdicts if len(verdicts) == 1 else {"not shown"}
-    return found
+        against_all[task] |= verdicts if len(verdicts) == 1 else {"not shown"}
+    return against_all
 
 
 def size_of(run: Run) -> float:
@@ -238,51 +243,51 @@ def size_of(run: Run) -> float:
     return round(100 - 100 * kept, 1)
 
 
-def sentences(name: str, found: Findings) -> list[str]:
+def sentences(name: str, findings: Findings) -> list[str]:
     """Return what was found: verdict, losses, gains, and the criterion against the other cuts."""
-    shown = "; ".join(found.text(side) for side in SIDES[:-1])
-    margin = found.comparison.margin
+    shown = "; ".join(findings.text(side) for side in SIDES[:-1])
+    margin = findings.comparison.margin
     rule = (
         f"A task keeps its score where it is shown to lie within {margin and margin.text} of the "
         "unpruned model's at every size; what is not shown counts for nothing."
     )
     return [
-        f"For {name} the dichotomy {found.verdict}. {shown[0].upper()}{shown[1:]}.",
+        f"For {name} the dichotomy {findings.verdict}. {shown[0].upper()}{shown[1:]}.",
         rule,
         f"A loss is first shown {losses}."
-        if (losses := filled(_losses(found)))
+        if (losses := filled(_losses(findings)))
         else "No loss is shown at any size.",
-        f"{_gains(found) or 'No rise is shown in what the study calls robust'}.",
+        f"{_gains(findings) or 'No rise is shown in what the study calls robust'}.",
         *(
-            f"Compared with {way_text(way)} of the same size, {against_text(found, way)}."
-            for way in found.beside
+            f"Compared with {way_text(way)} of the same size, {against_text(findings, way)}."
+            for way in findings.beside
         ),
     ]
 
 
 def over_all(models: Mapping[str, Findings]) -> str:
     """Return one sentence on the verdicts of several models."""
-    verdicts = [found.verdict for found in models.values()]
+    verdicts = [findings.verdict for findings in models.values()]
     groups = {
         f"{verdict} for {verdicts.count(verdict)} ({{}})": [
-            name for name, found in models.items() if found.verdict == verdict
+            name for name, findings in models.items() if findings.verdict == verdict
         ]
         for verdict in dict.fromkeys(verdicts)
     }
     return f"Of {len(models)} models, the dichotomy {filled(groups)}."
 
 
-def open_questions(found: Findings) -> list[str]:
+def open_questions(findings: Findings) -> list[str]:
     """Return what the results leave open, a sentence each."""
     unknown = [
-        each.task for each in found.tasks if each.floor is None and not each.can_fall
+        task.task for task in findings.tasks if task.floor is None and not task.can_fall
     ]
-    alone = [each.task for each in found.tasks if each.family.side == SIDES[-1]]
-    limit = found.base.config.get("limit")
-    draws = len({run.pruning.get("seed") for run in found.beside.get("random", ())})
+    alone = [task.task for task in findings.tasks if task.family.side == SIDES[-1]]
+    limit = findings.base.config.get("limit")
+    draws = len({run.pruning.get("seed") for run in findings.beside.get("random", ())})
     # Told already, in the first lines.
-    floors = {each.note(found.base.name) for each in found.comparison.floors}
-    notes = [note for note in found.comparison.notes if note not in floors]
+    floors = {floor.note(findings.base.name) for floor in findings.comparison.floors}
+    notes = [note for note in findings.comparison.notes if note not in floors]
     texts = {
         f"No floor is known for {sides.joined(unknown)}.": unknown,
         f"On no side: {sides.joined(alone)}. Name their families, as in `--families "
@@ -292,12 +297,12 @@ def open_questions(found: Findings) -> list[str]:
     }
     return [
         *(
-            f"{each.task} cannot show a loss: unpruned, it is not shown to be above {each.level}."
-            for each in found.tasks
-            if each.floor and not each.can_fall
+            f"{task.task} cannot show a loss: unpruned, it is not shown to be above {task.level}."
+            for task in findings.tasks
+            if task.floor and not task.can_fall
         ),
         *(text for text, applies in texts.items() if applies),
-        *[*found.failed, *notes][:8],
+        *[*findings.failed, *notes][:8],
     ]
 
 
@@ -309,10 +314,10 @@ def filled(groups: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(every)
 
 
-def _losses(found: Findings) -> Mapping[str, list[str]]:
-    phrases = {run.name: f"at {size_of(run):g} % in {{}}" for run in found.cuts}
+def _losses(findings: Findings) -> Mapping[str, list[str]]:
+    phrases = {run.name: f"at {size_of(run):g} % in {{}}" for run in findings.cuts}
     groups: dict[str, list[str]] = {phrase: [] for phrase in phrases.values()}
-    for task in found.on(*SIDES[:-1]):
+    for task in findings.on(*SIDES[:-1]):
         shown = zip(task.rows, task.states, strict=True)
         falls = [row for row, state in shown if state == sides.FALLS]
         for row in falls[:1]:
@@ -320,9 +325,9 @@ def _losses(found: Findings) -> Mapping[str, list[str]]:
     return groups
 
 
-def _gains(found: Findings) -> str:
-    sizes, gains = {run.name: size_of(run) for run in found.cuts}, []
-    for task in (task for task in found.tasks if task.family.side == BEHAVIOUR):
+def _gains(findings: Findings) -> str:
+    sizes, gains = {run.name: size_of(run) for run in findings.cuts}, []
+    for task in (task for task in findings.tasks if task.family.side == BEHAVIOUR):
         for row in [row for row in task.rows if row.verdict == "better"][-1:]:
             above = row.floor and row.floor.above_floor
             gains.append(
@@ -337,7 +342,7 @@ def way_text(way: str) -> str:
     return "random cuts" if way == "random" else f"`{way}`"
 
 
-def against_text(found: Findings, way: str) -> str:
+def against_text(findings: Findings, way: str) -> str:
     """Return in which tasks the criterion keeps more or less than other cuts of the same size."""
     phrases = {
         (True, False): "the criterion keeps more in {}",
@@ -346,6 +351,6 @@ def against_text(found: Findings, way: str) -> str:
         (False, False): "no difference is shown in {}",
     }
     groups: dict[str, list[str]] = {phrase: [] for phrase in phrases.values()}
-    for task, verdicts in found.against[way].items():
+    for task, verdicts in findings.against[way].items():
         groups[phrases["better" in verdicts, "worse" in verdicts]].append(task)
     return filled(groups) or "nothing was tested"

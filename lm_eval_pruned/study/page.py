@@ -60,25 +60,27 @@ def write_page(folder: Path, models: Mapping[str, Findings]) -> list[Path]:
     sections, rows, subtitles = [], [], []
     if len(models) > 1:
         sections.append(Section("All models", [over_all(models)]))
-    for name, found in models.items():
-        table = _table(found, published_of(name))
+    for name, findings in models.items():
+        table = _table(findings, published_of(name))
         for row in table.cells():
             cells = zip(table.columns, (cell.text for cell in row), strict=True)
             rows.append({"model": name, **dict(cells)})
-        notes = open_questions(found)
+        notes = open_questions(findings)
         links = {
             "All differences, tests and answers": f"{name}/report/report.html",
             "Energy and latency": f"{name}/profile/profile.md",
         }
         there = [each for each in links.items() if (folder / each[1]).is_file()]
         sections += [
-            Section(f"{name}: verdict", [" ".join(sentences(name, found))]),
-            Section(f"{name}: claims", table=claims_table(found)),
+            Section(f"{name}: verdict", [" ".join(sentences(name, findings))]),
+            Section(f"{name}: claims", table=claims_table(findings)),
             Section(f"{name}: scores", [LEGEND], table=table),
-            _figures(name, found),
+            _figures(name, findings),
             Section(f"{name}: limits of these results", notes=notes, links=there),
         ]
-        how = "in its" if found.definition.get("apply_chat_template") else "without a"
+        how = (
+            "in its" if findings.definition.get("apply_chat_template") else "without a"
+        )
         subtitles.append(f"{name}: prompted {how} chat template")
     columns = dict.fromkeys(column for row in rows for column in row)
     scores = base64.b64encode(csv_table(columns, rows).encode()).decode("ascii")
@@ -96,27 +98,31 @@ def write_page(folder: Path, models: Mapping[str, Findings]) -> list[Path]:
     return [folder / file for file in written]
 
 
-def _table(found: Findings, published: Mapping[tuple[str, str, float], float]) -> Table:
-    sizes = [size_of(run) for run in found.cuts]
+def _table(
+    findings: Findings, published: Mapping[tuple[str, str, float], float]
+) -> Table:
+    sizes = [size_of(run) for run in findings.cuts]
     rows = []
-    for each in found.tasks:
-        key, cells = (each.task, each.metric), {}
-        for row, state in zip(each.rows, each.states, strict=True):
+    for task in findings.tasks:
+        key, cells = (task.task, task.metric), {}
+        for row, state in zip(task.rows, task.states, strict=True):
             mark, colour = MARKS[state]
             below = "\u2264" * row.at_floor
             cells[row.run] = Cell(f"{row.score:.3f} {mark}{below}", colour)
-        unpruned = f"{each.rows[0].base_score:.3f}{'' if each.can_fall else ' ≤'}"
-        own = [cells.get(run.name, "-") for run in found.cuts]
-        rows.append([each.task, found.criterion, each.level, unpruned, *own])
-        for way, runs in found.beside.items():
+        unpruned = f"{task.rows[0].base_score:.3f}{'' if task.can_fall else ' ≤'}"
+        own = [cells.get(run.name, "-") for run in findings.cuts]
+        rows.append([task.task, findings.criterion, task.level, unpruned, *own])
+        for way, runs in findings.beside.items():
             scored = [
                 (size_of(r), r.scores[key].value) for r in runs if key in r.scores
             ]
-            of = [[score for at, score in scored if at == size] for size in sizes]
-            means = [sum(each) / len(each) if each else None for each in of]
-            rows += [[each.task, way, "", "", *_texts(means)]] if scored else []
-        told = [published.get((*key, size)) for size in (0.0, *sizes)]
-        rows += [[each.task, "as published", "", *_texts(told)]] if any(told) else []
+            seeds = [[score for at, score in scored if at == size] for size in sizes]
+            means = [sum(drawn) / len(drawn) if drawn else None for drawn in seeds]
+            rows += [[task.task, way, "", "", *_texts(means)]] if scored else []
+        public = [published.get((*key, size)) for size in (0.0, *sizes)]
+        rows += (
+            [[task.task, "as published", "", *_texts(public)]] if any(public) else []
+        )
     columns = ["task", "cut by", "floor", "unpruned", *(f"{s:g} %" for s in sizes)]
     return Table("Scores by size", columns, rows, text=2)
 
@@ -125,10 +131,12 @@ def _texts(scores: list[float | None]) -> list[str]:
     return ["-" if score is None else f"{score:.3f}" for score in scores]
 
 
-def _figures(name: str, found: Findings) -> Section:
-    floors = {(e.task, e.metric): Levels(e.floor.floor) for e in found.tasks if e.floor}
-    members = [found.base, *found.cuts]
-    points = points_of(members, found.base, found.comparison, floors)
+def _figures(name: str, findings: Findings) -> Section:
+    floors = {
+        (e.task, e.metric): Levels(e.floor.floor) for e in findings.tasks if e.floor
+    }
+    members = [findings.base, *findings.cuts]
+    points = points_of(members, findings.base, findings.comparison, floors)
     plots, notes = [], []
     for measure in ("relative", "above_chance"):
         drawn, (_, title, _, said) = (

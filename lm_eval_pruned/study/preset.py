@@ -91,7 +91,7 @@ def _adds_equilibrium(percents: Sequence[str], source: Mapping[str, Any]) -> boo
     if whole.expansion_ratio <= EQUILIBRIUM:
         return False
     (row,) = plan_rows(argument="ratio", values=[float(EQUILIBRIUM)], **source)
-    return row.intermediate_size not in [each.intermediate_size for each in rows]
+    return row.intermediate_size not in [size.intermediate_size for size in rows]
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def verdict_on(sides: Mapping[str, str]) -> str:
 def side_text(side: str, tasks: Mapping[str, str], evaluated: bool) -> str:
     """Return the tasks of a side by their states, of those whose scores can show anything."""
     groups = {
-        state: [task for task, of in tasks.items() if of == state]
+        state: [task for task, shown in tasks.items() if shown == state]
         for state in OVER_TASKS
     }
     parts = [f"{state} in {joined(names)}" for state, names in groups.items() if names]

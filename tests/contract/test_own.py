@@ -12,7 +12,7 @@ from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from tests.contract.commands import pruned
 from tests.helpers import by_hand, evaluations
 from tests.helpers.checkpoints import ROOT
-from tests.helpers.results_files import write_run
+from tests.helpers.results_files import write_run, write_sweep
 
 
 PAGE = (ROOT / "docs" / "own.md").read_text("utf-8")
@@ -242,3 +242,16 @@ def test_a_base_below_an_exact_floor_has_nothing_to_keep(constant, tmp_path):
 def test_a_declaration_that_fits_no_metric_is_refused(metadata, sentence, tmp_path):
     done = pruned("compare", *declaring(tmp_path, GAINS, **metadata))
     assert done.sentence.endswith(sentence)
+
+
+def test_a_report_sorts_a_task_by_the_family_that_it_declares(tmp_path):
+    runs = {
+        f"p{size}": (size, {"my_instructions": {"acc,none": [1.0, size < 20] * 20}})
+        for size in (0, 40)
+    }
+    for family, label in (("knowledge", "Knowledge"), (None, "Instruction following")):
+        metadata = {"my_instructions": {"family": family}}
+        folder = write_sweep(tmp_path / label, runs, metadata=metadata)
+        assert pruned("report", folder).code == 0
+        report = (folder / "report" / "report.md").read_text("utf-8")
+        assert f"\n|{label}|maw|" in report
