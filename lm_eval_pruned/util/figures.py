@@ -75,7 +75,7 @@ class Plot:
     def inline(self) -> str:
         """An ``<svg>`` element in the colours of its page, with ids that no other plot has."""
         svg = vl_convert.vegalite_to_svg(self.spec)
-        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{self.name}-", svg)
+        svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
         return svg[svg.index("<svg") :].replace("<svg", '<svg aria-hidden="true"', 1)
 
     @property
