@@ -41,10 +41,13 @@ def run(arguments) -> None:
     from lm_eval_pruned.checkpoints import cost
     from lm_eval_pruned.checkpoints.export import export_pruned
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, suggested_recipe
+    from lm_eval_pruned.compare.comparison import kept_in_sweep
     from lm_eval_pruned.results.hub import EVAL_RESULTS, eval_results
 
     def scores(record):
-        return {EVAL_RESULTS: eval_results(arguments.results, record.as_dict())}
+        kept = kept_in_sweep(arguments.results)
+        text = eval_results(arguments.results, kept, record.as_dict())
+        return {EVAL_RESULTS: text}
 
     source = ("dtype", *SOURCE_ARGUMENTS)
     model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)

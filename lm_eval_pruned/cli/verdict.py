@@ -61,5 +61,7 @@ def run(arguments) -> int:
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
         section = card_section(verdict, models[0])
-        print(push_verdict(repository, section, candidate.path, folder / "hub"))
+        of = {(e.row.task, e.row.metric): e.row.floor for e in verdict.judged}
+        kept = {key: floor and floor.kept_text for key, floor in of.items()}
+        print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code

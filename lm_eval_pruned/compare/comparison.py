@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.agreement import Agreement, agreement, collapse_notes
@@ -144,6 +145,22 @@ def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
             "0 to the sweep, or name a base: `compare BASE RUN`."
         )
     return baseline, [run for run in runs if run is not baseline]
+
+
+def kept_in_sweep(path: str) -> dict[Key, str | None]:
+    """Return what the scores of a sweep's configuration keep, by task and metric, as tables show it.
+
+    `path` is a folder or a results file of the configuration; empty where it belongs to no sweep, or
+    to one without results of the unpruned model.
+    """
+    above = Path(path).resolve().parents
+    folder = next((each for each in above if is_sweep(each)), None)
+    sweep = read_sweep(folder) if folder else None
+    base = next((r for r in sweep.runs if r.is_baseline), None) if sweep else None
+    if sweep is None or base is None:
+        return {}
+    rows = compare(base, [read_run(path), *sweep.floors]).rows
+    return {(r.task, r.metric): r.floor and r.floor.kept_text for r in rows}
 
 
 def compare(

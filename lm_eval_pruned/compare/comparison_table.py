@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.comparison import Comparison, Difference
+from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.results.groups import scale_name
 from lm_eval_pruned.util.tables import csv_table, markdown_table
 
@@ -105,7 +106,7 @@ DIFFERENCES = (
     Column("verdict", "said", terminal=True),
 )
 #: Of `Standing`, of the base.
-ABOVE = {True: "yes", False: "no: cannot show a loss", None: "not tested"}
+ABOVE = {True: "yes", False: f"no: {NO_LOSS}", None: "not tested"}
 FLOORS = (
     Column("task", "task", terminal=True),
     Column("metric", "metric"),
@@ -275,7 +276,12 @@ def as_csv(comparison: Comparison) -> str:
 def beside(row: Difference | None) -> dict[str, Any]:
     """Return what CSV says of floor and answers of a row."""
     parts = (row.floor, row.answers) if row else ()
-    return {name: v for each in parts if each for name, v in asdict(each).items()}
+    found = {name: v for each in parts if each for name, v in asdict(each).items()}
+    if row and row.floor:
+        ends = found["kept"] or {}
+        found["kept"] = ends.get("share")
+        found |= {f"kept_{end}": ends.get(end) for end in ("low", "high")}
+    return found
 
 
 def as_json(comparison: Comparison) -> str:

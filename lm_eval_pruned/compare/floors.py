@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm_eval_pruned.compare import pairing, statistics
-from lm_eval_pruned.compare.kept import Kept, share_kept
-from lm_eval_pruned.results.groups import is_control
+from lm_eval_pruned.compare.kept import NO_LOSS, Kept, share_kept
+from lm_eval_pruned.results.files import as_mapping
+from lm_eval_pruned.results.groups import is_control, is_share
 
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ _RESTATED = "none: restated"
 class Standing:
     """Whether a model is shown to be above the floor of a task, and whether its base is.
 
-    `floor` is the best score without knowledge and `floor_name` the run that has it, or ``chance``
-    or ``commonest answer``, as the samples of the base tell. `p_floor` is one-sided, of "the model
-    is not above"; `q_floor` is corrected over the runs of the task, without the base and random
-    controls. Whether a model is above is None where its score is above the floor and was not tested.
+    `floor` is the best score without knowledge and `floor_name` the run that has it, ``exact`` where
+    the task declares it, or ``chance`` or ``commonest answer``, as the samples of the base tell.
+    `p_floor` is one-sided, of "the model is not above"; `q_floor` is corrected over the runs of the
+    task, without the base and random controls. Whether a model is above is None where its score is
+    above the floor and was not tested.
     `kept` is the share of what the base has above the floor, with the interval of a single test; None
     for the base, and where the base is not shown to be above. See `kept.share_kept`.
     """
@@ -48,16 +50,14 @@ class Standing:
     floor_test: str
     base_above_floor: bool | None
     above_floor: bool | None
-    kept: float | None = None
-    kept_low: float | None = None
-    kept_high: float | None = None
+    kept: Kept | None = None
 
     @property
     def kept_text(self) -> str | None:
-        """Return what is kept in percent, such as ``61 % [52, 70]``."""
-        if self.kept is None:
-            return None
-        return Kept(self.kept, self.kept_low, self.kept_high).text
+        """What is kept in percent, such as ``61 % [52, 70]``, or that there is no loss to see."""
+        if self.base_above_floor is False:
+            return NO_LOSS
+        return self.kept and self.kept.text
 
     @property
     def primary(self) -> bool:
@@ -68,7 +68,7 @@ class Standing:
         """Return what it means that the base is not above."""
         return (
             f"{self.task}: {base} ({self.score:.4f}) is not shown to be above the floor "
-            f"({self.floor:.4f}, {self.floor_name}): this task cannot show a loss in this model."
+            f"({self.floor:.4f}, {self.floor_name}): this task {NO_LOSS} in this model."
         )
 
 
@@ -103,11 +103,10 @@ def standings(
         above = False if gain <= 0 else None if q is None else q < alpha
         own = found.get((base.name, *key))
         shown = own.above_floor if own else above, above
-        kept = own and shown[0] and _kept(base, run, key, floor, alpha, read)
-        found[run.name, key[0], key[1]] = Standing(
-            *(*key, score, name, level, p, q, test, *shown),
-            *((kept.share, kept.low, kept.high) if kept else ()),
-        )
+        seen = own is not None and shown[0]
+        kept = _kept(base, run, key, floor, alpha, read) if seen else None
+        told = *key, score, name, level, p, q, test, *shown, kept
+        found[run.name, key[0], key[1]] = Standing(*told)
     return found
 
 
@@ -131,7 +130,10 @@ def highest_floor(
     """Return name, score and run of the best floor of a metric; None if none is known."""
     up, documents = base.scores[key].higher_is_better, read(base, *key)
     found: list[Floor]
-    found = [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
+    declared = as_mapping(base.metadata.get(key[0], {}).get("floors"))
+    exact = declared.get(key[1].partition(",")[0])
+    found = [] if exact is None else [("exact", float(exact), None)]
+    found += [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
     levels = (documents.levels.chance, documents.levels.majority) if documents else ()
     for name, level in zip(("chance", "commonest answer"), levels, strict=False):
         found += [] if level is None else [(name, level, None)]
@@ -150,10 +152,10 @@ def _p_above(
         test = pairing.paired_test(pair)
     elif documents and documents.transform == "mean":
         constant = np.full(len(documents.values), level)
-        limits, about = (-level, 1 - level), pairing.grouping(documents)
-        test = statistics.paired_difference(
-            constant, documents.values, **about, limits=limits
-        )
+        about = pairing.grouping(documents)
+        if is_share(key[1]):
+            about["limits"] = -level, 1 - level
+        test = statistics.paired_difference(constant, documents.values, **about)
     elif score.stderr is not None:
         test = statistics.unpaired_difference(score.value - level, score.stderr)
     else:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
+#: What is said instead of a share where the base is not shown to be above its floor.
+NO_LOSS = "cannot show a loss"
 #: Ends of an interval are looked for no farther than this from the share.
 _FARTHEST = 1e3
 

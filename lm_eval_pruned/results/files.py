@@ -9,7 +9,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval_pruned.results.settings import settings_of
+from lm_eval_pruned.results.settings import listed, settings_of
 
 
 if TYPE_CHECKING:
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
 _SECTIONS = (
-    *("results", "config", "group_subtasks", "higher_is_better", "n-samples", "n-shot"),
-    *("stopping", "task_hashes", "versions"),
+    *("results", "config", "configs", "group_subtasks", "higher_is_better"),
+    *("n-samples", "n-shot", "stopping", "task_hashes", "versions"),
 )
 #: Version of the block ``stopping`` of a results file.
 STOPPING_SCHEMA = 3
+#: The key of a task's metadata that names the metric which decides.
+PRIMARY = "primary_metric"
+#: What the configuration of a run has whose answers were scored after other questions.
+MISMATCHED = "mismatched_questions"
 #: Model types that know nothing.
 _FLOORS = ("constant", "echo")
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
@@ -135,6 +139,8 @@ class Run:
         settings: How each task was evaluated; see `settings.settings_of`.
         notes: What was left out of what `path` holds, one sentence each.
         stopping: How a comparison was ended before or with the last document, by task.
+        metadata: What the YAML file of each task declares under ``metadata``, such as
+            ``primary_metric`` and ``floors``; of a group what all its tasks declare alike.
     """
 
     name: str
@@ -148,6 +154,7 @@ class Run:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     stopping: Mapping[str, Stopping] = field(default_factory=dict)
+    metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def pruning(self) -> Mapping[str, Any]:
@@ -174,7 +181,7 @@ class Run:
     @property
     def is_floor(self) -> bool:
         """Whether the model knew nothing, or not the question: its score is a floor of the task."""
-        blind = self.config.get("mismatched_questions")
+        blind = self.config.get(MISMATCHED)
         return bool(blind) or self.config.get("model") in _FLOORS
 
     @property
@@ -260,6 +267,8 @@ def read_results_file(file: Path) -> Run:
     run = Run(*found, energy if config.get("energy") else {})
     record, stopped = data["stopping"], {}
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
+    metadata = {task: _metadata(data, run.leaves(task)) for task in run.tasks()}
+    _check_metadata(run, metadata)
     if record:
         if record.pop("schema_version", None) != STOPPING_SCHEMA:
             raise ResultsError(
@@ -267,7 +276,40 @@ def read_results_file(file: Path) -> Run:
             )
         stopping = Stopping(**record)
         stopped = dict.fromkeys(run.members(stopping.task), stopping)
-    return replace(run, settings=settings, stopping=stopped)
+    return replace(run, settings=settings, stopping=stopped, metadata=metadata)
+
+
+def _metadata(data: Mapping[str, Any], leaves: Sequence[str]) -> dict[str, Any]:
+    configs = [as_mapping(data["configs"].get(leaf)) for leaf in leaves]
+    first, *others = (as_mapping(config.get("metadata")) for config in configs)
+    # A group has no section of its own.
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in other and other[key] == value for other in others)
+    }
+
+
+def _check_metadata(run: Run, metadata: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ResultsError where a task declares something of a metric that it does not report."""
+    for task, declared in metadata.items():
+        if run.subtasks.get(task):
+            continue
+        metrics = [metric.partition(",")[0] for of, metric in run.scores if of == task]
+        names, primary = listed([*dict.fromkeys(metrics)]), declared.get(PRIMARY)
+        if primary not in (None, *metrics):
+            raise ResultsError(
+                f"{task} declares {PRIMARY}: {primary}, which it does not report: name one of {names}."
+            )
+        for metric, floor in as_mapping(declared.get("floors")).items():
+            if metric not in metrics:
+                raise ResultsError(
+                    f"{task} declares a floor of {metric}, which it does not report: name one of {names}."
+                )
+            if finite_or_none(floor) is None:
+                raise ResultsError(
+                    f"{task} declares the floor {floor!r} of {metric}: pass a number."
+                )
 
 
 def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:

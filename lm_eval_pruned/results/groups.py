@@ -6,6 +6,8 @@ import math
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from lm_eval_pruned.results.files import PRIMARY
+
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -117,16 +119,23 @@ def primary_metrics(
 ) -> list[tuple[str, str]]:
     """Return one (task, metric) for each task that all runs have, or members of groups too.
 
-    The metric is ``acc_norm`` where there is one, as the study reports it, else the
-    first that the task lists and that is a finite number in all runs.
+    The metric is the one that the task declares in its metadata, else ``acc_norm``, as the study
+    reports it, else the first that the task lists; of those that are finite in all runs.
     """
     known: dict[str, list[str]] = {}
     for key in runs[0].scores:
         scores = [run.scores.get(key) for run in runs]
         if all(score and math.isfinite(score.value) for score in scores):
             known.setdefault(key[0], []).append(key[1])
+
+    def rank(task: str, metric: str) -> int:
+        name = metric.partition(",")[0]
+        return [runs[0].metadata.get(task, {}).get(PRIMARY), "acc_norm", name].index(
+            name
+        )
+
     return [
-        (task, min(known[task], key=lambda metric: not metric.startswith("acc_norm,")))
+        (task, min(known[task], key=lambda metric: rank(task, metric)))
         for task in runs[0].tasks(subtasks=subtasks)
         if task in known
     ]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from huggingface_hub import EvalResultEntry
 
+    Kept = Mapping[tuple[str, str], str | None]
+
 #: Where the scores lie in a repository: those of an export, and those of a verdict.
 EVAL_RESULTS = ".eval_results/lm_eval.yaml"
 _OF_VERDICT = ".eval_results/verdict.yaml"
@@ -35,10 +37,12 @@ def check_repository(repository: str) -> None:
     HfApi().auth_check(repository, write=True)
 
 
-def push_verdict(repository: str, section: str, results: Path, folder: Path) -> str:
+def push_verdict(
+    repository: str, section: str, results: Path, folder: Path, kept: Kept
+) -> str:
     """Write a section into a repository's card, in place of an earlier one, and scores beside it.
 
-    What is pushed is written to `folder`. Returns a sentence on what was pushed.
+    `kept` is as `eval_results` takes it. What is pushed is written to `folder`. Returns a sentence on what was pushed.
     """
     from huggingface_hub import HfApi
 
@@ -53,7 +57,7 @@ def push_verdict(repository: str, section: str, results: Path, folder: Path) -> 
     text = f"{before}{_BEGIN}\n\n{section}\n{_END}{after}"
     write_atomically(folder / "README.md", text)
     try:
-        write_atomically(folder / _OF_VERDICT, eval_results(results))
+        write_atomically(folder / _OF_VERDICT, eval_results(results, kept))
         said = f"and scores ({_OF_VERDICT})"
     except ResultsError as error:
         (folder / _OF_VERDICT).unlink(missing_ok=True)
@@ -63,8 +67,12 @@ def push_verdict(repository: str, section: str, results: Path, folder: Path) -> 
     return f"{repository} has the verdict in its README.md, {said}"
 
 
-def eval_results(path: str | Path, pruning: Mapping[str, Any] | None = None) -> str:
+def eval_results(
+    path: str | Path, kept: Kept, pruning: Mapping[str, Any] | None = None
+) -> str:
     """Return the scores of a results file, or of a folder of them, as the Hub reads them.
+
+    `kept` says of scores, by task and metric, what they keep of those of the unpruned model.
 
     Raises:
         ResultsError: They are of other neurons than the record `pruning` says, if it is given, or of
@@ -84,7 +92,7 @@ def eval_results(path: str | Path, pruning: Mapping[str, Any] | None = None) -> 
                 f"repair and its text: {one}) than the exported one ({other}): pass results of "
                 "pruned-hf with the same arguments."
             )
-        entries = {**dict(_entries(content)), **entries}
+        entries = {**dict(_entries(content, kept)), **entries}
     if not entries:
         raise ResultsError(
             f"results={path} has no score over all documents of a data set on the Hub: evaluate a "
@@ -94,7 +102,9 @@ def eval_results(path: str | Path, pruning: Mapping[str, Any] | None = None) -> 
     return yaml.safe_dump(listed, sort_keys=False, allow_unicode=True)
 
 
-def _entries(content: dict[str, Any]) -> Iterator[tuple[str, EvalResultEntry]]:
+def _entries(
+    content: dict[str, Any], kept: Kept
+) -> Iterator[tuple[str, EvalResultEntry]]:
     from huggingface_hub import EvalResultEntry
 
     day = time.strftime("%Y-%m-%d", time.gmtime(content["date"]))
@@ -113,5 +123,7 @@ def _entries(content: dict[str, Any]) -> Iterator[tuple[str, EvalResultEntry]]:
                 "task_id": asked.get("dataset_name") or "default",
             }
             said = f"{task}: {metric}, {shots}-shot, {documents} documents"
+            if share := kept.get((task, metric)):
+                said += f"; kept of the score above the floor: {share}"
             of |= {"date": day, "notes": f"lm-evaluation-harness, {said}"}
             yield task, EvalResultEntry(value=value, **of)

@@ -300,10 +300,13 @@ def _model(run: Run) -> list[Any]:
 
 def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
     """Join results of one model, the oldest first; of each task the last counts."""
-    by_task = ("versions", "subtasks", "samples", "energy", "settings", "stopping")
+    by_task = (
+        *("scores", "versions", "subtasks", "samples", "energy", "settings"),
+        *("stopping", "metadata"),
+    )
     joined: dict[str, Any] = {
         each: {k: v for part in parts for k, v in getattr(part, each).items()}
-        for each in ("scores", *by_task)
+        for each in by_task
     }
     return replace(parts[-1], name=name, path=path, **joined)
 

@@ -119,7 +119,7 @@ def _figures(name: str, found: Findings) -> Section:
     members = [found.base, *found.cuts]
     points = points_of(members, found.base, found.comparison, floors)
     plots, notes = [], []
-    for measure in ("relative", "above_chance"):
+    for measure in ("relative", "kept"):
         drawn, (_, title, _, said) = (
             points[points["measure"] == measure],
             MEASURES[measure],

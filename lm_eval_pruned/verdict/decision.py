@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.comparison import Difference, compare
+from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.compare.power import power_of
 from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.gate.baseline import Baseline, Rule
@@ -32,8 +33,6 @@ ANSWERS = ("ship", "do not ship", "not decided")
 CLAIM = "not_worse"
 #: Metrics that say which way a model is biased, whose tasks may list others first.
 BIAS = ("bias", "pct_stereotype")
-#: What is said of a score within its margin where the base shows no more than a model that knows nothing.
-NO_LOSS = "cannot show a loss"
 _WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison_table import interval_text, number_text
+from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Cell, Section, Table, as_files, as_markdown
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.runs import results_files
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
-from lm_eval_pruned.verdict.decision import ANSWERS, NO_LOSS, seconds_per_document
+from lm_eval_pruned.verdict.decision import ANSWERS, seconds_per_document
 
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 SHOWN = 20
 #: Tasks on bias, by parts of their names.
 ON_BIAS = ("bias", "bbq", "crows", "winogender")
-_COLUMNS = ["task", "metric", "verdict", "base", "candidate", "floor", "difference"]
-_COLUMNS += ["90% interval", "margin", "documents"]
+_COLUMNS = ["task", "metric", "verdict", "base", "candidate", "floor", "kept"]
+_COLUMNS += ["difference", "90% interval", "margin", "documents"]
 _HOW_TO_READ = (
-    "The floor is the score without knowledge. The difference is candidate minus base; a score is "
+    "The floor is the score without knowledge, and kept the share of what the base has above it, with "
+    "its 90 % interval. The difference is candidate minus base; a score is "
     "not worse if its 90 % interval lies above the margin, and equivalent if it lies within the margin "
     "on both sides."
 )
@@ -131,7 +133,16 @@ def _answer_section(verdict: Verdict) -> Section:
         for each in verdict.judged
         if each.word == word
     ]
-    return Section(ANSWERS[verdict.code].capitalize(), [head], notes=notes)
+    known = ((_name(each), kept_text(each)) for each in verdict.judged)
+    kept = [f"{name} {text}" for name, text in known if text != "-"]
+    said = f"Kept of what the base scores above the floor: {'; '.join(kept)}."
+    paragraphs = [head, *[said] * bool(kept)]
+    return Section(ANSWERS[verdict.code].capitalize(), paragraphs, notes=notes)
+
+
+def kept_text(judged: Judged) -> str:
+    """Return the share of what the base has above the floor that the candidate keeps, or a dash."""
+    return (judged.row.floor and judged.row.floor.kept_text) or "-"
 
 
 def _scores_section(
@@ -149,6 +160,7 @@ def _scores_section(
                 row.metric.removesuffix(",none"),
                 Cell(word, each.word),
                 *(number_text(score, ".4f") for score in scores),
+                kept_text(each),
                 f"{row.difference:+.4f}",
                 interval_text(row.low, row.high, 4),
                 each.margin,

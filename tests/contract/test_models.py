@@ -27,7 +27,7 @@ from tests.helpers.checkpoints import (
     tiny_model,
 )
 from tests.helpers.made_tasks import write_made_tasks
-from tests.helpers.results_files import write_run
+from tests.helpers.results_files import answered, pruning, write_run, write_sweep
 
 
 def prune(source, output, *words):
@@ -345,3 +345,31 @@ def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
     assert (entry.dataset_id, entry.task_id) == ("Idavidrein/gpqa", "gpqa_diamond")
     assert entry.value == 0.5
     assert entry.notes == ("lm-evaluation-harness, gpqa: acc,none, 0-shot, 4 documents")
+
+
+def test_scores_of_a_sweep_are_exported_with_the_share_that_is_kept(
+    tiny_llama, tmp_path
+):
+    digest = load_pruned(str(tiny_llama), prune_percent=50).prune_record.digest
+    rights = [n % 2 for n in range(200)]
+    picks = [r if n < 140 else 1 - r for n, r in enumerate(rights)]
+    runs = {
+        "baseline": (0, {"gpqa": answered(rights, rights)}),
+        "half": (
+            pruning(50) | {"kept_digest": digest},
+            {"gpqa": answered(picks, rights)},
+        ),
+    }
+    half = write_sweep(tmp_path / "sweep", runs) / "units" / "half"
+    (file,) = half.rglob("results_*.json")
+    results = json.loads(file.read_text())
+    of = {"dataset_path": "Idavidrein/gpqa", "metric_list": [{"metric": "acc"}]}
+    file.write_text(json.dumps(results | {"configs": {"gpqa": of}}))
+    words = "--prune_percent", 50, "--recipe", "study", "--results", half
+    assert prune(tiny_llama, tmp_path / "out", *words).code == 0
+    text = (tmp_path / "out" / ".eval_results" / "lm_eval.yaml").read_text()
+    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
+    assert re.search(
+        r"200 documents; kept of the score above the floor: 40 % \[\d\d, \d\d\]$",
+        entry.notes,
+    )

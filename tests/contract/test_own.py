@@ -12,7 +12,7 @@ from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from tests.contract.commands import pruned
 from tests.helpers import by_hand, evaluations
 from tests.helpers.checkpoints import ROOT
-from tests.helpers.results_files import write_run
+from tests.helpers.results_files import write_run, write_sweep
 
 
 PAGE = (ROOT / "docs" / "own.md").read_text("utf-8")
@@ -182,3 +182,91 @@ def test_the_first_metric_counts_or_acc_norm(first, second, counted, tmp_path):
     assert dict(rows) == dict.fromkeys((first, second), "restated") | {
         counted: "better"
     }
+
+
+def declaring(folder, values, **metadata):
+    """Write results of a task of `values` by run, whose YAML file has `metadata`."""
+    paths = []
+    for name, of_run in values.items():
+        metrics = {"acc,none": [0.5, 0.25] * 30, "gain,none": of_run}
+        configs = {"task": {"metadata": metadata}}
+        file = write_run(folder / name, {"task": metrics}, configs=configs)
+        paths.append(file.parent)
+    return paths
+
+
+GAINS = {"base": [3.0, 5.0] * 30, "half": [1.5, 2.5] * 30}
+
+
+def test_the_metric_that_metadata_names_counts_and_its_floor_is_exact(tmp_path):
+    paths = declaring(tmp_path, GAINS, primary_metric="gain", floors={"gain": 0})
+    rows = json.loads(pruned("compare", *paths, "--format", "json").out)["rows"]
+    by_metric = {row["metric"]: row for row in rows}
+    assert by_metric["acc,none"]["verdict"] == "restated"
+    assert by_metric["gain,none"]["verdict"] == "worse"
+    floor = by_metric["gain,none"]["floor"]
+    assert (floor["floor"], floor["floor_name"]) == (0, "exact")
+    assert floor["base_above_floor"] and floor["kept"]["share"] == pytest.approx(0.5)
+    undeclared = declaring(tmp_path / "undeclared", GAINS)
+    rows = json.loads(pruned("compare", *undeclared, "--format", "json").out)["rows"]
+    assert [row["floor"] for row in rows] == [None, None]
+    assert [row["primary"] for row in rows] == [True, False]
+
+
+@pytest.mark.parametrize("constant", [0.5, -0.5])
+def test_a_base_below_an_exact_floor_has_nothing_to_keep(constant, tmp_path):
+    values = {"base": [constant - 0.4, constant + 0.3] * 30, "half": [0.1, 0.2] * 30}
+    floors = {"gain": constant}
+    paths = declaring(tmp_path, values, primary_metric="gain", floors=floors)
+    done = pruned("compare", *paths)
+    assert "cannot show a loss" in done.out + done.err
+
+
+def test_the_report_shows_what_is_kept_at_each_value_of_the_field_that_is_the_level(
+    tmp_path,
+):
+    pytest.importorskip("altair", reason="figures need the extra `report`")
+    # The easy questions lose nothing, the hard ones half.
+    docs = {n: {"question": n, "grade": ["easy", "hard"][n % 2]} for n in range(60)}
+    values = {"p0": [3.0, 5.0, 4.0, 6.0] * 15, "p20": [3.0, 2.5, 4.0, 3.0] * 15}
+    runs = {
+        name: (size, {"task": {"gain,none": {"values": values[name], "docs": docs}}})
+        for name, size in (("p0", 0), ("p20", 20))
+    }
+    folder = write_sweep(tmp_path, runs)
+    metadata = {"primary_metric": "gain", "floors": {"gain": 0}, "level": "grade"}
+    for file in folder.rglob("results_*.json"):
+        of = json.loads(file.read_text())
+        of["configs"] = {"task": {"metadata": metadata}}
+        file.write_text(json.dumps(of))
+    done = pruned("report", folder)
+    assert done.code == 0, done.err
+    page = (folder / "report" / "report.md").read_text("utf-8")
+    table = page.partition("## Kept by level")[2].partition("\n## ")[0]
+    rows = [
+        line.strip("|").split("|") for line in table.splitlines() if line[:1] == "|"
+    ]
+    kept = {row[1]: row[-1] for row in rows[2:]}
+    assert kept["easy"].startswith("100 % [") and kept["hard"].startswith("50 % [")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [
+        (
+            {"primary_metric": "gian"},
+            "task declares primary_metric: gian, which it does not report: name one of acc, gain.",
+        ),
+        (
+            {"floors": {"gian": 0}},
+            "task declares a floor of gian, which it does not report: name one of acc, gain.",
+        ),
+        (
+            {"floors": {"gain": "low"}},
+            "task declares the floor 'low' of gain: pass a number.",
+        ),
+    ],
+)
+def test_a_declaration_that_fits_no_metric_is_refused(metadata, sentence, tmp_path):
+    done = pruned("compare", *declaring(tmp_path, GAINS, **metadata))
+    assert done.sentence.endswith(sentence)

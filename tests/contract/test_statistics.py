@@ -131,14 +131,19 @@ def test_kept_is_100_percent_for_all_of_it_and_0_percent_for_the_floor(
     compared, base, run, kept
 ):
     floor = compared(right(base), right(run))["boolq"]["floor"]
-    assert floor["kept"] == pytest.approx(kept)
-    assert floor["kept_low"] <= floor["kept"] <= floor["kept_high"]
-    assert floor["kept_high"] - floor["kept_low"] < 0.5
+    found = floor["kept"]
+    assert found["share"] == pytest.approx(kept)
+    assert found["low"] <= found["share"] <= found["high"] < found["low"] + 0.5
 
 
-def test_where_the_unpruned_model_is_at_its_floor_there_is_nothing_to_keep(compared):
+def test_where_the_unpruned_model_is_at_its_floor_the_task_cannot_show_a_loss(
+    compared, tmp_path
+):
     floor = compared(right(0.52), right(0.5))["boolq"]["floor"]
     assert (floor["base_above_floor"], floor["kept"]) == (False, None)
+    table = pruned("compare", tmp_path / "base", tmp_path / "run").out
+    (row,) = (line for line in table.splitlines() if "not shown (at floor)" in line)
+    assert "|cannot show a loss|" in row.replace("  ", "")
 
 
 def test_results_after_other_questions_are_a_floor_whatever_else_is_compared(tmp_path):
@@ -152,4 +157,4 @@ def test_results_after_other_questions_are_a_floor_whatever_else_is_compared(tmp
     (row,) = json.loads(done.out)["rows"]
     assert (row["run"], row["floor"]["floor_name"]) == ("run", "blind")
     assert row["floor"]["floor"] == pytest.approx(0.7)
-    assert row["floor"]["kept"] == pytest.approx(0.5)
+    assert row["floor"]["kept"]["share"] == pytest.approx(0.5)

@@ -327,3 +327,44 @@ def test_what_cannot_be_swept_is_refused(words, said, tiny_llama, sweep_of, tmp_
     given = [word.format(tiny_llama) for word in words]
     assert said in sweep_of(tiny_llama, tmp_path / "sweep", *given).sentence
     assert not (tmp_path / "sweep").exists()
+
+
+def test_with_mismatched_questions_the_unpruned_model_is_a_floor_too_and_the_highest_counts(
+    tiny_llama, sweep_of, made, tmp_path
+):
+    # The last --floors counts. The task of free answers has no such floor.
+    words = "--floors", "mismatched_questions", "--limit", 4
+    for task in ("tiny_choice", "tiny_sentence"):
+        done = sweep_of(tiny_llama, tmp_path, *words, task=task)
+        assert done.code == 0, done.err
+    name = "floor-mismatched-questions"
+    units = tmp_path / "units" / name
+    assert [each.name for each in units.iterdir()] == ["tiny_choice"]
+    results = results_in(units / "tiny_choice")
+    given = f"pretrained={tiny_llama},dtype=float32,mismatched_questions=true"
+    words = "--tasks", "tiny_choice", "--include_path", made, "--device", "cpu"
+    out = "--output_path", tmp_path / "stock"
+    assert (
+        lm_eval("run", "--model", "pruned-hf", "--model_args", given, *words, *out).code
+        == 0
+    )
+    stock = results_in(tmp_path / "stock")
+    assert results["results"]["tiny_choice"] == stock["results"]["tiny_choice"]
+    assert results["config"]["mismatched_questions"] is True
+    tasks, _ = compared(tmp_path)
+    assert not any(run.startswith("floor-") for run in tasks)
+    scores = {
+        file.parts[-3]: json.loads(file.read_text())["results"]["tiny_choice"][
+            "acc,none"
+        ]
+        for file in tmp_path.glob("units/floor-*/tiny_choice/results_*.json")
+    }
+    assert len(scores) == 5 and name in scores
+    rows = json.loads(pruned("compare", tmp_path, "--format", "json").out)["rows"]
+    (row,) = (row for row in rows if row["task"] == "tiny_choice")
+    assert row["floor"]["floor"] >= max(scores.values())
+
+
+def test_a_floor_that_is_no_word_of_the_page_is_refused(tiny_llama, sweep_of, tmp_path):
+    done = sweep_of(tiny_llama, tmp_path, "--floors", "mismatched")
+    assert "true, false or mismatched_questions" in done.sentence

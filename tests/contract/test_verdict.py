@@ -157,6 +157,17 @@ def test_where_the_base_is_at_its_floor_no_score_ships(verdict):
     assert verdict(both, lost).code == 1
 
 
+def test_the_first_lines_and_the_table_say_which_share_is_kept(verdict):
+    base = {"boolq": right(0.9), "piqa": right(0.51)}
+    done = verdict(base, {"boolq": right(0.7), "piqa": right(0.51)})
+    kept = {task: row["kept"] for task, row in rows_of(done).items()}
+    assert kept["boolq"].startswith("50 % [4") and kept["boolq"].endswith("]")
+    assert kept["piqa"] == "cannot show a loss"
+    first = done.out.partition("## Scores")[0]
+    said = f"boolq acc {kept['boolq']}; piqa acc cannot show a loss."
+    assert f"Kept of what the base scores above the floor: {said}" in first
+
+
 @pytest.mark.parametrize("model", ["echo", "constant"])
 def test_a_model_that_knows_nothing_is_no_candidate(verdict, model):
     done = verdict(

@@ -131,11 +131,11 @@ def test_scores_for_the_hub_are_those_that_count_in_their_sweep(tmp_path):
         file.write_text(
             json.dumps(json.loads(file.read_text()) | {"configs": {name: of}})
         )
-    assert "org/old" in eval_results(candidate)
+    assert "org/old" in eval_results(candidate, {})
     record = candidate / "old" / "unit.json"
     record.write_text(record.read_text().replace('"0"', '"1"'))
-    assert "org/old" not in eval_results(candidate)
-    assert "org/new" in eval_results(candidate)
+    assert "org/old" not in eval_results(candidate, {})
+    assert "org/new" in eval_results(candidate, {})
 
 
 def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):

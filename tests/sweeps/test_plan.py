@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, Unit, Waiting
+from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, Unit
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.tasks import fingerprint
+from lm_eval_pruned.sweeps.waiting import Waiting
 from tests.helpers.sweeping import change
 
 

@@ -139,6 +139,7 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     assert "no score over all documents of a data set on the Hub" in said
     assert not (hub / ".eval_results").exists()
     of = {"dataset_path": "google/boolq", "metric_list": [{"metric": "acc"}]}
+    of |= {"metadata": {"floors": {"acc": 0.5}}}
     answer(*given, "me/small", "--margin", "1pt", configs={"boolq": of})
     card = (hub / "README.md").read_text()
     # A second verdict takes the place of the first, and the rest is the author's.
@@ -150,6 +151,7 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
         yaml.safe_load((hub / ".eval_results" / "verdict.yaml").read_text())
     )
     assert (entry.dataset_id, entry.value) == ("google/boolq", 0.8)
+    assert "; kept of the score above the floor: 100 % [" in entry.notes
     assert answer(*given, "me/wrong") == (2, "")
 
 
