@@ -14,41 +14,14 @@ from tests.helpers.sweeping import (
     errors_of,
     files_of,
     results_of,
-    write_tasks,
 )
 from tests.sweeps.conftest import quick  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
 def tiny2(tmp_path_factory):
     """Another model of the same shape."""
     return save_tiny(tmp_path_factory.mktemp("tiny2"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def sweep_of(made):
-    """Return the command of a sweep of 20 % on one task of four documents."""
-
-    def sweep_of(model, folder, *words, task="tiny_choice", size=20, dtype="float32"):
-        given = ["--model_args", f"pretrained={model}", f"dtype={dtype}"]
-        given += ["--prune_percents", size, "--tasks", task, "--include_path", made]
-        given += ["--output_path", folder, "--device", "cpu", "--floors", "no"]
-        return pruned("sweep", *given, *words)
-
-    return sweep_of
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_llama, sweep_of, tmp_path_factory):
-    """The folder of a finished sweep of `tiny_llama`."""
-    folder = tmp_path_factory.mktemp("finished") / "sweep"
-    assert sweep_of(tiny_llama, folder).code == 0
-    return folder
 
 
 @pytest.fixture
@@ -314,8 +287,15 @@ def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_cha
     [
         (("--ratios", "4"), "ratio=4 is above the model's own expansion ratio 88/32"),
         (("--model_args", "pretrained={}", "ratio=2"), "use --ratios"),
+        (("--ratios", "many"), "ratio=many"),
         (("--seeds", "1"), "only the criterion random"),
+        (("--criteria", "random", "--seeds", "-1"), "seed=-1"),
+        (("--model", "hf"), "model=hf"),
+        (("--seed", "one"), "'one'"),
+        (("--include_path", "/no/such/folder"), "not a folder"),
         (("--tasks", "no_such_task"), "no_such_task"),
+        (("--tasks", "tiny_both", "tiny_sentence"), "requested twice"),
+        (("--fewshot_as_multiturn", "yes"), "apply_chat_template"),
         (("--shard", "2/2"), "I from 0 to N-1"),
         (("--shard", "next", "--ray"), "leave out --ray"),
         (("--stop_when", "decided", "--ray"), "leave out --ray"),
