@@ -1,4 +1,4 @@
-"""Sweeps of tiny models over tasks of four documents, for the pages that run some."""
+"""Sweeps of tiny models over tasks of four documents, and engines, for the pages that run some."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import pytest
 
 from tests.contract.commands import pruned
 from tests.helpers.sweeping import write_tasks
+from tests.model_wrappers.conftest import (  # noqa: F401
+    engines,
+    in_this_process,
+    llama,
+    two_processes,
+)
 
 
 @pytest.fixture(scope="module")

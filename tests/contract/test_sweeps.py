@@ -209,22 +209,26 @@ def test_a_dry_run_shows_widths_parameters_and_what_is_left(
     assert "2 done" in sweep_of(tiny_llama, finished, "--dry_run").out
 
 
+@pytest.mark.parametrize("task", ["tiny_choice", "tiny_sentence"])
 def test_the_results_of_a_unit_are_those_of_lm_eval(
-    finished, tiny_llama, made, tmp_path
+    task, tiny_llama, sweep_of, made, tmp_path
 ):
+    """Sampled answers, too, for which seeds are set again in each unit."""
+    folder, out = tmp_path / "sweep", tmp_path / "out"
+    assert sweep_of(tiny_llama, folder, task=task).code == 0
     model = f"pretrained={tiny_llama},dtype=float32,prune_percent=20"
-    words = ["--model", "pruned-hf", "--model_args", model, "--tasks", "tiny_choice"]
+    words = ["--model", "pruned-hf", "--model_args", model, "--tasks", task]
     words += ["--include_path", made, "--device", "cpu", "--log_samples"]
-    assert lm_eval("run", *words, "--output_path", tmp_path).code == 0
-    expected = results_in(tmp_path)
-    found = results_in(finished / "units" / "prune_percent-20" / "tiny_choice")
+    assert lm_eval("run", *words, "--output_path", out).code == 0
+    expected = results_in(out)
+    found = results_in(folder / "units" / "prune_percent-20" / task)
     for results in (expected, found):
         for name in ("date", "start_time", "end_time", "total_evaluation_time_seconds"):
             results.pop(name, None)
     assert found["config"].pop("weight_bytes") > 0
     assert found == expected
-    (samples,) = tmp_path.rglob("samples_*.jsonl")
-    (ours,) = results_of(finished)["prune_percent-20/tiny_choice"]["samples"].values()
+    (samples,) = out.rglob("samples_*.jsonl")
+    (ours,) = results_of(folder)[f"prune_percent-20/{task}"]["samples"].values()
     assert ours == [json.loads(line) for line in samples.read_text().splitlines()]
 
 
@@ -252,6 +256,8 @@ def test_what_changed_is_named_and_evaluated_again_and_the_earlier_results_move(
     assert "2 finished units" in done.out and "(settings)" in done.out
     moved = folder.glob("superseded/*/tiny_choice/*/results_*")
     assert sorted(path.name for path in moved) == before
+    again = results_in(folder / "units" / "baseline" / "tiny_choice")
+    assert again["n-samples"]["tiny_choice"]["effective"] == 2
 
 
 @pytest.mark.slow
@@ -274,12 +280,14 @@ def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_cha
             is_error = names == ("error.json", "unit.json")
             assert is_error == unit.endswith("tiny_choice")
     error = errors_of(folder)["baseline/tiny_choice"]
+    assert {*error} == {"type", "message", "traceback"}
     assert error["type"] == "ConnectionError"
     assert error["message"] == "the data set cannot be had"
     assert "cannot_be_had" in error["traceback"]
     words = ("--include_path", made, "--tasks", "tiny_choice", "tiny_sentence")
     assert sweep_of(tiny_llama, folder, *words).code == 0
     assert not errors_of(folder)
+    assert not (folder / "superseded").exists()
 
 
 @pytest.mark.parametrize(
