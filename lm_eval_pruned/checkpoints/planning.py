@@ -42,7 +42,7 @@ _BIASES: dict[str, tuple[str | bool, ...]] = {
     "qwen2": (True, "", ""),
 }
 #: Keys with which a model of these types is another.
-_UNREAD = {"auto_map", "block_configs", "per_layer_config"}
+_UNREAD = {"auto_map", "block_configs", "layer_types", "per_layer_config"}
 _BYTES = {None: 4, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -227,8 +227,8 @@ class _Dense:
             text = Path(pretrained, "config.json").read_text("utf-8")
             config = defaultdict(lambda: None, json.loads(text))
             kind, dtype = config["model_type"], config["dtype"] or config["torch_dtype"]
-            # transformers writes the kind of each layer also where all are alike.
-            kinds = config.pop("layer_types", None) or []
+            # transformers writes the kind of each layer of Qwen2, also where all are alike.
+            kinds = (kind == "qwen2" and config.pop("layer_types", None)) or []
             known = kind in _BIASES and dtype in _BYTES and not config.keys() & _UNREAD
             known &= kinds == ["full_attention"] * len(kinds)
         except (OSError, ValueError, TypeError):
