@@ -62,6 +62,9 @@ def test_prune_prints_the_recipe_the_cost_three_continuations_and_the_next_comma
             assert rows[label][rows[""].index("unpruned")].startswith("lift ")
     assert " bytes of weights in 1 file" in done.out
     assert f"lm-eval-pruned verdict pruned-hf,pretrained={folder} " in done.out
+    card = (tmp_path / "README.md").read_text("utf-8")
+    for said in ("loss, nats per token", "random cut", '"repair": "least_squares"'):
+        assert said in card
     # An ordinary checkpoint, which transformers opens, and the same model without writing it.
     expected = load_pruned(
         str(folder), prune_percent=40, recipe="best", calibration=text

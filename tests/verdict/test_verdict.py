@@ -155,50 +155,6 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     assert answer(*given, "me/wrong") == (2, "")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("nothing", "hf"), "neither a path of results nor a model"),
-        (("hf,pretrained", "hf"), "The base hf,pretrained is 'pretrained'"),
-        (("{tiny}", "{pruned},ratio=2,prune_percent=3"), "ratio=2 and prune_percent=3"),
-        (("{tiny}", "{tiny}", "--margin", "x"), "margin=x is not a margin"),
-        (("{old}", "{old}", "--margin", "arc=1pt"), "arc=1pt names no task or metric"),
-        (("{old}", "{other}"), "no task in common"),
-        (("{old}", "{old}", "--margin", "5"), "of boolq acc,"),
-        (("{tiny}", "{tiny}", "--margin", "5"), "did you mean 5pt?"),
-        (("{tiny}", "{old}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
-        (("{old}", "{tiny}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
-        (
-            ("hf,pretrained=./nosuch", "{tiny}"),
-            "pretrained=./nosuch was not found: no folder here has that name, and no model on",
-        ),
-        (
-            ("{tiny}", "{tiny}lish"),
-            "The candidate {tiny}lish cannot be used: pretrained=",
-        ),
-        (("{tiny}", "{pruned},prune_percent=130"), "prune_percent=130"),
-        (("{tiny}", "{pruned},prune_precent=3"), "did you mean prune_percent?"),
-        (("{tiny}", "{tiny},prune_percent=3"), "only pruned-hf and pruned-vllm prune"),
-        (("{tiny}", "{tiny},peft={old}"), "where adapter_config.json cannot be found"),
-    ],
-)
-def test_refusals_are_one_sentence_before_anything_is_evaluated(
-    words, message, tiny_llama, tmp_path, capsys
-):
-    write_run(tmp_path / "old", {"boolq": {"acc,none": right(0.5)}})
-    write_run(tmp_path / "other", {"piqa": {"acc,none": right(0.5)}})
-    places = {name: str(tmp_path / name) for name in ("old", "other")}
-    places |= {"tiny": f"hf,pretrained={tiny_llama}"}
-    places |= {"pruned": f"pruned-{places['tiny']}"}
-    given = [word.format(**places) for word in words]
-    made = write_tasks(tmp_path / "tasks")
-    given += ["--tasks", "tiny_choice", "--include_path", str(made)]
-    assert cli.main(["verdict", *given, "--output_path", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert message.format(**places) in said and said.count("\n") == 1
-    assert not [*tmp_path.rglob("unit.json")]
-
-
 def test_a_candidate_that_cannot_be_loaded_ends_in_its_reason(
     tiny_llama, tmp_path, capfd, caplog
 ):
