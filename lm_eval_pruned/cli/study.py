@@ -1,11 +1,13 @@
 """The study of arXiv 2512.22671 for any model: its sizes and tasks, floors, random cuts with seeds,
-energy and latency. The result is one page: does the dichotomy hold for this model? If interrupted, the
-same command continues where it stopped. Needs the extra `report`.
+energy and latency. The result is one page: does the dichotomy hold for this model, and what else does
+the paper claim? If interrupted, the same command continues where it stopped. Needs the extra `report`.
 """
 
 from importlib import import_module
 
 from lm_eval_pruned.cli import sweep
+from lm_eval_pruned.cli.compare import UNIT
+from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.util.options import row
 
 
@@ -16,7 +18,14 @@ OPTIONS = (
         "how models are prompted: base without a chat template; instruct with it, at fewer sizes and "
         "tasks (default: according to the tokenizer and the name)", choices=("base", "instruct")),
     row("--quick", "",
-        "few documents, included in this package, three sizes, one seed: about 10 minutes on two cores"),
+        "the tasks that come with this package, all their documents, and two sizes: about 10 minutes on "
+        "two cores"),
+    row("--margin", "MARGIN",
+        f"how far a score may be away from the unpruned model's and is kept: {UNIT} (default: 5%%)",
+        default="5%"),
+    row("--families", "TASK=FAMILY",
+        "what tasks measure that do not declare a family under metadata in their YAML file: knowledge, "
+        "commonsense, language_modeling, truthfulness, instruction_following or reasoning", nargs="+"),
     *sweep.OPTIONS,
 )
 # fmt: on
@@ -31,5 +40,10 @@ def run(arguments) -> int:
     from lm_eval_pruned.cli import main
     from lm_eval_pruned.study.run import run_study
 
-    how |= {"kind": arguments.kind, "quick": arguments.quick}
+    how |= {
+        "kind": arguments.kind,
+        "quick": arguments.quick,
+        "margin": arguments.margin,
+    }
+    how["families"] = read_mapping(arguments.families or {}, "--families")
     return run_study(arguments.models, given, main, **how)

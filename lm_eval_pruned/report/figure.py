@@ -20,9 +20,7 @@ from lm_eval_pruned.report.sections import declared_table
 from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.results.groups import (
     FAMILIES,
-    LEFT,
-    TAKEN,
-    UNKNOWN,
+    SIDES,
     family_of,
     is_control,
     is_perplexity,
@@ -166,7 +164,7 @@ def points_of(
             continue
         unpruned, known = base.scores[key], levels.get(key, Levels())
         share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])
-        family = family_of(key[0])
+        family = family_of(key[0], base.metadata)
         about = {
             "line": key[0],
             "family": family.name,
@@ -205,7 +203,7 @@ def _point(row: Difference) -> dict[str, Any]:
         "low": low,
         "high": high,
         "mark": "not tested" if row.q is None else tested,
-        "filled": row.q is not None and row.verdict != "not shown",
+        "filled": row.verdict in ("better", "worse", "different"),
         **dict(zip(_SHARE, share, strict=True)),
     }
 
@@ -250,7 +248,7 @@ def _kept(points: pd.DataFrame) -> pd.DataFrame:
         "unpruned": np.where(text, 0, 100),
         "chance": np.where(text, math.nan, 0),
         # Knowledge, instructions and truthfulness are lines of one panel.
-        "side": TAKEN,
+        "side": SIDES[0],
     }
     without = dict.fromkeys(("majority", FLOOR), math.nan)
     found = points.assign(measure="kept", **places, **levels, **without)
@@ -258,7 +256,7 @@ def _kept(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
-    """Draw one measure: a panel for what pruning takes, for what it leaves, and for each unit."""
+    """Draw one measure: a panel for each side of the dichotomy, and for each unit."""
     present = set(points["family"])
     families = {each.name: each.label for each in FAMILIES if each.name in present}
     data = points.drop(columns=["before", "after", "falls", "measure", *_SHARE])
@@ -269,7 +267,7 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
     }
     look = line_look(list(hues), hues)
     panels = []
-    data["side"] = pd.Categorical(data["side"], [TAKEN, LEFT, UNKNOWN])
+    data["side"] = pd.Categorical(data["side"], SIDES)
     for (_, unit), every in data.groupby(["side", "unit"], observed=True):
         beside = every["control"] != ""
         rows, random = every[~beside], every[beside]

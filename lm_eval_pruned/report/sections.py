@@ -63,7 +63,9 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     for row in comparison.rows:
         if row.primary and row.run in places:
             series, ratio = places[row.run]
-            sizes = found.setdefault((family_of(row.task).label, series), {})
+            sizes = found.setdefault(
+                (family_of(row.task, runs[0].metadata).label, series), {}
+            )
             sizes.setdefault(ratio, Counter())[row.verdict, row.said] += 1
     if not found:
         return None

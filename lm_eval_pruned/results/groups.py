@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.files import PRIMARY
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from lm_eval_pruned.results.files import Run
 
-#: What width pruning takes away in arXiv 2512.22671, and what it leaves or improves there.
-TAKEN, LEFT, UNKNOWN = "taken", "left", "unknown"
+#: What width pruning takes away in arXiv 2512.22671 (two sides), and what it leaves or improves there.
+KNOWLEDGE, TEXT = "knowledge", "language modelling"
+BEHAVIOUR = "truthfulness and instructions"
+SIDES = (KNOWLEDGE, TEXT, BEHAVIOUR, "unknown")
 
 
 class Family(NamedTuple):
-    """Tasks that measure one thing; the regular expression `tasks` matches their names.
+    """Tasks that measure one thing, on one of the `SIDES`.
 
-    Their group is called ``pruned_`` and then `name`.
+    A task declares the `name` of its family as ``family`` under ``metadata``; of others, the regular
+    expression `tasks` matches the names. Their group is called ``pruned_`` and then `name`.
     """
 
     name: str
@@ -39,21 +43,27 @@ _SHARES = (
 )
 #: In the order of legends; the first whose expression is found counts.
 FAMILIES = (
-    Family("knowledge", "Knowledge", TAKEN, _KNOWLEDGE),
-    Family("commonsense", "Commonsense", TAKEN, _COMMONSENSE),
-    Family("language_modeling", "Language modelling", TAKEN, _LANGUAGE),
-    Family("truthfulness", "Truthfulness", LEFT, "truthful"),
+    Family("knowledge", "Knowledge", KNOWLEDGE, _KNOWLEDGE),
+    Family("commonsense", "Commonsense", KNOWLEDGE, _COMMONSENSE),
+    Family("language_modeling", "Language modelling", TEXT, _LANGUAGE),
+    Family("truthfulness", "Truthfulness", BEHAVIOUR, "truthful"),
     Family(
-        "instruction_following", "Instruction following", LEFT, "ifeval|instruction"
+        "instruction_following",
+        "Instruction following",
+        BEHAVIOUR,
+        "ifeval|instruction",
     ),
-    Family("reasoning", "Multi-step reasoning", LEFT, "musr|(^|_)bbh(_|$)"),
-    Family("other", "The rest", UNKNOWN, ""),
+    Family("reasoning", "Multi-step reasoning", BEHAVIOUR, "musr|(^|_)bbh(_|$)"),
+    Family("other", "The rest", SIDES[-1], ""),
 )
 
 
-def family_of(task: str) -> Family:
-    """Return the family of a task, the last one where its name says nothing."""
-    return next(family for family in FAMILIES if re.search(family.tasks, task))
+def family_of(task: str, metadata: Mapping[str, Mapping[str, Any]]) -> Family:
+    """Return the family that a task declares in the `metadata` of a run, else the one of its name."""
+    declared = metadata.get(task, {}).get("family")
+    named = (family for family in FAMILIES if family.name == declared)
+    by_name = (family for family in FAMILIES if re.search(family.tasks, task))
+    return next(itertools.chain(named, by_name))
 
 
 def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -146,12 +156,16 @@ def is_perplexity(metric: str) -> bool:
     return "perplexity" in metric
 
 
+def is_loss(metric: str) -> bool:
+    """Whether a metric is a loss on text, which has no bound."""
+    return is_perplexity(metric) or "bits_per_byte" in metric
+
+
 def is_share(metric: str, values: Collection[float] = ()) -> bool:
     """Whether a metric is a share of 1, as far as its values tell, and its name where it has none."""
     if not values:
         return re.search(_SHARES, metric) is not None
-    named = is_perplexity(metric) or "bits_per_byte" in metric
-    return not named and all(0 <= value <= 1 for value in values)
+    return not is_loss(metric) and all(0 <= value <= 1 for value in values)
 
 
 def scale_name(task: str, metric: str) -> str:

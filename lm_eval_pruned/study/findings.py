@@ -1,24 +1,28 @@
-"""What a study found: each task against its floor, and the verdict on the dichotomy in sentences."""
+"""What a study found: each task against its floor and by its side, and the verdict in sentences."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
+from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.report.pairs import compared_pairs
-from lm_eval_pruned.results.files import ResultsError, as_mapping
+from lm_eval_pruned.results.files import ResultsError, as_mapping, read_json
 from lm_eval_pruned.results.groups import (
-    LEFT,
-    TAKEN,
-    family_of,
+    BEHAVIOUR,
+    FAMILIES,
+    SIDES,
     is_control,
-    is_perplexity,
+    is_loss,
     primary_metrics,
 )
 from lm_eval_pruned.results.runs import FLOOR
+from lm_eval_pruned.study import sides
+from lm_eval_pruned.study.preset import EQUILIBRIUM, MARGIN
 
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison import Comparison, Difference
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.groups import Family
     from lm_eval_pruned.results.runs import SweepResults
 
 
@@ -36,8 +41,13 @@ class TaskFinding:
 
     task: str
     metric: str
+    family: Family
     floor: Standing | None
     rows: list[Difference]
+
+    def is_of(self, names: Sequence[str]) -> bool:
+        """Return whether the family of the task, or its side, is among `names`."""
+        return self.family.name in names or self.family.side in names
 
     @property
     def level(self) -> str:
@@ -48,26 +58,37 @@ class TaskFinding:
 
     @property
     def can_fall(self) -> bool:
-        """Whether a loss can be seen: an unpruned model at the floor has none to show."""
-        return self.floor is None or self.floor.base_above_floor is not False
+        """Whether a loss can be seen: the unpruned model is shown to be above the floor.
+
+        A loss on text has no floor where no model that knows nothing was evaluated.
+        """
+        if self.floor is None:
+            return is_loss(self.metric)
+        return bool(self.floor.base_above_floor)
 
     @property
-    def falls(self) -> list[Difference]:
-        """Rows that are worse than the unpruned model, if that can be seen."""
-        return [row for row in self.rows if row.verdict == "worse" and self.can_fall]
+    def states(self) -> list[str]:
+        """What each size shows."""
+        return [sides.state_at(row, self.can_fall) for row in self.rows]
 
     @property
-    def rises(self) -> list[Difference]:
-        """Rows that are better than the unpruned model and not at the floor."""
-        return [row for row in self.rows if row.said == "better"]
+    def state(self) -> str:
+        """What all sizes show."""
+        return sides.first_in(sides.OVER_SIZES, self.states)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the task can decide anything: an unpruned model at the floor can only rise."""
+        return self.can_fall or self.state == sides.RISES
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The runs of one model, what of its tasks falls and rises, and the verdicts against chance.
+    """The runs of one model, what of its tasks falls, keeps and rises, and the verdicts against others.
 
-    `asked` are the options of its sweep; `against` has the verdicts of cuts by the criterion against
-    the other cuts of the same size, by their name in `beside` and task.
+    `definition` are the options of its sweep; `against` has the verdicts of `cuts` by the criterion
+    against the other cuts of the same size, by their name in `beside` and task: of several seeds,
+    what is shown against each.
     """
 
     base: Run
@@ -77,165 +98,252 @@ class Findings:
     comparison: Comparison
     against: dict[str, dict[str, set[str]]]
     failed: list[str]
-    asked: Mapping[str, Any]
+    definition: Mapping[str, Any]
+    profile: Mapping[str, Any] = field(default_factory=dict)
 
-    def on(self, side: str) -> list[TaskFinding]:
-        """Return the tasks that the study says are `TAKEN` or `LEFT`."""
-        return [each for each in self.tasks if family_of(each.task).side == side]
+    @property
+    def criterion(self) -> str:
+        """What ranked the neurons of the cuts."""
+        return str(self.cuts[0].pruning.get("criterion"))
+
+    @property
+    def at_equilibrium(self) -> list[str]:
+        """The names of the cuts with an expansion ratio of 2.4."""
+        return [
+            run.name
+            for run in self.cuts
+            if run.pruning["intermediate_size_after"]
+            == math.ceil(EQUILIBRIUM * run.pruning["hidden_size"])
+        ]
+
+    def on(self, *names: str) -> list[TaskFinding]:
+        """Return the tasks that count of sides, or of families."""
+        return [task for task in self.tasks if task.counts and task.is_of(names)]
+
+    def state(self, *names: str) -> str:
+        """Return what the tasks of sides or families show together."""
+        states = {task.state for task in self.on(*names)}
+        return sides.first_in(sides.OVER_TASKS, states)
+
+    def text(self, *names: str) -> str:
+        """Return the tasks of sides or families by what they show."""
+        evaluated = any(task.is_of(names) for task in self.tasks)
+        states = {task.task: task.state for task in self.on(*names)}
+        return sides.side_text(names[0].replace("_", " "), states, evaluated)
 
     @property
     def verdict(self) -> str:
         """Whether what the study says of its models can be said of this one."""
-        taken = [each for each in self.on(TAKEN) if each.can_fall]
-        left = [each for each in self.on(LEFT) if each.can_fall or each.rises]
-        if not taken or not left:
-            return "cannot be decided"
-        drops = [each for each in left if each.falls]
-        if drops == left or not any(each.falls for each in taken):
-            return "does not hold"
-        rises = any(each.rises for each in left)
-        return "holds" if rises and not drops else "holds in part"
+        return sides.verdict_on({side: self.state(side) for side in SIDES[:-1]})
 
 
-def read_findings(sweep: SweepResults, alpha: float = 0.05) -> Findings:
-    """Compare the runs of a study; ResultsError where no unpruned or no pruned model is done."""
-    recipes = {
-        str(each["id"]): as_mapping(each.get("arguments")).get("recipe")
-        for each in sweep.definition["configurations"]
+def read_findings(
+    sweep: SweepResults,
+    alpha: float = 0.05,
+    margin: str = MARGIN,
+    families: Mapping[str, str] | None = None,
+) -> Findings:
+    """Compare the runs of a study.
+
+    Args:
+        sweep: Its results.
+        alpha: Level of the tests.
+        margin: How far a score may be away from that of the unpruned model and be kept; see
+            `compare.verdicts.Margin`.
+        families: The family of each task that declares none.
+
+    Raises:
+        ResultsError: No unpruned or no pruned model is done.
+    """
+    arguments = {
+        str(configuration["id"]): as_mapping(configuration.get("arguments"))
+        for configuration in sweep.definition["configurations"]
     }
     base, others = split_sweep(list(sweep.runs), str(sweep.path))
-    others = [run for run in others if set(run.tasks()) & set(base.tasks())]
-    beside = {
-        "random": [run for run in others if is_control(run)],
-        "recipe=best": [run for run in others if recipes.get(run.name) == "best"],
-    }
-    cuts = [run for run in others if not any(run in runs for runs in beside.values())]
-    cuts.sort(key=lambda run: -(run.expansion_ratio or 0))
-    if not cuts:
+    ways: dict[str, list[Run]] = defaultdict(list)
+    for run in others:
+        if {*run.tasks()} & {*base.tasks()}:
+            ways[_way(run, arguments.get(run.name, {}))].append(run)
+    main = min(ways, key=_rank, default="random")
+    if main == "random":
         raise ResultsError(f"{sweep.path} holds no finished pruned model yet.")
-    read, tasks = DocumentReader(), []
-    comparison = compare(base, [*cuts, *sweep.floors], alpha=alpha, read=read)
+    cuts = ways.pop(main)
+    cuts.sort(key=lambda run: -(run.expansion_ratio or 0))
+    read, tasks, known = (
+        DocumentReader(),
+        [],
+        {family.name: family for family in FAMILIES},
+    )
+    comparison = compare(
+        *(base, [*cuts, *sweep.floors]),
+        alpha=alpha,
+        read=read,
+        margin=Margin("equivalent", margin),
+    )
     for key in primary_metrics([base]):
         rows = [row for row in comparison.rows if (row.task, row.metric) == key]
         floor = next((row.floor for row in rows if row.floor), None)
-        tasks += [TaskFinding(*key, floor, rows)] if rows else []
-    against: dict[str, dict[str, set[str]]] = {}
-    for way, runs in beside.items():
-        against[way] = defaultdict(set)
-        pairs = [
-            (other, run)
-            for run in cuts
-            for other in runs
-            if other.expansion_ratio == run.expansion_ratio
-        ]
-        for row in compared_pairs(pairs, alpha, read):
-            against[way][row.task].add(row.verdict)
+        named = base.metadata.get(key[0], {}).get("family") or (families or {}).get(
+            key[0]
+        )
+        family = known.get(str(named), FAMILIES[-1])
+        tasks += [TaskFinding(*key, family, floor, rows)] if rows else []
+    against = {way: _against(cuts, runs, alpha, read) for way, runs in ways.items()}
     failed = [f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures]
-    asked = as_mapping(sweep.definition.get("definition"))
-    return Findings(base, cuts, beside, tasks, comparison, against, failed, asked)
+    options = as_mapping(sweep.definition.get("definition"))
+    file = sweep.path / "profile" / "profile.json"
+    profile = read_json(file) if file.is_file() else {}
+    return Findings(
+        base, cuts, dict(ways), tasks, comparison, against, failed, options, profile
+    )
+
+
+def _rank(way: str) -> list[bool]:
+    """Return what puts plain cuts by a criterion before all other ways, and random cuts last."""
+    return [way == "random", way.endswith("healed"), way.startswith("recipe=")]
+
+
+def _way(run: Run, arguments: Mapping[str, Any]) -> str:
+    """Return how a run was cut, apart from its size and seed."""
+    if is_control(run):
+        return "random"
+    names = ("recipe", "repair", "allocation")
+    parts = [f"{name}={arguments[name]}" for name in names if name in arguments]
+    parts = (
+        parts if "recipe" in arguments else [str(run.pruning.get("criterion")), *parts]
+    )
+    return ", ".join([*parts, *["healed"] * bool(run.healing)])
+
+
+def _against(
+    cuts: Sequence[Run], others: Sequence[Run], alpha: float, read: DocumentReader
+) -> dict[str, set[str]]:
+    """Return by task what is shown of any cut against all others of the same size."""
+    pairs = [
+        (other, run)
+        for run in cuts
+        for other in others
+        if other.expansion_ratio == run.expansion_ratio
+    ]
+    seen: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for row in compared_pairs(pairs, alpha, read):
+        seen[row.task, row.run.partition(" against ")[0]].add(row.verdict)
+    against_all: dict[str, set[str]] = defaultdict(set)
+    for (task, _), verdicts in seen.items():
+        against_all[task] |= verdicts if len(verdicts) == 1 else {"not shown"}
+    return against_all
 
 
 def size_of(run: Run) -> float:
     """Return the percentage of the neurons that was asked for, or that a run has lost."""
     record = run.pruning
-    if asked := record["asked"].get("prune_percent"):
-        return float(asked)
+    if percent := record["asked"].get("prune_percent"):
+        return float(percent)
     kept = record["intermediate_size_after"] / record["intermediate_size_before"]
     return round(100 - 100 * kept, 1)
 
 
-def sentences(name: str, found: Findings) -> list[str]:
-    """Return what was found: verdict, losses, gains, the criterion against chance and the best cut."""
-    losses = _told(_losses(found))
-    others = {"random cuts": "random", "`recipe=best`": "recipe=best"}
+def sentences(name: str, findings: Findings) -> list[str]:
+    """Return what was found: verdict, losses, gains, and the criterion against the other cuts."""
+    shown = "; ".join(findings.text(side) for side in SIDES[:-1])
+    margin = findings.comparison.margin
+    rule = (
+        f"A task keeps its score where it is shown to lie within {margin and margin.text} of the "
+        "unpruned model's at every size; what is not shown counts for nothing."
+    )
     return [
-        f"For {name} the dichotomy {found.verdict}: {_why(found)}.",
+        f"For {name} the dichotomy {findings.verdict}. {shown[0].upper()}{shown[1:]}.",
+        rule,
         f"A loss is first shown {losses}."
-        if losses
+        if (losses := filled(_losses(findings)))
         else "No loss is shown at any size.",
-        f"{_gains(found) or 'No rise is shown in what the study calls robust'}.",
+        f"{_gains(findings) or 'No rise is shown in what the study calls robust'}.",
         *(
-            f"Compared with {words} of the same size, {_told(_against(found, way)) or 'nothing was tested'}."
-            for words, way in others.items()
+            f"Compared with {way_text(way)} of the same size, {against_text(findings, way)}."
+            for way in findings.beside
         ),
     ]
 
 
-def open_questions(found: Findings) -> list[str]:
+def over_all(models: Mapping[str, Findings]) -> str:
+    """Return one sentence on the verdicts of several models."""
+    verdicts = [findings.verdict for findings in models.values()]
+    groups = {
+        f"{verdict} for {verdicts.count(verdict)} ({{}})": [
+            name for name, findings in models.items() if findings.verdict == verdict
+        ]
+        for verdict in dict.fromkeys(verdicts)
+    }
+    return f"Of {len(models)} models, the dichotomy {filled(groups)}."
+
+
+def open_questions(findings: Findings) -> list[str]:
     """Return what the results leave open, a sentence each."""
     unknown = [
-        each.task
-        for each in found.tasks
-        if each.floor is None and not is_perplexity(each.metric)
+        task.task for task in findings.tasks if task.floor is None and not task.can_fall
     ]
-    limit = found.base.config.get("limit")
-    draws = len({run.pruning.get("seed") for run in found.beside["random"]})
+    alone = [task.task for task in findings.tasks if task.family.side == SIDES[-1]]
+    limit = findings.base.config.get("limit")
+    draws = len({run.pruning.get("seed") for run in findings.beside.get("random", ())})
     # Told already, in the first lines.
-    floors = {each.note(found.base.name) for each in found.comparison.floors}
-    notes = [note for note in found.comparison.notes if note not in floors]
-    told = {
-        f"No floor is known for {_joined(unknown)}.": unknown,
+    floors = {floor.note(findings.base.name) for floor in findings.comparison.floors}
+    notes = [note for note in findings.comparison.notes if note not in floors]
+    texts = {
+        f"No floor is known for {sides.joined(unknown)}.": unknown,
+        f"On no side: {sides.joined(alone)}. Name their families, as in `--families "
+        f"{''.join(alone[:1])}=knowledge`.": alone,
         f"Each task is cut to its first documents (limit {limit}), too few for small differences.": limit,
         f"Chance is estimated from random cuts of each size, one for each seed: {draws}.": draws,
     }
     return [
         *(
-            f"{each.task} cannot show a loss: unpruned, it is not shown to be above {each.level}."
-            for each in found.tasks
-            if not each.can_fall
+            f"{task.task} cannot show a loss: unpruned, it is not shown to be above {task.level}."
+            for task in findings.tasks
+            if task.floor and not task.can_fall
         ),
-        *(text for text, applies in told.items() if applies),
-        *[*found.failed, *notes][:8],
+        *(text for text, applies in texts.items() if applies),
+        *[*findings.failed, *notes][:8],
     ]
 
 
-def _joined(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
-
-
-def _told(groups: Mapping[str, Sequence[str]]) -> str:
+def filled(groups: Mapping[str, Sequence[str]]) -> str:
     """Return the phrases with their tasks filled in, without those that have none."""
-    every = (phrase.format(_joined(tasks)) for phrase, tasks in groups.items() if tasks)
+    every = (
+        phrase.format(sides.joined(tasks)) for phrase, tasks in groups.items() if tasks
+    )
     return "; ".join(every)
 
 
-def _why(found: Findings) -> str:
-    taken, left = found.on(TAKEN), found.on(LEFT)
-    if found.verdict == "cannot be decided":
-        return "on one of its two sides, no task has a score that is shown to be above its floor"
-    drops = [each.task for each in left if each.falls]
-    rises = [each.task for each in left if each.rises and each.task not in drops]
-    kept = [e.task for e in left if e.can_fall and e.task not in (*drops, *rises)]
-    falls = [each.task for each in taken if each.falls]
-    groups = {"a loss in {}": falls, "a rise above the floor in {}": rises}
-    told = _told(
-        groups | {"a loss in {} as well": drops, "no change shown in {}": kept}
-    )
-    return told if falls else f"no loss of knowledge or language is shown; {told}"
-
-
-def _losses(found: Findings) -> Mapping[str, list[str]]:
-    phrases = {run.name: f"at {size_of(run):g} % in {{}}" for run in found.cuts}
+def _losses(findings: Findings) -> Mapping[str, list[str]]:
+    phrases = {run.name: f"at {size_of(run):g} % in {{}}" for run in findings.cuts}
     groups: dict[str, list[str]] = {phrase: [] for phrase in phrases.values()}
-    for each in found.on(TAKEN):
-        for row in each.falls[:1]:
-            groups[phrases[row.run]].append(each.task)
+    for task in findings.on(*SIDES[:-1]):
+        shown = zip(task.rows, task.states, strict=True)
+        falls = [row for row, state in shown if state == sides.FALLS]
+        for row in falls[:1]:
+            groups[phrases[row.run]].append(task.task)
     return groups
 
 
-def _gains(found: Findings) -> str:
-    sizes, told = {run.name: size_of(run) for run in found.cuts}, []
-    for each in found.on(LEFT):
-        for row in [row for row in each.rows if row.verdict == "better"][-1:]:
+def _gains(findings: Findings) -> str:
+    sizes, gains = {run.name: size_of(run) for run in findings.cuts}, []
+    for task in (task for task in findings.tasks if task.family.side == BEHAVIOUR):
+        for row in [row for row in task.rows if row.verdict == "better"][-1:]:
             above = row.floor and row.floor.above_floor
-            told.append(
-                f"{each.task} goes from {row.base_score:.3f} to {row.score:.3f} at {sizes[row.run]:g} "
-                f"%, {'above' if above else 'not shown to be above'} its floor, {each.level}"
+            gains.append(
+                f"{task.task} goes from {row.base_score:.3f} to {row.score:.3f} at {sizes[row.run]:g} "
+                f"%, {'above' if above else 'not shown to be above'} its floor, {task.level}"
             )
-    return "; ".join(told)
+    return "; ".join(gains)
 
 
-def _against(found: Findings, way: str) -> Mapping[str, list[str]]:
+def way_text(way: str) -> str:
+    """Return the name of other cuts in a sentence."""
+    return "random cuts" if way == "random" else f"`{way}`"
+
+
+def against_text(findings: Findings, way: str) -> str:
+    """Return in which tasks the criterion keeps more or less than other cuts of the same size."""
     phrases = {
         (True, False): "the criterion keeps more in {}",
         (False, True): "it keeps less in {}",
@@ -243,6 +351,6 @@ def _against(found: Findings, way: str) -> Mapping[str, list[str]]:
         (False, False): "no difference is shown in {}",
     }
     groups: dict[str, list[str]] = {phrase: [] for phrase in phrases.values()}
-    for task, verdicts in found.against[way].items():
+    for task, verdicts in findings.against[way].items():
         groups[phrases["better" in verdicts, "worse" in verdicts]].append(task)
-    return groups
+    return filled(groups) or "nothing was tested"

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.configs import clear_errors
-from lm_eval_pruned.checkpoints.planning import shipped_config
+from lm_eval_pruned.checkpoints.planning import plan_rows, shipped_config
 from lm_eval_pruned.pruning.arguments import CUTS, SEVERAL
+from lm_eval_pruned.results.groups import FAMILIES
 from lm_eval_pruned.sweeps.options import read_file
 from lm_eval_pruned.sweeps.plan import model_source
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+
+#: The expansion ratio at which arXiv 2512.22671 (v3) sees its gain.
+EQUILIBRIUM = Fraction("2.4")
+#: How far a score may be away from the unpruned model's and is kept.
+MARGIN = "5%"
 
 
 def options_of(
@@ -27,7 +35,7 @@ def options_of(
         given: Options of a sweep, which win over those of the study.
         kind: ``base`` or ``instruct``; default: instruct where the tokenizer has a chat template
             and the name does not say otherwise.
-        quick: Few documents, three sizes, one seed.
+        quick: Tasks that come with this package, two sizes.
 
     Raises:
         ValueError: Two models share a name, or a model is named among the model arguments.
@@ -50,16 +58,40 @@ def options_of(
             _preset("quick") if quick else {}
         )
         if any(SEVERAL[each] in CUTS for each in SEVERAL.keys() & given.keys()):
-            del options["prune_percents"]
+            del options["prune_percents"], options["ratios"]
+        elif not _adds_equilibrium(options["prune_percents"], source):
+            del options["ratios"]
         if "random" not in given.get("criteria", ["random"]):
             del options["seeds"]
-        if "samples" in given:
-            options.pop("limit", None)
         options |= given
         options["model_args"] = {**arguments, "pretrained": source["pretrained"]}
         options["output_path"] = str(Path(given["output_path"], name))
         found[name] = options
     return found
+
+
+def checked_families(given: Mapping[str, str]) -> dict[str, str]:
+    """Return the family of each task that declares none; ValueError for an unknown family."""
+    import yaml
+
+    names = [family.name for family in FAMILIES[:-1]]
+    for task, family in given.items():
+        if family not in names:
+            raise ValueError(
+                f"--families {task}={family} names no family: pass one of {', '.join(names)}."
+            )
+    text = Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
+    return {**yaml.safe_load(text), **given}
+
+
+def _adds_equilibrium(percents: Sequence[str], source: Mapping[str, Any]) -> bool:
+    """Return whether a model is wider than `EQUILIBRIUM`, and none of the `percents` leaves it."""
+    sizes = [0.0, *map(float, percents)]
+    whole, *rows = plan_rows(argument="prune_percent", values=sizes, **source)
+    if whole.expansion_ratio <= EQUILIBRIUM:
+        return False
+    (row,) = plan_rows(argument="ratio", values=[float(EQUILIBRIUM)], **source)
+    return row.intermediate_size not in [size.intermediate_size for size in rows]
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.estimate import estimate, missing, operations_per_second
-from lm_eval_pruned.study.preset import options_of
+from lm_eval_pruned.study.preset import MARGIN, checked_families, options_of
 from lm_eval_pruned.sweeps.plan import Sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 
@@ -26,16 +28,24 @@ def run_study(
     kind: str | None = None,
     quick: bool = False,
     dry_run: bool = False,
+    margin: str = MARGIN,
+    families: Mapping[str, str] = MappingProxyType({}),
     **which: Any,
 ) -> int:
     """Study each model in a separate folder, and write the page of all.
 
-    `measure` is ``lm-eval-pruned`` as a function of words, for the profiles; `which` units run is
-    what `run_sweep` takes; for the others see `options_of`.
+    `measure` is ``lm-eval-pruned`` as a function of words, for the profiles; `margin` and
+    `families` are what `read_findings` takes, and `which` units run what `run_sweep` takes; for the
+    others see `options_of`.
 
     Returns:
         Exit code: 0 where everything is done, 1 where something failed, 130 after Ctrl-C.
+
+    Raises:
+        ValueError: A margin or a family is none, or see `options_of` and `Sweep`.
     """
+    Margin("margin", margin)
+    families = checked_families(families)
     for line in (line for model in models for line in missing(model)):
         print(line, file=sys.stderr)
     studies = options_of(models, given, kind, quick)
@@ -49,7 +59,7 @@ def run_study(
         return 0
     # Needs the extra `report`, without which a dry run works.
     from lm_eval_pruned.report.report import write_report
-    from lm_eval_pruned.study.findings import read_findings
+    from lm_eval_pruned.study.findings import read_findings, sentences
     from lm_eval_pruned.study.page import write_page
 
     code, found = 0, {}
@@ -69,9 +79,12 @@ def run_study(
                 if ended == 130:
                     return ended
                 code = code or ended
-            found[name] = read_findings(read_sweep(folder))
+            sweep_results = read_sweep(folder)
+            found[name] = read_findings(sweep_results, margin=margin, families=families)
         except ResultsError as error:
             print(f"{name} is not on the page yet: {error}", file=sys.stderr)
+    for name, of in found.items():
+        print(sentences(name, of)[0])
     if found:
         print(f"Written: {write_page(Path(given['output_path']), found)[0]}")
     return code or int(len(found) < len(studies))

@@ -270,3 +270,16 @@ def test_the_report_shows_what_is_kept_at_each_value_of_the_field_that_is_the_le
 def test_a_declaration_that_fits_no_metric_is_refused(metadata, sentence, tmp_path):
     done = pruned("compare", *declaring(tmp_path, GAINS, **metadata))
     assert done.sentence.endswith(sentence)
+
+
+def test_a_report_sorts_a_task_by_the_family_that_it_declares(tmp_path):
+    runs = {
+        f"p{size}": (size, {"my_instructions": {"acc,none": [1.0, size < 20] * 20}})
+        for size in (0, 40)
+    }
+    for family, label in (("knowledge", "Knowledge"), (None, "Instruction following")):
+        metadata = {"my_instructions": {"family": family}}
+        folder = write_sweep(tmp_path / label, runs, metadata=metadata)
+        assert pruned("report", folder).code == 0
+        report = (folder / "report" / "report.md").read_text("utf-8")
+        assert f"\n|{label}|maw|" in report

@@ -187,6 +187,107 @@ def test_a_dry_run_plans_the_study_s_models_without_access(tmp_path):
         assert done.out.count(words) >= 2
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "output_path was not given"),
+        (["{model}", "--output_path", "o"], "is the second model called"),
+        (["--model_args", "pretrained=x", "--output_path", "o"], "name the model"),
+        (["--ratios", "9", "--output_path", "o"], "ratio=9 is above"),
+        (["--margin", "much", "--output_path", "o"], "margin=much is not a margin"),
+        (
+            ["--families", "mine=facts", "--output_path", "o"],
+            "--families mine=facts names no family: pass one of knowledge, commonsense",
+        ),
+    ],
+)
+def test_what_a_study_cannot_use_is_refused_in_one_sentence(
+    words, sentence, tiny_llama
+):
+    done = pruned(
+        "study", tiny_llama, *(each.format(model=tiny_llama) for each in words)
+    )
+    assert sentence in done.sentence
+
+
+#: Documents of a user's tasks, with the family that each task declares, if any.
+OWN = {
+    "own_facts": ["a", "b"],
+    "own_text": None,
+    "own_chat": ["yes", "no"],
+}
+OWN_TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: "{data}"}}
+output_type: {kind}
+test_split: train
+doc_to_text: "{text}"
+doc_to_target: "{target}"
+{choices}metadata:
+  version: 1.0
+{family}"""
+
+
+def write_own_tasks(folder):
+    """Write a task of each side; two declare their families, and `own_chat` does not."""
+    documents = [{"text": f"word {n} again", "right": n % 2} for n in range(12)]
+    data = folder / "documents.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in documents))
+    families = {"own_facts": "knowledge", "own_text": "language_modeling"}
+    for name, choices in OWN.items():
+        family = families.get(name)
+        written = OWN_TASK.format(
+            name=name,
+            data=data,
+            kind="multiple_choice" if choices else "loglikelihood_rolling",
+            text="{{text}}" if choices else "",
+            target="{{right}}" if choices else "{{text}}",
+            choices=f"doc_to_choice: {json.dumps(choices)}\n" if choices else "",
+            family=f"  family: {family}\n" if family else "",
+        )
+        (folder / f"{name}.yaml").write_text(written)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_study_ends_with_one_page_on_all_models_and_counts_own_tasks(
+    cluster, tiny_llama, tiny2, tmp_path
+):
+    own, out = tmp_path / "own", tmp_path / "out"
+    own.mkdir()
+    words = ["study", tiny_llama, tiny2, "--kind", "base", "--quick", "--tasks", *OWN]
+    words += ["--include_path", write_own_tasks(own), "--prune_percents", 20, 50]
+    words += ["--seeds", 0, "--device", "cpu", "--output_path", out]
+    words += ["--families", "own_chat=instruction_following"]
+    planned = pruned(*words, "--dry_run")
+    assert planned.code == 0 and "Not counted: own_facts" in planned.out
+    assert not out.exists()
+    for elsewhere in (["--shard", "0/1"], ["--ray"]):
+        assert pruned(*words, *elsewhere).code == 0
+        assert "/profile.md)" not in (out / "study.md").read_text("utf-8")
+    done = pruned(*words)
+    assert done.code == 0
+    page, names = (out / "study.md").read_text("utf-8"), (tiny_llama.name, tiny2.name)
+    assert (
+        "\n## All models\n\nOf 2 models, the dichotomy cannot be decided for 2 ("
+        in page
+    )
+    for name in names:
+        assert f"For {name} the dichotomy cannot be decided. Knowledge: " in done.out
+        for heading in ("verdict", "claims", "scores", "figures", "limits"):
+            assert f"\n## {name}: {heading}" in page
+        assert f"]({name}/profile/profile.md)" in page
+        for file in ("report/report.html", "profile/profile.json", "sweep.json"):
+            assert (out / name / file).is_file()
+    assert "On no side" not in page
+    assert "|own_facts|random|" in page and "|own_facts|recipe=best|" in page
+    assert "|less energy per token|v1|" in page
+    again = pruned(*words)
+    assert "starts" not in again.out
+    assert (out / "study.md").read_text("utf-8") == page
+
+
 def test_what_cannot_be_fetched_is_refused_before_anything_runs(
     tiny_llama, sweep_of, tmp_path
 ):

@@ -166,13 +166,16 @@ def pruning(percent: int, *, criterion: str = "maw", seed: int | None = None) ->
     }
 
 
-def write_sweep(folder: Path, runs: dict, **failures) -> Path:
+def write_sweep(
+    folder: Path, runs: dict, *, metadata: dict | None = None, **failures
+) -> Path:
     """Write a sweep folder.
 
     Args:
         folder: Where.
         runs: By configuration id: ``(percent, tasks)`` with tasks as in `write_run`; in
             place of the percent also what `pruning` returns, or a floor's model type.
+        metadata: What the YAML file of each task declares, by task.
         **failures: By configuration id, the task that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +191,8 @@ def write_sweep(folder: Path, runs: dict, **failures) -> Path:
         about = {"config": {"model": of}} if isinstance(of, str) else {"pruning": of}
         for task, metrics in tasks.items():
             unit = unit_folder(folder, identifier, task)
-            write_run(unit, {task: metrics}, **about)
+            declared = {"metadata": (metadata or {}).get(task, {})}
+            write_run(unit, {task: metrics}, configs={task: declared}, **about)
             _write_unit(unit)
     for identifier, task in failures.items():
         unit = unit_folder(folder, identifier, task)

@@ -394,8 +394,7 @@ def test_blocks_are_the_clusters_of_comparisons(tmp_path):
     run = read_run(write_run(tmp_path, {task: {metric: spec}}))
     clusters = read_documents(run, task, metric).clusters
     assert [*Counter(clusters).values()] == [4, 4, 4]
-    assert family_of(task).name == "knowledge"
-    assert family_of("pruned_probe_instructions").name == "instruction_following"
+    assert family_of(task, {}).name == "knowledge"
 
 
 #: One-sided, a p below 1e-6.
