@@ -57,6 +57,8 @@ def asserts(function, failing):
                 return True
             case ast.Name(id=name) | ast.Attribute(attr=name) if name in failing:
                 return True
+            case ast.Name(id=name) if name.startswith("assert_"):
+                return True
     return False
 
 
