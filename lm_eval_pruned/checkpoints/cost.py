@@ -223,7 +223,7 @@ def _beside_unpruned(qualities: Mapping[str, Quality]) -> list[tuple[str, ...]]:
     )
     rows = [more]
     for task, metric in keys:
-        label = f"{family_of(task).label.lower()} kept, {PROBES[task]} prompts"
+        label = f"{family_of(task, of_base.run.metadata).label.lower()} kept, {PROBES[task]} prompts"
         score = of_base.run.scores[task, metric].value
         cells = {UNPRUNED: f"{metric.partition(',')[0]} {score:.2f}"}
         for name in known:
