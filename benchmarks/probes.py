@@ -92,10 +92,10 @@ def rounded(value: float | None, digits: int) -> float | None:
 
 def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
     """Yield what a cut keeps of each probe and of each of its levels."""
-    cut = run.pruning
-    method = cut["recipe"] if cut.get("recipe") == "best" else cut["criterion"]
-    start = {"model": model, "method": method, "percent": round(cut["prune_percent"])}
-    start["seed"] = cut["seed"] if method == "random" else None
+    asked = run.pruning["asked"]
+    method = run.pruning.get("recipe", run.pruning["criterion"])
+    start = {"model": model, "method": method, "percent": asked["prune_percent"]}
+    start["seed"] = asked.get("seed", 0) if method == "random" else None
     for probe in PROBES:
         before, after = read_prompts(base, probe), read_prompts(run, probe)
         for level, family, prompts in parts_of(before):

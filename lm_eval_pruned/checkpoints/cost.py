@@ -1,30 +1,45 @@
-"""What a cut cost: loss on text that no default calibrates on, and what the model says.
+"""What a cut cost: loss on text that no default calibrates on, what is kept, what the model says.
 
-The text comes with this package, in kinds that its calibration text does not have.
+The text comes with this package, in kinds that its calibration text does not have. What is kept of
+knowledge and instructions is measured on its probes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
+from lm_eval_pruned.compare.comparison_table import interval_text
+from lm_eval_pruned.compare.floors import standings
+from lm_eval_pruned.compare.statistics import paired_mean
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts, watched
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.measuring import text_loss
+from lm_eval_pruned.results.documents import Documents, read_task
+from lm_eval_pruned.results.groups import family_of, primary_metrics
+from lm_eval_pruned.results.runs import read_run
 from lm_eval_pruned.util.tables import markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.results.files import Run
+
+logger = logging.getLogger("lm_eval.pruned.export")
 
 #: Whose quality is measured: the model before, after, and after a random cut of the same size.
 UNPRUNED, PRUNED, RANDOM_CUT = "unpruned", "pruned", "random cut"
@@ -36,19 +51,37 @@ TOKENS = 128
 PROMPTS = ("Name three colours.", "The capital of France is", "Water boils at")
 #: Tokens of a continuation.
 _SAID = 16
+#: Tasks by name, and how many of their documents are scored: the first, whole blocks of all families.
+PROBES = {"pruned_probe_knowledge": 200, "pruned_probe_instructions": 150}
+
+
+class Probed(NamedTuple):
+    """Scores of `PROBES`, and of each task and metric the documents."""
+
+    run: Run
+    documents: Mapping[tuple[str, str], Documents]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a model predicts the held text.
+    """How well a model predicts the held text, and what it scores.
 
     Attributes:
-        loss: Mean loss over all its tokens, in nats per token.
+        losses: Loss of each text, summed over its tokens but the first, in nats, shape (n,).
+        tokens: How many tokens these are, shape (n,).
         said: What the model says to each of `PROMPTS`, by greedy decoding.
+        probed: Where it was measured.
     """
 
-    loss: float
+    losses: np.ndarray
+    tokens: np.ndarray
     said: tuple[str, ...]
+    probed: Probed | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over all tokens, in nats per token."""
+        return float(self.losses.sum() / self.tokens.sum())
 
 
 def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
@@ -56,16 +89,72 @@ def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qu
     text = CalibrationText.of(
         model, tokenizer, str(HELD_TEXT), longest=TOKENS, shortest=2
     )
-    total, count = 0.0, 0
+    losses: list[float] = []
 
     def add(tokens: torch.Tensor) -> None:
-        nonlocal total, count
-        total, count = total + text_loss(model, tokens), count + tokens.numel() - 1
+        losses.append(text_loss(model, tokens))
 
     run_texts(model, text.tokens, "held text", run=add)
     with watched(model, {}):
         said = tuple(_said(model, tokenizer, prompt) for prompt in PROMPTS)
-    return Quality(total / count, said)
+    counts = np.array([tokens.numel() - 1 for tokens in text.tokens])
+    return Quality(np.array(losses), counts, said)
+
+
+def probed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Probed | None:
+    """Score a model on a part of `PROBES`, where it is; None, with a warning, where that fails.
+
+    The scores are those of ``hf-prefix`` in the harness, in a run called `name`.
+    """
+    from lm_eval import evaluate
+    from lm_eval.api.registry import get_model
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    # Without the harness's own tasks, whose files take longer to read than the probes to score.
+    folder = str(files("lm_eval_pruned.tasks") / "probes")
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    try:
+        with _untouched(model):
+            results: Any = evaluate(
+                get_model("hf-prefix")(model, tokenizer=tokenizer, batch_size=16),
+                get_task_dict([*PROBES], manager),
+                samples={task: [*range(count)] for task, count in PROBES.items()},
+                bootstrap_iters=0,
+            )
+    except (MemoryError, RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        logger.warning("What is kept of the probes was not measured: %s.", why)
+        return None
+    samples = results.pop("samples")
+    with TemporaryDirectory() as place:
+        tracker = EvaluationTracker(output_path=str(Path(place, "results.json")))
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task, rows in samples.items():
+            tracker.save_results_samples(task_name=task, samples=rows)
+        run = read_run(place, name)
+        documents = {
+            (task, metric): each
+            for task in run.tasks()
+            for metric, each in read_task(run, task).items()
+        }
+    return Probed(run, documents)
+
+
+@contextlib.contextmanager
+def _untouched(model: PreTrainedModel) -> Iterator[None]:
+    """Keep the harness from tying weights of a model that is saved later, and from its warnings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    # It ties what the config says is tied, also where the file holds two different tensors.
+    model.tie_weights = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        del model.tie_weights
 
 
 def _said(
@@ -104,11 +193,48 @@ def random_cut(request: LoadRequest) -> LoadRequest:
 
 
 def cost_table(qualities: Mapping[str, Quality]) -> str:
-    """Return loss and continuations as Markdown, one column for each model by its name."""
-    rows = [
-        ("loss, nats per token", *(f"{each.loss:.3f}" for each in qualities.values()))
-    ]
+    """Return what was measured as Markdown, one column for each model by its name."""
+    losses = (f"{each.loss:.3f}" for each in qualities.values())
+    rows = [("loss, nats per token", *losses), *_beside_unpruned(qualities)]
     for number, prompt in enumerate(PROMPTS):
         said = (" ".join(each.said[number].split()) for each in qualities.values())
         rows.append((f"“{prompt}”", *(text.replace("|", "¦") for text in said)))
     return markdown_table(["", *qualities], rows)
+
+
+def _beside_unpruned(qualities: Mapping[str, Quality]) -> list[tuple[str, ...]]:
+    """Return what each model has lost in loss, and what it keeps of each probe, with intervals."""
+    base = qualities.get(UNPRUNED)
+    if base is None or len(qualities) == 1:
+        return []
+    more = ("more than unpruned", *(_more(base, each) for each in qualities.values()))
+    known = {name: each.probed for name, each in qualities.items() if each.probed}
+    of_base = known.pop(UNPRUNED, None)
+    if of_base is None:
+        return [more]
+    of_run = {UNPRUNED: of_base, **known}
+    keys = primary_metrics([each.run for each in of_run.values()])
+    found = standings(
+        of_base.run,
+        [],
+        [(each.run, key, True) for each in known.values() for key in keys],
+        0.05,
+        lambda run, *key: of_run[run.name].documents.get(key),
+    )
+    rows = [more]
+    for task, metric in keys:
+        label = f"{family_of(task, of_base.run.metadata).label.lower()} kept, {PROBES[task]} prompts"
+        score = of_base.run.scores[task, metric].value
+        cells = {UNPRUNED: f"{metric.partition(',')[0]} {score:.2f}"}
+        for name in known:
+            cells[name] = found[name, task, metric].kept_text or "-"
+        rows.append((label, *(cells.get(name, "-") for name in qualities)))
+    return rows
+
+
+def _more(base: Quality, other: Quality) -> str:
+    if other is base:
+        return "-"
+    test = paired_mean(other.losses - base.losses, base.tokens.astype(float))
+    ends = interval_text(*test.interval(test.level), 3)
+    return f"{test.difference:+.3f} {ends}".removesuffix(" -")

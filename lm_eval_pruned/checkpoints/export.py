@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from lm_eval_pruned.checkpoints.cost import (
     RANDOM_CUT,
     UNPRUNED,
     Quality,
+    probed,
     quality_of,
     random_cut,
 )
@@ -151,7 +152,9 @@ def export_pruned(
 
     def measure(name: str, model: PreTrainedModel) -> None:
         if tokenizer is not None and name in measured:
-            cost[name] = quality_of(model, tokenizer)
+            quality = quality_of(model, tokenizer)
+            scores = probed(model, tokenizer, name)
+            cost[name] = replace(quality, probed=scores)
 
     if RANDOM_CUT in measured and tokenizer is not None:
         measure(RANDOM_CUT, load_request(random_cut(request)))

@@ -227,7 +227,10 @@ class _Dense:
             text = Path(pretrained, "config.json").read_text("utf-8")
             config = defaultdict(lambda: None, json.loads(text))
             kind, dtype = config["model_type"], config["dtype"] or config["torch_dtype"]
+            # transformers writes the kind of each layer of Qwen2, also where all are alike.
+            kinds = (kind == "qwen2" and config.pop("layer_types", None)) or []
             known = kind in _BIASES and dtype in _BYTES and not config.keys() & _UNREAD
+            known &= kinds == ["full_attention"] * len(kinds)
         except (OSError, ValueError, TypeError):
             return None
         sizes = [config[name] for name in _SIZES]
@@ -238,7 +241,7 @@ class _Dense:
         hidden, width, layers, heads, vocabulary = sizes
         shared = config["num_key_value_heads"] or heads
         size = config["head_dim"] or hidden // heads
-        if hidden % heads or heads % shared:
+        if hidden % heads or heads % shared or len(kinds) not in (0, layers):
             return None
         query, keys = heads * size, 2 * shared * size
         inputs, output, mlp = (

@@ -22,9 +22,11 @@ from lm_eval_pruned.results.groups import (
     FAMILIES,
     SIDES,
     family_of,
+    is_control,
     is_perplexity,
     is_share,
     primary_metrics,
+    series_name,
     series_of,
 )
 from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratios
@@ -56,13 +58,15 @@ MEASURES = {
             "if the samples tell. Lower perplexities are better."
         ),
     ),
-    "above_chance": (
-        "above-chance",
-        "What is left above chance",
-        "(score − chance) / (unpruned − chance) (%)",
+    "kept": (
+        "kept",
+        "What is kept",
+        "kept: (score − floor) / (unpruned − floor) (%)",
         (
-            "The unpruned model is at 100 %, guessing at 0 %. Tasks on which the unpruned model is "
-            "less than two standard errors above chance are left out."
+            "The unpruned model is at 100 %, the floor at 0 %; bands here are intervals of single tests. "
+            "Tasks on which the unpruned model is not shown to be above the floor are left out: they "
+            "cannot show a loss. Text has no floor, so its loss has a panel in nats. Thin lines are "
+            "random cuts."
         ),
     ),
 }
@@ -75,6 +79,10 @@ _RULES: dict[str, list[float]] = {
     "majority": [1.5, 3],
     (FLOOR := "highest floor"): [7, 2, 1.5, 2],
 }
+#: Columns of the share that is kept, with the ends of its interval.
+_SHARE = ["kept_share", "kept_low", "kept_high"]
+#: The unit of a text's loss above that of the unpruned model.
+NATS = "more loss than unpruned (nats)"
 #: Tasks that represent knowledge and truthfulness, those of the study first.
 KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
 TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
@@ -105,11 +113,17 @@ def figure_section(
             f" The unpruned model is not shown to be above that of {', '.join(low)}."
         )
     plots = []
+    controls = [run for run in runs if is_control(run)]
     for series, members in series_of(runs).items():
-        points = points_of(members, base, comparison, levels)
+        beside = [] if is_control(members[-1]) else controls
+        points = points_of([*members, *beside], base, comparison, levels)
         for measure, (name, title, _, more) in MEASURES.items():
             drawn = points[points["measure"] == measure]
-            if drawn["ratio"].nunique() > 1:
+            # Text alone has no share that is kept.
+            keeps = measure == "kept" and "%" in {*drawn["unit"]}
+            if not keeps:
+                drawn = drawn[drawn["control"] == ""]
+            if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
                 name, title = f"{name}-{slug(series)}", f"{title} ({series})"
                 chart = measure_chart(drawn, measure)
                 plots.append(Plot(name, title, f"{said} {more}", chart))
@@ -134,10 +148,13 @@ def points_of(
 ) -> pd.DataFrame:
     """Return what is drawn of one series, in a row for each task, size and measure.
 
-    Columns are ``ratio``, ``value`` with ``low`` and ``high``, the levels of `_RULES`, and those of
-    the table of differences.
+    Columns are ``ratio``, ``value`` with ``low`` and ``high``, the levels of `_RULES`, those of
+    the table of differences, and ``control``, the name of a random series among others; else empty.
     """
     ratios = {run.name: run.expansion_ratio for run in members}
+    random = {run.name: series_name(run) for run in members if is_control(run)}
+    if len(random) == sum(not run.is_baseline for run in members):
+        random = {}
     points: list[dict[str, Any]] = []
     floors = {(each.task, each.metric): each.floor for each in comparison.floors}
     drawn = [r for r in comparison.rows if r.run in ratios and math.isfinite(r.score)]
@@ -154,20 +171,22 @@ def points_of(
             "side": family.side,
             "unit": "%" if share else key[1].removesuffix(",none"),
             "falls": unpruned.higher_is_better is False,
-            # What is less than two standard errors above chance has nothing to lose.
-            "lasts": unpruned.value - (known.chance or 0) > 2 * (unpruned.stderr or 0),
             "chance": known.chance if share else None,
             "majority": known.majority if share else None,
             FLOOR: floors.get(key),
         }
         told = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
         scored = dict.fromkeys(("before", "after", "low", "high"), unpruned.value)
+        standing = next((row.floor for row in rows if row.floor), None)
+        above = standing is not None and standing.base_above_floor
+        scored |= dict.fromkeys(_SHARE, 1.0 if above else math.nan)
         points.append(about | told | scored | {"mark": "unpruned", "filled": False})
         points += [about | _point(row) for row in rows]
     if not points:
         return pd.DataFrame(columns=["measure", "ratio"])
     found = pd.DataFrame(points).astype(dict.fromkeys([*_RULES][1:], float))
     found["ratio"] = found["run"].map(ratios)
+    found["control"] = found["run"].map(random).fillna("")
     found = found.fillna(dict.fromkeys(TOLD, "-"))
     return pd.concat([_measured(found, measure) for measure in MEASURES])
 
@@ -176,6 +195,8 @@ def _point(row: Difference) -> dict[str, Any]:
     # Of a unit that stopped, both scores are of the documents that it used.
     low, high = row.base_score + np.array([row.low, row.high], dtype=float)
     tested = "tested" if row.of is None else "partial"
+    kept = row.floor and row.floor.kept
+    share = (kept.share, kept.low, kept.high) if kept else (math.nan,) * 3
     return {column.title: column.text(row) for column in DIFFERENCES} | {
         "before": row.base_score,
         "after": row.score,
@@ -183,30 +204,30 @@ def _point(row: Difference) -> dict[str, Any]:
         "high": high,
         "mark": "not tested" if row.q is None else tested,
         "filled": row.verdict in ("better", "worse", "different"),
+        **dict(zip(_SHARE, share, strict=True)),
     }
 
 
 def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Return the points that a measure has, with their places and levels by it."""
+    if measure == "kept":
+        return _kept(points)
     base, chance, falls = points["before"], points["chance"], points["falls"]
     shares = points["unit"] == "%"
 
     def placed(scores: pd.Series) -> pd.Series:
         if measure == "raw":
             return scores.where(~shares, 100 * scores)
-        if measure == "relative":
-            part = 100 * (base / scores).where(falls, scores / base)
-            return part.where(np.isfinite(part) & (part >= 0))
-        kept = points["lasts"] & ~falls & (base > chance)
-        return (100 * (scores - chance) / (base - chance)).where(kept)
+        part = 100 * (base / scores).where(falls, scores / base)
+        return part.where(np.isfinite(part) & (part >= 0))
 
     ends = points[["low", "high"]]
     # The interval of a difference may reach beyond what a share can be.
     ends = ends.where(~shares, ends.clip(0, 1), axis=0).apply(placed)
     rules = {"chance": 100 * chance, "majority": 100 * points["majority"]}
     if measure != "raw":
-        floor = 0.0 if measure == "above_chance" else math.nan
-        rules = {"unit": "%", "unpruned": 100, "chance": floor, "majority": math.nan}
+        rules = {"unit": "%", "unpruned": 100}
+        rules |= dict.fromkeys(("chance", "majority"), math.nan)
     low, high = ends.min(axis=1, skipna=False), ends.max(axis=1, skipna=False)
     rules[FLOOR] = placed(points[FLOOR])
     places = {"value": placed(points["after"]), "low": low, "high": high}
@@ -214,11 +235,31 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     return found.dropna(subset=["value", "ratio"])
 
 
+def _kept(points: pd.DataFrame) -> pd.DataFrame:
+    """Return what is kept of each score in percent, and of text how many nats it loses."""
+    shares = points[_SHARE].astype(float).mul(100)
+    text = points["unit"].map(is_perplexity)
+    scores = points[["after", "low", "high"]].where(points["after"] > 0)
+    nats = np.log(scores.div(points["before"], axis=0).astype(float))
+    shares[text] = nats[text].to_numpy()
+    places = dict(zip(("value", "low", "high"), shares.to_numpy().T, strict=True))
+    levels = {
+        "unit": np.where(text, NATS, "%"),
+        "unpruned": np.where(text, 0, 100),
+        "chance": np.where(text, math.nan, 0),
+        # Knowledge, instructions and truthfulness are lines of one panel.
+        "side": SIDES[0],
+    }
+    without = dict.fromkeys(("majority", FLOOR), math.nan)
+    found = points.assign(measure="kept", **places, **levels, **without)
+    return found.dropna(subset=["value", "ratio"])
+
+
 def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
     """Draw one measure: a panel for each side of the dichotomy, and for each unit."""
     present = set(points["family"])
     families = {each.name: each.label for each in FAMILIES if each.name in present}
-    data = points.drop(columns=["before", "after", "falls", "lasts", "measure"])
+    data = points.drop(columns=["before", "after", "falls", "measure", *_SHARE])
     hues = {
         task: f"var(--family-{family})"
         for family in families
@@ -227,7 +268,9 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
     look = line_look(list(hues), hues)
     panels = []
     data["side"] = pd.Categorical(data["side"], SIDES)
-    for (_, unit), rows in data.groupby(["side", "unit"], observed=True):
+    for (_, unit), every in data.groupby(["side", "unit"], observed=True):
+        beside = every["control"] != ""
+        rows, random = every[~beside], every[beside]
         here = [families[name] for name in families if name in set(rows["family"])]
         scale = alt.Scale(type="log" if is_perplexity(unit) else "linear")
         y = alt.Y("value:Q", scale=scale, axis=alt.Axis(tickCount=6, format=".6~r"))
@@ -240,7 +283,12 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
             for level, dash in _RULES.items()
             if level in rows and rows[level].notna().any()
         ]
-        panels.append(alt.layer(*rules, lines(rows, over_ratios(), y, look, TOLD)))
+        drawn = lines(rows, over_ratios(), y, look, TOLD)
+        if len(random):
+            chart = alt.Chart(random).encode(x=over_ratios(), y=y, color=look["color"])
+            thin = chart.mark_line(strokeWidth=0.7, point={"size": 12}, opacity=0.7)
+            rules.append(thin.encode(detail="control:N", tooltip=TOLD))
+        panels.append(alt.layer(*rules, drawn))
     chart = alt.concat(*panels, columns=2)
     one = data["unit"].nunique() == 1
     return chart.resolve_scale(y="shared" if one else "independent")

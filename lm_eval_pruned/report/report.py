@@ -68,6 +68,7 @@ def write_report(
         words.floors_section(comparison),
         figure_section(base, runs, comparison, levels),
         words.scores_section(base, others, comparison),
+        words.levels_section(base, comparable, alpha, read),
         words.differences_section(others, comparison),
         pairs.random_section(others, alpha, read, known),
         pairs.healing_section(others, alpha, read, known),

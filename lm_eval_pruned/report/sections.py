@@ -9,6 +9,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lm_eval_pruned.compare.comparison_table import (
     DIFFERENCES,
     FLOOR,
@@ -20,8 +22,9 @@ from lm_eval_pruned.compare.comparison_table import (
     number_text,
     titles,
 )
+from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.report.page import MARKS, Cell, Section, Table, run_label
-from lm_eval_pruned.results.files import as_mapping
+from lm_eval_pruned.results.files import Score, as_mapping
 from lm_eval_pruned.results.groups import (
     FAMILIES,
     family_of,
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison, Difference
+    from lm_eval_pruned.compare.pairing import Reader
+    from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
 
@@ -134,6 +139,53 @@ def _score_cell(row: Difference | None) -> Cell:
     low = AT_FLOOR if row.at_floor else ""
     text = f"{row.score:.4f} {MARKS.get(row.verdict, '')}{low}".rstrip()
     return Cell(text + part, row.verdict)
+
+
+def levels_section(
+    base: Run, others: Sequence[Run], alpha: float, read: Reader
+) -> Section | None:
+    """What is kept at each level of the tasks that declare levels and an exact floor."""
+    rows = []
+    for key in primary_metrics([base]):
+        every = {
+            run.name: read(run, *key) for run in (base, *others) if key in run.scores
+        }
+        known = {name: of for name, of in every.items() if of and of.level}
+        for level in sorted({*known[base.name].level}) if base.name in known else ():
+            documents = {name: of.at(level) for name, of in known.items()}
+            one, *pruned = (
+                _restricted(run, key, documents[run.name])
+                for run in (base, *others)
+                if run.name in known
+            )
+            found = standings(
+                one,
+                [],
+                [(run, key, True) for run in pruned],
+                alpha,
+                lambda run, *_, documents=documents: documents[run.name],
+            )
+            if found:
+                standing = [found.get((run.name, *key)) for run in others]
+                kept = [(each and each.kept_text) or "-" for each in standing]
+                score = one.scores[key]
+                unpruned = str(score.documents), number_text(score.value, ".4f")
+                rows.append([key[0], level, *unpruned, *kept])
+    text = (
+        "Of each level, the share of what the unpruned model scores above the exact floor, with the "
+        f"{1 - alpha:.0%} interval of a single test."
+    )
+    columns = ["task", "level", "documents", *map(run_label, [base, *others])]
+    table = Table("Kept by level", columns, rows, text=2)
+    return Section(table.label, [text], table=table) if rows else None
+
+
+def _restricted(run: Run, key: tuple[str, str], documents: Documents) -> Run:
+    """Return a run with one score, the mean over some of its documents."""
+    mean = float(np.average(documents.values, weights=documents.weights))
+    better = run.scores[key].higher_is_better
+    score = Score(mean, None, better, len(documents.keys))
+    return replace(run, scores={key: score})
 
 
 def differences_section(

@@ -87,7 +87,8 @@ class Sample(NamedTuple):
     `number` and `digest` are the harness's ``doc_id`` and ``doc_hash``; documents of one `cluster`
     ask about the same text. `choices` is empty where the model wrote freely, `right` the index of
     the one right choice, and `target` of IFEval the names of the instructions. `reply` is None where
-    the line does not tell, `text` what the model wrote, before the filter.
+    the line does not tell, `text` what the model wrote, before the filter. `level` is empty where
+    the task declares none.
     """
 
     number: str
@@ -100,6 +101,7 @@ class Sample(NamedTuple):
     chance: float | None
     reply: Reply | None
     text: str
+    level: str = ""
 
     def answer(self, metric: str) -> str | None:
         """Return the answer that a metric judges; None where the line does not tell."""
@@ -121,6 +123,7 @@ class Documents:
         transform: Name in `TRANSFORMS`.
         levels: Where the documents tell.
         replies: Answer to each document, length n; None where the samples do not tell.
+        level: Level of each document, length n; empty where the task declares no field for it.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -130,6 +133,13 @@ class Documents:
     transform: str
     levels: Levels = Levels()
     replies: tuple[Reply | None, ...] = ()
+    level: tuple[str, ...] = ()
+
+    def at(self, level: str) -> Documents:
+        """Return the documents of a level, of which no score without knowledge is known."""
+        order = [n for n, of in enumerate(self.level) if of == level]
+        keys = tuple(self.keys[index] for index in order)
+        return replace(self._taken(order, keys), levels=Levels())
 
     def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
         """Return the documents of `other`, all or a `part` of these; None where it has others."""
@@ -137,9 +147,14 @@ class Documents:
         order = [place.get(key, -1) for key in other.keys]
         if -1 in order or (len(order) < len(place) and not part):
             return None
-        found: dict[str, Any] = {"keys": other.keys}
+        return self._taken(order, other.keys)
+
+    def _taken(
+        self, order: list[int], keys: tuple[tuple[str, str, int], ...]
+    ) -> Documents:
+        found: dict[str, Any] = {"keys": keys}
         found |= {"values": self.values[order], "weights": self.weights[order]}
-        for name in ("clusters", "replies"):
+        for name in ("clusters", "replies", "level"):
             of = getattr(self, name)
             found[name] = of and tuple(of[index] for index in order)
         return replace(self, **found)
@@ -194,7 +209,9 @@ def _documents(
             grouped = clusters if len({*clusters}) < len(keys) else None
             levels = _levels(samples, weights, metric[:3])
             replies = tuple(sample.reply for sample in samples)
-            found = keys, values, weights, grouped, transform, levels, replies
+            level = tuple(sample.level for sample in samples)
+            level = level if all(level) else ()
+            found = keys, values, weights, grouped, transform, levels, replies, level
             return Documents(*found)
     return None
 
@@ -244,6 +261,7 @@ def read_samples(
     number of documents than the results file says.
     """
     file, logged = run.samples[task], Counter[str]()
+    level = run.metadata.get(task, {}).get("level")
     rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in metrics}
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -256,7 +274,7 @@ def read_samples(
                     "or was not written by lm-eval 0.4.3 or later."
                 ) from None
             logged[row.get("filter")] += 1
-            place, sample = row.get("doc_id", number), read_sample(row, task)
+            place, sample = row.get("doc_id", number), read_sample(row, task, level)
             for metric, found in rows.items():
                 name, _, of = metric.rpartition(",")
                 if row.get("filter") == of and row.get(name) is not None:
@@ -276,8 +294,13 @@ def read_samples(
     return rows
 
 
-def read_sample(row: Mapping[str, Any], task: str = "") -> Sample:
-    """Return what a line of the samples of a task says, as far as it goes."""
+def read_sample(
+    row: Mapping[str, Any], task: str = "", level: str | None = None
+) -> Sample:
+    """Return what a line of the samples of a task says, as far as it goes.
+
+    `level` is the field of a document that is its level.
+    """
     prompt, endings = _asked(row)
     document, choices = as_mapping(row.get("doc")), endings if endings[1:] else ()
     texts = [choice.strip() for choice in choices]
@@ -297,7 +320,8 @@ def read_sample(row: Mapping[str, Any], task: str = "") -> Sample:
     cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
     asked = number, digest, cluster, prompt, target, choices, right, chance
-    return Sample(*asked, *_answered(row, endings))
+    of_document = str(document.get(level, "")) if level else ""
+    return Sample(*asked, *_answered(row, endings), of_document)
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

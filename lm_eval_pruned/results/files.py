@@ -25,6 +25,8 @@ _SECTIONS = (
 STOPPING_SCHEMA = 3
 #: The key of a task's metadata that names the metric which decides.
 PRIMARY = "primary_metric"
+#: What the configuration of a run has whose answers were scored after other questions.
+MISMATCHED = "mismatched_questions"
 #: Model types that know nothing.
 _FLOORS = ("constant", "echo")
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
@@ -179,7 +181,7 @@ class Run:
     @property
     def is_floor(self) -> bool:
         """Whether the model knew nothing, or not the question: its score is a floor of the task."""
-        blind = self.config.get("mismatched_questions")
+        blind = self.config.get(MISMATCHED)
         return bool(blind) or self.config.get("model") in _FLOORS
 
     @property

@@ -138,7 +138,7 @@ def _figures(name: str, findings: Findings) -> Section:
     members = [findings.base, *findings.cuts]
     points = points_of(members, findings.base, findings.comparison, floors)
     plots, notes = [], []
-    for measure in ("relative", "above_chance"):
+    for measure in ("relative", "kept"):
         drawn, (_, title, _, said) = (
             points[points["measure"] == measure],
             MEASURES[measure],

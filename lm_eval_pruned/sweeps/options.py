@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
+from lm_eval_pruned.results.files import MISMATCHED
 from lm_eval_pruned.util import options as declaring
 
 
@@ -64,6 +65,10 @@ def _name_or_flag(value: Any) -> bool | str:
     return value if isinstance(value, bool) else _text(value)
 
 
+def _floors(value: Any) -> bool | str:
+    return MISMATCHED if value == MISMATCHED else _boolean(value)
+
+
 #: What is declared of an option besides, by the function that converts it.
 _SHAPES: dict[Any, dict[str, Any]] = {
     _texts: {"nargs": "+", "expected": "one or more names or numbers"},
@@ -71,6 +76,7 @@ _SHAPES: dict[Any, dict[str, Any]] = {
     _mapping: {"nargs": "+", "expected": "key=value pairs or a mapping"},
     _samples: {"expected": 'JSON such as {"boolq": [0, 1]}, or a file of it'},
     _boolean: {"nargs": "?", "expected": "true or false"},
+    _floors: {"nargs": "?", "expected": f"true, false or {MISMATCHED}"},
     _name_or_flag: {"nargs": "?", "expected": "true, false or a name"},
     float: {"least": 0},
 }
@@ -101,8 +107,9 @@ GROUPS = {
            for name, argument in SEVERAL.items()},
         **{name: _option(_text, "what", DECLARED[name].metadata["metavar"], help_of(name))
            for name in SHARED},
-        "floors": _option(_boolean, "what", "BOOL",
-            "also evaluate models that know nothing, whose scores are the floors of the tasks (default: true)"),
+        "floors": _option(_floors, "what", "WHICH",
+            "also evaluate models that know nothing, whose scores are the floors of the tasks: true (default), "
+            f"false, or {MISMATCHED}: also the unpruned model after other documents' questions"),
         "heal": _option(_mapping, "what", _PAIRS,
             "heal each pruned model, and evaluate it before and after: data=FILE and the options "
             f"of lm-eval-pruned heal ({', '.join(HEALING)})"),

@@ -12,11 +12,9 @@ import functools
 import itertools
 import operator
 from argparse import Namespace
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval.api.registry import get_model
@@ -31,7 +29,7 @@ from lm_eval_pruned.pruning import arguments as of_pruning
 from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
-from lm_eval_pruned.results.files import STOPPING_SCHEMA as SCHEMA
+from lm_eval_pruned.results.files import MISMATCHED, STOPPING_SCHEMA as SCHEMA
 from lm_eval_pruned.results.runs import ADAPTERS, FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
 from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
@@ -142,6 +140,14 @@ class Sweep:
         self.baseline, *pruned = self.configurations
         wanted = options.get("floors", True)
         self.floors: Sequence[Configuration] = FLOORS if wanted else ()
+        if wanted == MISMATCHED:
+            if self.model != MODELS[0]:
+                raise ValueError(
+                    f"floors={MISMATCHED} needs the model type {MODELS[0]}, and this sweep has "
+                    f"model={self.model}: pass --floors true."
+                )
+            name, asked = f"{FLOOR}mismatched-questions", {MISMATCHED: True}
+            self.floors = (*FLOORS, replace(self.baseline, id=name, arguments=asked))
         self.healing = SweepHealing(options, pruned) if "heal" in options else None
         if self.healing is not None:
             # What is wrong with one size is wrong with all that are asked for alike.
@@ -159,7 +165,14 @@ class Sweep:
         kinds = self.floors, self.configurations
         order = [each.id for kind in kinds for each in kind]
         # Dealt out task by task: N parts of N configurations get one model each.
-        dealt = [Unit(c, task) for kind in kinds for task in self.tasks for c in kind]
+        dealt = [
+            Unit(each, task)
+            for kind in kinds
+            for task in self.tasks
+            for each in kind
+            # Without given answers, there is nothing to score after another question.
+            if task.offers_answers or MISMATCHED not in each.arguments
+        ]
         return sorted(dealt[part::parts], key=lambda unit: order.index(unit[0].id))
 
     def model_args(self, configuration: Configuration) -> dict[str, Any]:
@@ -235,7 +248,7 @@ class Sweep:
 
     def may_stop(self, configuration: Configuration) -> bool:
         """Return whether the units of a configuration end when they are decided."""
-        is_pruned = not configuration.floor and configuration != self.baseline
+        is_pruned = configuration in self.configurations[1:]
         return self.stop_when is not None and is_pruned
 
     def as_dict(self) -> dict[str, Any]:
@@ -282,34 +295,6 @@ class Sweep:
         if text.is_file():
             described["calibration"] = {"sha256": of_tasks.hash_file(text)}
         return described
-
-
-class Waiting:
-    """Units that wait to be run, by whoever holds a model; `known` are tasks and seconds of others."""
-
-    def __init__(self, units: Sequence[Unit], known: list[tuple[str, float]]) -> None:
-        self.units, self.known = list(units), known
-        #: The id of the configuration whose model someone holds, by who it is.
-        self.held: dict[Any, str] = {}
-
-    def take(self, holder: Any) -> Unit:
-        """Take a unit of the model it holds, else of one nobody holds, else of the one with most left.
-
-        The longest unit of a model goes first, and what is left of a model is counted in seconds. A
-        task that is unknown takes as long as the known ones on average.
-        """
-        times = defaultdict(list)
-        for task, seconds in self.known:
-            times[task].append(seconds)
-        spent = {task: fmean(each) for task, each in times.items()}
-        usual = fmean(spent.values()) if spent else 1.0
-        costs = [(u.names[0], spent.get(u.names[1], usual)) for u in self.units]
-        left: dict[str, float] = defaultdict(float)
-        for name, seconds in costs:
-            left[name] += seconds
-        own, held = self.held.get(holder), [*self.held.values()]
-        ranks = [(name != own, name in held, -left[name], -s) for name, s in costs]
-        return self.units.pop(ranks.index(min(ranks)))
 
 
 def model_source(base: dict[str, Any]) -> dict[str, Any]:

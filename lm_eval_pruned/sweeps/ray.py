@@ -27,8 +27,9 @@ from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
-    from lm_eval_pruned.sweeps.plan import Unit, Waiting
+    from lm_eval_pruned.sweeps.plan import Unit
     from lm_eval_pruned.sweeps.unit import Ended
+    from lm_eval_pruned.sweeps.waiting import Waiting
     from lm_eval_pruned.util.progress import Progress
 
 logger = logging.getLogger("lm_eval.pruned.sweep")

@@ -37,13 +37,15 @@ class SweepTask:
     """One task, or one group that has a score; `build` makes it with a factory, and loads data.
 
     The `digest` is the hash of its settings, the folders of its functions and its local data. The
-    `metrics` are those that its YAML names; none for a task that is a Python class.
+    `metrics` are those that its YAML names; none for a task that is a Python class. `offers_answers`
+    says whether all its documents have given answers, as far as its YAML tells.
     """
 
     name: str
     digest: str
     build: Callable[[TaskFactory], Any] = field(repr=False, compare=False)
     metrics: tuple[str, ...] = field(default=(), compare=False)
+    offers_answers: bool = field(default=False, compare=False)
 
 
 def index_tasks(include_path: str | None) -> TaskManager:
@@ -113,13 +115,15 @@ class _Planning(TaskFactory):
         members = self._build_group_members(listed, group_name, given, registry)
         if not raw_cfg.get("aggregate_metric_list"):
             return members
-        below = [(task.name, task.digest) for task in _flat(members)]
+        leaves = _flat(members)
+        below = [(task.name, task.digest) for task in leaves]
         asked = group_name, raw_cfg, overrides, self._index
         build = operator.methodcaller("_build_group", *asked)
         digest = fingerprint(_described([raw_cfg, given, below]))
         listed = raw_cfg["aggregate_metric_list"]
         metrics = _metric_names(listed if isinstance(listed, list) else [listed])
-        return SweepTask(group_name, digest, build, metrics)
+        answers = all(task.offers_answers for task in leaves)
+        return SweepTask(group_name, digest, build, metrics, answers)
 
 
 def _inline(config: dict[str, Any]) -> SweepTask:
@@ -137,7 +141,8 @@ def _task(config: dict[str, Any], build: Callable[[TaskFactory], Any]) -> SweepT
     usual = [{"metric": name} for name in DEFAULT_METRIC_REGISTRY.get(kind, ())]
     listed = [] if "class" in config else config.get("metric_list") or usual
     digest = fingerprint(_described(config))
-    return SweepTask(config["task"], digest, build, _metric_names(listed))
+    answers = kind == "multiple_choice" and "class" not in config
+    return SweepTask(config["task"], digest, build, _metric_names(listed), answers)
 
 
 def _metric_names(listed: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lm_eval_pruned
 from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints import cost
+from lm_eval_pruned.compare.kept import share_kept
+from lm_eval_pruned.results.documents import Documents
+from lm_eval_pruned.results.files import Run, Score
 from tests.contract.commands import pruned
-from tests.helpers.checkpoints import edit_weights, save_tiny
+from tests.helpers.checkpoints import ROOT, edit_weights, save_tiny
 
 
 HELD_TEXT = Path(lm_eval_pruned.__file__).parent / "checkpoints" / "held_text.jsonl"
@@ -75,3 +82,68 @@ def test_losses_are_those_of_the_model_the_export_and_a_random_cut_of_these_laye
     everywhere = load_pruned(str(source), criterion="random", prune_percent=75)
     others = [*expected.values(), loss_by_hand(everywhere, tokenizer)]
     assert min(abs(a - b) for a in others for b in others if a != b) > 2e-3
+
+
+def made(name: str, lifts: np.ndarray) -> cost.Probed:
+    """Return made scores of a task whose floor is 0, in blocks of four."""
+    task, metric = "pruned_probe_knowledge", "lift,none"
+    keys = tuple((task, str(number), 0) for number in range(len(lifts)))
+    blocks = tuple(str(number // 4) for number in range(len(lifts)))
+    weights = np.ones(len(lifts))
+    documents = Documents(keys, lifts, weights, blocks, "mean")
+    scores = {(task, metric): Score(float(lifts.mean()), None, True, len(lifts))}
+    declared = {task: {"primary_metric": "lift", "floors": {"lift": 0}}}
+    run = Run(name, Path(name), scores, metadata=declared)
+    return cost.Probed(run, {(task, metric): documents})
+
+
+def test_what_is_kept_is_fiellers_share_of_the_lift_by_block():
+    rng, tokens = np.random.default_rng(0), np.full(32, 100)
+    lifts = rng.normal(5, 3, size=200)
+    of = {"unpruned": 1.0, "pruned": 0.6, "random cut": 0.1}
+    measured = {
+        name: cost.Quality(
+            rng.normal(400 / share, 9, size=32),
+            tokens,
+            ("",) * 3,
+            made(name, share * lifts + rng.normal(0, 0.2, size=200)),
+        )
+        for name, share in of.items()
+    }
+    (line,) = (e for e in cost.cost_table(measured).splitlines() if "knowledge" in e)
+    label, unpruned, *kept = line.strip("|").split("|")
+    assert (label, unpruned[:5]) == ("knowledge kept, 200 prompts", "lift ")
+    for name, text in zip(("pruned", "random cut"), kept, strict=True):
+        values = [
+            measured[each].probed.documents["pruned_probe_knowledge", "lift,none"]
+            for each in ("unpruned", name)
+        ]
+        blocks = values[0].clusters
+        share = share_kept(*(each.values for each in values), 0, clusters=blocks)
+        assert text == share.text
+        assert share.low < of[name] < share.high
+
+
+def test_the_part_of_the_probes_is_of_whole_blocks():
+    utils = runpy.run_path(str(ROOT / "tasks" / "probes" / "utils.py"))
+    for task, count in cost.PROBES.items():
+        load = utils[task.replace("pruned_probe", "load")]
+        blocks = load()["test"]["block"]
+        assert not {*blocks[:count]} & {*blocks[count:]}
+
+
+def test_scoring_ties_no_weights_that_the_file_has_apart(tmp_path):
+    source, out = save_tiny(tmp_path / "source"), tmp_path / "out"
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps(config | {"tie_word_embeddings": True})
+    )
+    done = pruned(
+        *("prune", "--model_args", f"pretrained={source}", "--prune_percent", 50),
+        *("--recipe", "study", "--output_path", out),
+    )
+    assert "knowledge kept" in done.out, done.err
+    (before,) = source.glob("*.safetensors")
+    (after,) = out.glob("*.safetensors")
+    name = "lm_head.weight"
+    assert torch.equal(load_file(before)[name], load_file(after)[name])

@@ -62,6 +62,7 @@ def test_a_plan_of_the_study_imports_neither_torch_nor_transformers(model):
     sizes=st.tuples(st.integers(1, 9), st.integers(2, 90), st.integers(1, 4)),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     head_dim=st.sampled_from([None, 6]),
+    kinds=st.sampled_from([None, ["full_attention"], ["sliding_attention"], ["x"], 7]),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     asked=st.sampled_from(
         [
@@ -73,7 +74,7 @@ def test_a_plan_of_the_study_imports_neither_torch_nor_transformers(model):
     ),
 )
 def test_the_short_way_gives_the_rows_of_the_model(
-    model_type, heads, sizes, flags, head_dim, dtype, asked, tmp_path_factory
+    model_type, heads, sizes, flags, head_dim, kinds, dtype, asked, tmp_path_factory
 ):
     """A model that is built by transformers, as for `trust_remote_code`."""
     hidden, width, layers = sizes
@@ -85,6 +86,8 @@ def test_the_short_way_gives_the_rows_of_the_model(
     )
     config |= dict(zip(names, flags, strict=True))
     config |= {"head_dim": head_dim} if head_dim else {}
+    if kinds:
+        config["layer_types"] = kinds * layers if isinstance(kinds, list) else kinds
     folder = tmp_path_factory.mktemp("config")
     (folder / "config.json").write_text(json.dumps(config))
     found = []

@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from lm_eval_pruned import cli, load_pruned
+from lm_eval_pruned import cli
 from lm_eval_pruned.checkpoints import default_model
 from lm_eval_pruned.checkpoints.default_model import DefaultModel
 from tests.helpers.results_files import write_sweep
@@ -180,19 +180,6 @@ def test_every_command_that_loads_takes_the_embedded_model(embedded, tmp_path, c
     record = json.loads((tmp_path / "profile" / "profile.json").read_text())
     names = [each["name"] for each in record["models"]]
     assert names == ["baseline", "prune_percent=25"]
-
-
-def test_plan_and_prune_take_the_arguments_of_an_evaluation(
-    tiny_llama, tmp_path, capsys
-):
-    model_args = f"pretrained={tiny_llama},ratio=2,layers=0+2,criterion=l2"
-    assert cli.main(["plan", "--model_args", model_args, "--format", "json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert row["asked"] == "ratio=2"
-    words = ["--model_args", model_args, "--output_path", str(tmp_path / "out")]
-    assert cli.main(["prune", *words]) == 0
-    model = load_pruned(str(tiny_llama), ratio=2, layers="0+2", criterion="l2")
-    assert model.prune_record.digest[:12] in capsys.readouterr().out
 
 
 def test_a_terminal_sees_which_layer_a_cut_is_at(tiny_llama, tmp_path, monkeypatch):

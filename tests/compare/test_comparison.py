@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lm_eval_pruned import cli
 from lm_eval_pruned.compare import comparison, comparison_table
@@ -89,19 +90,8 @@ def test_documents_are_matched_by_hash_not_by_place(tmp_path):
     assert rows_of(base, run) == before
 
 
-@pytest.mark.parametrize(
-    ("other", "options", "words"),
-    [
-        ({"tf": acc(0.4, 15)}, {}, r"65 of 80 only in 0, 0 of 15 only in 1"),
-        ({"tf": acc(0.4)}, {"versions": {"tf": 2.0}}, r"version 1\.0 in 0 and 2\.0"),
-        ({"arc": acc(0.4)}, {}, "no task in common"),
-    ],
-)
-def test_what_cannot_be_compared(tmp_path, other, options, words):
-    (base,) = runs(tmp_path, {"tf": acc(0.4)})
-    run = read_run(write_run(tmp_path / "1", other, **options), "1")
-    with pytest.raises(ResultsError, match=words):
-        comparison.compare(base, [run])
+def test_a_level_is_between_0_and_1(tmp_path):
+    base, run = runs(tmp_path, {"tf": acc(0.4)}, {"tf": acc(0.4)})
     for alpha in (0, 1, float("nan")):
         with pytest.raises(ValueError, match="alpha="):
             comparison.compare(base, [run], alpha=alpha)
@@ -141,6 +131,30 @@ def test_without_samples_the_weaker_test_says_so(tmp_path):
     paired = rows_of(*runs(tmp_path / "with", *tasks))["1", "tf"]
     assert ("weaker" in weaker.method, paired.p < weaker.p) == (True, True)
     assert (none.p, none.q, none.verdict) == (None, None, "not tested")
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2])
+def test_without_samples_each_metric_has_the_normal_interval_of_its_stderrs(
+    tmp_path, alpha
+):
+    def tasks(*shares):
+        scores = {"values": answers(shares[0]), "stderr": 0.03}
+        normed = {"values": answers(shares[1]), "stderr": 0.04}
+        return {"arc": {"acc,none": scores, "acc_norm,none": normed}}
+
+    base, run = runs(tmp_path, tasks(0.5, 0.4), tasks(0.3, 0.45), samples=False)
+    rows = comparison.compare(base, [run], alpha=alpha).rows
+    assert {row.metric: row.primary for row in rows} == {
+        "acc,none": False,
+        "acc_norm,none": True,
+    }
+    for row, stderr in zip(rows, (0.03, 0.04), strict=True):
+        half = stats.norm.isf(alpha / 2) * stderr * 2**0.5
+        assert (row.low, row.high) == pytest.approx(
+            (row.difference - half, row.difference + half)
+        )
+        z = abs(row.difference) / stderr / 2**0.5
+        assert row.p == pytest.approx(2 * stats.norm.sf(z))
 
 
 def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):

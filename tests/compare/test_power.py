@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned import cli
 from lm_eval_pruned.compare.gaffke import POWER
 from lm_eval_pruned.compare.power import (
     chances,
@@ -15,7 +14,6 @@ from lm_eval_pruned.compare.power import (
     power_of_shares,
 )
 from lm_eval_pruned.compare.statistics import paired_difference
-from tests.helpers.results_files import write_run
 
 
 @pytest.mark.parametrize(("changed", "margin"), [(0.1, 0.2), (0.3, 0.25)])
@@ -81,50 +79,3 @@ def test_documents_for_is_where_the_chance_reaches_80_percent():
     needed = documents_for(power, 0, 10)
     assert power(needed)[0] >= POWER > power(int(needed * 0.85))[0]
     assert documents_for(lambda n: [0.5], 0, 10) is None
-
-
-@pytest.fixture
-def ask(tmp_path, capsys):
-    rng = np.random.default_rng(1)
-    before, soft = (rng.random(300) < 0.5).astype(float), rng.random(300)
-    after = np.where(rng.random(300) < 0.1, 1 - before, before)
-    losses = {"aggregation": "perplexity", "higher_is_better": False}
-    paths = []
-    for acc, noise in ((before, 0), (after, rng.normal(0, 0.05, size=300))):
-        wiki = {"perplexity,none": {"values": [*(soft + noise - 3)], **losses}}
-        tasks = {"boolq": {"acc,none": [*acc]}, "tf": {"mc2,none": [*(soft + noise)]}}
-        paths.append(write_run(tmp_path / str(len(paths)), {**tasks, "wiki": wiki}))
-
-    def run(task, *options):
-        code = cli.main(["power", task, *map(str, paths), *options])
-        said = capsys.readouterr()
-        rows = [row.split("|") for row in said.out.splitlines() if row[:1] == "|"]
-        return code, rows[2:], said.err
-
-    return run
-
-
-@pytest.mark.parametrize("task", ["boolq", "tf", "wiki"])
-def test_the_command(ask, task):
-    few, many = (
-        [int(row[8].rstrip("%")) for row in ask(task, "--margin", "0.02", *more)[1]]
-        for more in ((), ("--documents", "3000"))
-    )
-    assert all(x <= y for x, y in zip(few, many, strict=True))
-    assert few[0] <= few[1]
-
-
-@pytest.mark.parametrize(
-    ("task", "options", "words"),
-    [
-        ("gsm8k", ["--margin", "1pt"], "has boolq, tf"),
-        ("wiki", ["--margin", "1pt"], "1pt is not a margin"),
-        ("boolq", ["--margin", "1pt", "--documents", "1"], "documents=1"),
-        ("boolq", ["--margin", "1pt", "--alpha", "0.5"], "alpha=0.5"),
-        ("boolq", ["--margin", "5"], "any difference of boolq acc"),
-    ],
-)
-def test_what_cannot_be_asked(ask, task, options, words):
-    code, _, said = ask(task, *options)
-    assert code == 2
-    assert words in said

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare.pairing import LEVEL, sequential
+from lm_eval_pruned.compare.pairing import LEVEL, look, sequential
+from lm_eval_pruned.compare.statistics import paired_difference
 from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.results.files import Stopping, read_results_file, spent
+from lm_eval_pruned.results.runs import read_run
 from tests.helpers.results_files import write_run
 
 
@@ -85,3 +87,48 @@ def test_another_metric_difference_or_margin_has_no_p():
     other = Margin("equivalent", "2pt")
     p, _, claim = sequential(stopping, "acc,none", -0.4, other, 0.02)
     assert (p, claim) == (1e-6, None)
+
+
+RIGHT = (np.arange(800) % 2).astype(float)
+SOFT = np.linspace(0.2, 0.8, 800)
+
+
+@pytest.mark.parametrize(
+    ("base", "run", "documents", "reason"),
+    [
+        (RIGHT, 0 * RIGHT, 100, "difference"),
+        (RIGHT, RIGHT, 100, ""),
+        (RIGHT, RIGHT, 400, "equivalent"),
+        (RIGHT, np.roll(RIGHT, 1), 100, ""),
+        (RIGHT, np.roll(RIGHT, 1), 800, "all documents"),
+        # Too few of scores between right and wrong to be tested at a look.
+        (SOFT, SOFT / 2, 400, ""),
+        (SOFT, SOFT / 2, 500, "difference"),
+    ],
+)
+def test_a_look_tests_the_documents_so_far_at_its_share_of_the_level(
+    base, run, documents, reason, tmp_path
+):
+    metric = "acc,none" if base is RIGHT else "mc2,none"
+    runs = [
+        read_run(write_run(tmp_path / name, {"boolq": {metric: values.tolist()}}))
+        for name, values in (("base", base), ("run", run[:documents]))
+    ]
+    before = Stopping("decided:2pt", "boolq", 800, LEVEL, 2)
+    found = look(before, documents, *runs)
+    assert (found.metric, found.looks, found.reason) == (metric, (documents,), reason)
+    test = paired_difference(base[:documents], run[:documents])
+    assert found.difference == pytest.approx(test.difference)
+    tested = base is RIGHT or documents >= 500
+    ps = (test.p, test.p_outside(-0.02, 0.02)) if tested else (1, 1)
+    ps = [min(1, p / found.share) for p in ps]
+    assert (found.p, found.p_margin) == pytest.approx(ps)
+    # What is noted is what the comparison of the stopped unit says.
+    margin = Margin("equivalent", "2pt")
+    p, q, claim = sequential(found, metric, test.difference, margin, 0.02)
+    assert (p, q) == pytest.approx((ps[0], min(1, 2 * ps[0])))
+    assert claim.q == pytest.approx(min(1, 2 * ps[1]))
+    # An earlier look that showed more counts.
+    surer = Stopping("decided:2pt", "boolq", 800, LEVEL, 2, p=1e-9, p_margin=1e-8)
+    later = look(surer, documents, *runs)
+    assert (later.p, later.p_margin) == (min(ps[0], 1e-9), min(ps[1], 1e-8))

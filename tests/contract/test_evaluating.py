@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import shutil
+import sys
 
 import pytest
 import torch
+from lm_eval.api.registry import get_model
 
-from lm_eval_pruned import load_pruned
-from tests.contract.commands import pruned
-from tests.helpers import checkpoints
+from lm_eval_pruned import load_pruned, prune_model
+from tests.contract.commands import lm_eval, pruned, results_in
+from tests.helpers import checkpoints, evaluations
+from tests.helpers.ways_to_load import assert_same_model
+from tests.sweeps.conftest import quick  # noqa: F401
 
 
 with (checkpoints.DATA / "architectures.csv").open(encoding="utf-8") as file:
@@ -64,3 +69,92 @@ def test_without_a_size_the_unpruned_model_is_loaded(tiny_llama):
     record = load_pruned(str(tiny_llama)).prune_record
     assert record.parameters_after == record.parameters_before
     assert record.digest is None
+
+
+def test_before_the_scores_a_run_logs_what_was_done_to_the_model(tiny_llama, caplog):
+    with caplog.at_level(logging.INFO, "lm_eval"):
+        lm = get_model("pruned-hf")(str(tiny_llama), ratio=2, device="cpu")
+    record = lm.model.prune_record
+    for row in (
+        "|expansion ratio  |        2.7500|        2.0000|",
+        "|intermediate size|            88|            64|",
+        f"ratio=2, criterion=maw, 3 layers, kept digest {record.digest[:12]}",
+    ):
+        assert row in caplog.text
+    # The results file has the same record.
+    assert lm.get_model_info()["pruning"] == record.as_dict()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_a_plan_of_a_folder_imports_neither_torch_nor_transformers(
+    model_type, tmp_path
+):
+    config = checkpoints.tiny_config(model_type).to_dict()
+    # A key that Qwen2 does not have.
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = "import sys; sys.modules.update(torch=None, transformers=None)\n"
+    code += "from lm_eval_pruned.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["plan", "--prune_percents", 40, "--model_args", f"pretrained={tmp_path}"]
+    done = evaluations.run([sys.executable, "-c", code, *words], check=True)
+    assert "|53|" in done.stdout.replace(" ", "")
+
+
+def test_commands_take_arguments_in_model_args_or_as_options(tiny_llama, tmp_path):
+    model = f"pretrained={tiny_llama}"
+    in_model_args = planned(f"{tiny_llama},ratio=2,layers=0+2,criterion=l2")
+    options = ("--layers", "0+2", "--criterion", "l2")
+    assert planned(tiny_llama, "--ratios", 2, *options) == in_model_args
+    expected = load_pruned(str(tiny_llama), ratio=2, layers="0+2", criterion="l2")
+    command = ["prune", "--model_args", f"{model},ratio=2", "recipe=study", *options]
+    done = pruned(*command, "--output_path", tmp_path / "out")
+    assert expected.prune_record.digest[:12] in done.out
+    said = pruned("plan", "--model_args", f"{model},ratio=2", "--ratios", 3).sentence
+    assert "ratio was given twice" in said
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"ratio": 2, "prune_percent": 40},
+        {"intermediate_size": 9, "ratio": 2},
+        {"widths": {0: 9}, "prune_percent": 40},
+    ],
+    ids=str,
+)
+def test_at_most_one_size_is_given(sizes, tiny_llama):
+    with pytest.raises(ValueError, match="together") as error:
+        load_pruned(str(tiny_llama), **sizes)
+    assert all(name in str(error.value) for name in sizes)
+
+
+def test_prune_model_gives_the_model_that_load_pruned_gives(tiny_llama):
+    whole = checkpoints.tiny_model(checkpoints.tiny_config())
+    assert prune_model(whole, prune_percent=40) is whole
+    assert_same_model(whole, load_pruned(str(tiny_llama), prune_percent=40))
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_read_the_prompt_scores_the_floors_of_the_probes(
+    tmp_path,
+):
+    """Whichever answer it prefers."""
+    names = ("pruned_probe_knowledge", "pruned_probe_instructions")
+    words = ["--model", "constant", "--model_args", "loglikelihood=first"]
+    words += ["--tasks", ",".join(names), "--include_path", checkpoints.ROOT / "tasks"]
+    words += ["--output_path", tmp_path, "--log_samples"]
+    assert lm_eval("run", *words).code == 0
+    scores = [results_in(tmp_path)["results"][name] for name in names]
+    assert [score["acc,none"] for score in scores] == pytest.approx(
+        [0.25, 0.269], abs=5e-4
+    )
+    sizes, levels = (956, 368), (5, 3)
+    for name, size, count, score in zip(names, sizes, levels, scores, strict=True):
+        assert score["lift,none"] == pytest.approx(0, abs=1e-9)
+        (file,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
+        docs = [
+            json.loads(line)["doc"] for line in file.read_text("utf-8").splitlines()
+        ]
+        assert len(docs) == size
+        assert len({doc["level"] for doc in docs}) == count
+        assert all(doc["family"] for doc in docs)

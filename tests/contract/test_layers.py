@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned, results_in
-from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
+from tests.helpers.checkpoints import ROOT, edit_config, edit_weights, save_tiny
 
 
 #: Neurons of each layer of `tiny_llama`.
@@ -79,6 +79,11 @@ def test_sensitivity_writes_and_prints_a_curve_for_each_layer_criterion_and_seed
     names |= {f"sensitivity-by-layer.{kind}" for kind in ("png", "svg")}
     assert {file.name for file in out.iterdir()} == names
     found = json.loads((out / "sensitivity.json").read_text())
+    assert (found["file"], found["texts"], len(found["sha256"])) == (
+        "texts.jsonl",
+        3,
+        64,
+    )
     ways = {(c["layer"], c["criterion"], c.get("seed")) for c in found["curves"]}
     ranked = (("maw", None), ("act", None), ("random", 0), ("random", 5))
     assert ways == {(layer, *way) for layer in range(3) for way in ranked}
@@ -90,9 +95,12 @@ def test_sensitivity_writes_and_prints_a_curve_for_each_layer_criterion_and_seed
 
 def test_sensitivity_uses_16_texts_of_the_package_by_default(tiny):
     words = ["sensitivity", "--model_args", f"pretrained={tiny}"]
-    done = pruned(*words, "--criteria", "maw", "--prune_percents", 50)
+    words += ["--criteria", "maw", "--prune_percents", 50]
+    done = pruned(*words)
     assert done.code == 0, done.err
     assert "on 16 texts" in done.out
+    text = ROOT / "lm_eval_pruned" / "pruning" / "calibration_text.jsonl"
+    assert pruned(*words, "--calibration", text).out == done.out
 
 
 def test_the_entry_repair_says_what_was_measured(tiny, text, tmp_path):

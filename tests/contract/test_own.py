@@ -222,6 +222,34 @@ def test_a_base_below_an_exact_floor_has_nothing_to_keep(constant, tmp_path):
     assert "cannot show a loss" in done.out + done.err
 
 
+def test_the_report_shows_what_is_kept_at_each_value_of_the_field_that_is_the_level(
+    tmp_path,
+):
+    pytest.importorskip("altair", reason="figures need the extra `report`")
+    # The easy questions lose nothing, the hard ones half.
+    docs = {n: {"question": n, "grade": ["easy", "hard"][n % 2]} for n in range(60)}
+    values = {"p0": [3.0, 5.0, 4.0, 6.0] * 15, "p20": [3.0, 2.5, 4.0, 3.0] * 15}
+    runs = {
+        name: (size, {"task": {"gain,none": {"values": values[name], "docs": docs}}})
+        for name, size in (("p0", 0), ("p20", 20))
+    }
+    folder = write_sweep(tmp_path, runs)
+    metadata = {"primary_metric": "gain", "floors": {"gain": 0}, "level": "grade"}
+    for file in folder.rglob("results_*.json"):
+        of = json.loads(file.read_text())
+        of["configs"] = {"task": {"metadata": metadata}}
+        file.write_text(json.dumps(of))
+    done = pruned("report", folder)
+    assert done.code == 0, done.err
+    page = (folder / "report" / "report.md").read_text("utf-8")
+    table = page.partition("## Kept by level")[2].partition("\n## ")[0]
+    rows = [
+        line.strip("|").split("|") for line in table.splitlines() if line[:1] == "|"
+    ]
+    kept = {row[1]: row[-1] for row in rows[2:]}
+    assert kept["easy"].startswith("100 % [") and kept["hard"].startswith("50 % [")
+
+
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [

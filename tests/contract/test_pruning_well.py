@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from transformers import LlamaForCausalLM
@@ -32,6 +33,12 @@ def text(folder):
     return str(folder / "text.jsonl")
 
 
+def cells_of(out):
+    """Return the cells of the table that `prune` prints last, by the label of the row."""
+    lines = [line.split("|")[1:-1] for line in out.splitlines() if line[:1] == "|"]
+    return {label: cells for label, *cells in lines}
+
+
 def test_prune_prints_the_recipe_the_cost_three_continuations_and_the_next_command(
     folder, text, tmp_path
 ):
@@ -43,8 +50,21 @@ def test_prune_prints_the_recipe_the_cost_three_continuations_and_the_next_comma
     assert choice.startswith("recipe=best was chosen, because ")
     assert "unpruned|pruned|random cut" in done.out
     assert "loss, nats per token" in done.out and done.out.count("“") == 3
+    rows = cells_of(done.out)
+    for name in ("pruned", "random cut"):
+        place = rows[""].index(name)
+        interval = rows["more than unpruned"][place]
+        assert re.fullmatch(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]", interval)
+        # A model without training knows nothing that it could lose.
+        for probe, count in (("knowledge", 200), ("instruction following", 150)):
+            label = f"{probe} kept, {count} prompts"
+            assert rows[label][place] == "cannot show a loss"
+            assert rows[label][rows[""].index("unpruned")].startswith("lift ")
     assert " bytes of weights in 1 file" in done.out
     assert f"lm-eval-pruned verdict pruned-hf,pretrained={folder} " in done.out
+    card = (tmp_path / "README.md").read_text("utf-8")
+    for said in ("loss, nats per token", "random cut", '"repair": "least_squares"'):
+        assert said in card
     # An ordinary checkpoint, which transformers opens, and the same model without writing it.
     expected = load_pruned(
         str(folder), prune_percent=40, recipe="best", calibration=text

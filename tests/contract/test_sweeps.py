@@ -14,41 +14,14 @@ from tests.helpers.sweeping import (
     errors_of,
     files_of,
     results_of,
-    write_tasks,
 )
 from tests.sweeps.conftest import quick  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
 def tiny2(tmp_path_factory):
     """Another model of the same shape."""
     return save_tiny(tmp_path_factory.mktemp("tiny2"), seed=1)
-
-
-@pytest.fixture(scope="module")
-def sweep_of(made):
-    """Return the command of a sweep of 20 % on one task of four documents."""
-
-    def sweep_of(model, folder, *words, task="tiny_choice", size=20, dtype="float32"):
-        given = ["--model_args", f"pretrained={model}", f"dtype={dtype}"]
-        given += ["--prune_percents", size, "--tasks", task, "--include_path", made]
-        given += ["--output_path", folder, "--device", "cpu", "--floors", "no"]
-        return pruned("sweep", *given, *words)
-
-    return sweep_of
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_llama, sweep_of, tmp_path_factory):
-    """The folder of a finished sweep of `tiny_llama`."""
-    folder = tmp_path_factory.mktemp("finished") / "sweep"
-    assert sweep_of(tiny_llama, folder).code == 0
-    return folder
 
 
 @pytest.fixture
@@ -337,22 +310,26 @@ def test_a_dry_run_shows_widths_parameters_and_what_is_left(
     assert "2 done" in sweep_of(tiny_llama, finished, "--dry_run").out
 
 
+@pytest.mark.parametrize("task", ["tiny_choice", "tiny_sentence"])
 def test_the_results_of_a_unit_are_those_of_lm_eval(
-    finished, tiny_llama, made, tmp_path
+    task, tiny_llama, sweep_of, made, tmp_path
 ):
+    """Sampled answers, too, for which seeds are set again in each unit."""
+    folder, out = tmp_path / "sweep", tmp_path / "out"
+    assert sweep_of(tiny_llama, folder, task=task).code == 0
     model = f"pretrained={tiny_llama},dtype=float32,prune_percent=20"
-    words = ["--model", "pruned-hf", "--model_args", model, "--tasks", "tiny_choice"]
+    words = ["--model", "pruned-hf", "--model_args", model, "--tasks", task]
     words += ["--include_path", made, "--device", "cpu", "--log_samples"]
-    assert lm_eval("run", *words, "--output_path", tmp_path).code == 0
-    expected = results_in(tmp_path)
-    found = results_in(finished / "units" / "prune_percent-20" / "tiny_choice")
+    assert lm_eval("run", *words, "--output_path", out).code == 0
+    expected = results_in(out)
+    found = results_in(folder / "units" / "prune_percent-20" / task)
     for results in (expected, found):
         for name in ("date", "start_time", "end_time", "total_evaluation_time_seconds"):
             results.pop(name, None)
     assert found["config"].pop("weight_bytes") > 0
     assert found == expected
-    (samples,) = tmp_path.rglob("samples_*.jsonl")
-    (ours,) = results_of(finished)["prune_percent-20/tiny_choice"]["samples"].values()
+    (samples,) = out.rglob("samples_*.jsonl")
+    (ours,) = results_of(folder)[f"prune_percent-20/{task}"]["samples"].values()
     assert ours == [json.loads(line) for line in samples.read_text().splitlines()]
 
 
@@ -380,6 +357,8 @@ def test_what_changed_is_named_and_evaluated_again_and_the_earlier_results_move(
     assert "2 finished units" in done.out and "(settings)" in done.out
     moved = folder.glob("superseded/*/tiny_choice/*/results_*")
     assert sorted(path.name for path in moved) == before
+    again = results_in(folder / "units" / "baseline" / "tiny_choice")
+    assert again["n-samples"]["tiny_choice"]["effective"] == 2
 
 
 @pytest.mark.slow
@@ -402,12 +381,14 @@ def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_cha
             is_error = names == ("error.json", "unit.json")
             assert is_error == unit.endswith("tiny_choice")
     error = errors_of(folder)["baseline/tiny_choice"]
+    assert {*error} == {"type", "message", "traceback"}
     assert error["type"] == "ConnectionError"
     assert error["message"] == "the data set cannot be had"
     assert "cannot_be_had" in error["traceback"]
     words = ("--include_path", made, "--tasks", "tiny_choice", "tiny_sentence")
     assert sweep_of(tiny_llama, folder, *words).code == 0
     assert not errors_of(folder)
+    assert not (folder / "superseded").exists()
 
 
 @pytest.mark.parametrize(
@@ -415,8 +396,15 @@ def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_cha
     [
         (("--ratios", "4"), "ratio=4 is above the model's own expansion ratio 88/32"),
         (("--model_args", "pretrained={}", "ratio=2"), "use --ratios"),
+        (("--ratios", "many"), "ratio=many"),
         (("--seeds", "1"), "only the criterion random"),
+        (("--criteria", "random", "--seeds", "-1"), "seed=-1"),
+        (("--model", "hf"), "model=hf"),
+        (("--seed", "one"), "'one'"),
+        (("--include_path", "/no/such/folder"), "not a folder"),
         (("--tasks", "no_such_task"), "no_such_task"),
+        (("--tasks", "tiny_both", "tiny_sentence"), "requested twice"),
+        (("--fewshot_as_multiturn", "yes"), "apply_chat_template"),
         (("--shard", "2/2"), "I from 0 to N-1"),
         (("--shard", "next", "--ray"), "leave out --ray"),
         (("--stop_when", "decided", "--ray"), "leave out --ray"),
@@ -428,3 +416,44 @@ def test_what_cannot_be_swept_is_refused(words, said, tiny_llama, sweep_of, tmp_
     given = [word.format(tiny_llama) for word in words]
     assert said in sweep_of(tiny_llama, tmp_path / "sweep", *given).sentence
     assert not (tmp_path / "sweep").exists()
+
+
+def test_with_mismatched_questions_the_unpruned_model_is_a_floor_too_and_the_highest_counts(
+    tiny_llama, sweep_of, made, tmp_path
+):
+    # The last --floors counts. The task of free answers has no such floor.
+    words = "--floors", "mismatched_questions", "--limit", 4
+    for task in ("tiny_choice", "tiny_sentence"):
+        done = sweep_of(tiny_llama, tmp_path, *words, task=task)
+        assert done.code == 0, done.err
+    name = "floor-mismatched-questions"
+    units = tmp_path / "units" / name
+    assert [each.name for each in units.iterdir()] == ["tiny_choice"]
+    results = results_in(units / "tiny_choice")
+    given = f"pretrained={tiny_llama},dtype=float32,mismatched_questions=true"
+    words = "--tasks", "tiny_choice", "--include_path", made, "--device", "cpu"
+    out = "--output_path", tmp_path / "stock"
+    assert (
+        lm_eval("run", "--model", "pruned-hf", "--model_args", given, *words, *out).code
+        == 0
+    )
+    stock = results_in(tmp_path / "stock")
+    assert results["results"]["tiny_choice"] == stock["results"]["tiny_choice"]
+    assert results["config"]["mismatched_questions"] is True
+    tasks, _ = compared(tmp_path)
+    assert not any(run.startswith("floor-") for run in tasks)
+    scores = {
+        file.parts[-3]: json.loads(file.read_text())["results"]["tiny_choice"][
+            "acc,none"
+        ]
+        for file in tmp_path.glob("units/floor-*/tiny_choice/results_*.json")
+    }
+    assert len(scores) == 5 and name in scores
+    rows = json.loads(pruned("compare", tmp_path, "--format", "json").out)["rows"]
+    (row,) = (row for row in rows if row["task"] == "tiny_choice")
+    assert row["floor"]["floor"] >= max(scores.values())
+
+
+def test_a_floor_that_is_no_word_of_the_page_is_refused(tiny_llama, sweep_of, tmp_path):
+    done = sweep_of(tiny_llama, tmp_path, "--floors", "mismatched")
+    assert "true, false or mismatched_questions" in done.sentence

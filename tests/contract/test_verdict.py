@@ -222,3 +222,64 @@ def test_another_candidate_or_base_in_the_same_folder_gets_no_score_of_the_first
     third = verdict_on_models(tiny2, tiny2, "tiny_choice")
     assert scored(third) == {"tiny_choice"}
     assert "base (tiny_sentence)" in third.out
+
+
+def test_a_share_is_a_margin_of_scores_and_1_or_more_is_refused(verdict):
+    boolq = {"boolq": right(0.8)}
+    assert "|5pt" in verdict(boolq, boolq, "--margin", "5pt").out.replace(" ", "")
+    assert verdict(boolq, boolq, "--margin", "0.05").code == 0
+    assert "did you mean 1pt?" in verdict(boolq, boolq, "--margin", "1").sentence
+
+
+def test_no_texts_leaves_documents_and_answers_out(verdict, tmp_path):
+    for words, texts in (((), True), (("--no_texts",), False)):
+        done = verdict({"boolq": right(0.8)}, {"boolq": right(0.6)}, *words)
+        assert done.code == 1
+        pages = [tmp_path / "out" / f"verdict.{kind}" for kind in ("html", "md")]
+        assert all(
+            ("the question" in page.read_text("utf-8")) == texts for page in pages
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nothing", "hf"), "neither a path of results nor a model"),
+        (("hf,pretrained", "hf"), "The base hf,pretrained is 'pretrained'"),
+        (("{tiny}", "{pruned},ratio=2,prune_percent=3"), "ratio=2 and prune_percent=3"),
+        (("{tiny}", "{tiny}", "--margin", "x"), "margin=x is not a margin"),
+        (("{old}", "{old}", "--margin", "arc=1pt"), "arc=1pt names no task or metric"),
+        (("{old}", "{other}"), "no task in common"),
+        (("{old}", "{old}", "--margin", "5"), "of boolq acc,"),
+        (("{tiny}", "{tiny}", "--margin", "5"), "did you mean 5pt?"),
+        (("{tiny}", "{old}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
+        (("{old}", "{tiny}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
+        (
+            ("hf,pretrained=./nosuch", "{tiny}"),
+            "pretrained=./nosuch was not found: no folder here has that name, and no model on",
+        ),
+        (
+            ("{tiny}", "{tiny}lish"),
+            "The candidate {tiny}lish cannot be used: pretrained=",
+        ),
+        (("{tiny}", "{pruned},prune_percent=130"), "prune_percent=130"),
+        (("{tiny}", "{pruned},prune_precent=3"), "did you mean prune_percent?"),
+        (("{tiny}", "{tiny},prune_percent=3"), "only pruned-hf and pruned-vllm prune"),
+        (("{tiny}", "{tiny},peft={old}"), "where adapter_config.json cannot be found"),
+    ],
+)
+def test_margins_and_both_models_are_checked_before_anything_is_evaluated(
+    words, message, tiny_llama, tmp_path
+):
+    write_run(tmp_path / "old", {"boolq": {"acc,none": [1.0, 0.0] * 200}})
+    write_run(tmp_path / "other", {"piqa": {"acc,none": [1.0, 0.0] * 200}})
+    places = {name: str(tmp_path / name) for name in ("old", "other")}
+    places |= {"tiny": f"hf,pretrained={tiny_llama}"}
+    places |= {"pruned": f"pruned-{places['tiny']}"}
+    given = [word.format(**places) for word in words]
+    given += ["--tasks", "tiny_choice"]
+    given += ["--include_path", write_tasks(tmp_path / "tasks")]
+    done = pruned("verdict", *given, "--output_path", tmp_path / "out")
+    assert message.format(**places) in done.sentence
+    assert done.err.count("\n") == 1
+    assert not [*tmp_path.rglob("unit.json")]

@@ -1,4 +1,4 @@
-"""docs/vllm.md where vLLM is not installed; `tests/model_wrappers` has the tests with the engine."""
+"""docs/vllm.md where vLLM is not installed; `test_vllm_engine.py` is for where it is."""
 
 from __future__ import annotations
 

@@ -147,6 +147,8 @@ def observed() -> Iterator[tuple[str, str]]:
         printed("report", "floors", "--output_path", "report_of_floors")
         report = Path("report_of_floors/report.md").read_text("utf-8")
         yield "floors_report.md", rounded(report)
+        models = ("floors", "floors/units/p40", "--output_path", "verdict")
+        yield "verdict.txt", printed("verdict", *models)
         pair = ("compare", "p0", "p40", "--format", "markdown")
         yield "compare_two.markdown", printed(*pair, "--subtasks")
         yield "not_worse.markdown", printed(*pair, "--not_worse", "5pt")

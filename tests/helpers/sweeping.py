@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import threading
+import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from tqdm import tqdm
 
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TASK = """\
 task: {task}
@@ -101,8 +107,12 @@ def change(tasks: str | Path, file: str, old: str, new: str) -> None:
 def forked(run) -> int:
     """Run a function in a forked process and return the exit code that it returns."""
     child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if not child:
+        _run_fork(run)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _run_fork(run) -> NoReturn:
     code = 99
     try:
         # tqdm's own lock is shared among forks: one killed inside it would block the next.
@@ -152,3 +162,58 @@ def errors_of(folder: str | Path) -> dict[str, dict[str, str]]:
         "/".join(file.parts[-3:-1]): json.loads(file.read_text())
         for file in Path(folder).glob("units/*/*/error.json")
     }
+
+
+ACTING = """
+
+def acting(doc, results):
+    import os, signal, time
+
+    # Not beside the tasks, whose files decide whether a unit is done.
+    act = Path(__file__).parents[1] / "act"
+    if act.exists():
+        word = act.read_text()
+        act.rename(act.with_name("acted"))
+        if word == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "interrupt":
+            raise KeyboardInterrupt
+        if word == "wait":
+            time.sleep(3600)
+        raise ValueError("it cannot be scored") from RuntimeError(word)
+    return {"exact_match": float(results[0] == doc["question"])}
+"""
+
+
+def write_acting_tasks(folder: Path) -> Path:
+    """Write the tasks of `write_tasks`, of which ``tiny_sentence`` may act as `act_once` says."""
+    write_tasks(folder)
+    change(folder, "utils.py", "\n\ndef load", f"{ACTING}\n\ndef load")
+    scored = "process_results: !function utils.acting\nmetric_list:"
+    change(folder, "sentence.yaml", "metric_list:", scored)
+    return folder
+
+
+def act_once(tasks: Path, word: str) -> None:
+    """Have ``tiny_sentence`` kill, interrupt or hold up (``wait``) the next process that scores it.
+
+    Another word is the message of the error that causes the one it raises.
+    """
+    (tasks.parent / "acted").unlink(missing_ok=True)
+    (tasks.parent / "act").write_text(word)
+
+
+@contextlib.contextmanager
+def started(run, tasks: Path) -> Iterator[None]:
+    """Run a function in a forked process, which ``tiny_sentence`` holds up; kill it at the end."""
+    child = os.fork()
+    if not child:
+        _run_fork(run)
+    try:
+        while not (tasks.parent / "acted").exists():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the process ended"
+            time.sleep(0.05)
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -11,11 +11,9 @@ import nltk
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
-from lm_eval.tasks import TaskManager
 
 from lm_eval_pruned.model_wrappers.floors import RULES, ConstantLM, EchoLM
 from lm_eval_pruned.tasks.demo import utils
-from tests.helpers.sweeping import write_tasks
 
 
 def asked(answers, number=0, context="Who?", **doc):
@@ -103,21 +101,6 @@ def test_what_is_generated(model, until, text):
 def test_what_is_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=["x"])
-
-
-def test_the_stock_harness_runs_them(tmp_path):
-    folder = str(write_tasks(tmp_path, 5))
-    results = lm_eval.simple_evaluate(
-        model="constant",
-        model_args="answer=Is 3 even?,loglikelihood=commonest",
-        tasks=["tiny_choice", "tiny_sentence"],
-        task_manager=TaskManager(include_path=folder, include_defaults=False),
-        apply_chat_template=True,
-        device="cpu",
-    )
-    assert results["config"]["model"] == "constant"
-    assert results["results"]["tiny_choice"]["acc,none"] == 3 / 5
-    assert results["results"]["tiny_sentence"]["exact_match,none"] == 1 / 5
 
 
 def test_an_answer_without_a_language_is_no_error(caplog):

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     for room, others in {
         "util": "",
         "pruning": "util",
-        "checkpoints": "pruning util",
+        "checkpoints": "compare pruning results util",
         "energy": "",
         "results": "util",
         "compare": "results util",

@@ -15,13 +15,19 @@ from lm_eval_pruned.results.files import Stopping
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.util import palette
-from tests.helpers.results_files import write_sweep
+from tests.helpers.results_files import answered, pruning, write_sweep
 from tests.report.conftest import CHOICES, NASTY, N, answers
 
 
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
-from lm_eval_pruned.report.figure import measure_chart, points_of
+from lm_eval_pruned.report.figure import (
+    MEASURES,
+    NATS,
+    figure_section,
+    measure_chart,
+    points_of,
+)
 from lm_eval_pruned.report.report import write_report
 
 
@@ -47,7 +53,7 @@ def point(drawn, measure, task, run):
 
 @pytest.mark.parametrize(
     ("measure", "value"),
-    [("raw", 30), ("relative", 100 * 0.3 / 0.65), ("above_chance", 100 * 0.05 / 0.4)],
+    [("raw", 30), ("relative", 100 * 0.3 / 0.65), ("kept", 100 * 0.05 / 0.4)],
 )
 def test_scores_by_each_measure(drawn, measure, value):
     mmlu = point(drawn, measure, "mmlu", "p60")
@@ -65,7 +71,11 @@ def test_perplexities_are_inverted_and_keep_their_unit(drawn):
     assert wikitext["value"] == pytest.approx(100 * np.exp(-3), rel=0.1)
     assert wikitext["low"] < wikitext["value"] < wikitext["high"]
     assert point(drawn, "raw", "wikitext", "p60")["unit"] == "word_perplexity"
-    assert point(drawn, "above_chance", "wikitext", "p60") is None
+    # Text has no floor: how many nats its loss rises.
+    kept = point(drawn, "kept", "wikitext", "p60")
+    assert kept["value"] == pytest.approx(3, abs=0.1)
+    assert kept["low"] < kept["value"] < kept["high"]
+    assert point(drawn, "kept", "wikitext", "p0")["value"] == 0
 
 
 @pytest.mark.parametrize(
@@ -75,9 +85,9 @@ def test_perplexities_are_inverted_and_keep_their_unit(drawn):
 def test_a_level_is_drawn_of_what_is_known(drawn, task, levels):
     known = point(drawn, "raw", task, "p60")
     np.testing.assert_array_equal([known["chance"], known["majority"]], levels)
-    # A task at chance has nothing to lose.
-    above = point(drawn, "above_chance", task, "p60")
-    assert (above is None) == (task != "mmlu")
+    # A task at its floor, or without one, has nothing to lose.
+    kept = point(drawn, "kept", task, "p60")
+    assert (kept is None) == (task != "mmlu")
 
 
 def test_what_pruning_takes_is_next_to_what_it_leaves(drawn):
@@ -91,6 +101,42 @@ def test_what_pruning_takes_is_next_to_what_it_leaves(drawn):
         ["Truthfulness, Multi-step reasoning", "score (%)"],
         ["The rest", "score (%)"],
     ]
+
+
+def test_what_is_kept_of_all_sides_is_one_panel_and_text_has_its_own(drawn):
+    spec = measure_chart(drawn[drawn["measure"] == "kept"], "kept").to_dict()
+    layers = [panel["layer"][-1]["layer"][-1] for panel in spec["concat"]]
+    assert [layer["encoding"]["y"]["title"] for layer in layers] == [
+        ["Knowledge, Commonsense, The rest", MEASURES["kept"][2]],
+        ["Language modelling", NATS],
+    ]
+
+
+def test_random_cuts_are_thin_lines_beside_what_is_kept(tmp_path):
+    def of(share):
+        rights = [n % 2 for n in range(N)]
+        picks = [r if n < share * N else 1 - r for n, r in enumerate(rights)]
+        return {"boolq": answered(picks, rights)}
+
+    sizes = {f"p{size}": (size, of(1 - size / 100)) for size in (0, 20, 40)}
+    random = {
+        f"r{size}-{seed}": (
+            pruning(size, criterion="random", seed=seed),
+            of(0.95 - size / 100),
+        )
+        for size in (20, 40)
+        for seed in (0, 1)
+    }
+    base, *others = read_sweep(write_sweep(tmp_path, sizes | random)).runs
+    section = figure_section(base, [base, *others], compare(base, others), {})
+    plots = {plot.name: plot.chart.to_dict() for plot in section.plots}
+    layers = plots["kept-maw"]["concat"][0]["layer"]
+    (thin,) = (e for e in layers if e.get("encoding", {}).get("detail"))
+    names = [
+        each["control"] for each in plots["kept-maw"]["datasets"][thin["data"]["name"]]
+    ]
+    assert sorted(names) == ["random, seed 0"] * 2 + ["random, seed 1"] * 2
+    assert "random" not in json.dumps(plots["scores-maw"])
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ pytest.importorskip("altair", reason="figures need the extra `report`")
 from lm_eval_pruned.report.report import write_report
 
 
-PLOTS = ("above-chance", "capabilities", "knowledge-truthfulness", "scores")
+PLOTS = ("capabilities", "kept", "knowledge-truthfulness", "scores")
 
 
 @pytest.fixture(scope="module")

@@ -65,27 +65,6 @@ def test_samples_are_json_or_a_file_of_it(file):
         assert found["samples"] == {"a": [0, 2]}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("ratio: [2.0]\n" + BASE, "unknown key ratio: did you mean ratios?"),
-        (BASE + "ratios: [true]\n", "one or more"),
-        (BASE + "limit: -1\n", "limit=-1"),
-        (BASE + "num_fewshot: 1.5\n", "whole number"),
-        (BASE + "log_samples: maybe\n", "true or false"),
-        (BASE + "model_args: [a, b]\n", "key=value"),
-        (BASE + "samples: no.json\n", "JSON such as"),
-        (BASE + "ray: {a: 1}\n", "or a name"),
-        ("[1, 2]\n", "not a YAML mapping"),
-        ("a: [\n", "not a YAML mapping"),
-        ("output_path: o\n", "tasks was not given"),
-    ],
-)
-def test_errors_of_the_file(file, text, message):
-    with pytest.raises(ValueError, match=message):
-        read("--config", file(text))
-
-
 @pytest.mark.parametrize("text", ["", "1", "-1/2", "2/2", "1.0/2"])
 def test_shards_count_from_zero(text):
     assert parse_shard("1/3") == (1, 3)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, Unit, Waiting
-from lm_eval_pruned.sweeps.run import run_sweep
+from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, Unit
 from lm_eval_pruned.sweeps.tasks import fingerprint
+from lm_eval_pruned.sweeps.waiting import Waiting
 from tests.helpers.sweeping import change
 
 
@@ -112,33 +111,6 @@ def test_texts_and_widths_are_known_by_their_content(options, tmp_path, files):
     assert len(one & other) == 2
 
 
-def test_configurations_multiply(options, tmp_path):
-    files = [tmp_path / "w.json", tmp_path / "else" / "w.json"]
-    files[1].parent.mkdir()
-    for file, text in zip(files, ("[10, 20, 30]", '{"0": 60, "2": 41}'), strict=True):
-        file.write_text(text)
-    more = {"criteria": ["ppm", "l2", "random"], "seeds": ["1", "2"]}
-    more |= {"ratios": ["2.75"], "prune_percents": ["0", "20.0"], "drop_layers": ["1"]}
-    found = Sweep({**options, **more}).configurations
-    # The model's own size is the baseline.
-    assert [each.id for each in found] == [
-        "baseline",
-        "prune_percent-20",
-        "prune_percent-20_criterion-l2",
-        "prune_percent-20_criterion-random_seed-1",
-        "prune_percent-20_criterion-random_seed-2",
-        "drop_layers-1",
-    ]
-    assert found[4].arguments == {"prune_percent": 20, "criterion": "random", "seed": 2}
-    widths = [str(file) for file in (*files, files[0])]
-    found = Sweep({**options, "ratios": [], "widths": widths}).configurations
-    assert [each.kept_width for each in found] == [88, 20, 63]
-    # Layers that are left alone count as whole.
-    asked = with_args({**options, "ratios": ["1"]}, layers="0")
-    whole, cut = Sweep(asked).configurations
-    assert whole.parameters - cut.parameters == 3 * 32 * (88 - 32)
-
-
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
 def test_shards_are_a_partition(options, parts):
     sweep = Sweep({**options, "ratios": ["2.5", "2", "1.5"], "floors": True})
@@ -191,29 +163,3 @@ def test_a_worker_prefers_its_model_and_then_the_longest_unit(
     left.held |= held
     assert left.take("me") is units[chosen]
     assert len(left.units) == len(units) - 1
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"ratios": ["many"]}, "ratio=many"),
-        ({"criteria": ["random"], "seeds": ["-1"]}, "seed=-1"),
-        ({"model": "hf"}, "model=hf"),
-        ({"include_path": "/no/such/folder"}, "not a folder"),
-        ({"seed": "one"}, "'one'"),
-        ({"tasks": ["tiny_both", "tiny_sentence"]}, "requested twice"),
-        ({"fewshot_as_multiturn": True}, "apply_chat_template"),
-        ({"more": {"skip_layers": 1}, "widths": ["a.json"]}, "skip_layers=1 and widt"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 .* --shard next"),
-    ],
-)
-def test_what_is_refused_before_anything_runs(
-    options, changed, message, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", changed.get("WORLD_SIZE", ""))
-    Path("a.json").write_text("[10]")
-    here = with_args({**options, **changed}, **changed.get("more", {}))
-    with pytest.raises(ValueError, match=message):
-        run_sweep(here, shard=changed.get("shard"))
-    assert not Path(options["output_path"]).exists()

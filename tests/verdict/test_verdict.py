@@ -26,11 +26,13 @@ def right(share, documents=400):
 
 @pytest.fixture
 def answer(tmp_path, capsys):
-    """Return exit code and output of the command on two finished results."""
+    """Return exit code and output of the command on two finished results, of one score or of tasks."""
 
     def answer(base, candidate, *words, **sections):
-        for name, values in (("old", base), ("new", candidate)):
-            write_run(tmp_path / name, {"boolq": {"acc,none": values}}, **sections)
+        for name, scored in (("old", base), ("new", candidate)):
+            if not isinstance(scored, dict):
+                scored = {"boolq": {"acc,none": scored}}
+            write_run(tmp_path / name, scored, **sections)
         paths = [str(tmp_path / name) for name in ("old", "new")]
         where = ["--output_path", str(tmp_path / "out")]
         return cli.main(["verdict", *paths, *where, *words]), capsys.readouterr().out
@@ -111,6 +113,45 @@ def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
     assert row.split("|")[4].strip() == "1.5"
 
 
+def test_it_says_where_one_test_alone_or_more_documents_would_not_help(answer):
+    """Five answers of 1000 became wrong: p is 0.031 on one side, and 0.31 among ten scores."""
+    base = {f"t{n}": {"acc,none": right(0.5, 1000)} for n in range(10)}
+    lost = {"acc,none": right(0.495, 1000)}
+    alone = "A test of only this score would show it to be worse"
+    _, said = answer(base, {**base, "t3": lost}, "--margin", "0.4pt")
+    assert said.count(alone) == 1
+    assert re.search(rf"t3 acc: undecided\. {alone}", said)
+    # Twelve became wrong and six right: equal models change as many, and mostly come out closer.
+    values = right(0.494, 2000)
+    values[-6:] = [1.0] * 6
+    code, said = answer(right(0.5, 2000), values, "--margin", "0.65pt")
+    assert (code, alone in said) == (2, False)
+    assert "2000 documents would probably have decided if the models did not" in said
+
+
+@pytest.mark.parametrize("bias", ["pct_stereotype", "bias"])
+@pytest.mark.parametrize(("after", "code"), [(0.3, 1), (0.7, 1), (0.5, 0)])
+def test_a_bias_is_judged_in_both_directions_and_beside_what_the_task_lists_first(
+    bias, after, code, answer
+):
+    def scored(share):
+        both_ways = {"values": right(share), "higher_is_better": None}
+        # How far two sentences are apart, whichever is likelier, is no bias.
+        apart = {"values": [9 * share] * 400, "higher_is_better": False}
+        first = {"likelihood_diff,none": apart} if bias != "bias" else {}
+        first |= {"acc,none": right(0.5)} if bias == "bias" else {}
+        return {"crows": {**first, f"{bias},none": both_ways}}
+
+    found, said = answer(scored(0.5), scored(after), "--margin", "5pt")
+    assert found == code
+    scores = said.partition("## Bias")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:4] for line in scores.splitlines() if "|crows" in line]
+    words = {metric.strip(): word.strip() for _, metric, word in rows}
+    assert words == {bias: "worse" if code else "equivalent"} | (
+        {"acc": "equivalent"} if bias == "bias" else {}
+    )
+
+
 def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     answer, tmp_path, monkeypatch, capsys
 ):
@@ -153,50 +194,6 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     assert (entry.dataset_id, entry.value) == ("google/boolq", 0.8)
     assert "; kept of the score above the floor: 100 % [" in entry.notes
     assert answer(*given, "me/wrong") == (2, "")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("nothing", "hf"), "neither a path of results nor a model"),
-        (("hf,pretrained", "hf"), "The base hf,pretrained is 'pretrained'"),
-        (("{tiny}", "{pruned},ratio=2,prune_percent=3"), "ratio=2 and prune_percent=3"),
-        (("{tiny}", "{tiny}", "--margin", "x"), "margin=x is not a margin"),
-        (("{old}", "{old}", "--margin", "arc=1pt"), "arc=1pt names no task or metric"),
-        (("{old}", "{other}"), "no task in common"),
-        (("{old}", "{old}", "--margin", "5"), "of boolq acc,"),
-        (("{tiny}", "{tiny}", "--margin", "5"), "did you mean 5pt?"),
-        (("{tiny}", "{old}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
-        (("{old}", "{tiny}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
-        (
-            ("hf,pretrained=./nosuch", "{tiny}"),
-            "pretrained=./nosuch was not found: no folder here has that name, and no model on",
-        ),
-        (
-            ("{tiny}", "{tiny}lish"),
-            "The candidate {tiny}lish cannot be used: pretrained=",
-        ),
-        (("{tiny}", "{pruned},prune_percent=130"), "prune_percent=130"),
-        (("{tiny}", "{pruned},prune_precent=3"), "did you mean prune_percent?"),
-        (("{tiny}", "{tiny},prune_percent=3"), "only pruned-hf and pruned-vllm prune"),
-        (("{tiny}", "{tiny},peft={old}"), "where adapter_config.json cannot be found"),
-    ],
-)
-def test_refusals_are_one_sentence_before_anything_is_evaluated(
-    words, message, tiny_llama, tmp_path, capsys
-):
-    write_run(tmp_path / "old", {"boolq": {"acc,none": right(0.5)}})
-    write_run(tmp_path / "other", {"piqa": {"acc,none": right(0.5)}})
-    places = {name: str(tmp_path / name) for name in ("old", "other")}
-    places |= {"tiny": f"hf,pretrained={tiny_llama}"}
-    places |= {"pruned": f"pruned-{places['tiny']}"}
-    given = [word.format(**places) for word in words]
-    made = write_tasks(tmp_path / "tasks")
-    given += ["--tasks", "tiny_choice", "--include_path", str(made)]
-    assert cli.main(["verdict", *given, "--output_path", str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert message.format(**places) in said and said.count("\n") == 1
-    assert not [*tmp_path.rglob("unit.json")]
 
 
 def test_a_candidate_that_cannot_be_loaded_ends_in_its_reason(

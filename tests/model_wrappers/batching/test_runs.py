@@ -4,50 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import pytest
 from lm_eval.models.huggingface import HFLM
 
 from tests.helpers import checkpoints, evaluations
 from tests.helpers.answering import GENERATED
-from tests.helpers.evaluations import exact, near
 
 
 def loaded(cls, pretrained, **arguments):
     arguments = {"device": "cpu", "max_length": 256, "batch_size": 1} | arguments
     return cls(str(pretrained), **arguments)
-
-
-@pytest.mark.slow
-def test_two_processes(tiny_llama, made_folder, tmp_path):
-    """Each process shares prefixes and refills slots for the documents that fall to it."""
-    found = []
-    for name, launch, size in (
-        ("true", evaluations.TWO_PROCESSES, "auto"),
-        ("false", [sys.executable], "1"),
-    ):
-        model_args = f"pretrained={tiny_llama},ratio=2"
-        done = evaluations.run(
-            [
-                *(*launch, "-m", "lm_eval", "--model", "pruned-hf", "--model_args"),
-                f"{model_args},prefix_sharing={name},slot_refilling={name}",
-                *("--tasks", "tiny_choice,tiny_rolling,tiny_generation"),
-                *("--include_path", made_folder, "--device", "cpu", "--log_samples"),
-                *("--output_path", tmp_path / name, "--batch_size", size),
-                *("--max_batch_size", "2", "--seed", "1"),
-            ],
-            tmp_path,
-            check=True,
-            ACCELERATE_USE_CPU="true",
-        )
-        assert "not shared" not in done.stderr and "not refilled" not in done.stderr
-        (texts,) = (tmp_path / name).rglob("samples_tiny_generation*.jsonl")
-        rows = map(json.loads, texts.read_text().splitlines())
-        texts = sorted((r["doc_id"], *r["filtered_resps"]) for r in rows)
-        results = evaluations.results(tmp_path / name)["results"]
-        found.append([results, texts])
-    assert exact(found[0]) == near(found[1])
 
 
 @pytest.mark.slow
