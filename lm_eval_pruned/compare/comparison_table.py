@@ -275,13 +275,12 @@ def as_csv(comparison: Comparison) -> str:
 
 def beside(row: Difference | None) -> dict[str, Any]:
     """Return what CSV says of floor and answers of a row."""
-    parts = (row.floor, row.answers) if row else ()
-    found = {name: v for each in parts if each for name, v in asdict(each).items()}
-    if row and row.floor:
-        ends = found["kept"] or {}
-        found["kept"] = ends.get("share")
-        found |= {f"kept_{end}": ends.get(end) for end in ("low", "high")}
-    return found
+    floor = asdict(row.floor) if row and row.floor else {}
+    if floor:
+        kept = floor["kept"] or dict.fromkeys(("share", "low", "high"))
+        names = ("kept", "kept_low", "kept_high")
+        floor |= dict(zip(names, kept.values(), strict=True))
+    return floor | (asdict(row.answers) if row and row.answers else {})
 
 
 def as_json(comparison: Comparison) -> str:

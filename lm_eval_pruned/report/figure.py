@@ -63,7 +63,7 @@ MEASURES = {
         "What is kept",
         "kept: (score − floor) / (unpruned − floor) (%)",
         (
-            "The unpruned model is at 100 %, the floor at 0 %; bands here are intervals of single tests. "
+            "The unpruned model is at 100 %, the floor at 0 %. "
             "Tasks on which the unpruned model is not shown to be above the floor are left out: they "
             "cannot show a loss. Text has no floor, so its loss has a panel in nats. Thin lines are "
             "random cuts."
@@ -102,14 +102,17 @@ def figure_section(
         "One line for each task, from the unpruned model at the left to the smallest at the right. "
         f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); open "
         "points show no difference; crosses were not tested; diamonds are partial scores, of units "
-        f"that stopped when decided. Bands are {1 - comparison.alpha:.0%} intervals of the "
-        "paired difference."
+        "that stopped when decided."
+    )
+    interval = f"{1 - comparison.alpha:.0%} intervals"
+    of_scores = (
+        f"Bands are {interval} of the paired difference."
         + " Dash-dotted lines, in the colours of the tasks, are floors: the best scores without "
         "knowledge." * bool(comparison.floors)
     )
     known = [each for each in comparison.floors if each.primary]
     if low := [each.task for each in known if each.above_floor is False]:
-        said += (
+        of_scores += (
             f" The unpruned model is not shown to be above that of {', '.join(low)}."
         )
     plots = []
@@ -126,7 +129,8 @@ def figure_section(
             if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
                 name, title = f"{name}-{slug(series)}", f"{title} ({series})"
                 chart = measure_chart(drawn, measure)
-                plots.append(Plot(name, title, f"{said} {more}", chart))
+                bands = f"Bands are {interval} of single tests." if keeps else of_scores
+                plots.append(Plot(name, title, f"{said} {bands} {more}", chart))
     scripts = [
         vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         files(__package__).joinpath("figure.js").read_text("utf-8"),
@@ -183,7 +187,7 @@ def points_of(
         points.append(about | told | scored | {"mark": "unpruned", "filled": False})
         points += [about | _point(row) for row in rows]
     if not points:
-        return pd.DataFrame(columns=["measure", "ratio"])
+        return pd.DataFrame(columns=["measure", "ratio", "unit", "control"])
     found = pd.DataFrame(points).astype(dict.fromkeys([*_RULES][1:], float))
     found["ratio"] = found["run"].map(ratios)
     found["control"] = found["run"].map(random).fillna("")
@@ -239,9 +243,10 @@ def _kept(points: pd.DataFrame) -> pd.DataFrame:
     """Return what is kept of each score in percent, and of text how many nats it loses."""
     shares = points[_SHARE].astype(float).mul(100)
     text = points["unit"].map(is_perplexity)
-    scores = points[["after", "low", "high"]].where(points["after"] > 0)
-    nats = np.log(scores.div(points["before"], axis=0).astype(float))
-    shares[text] = nats[text].to_numpy()
+    scores = points.loc[text, ["after", "low", "high"]].astype(float)
+    # An interval may reach below what a perplexity can be.
+    scores = scores.where(scores > 0).div(points.loc[text, "before"], axis=0)
+    shares[text] = np.log(scores).to_numpy()
     places = dict(zip(("value", "low", "high"), shares.to_numpy().T, strict=True))
     levels = {
         "unit": np.where(text, NATS, "%"),
