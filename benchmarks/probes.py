@@ -3,8 +3,9 @@
 Of sweep folders with samples of both probes, writes into ``docs/measurements`` ``probes.csv``, the scores
 of each unpruned model by level and family with 95 % intervals over blocks (Student's t; ``p`` is one-sided,
 of "not above the floor"), and ``probes_kept.csv``: of each cut the difference from the unpruned model, paired
-by block, the share kept with Fieller's interval, and by how many documents a difference of this size is shown
-with 80 % power. ``q`` is Benjamini and Hochberg's over the cuts of one model, probe, level and metric.
+by block, the share kept with Fieller's interval, and how many prompts decide: as many blocks of it, drawn
+200 times without replacement, show the difference (p < 0.05) in 80 % of the draws. ``q`` is Benjamini and
+Hochberg's over the cuts of one model, probe, level and metric.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lm_eval_pruned.compare import power
 from lm_eval_pruned.compare.gaffke import POWER
 from lm_eval_pruned.compare.kept import share_kept
 from lm_eval_pruned.compare.statistics import paired_mean
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "measurements"
 PROBES = ("knowledge", "instructions")
 METRICS = ("acc", "lift")
+DRAWS = 200
 
 
 def read_prompts(run: Run, probe: str) -> pd.DataFrame:
@@ -90,6 +91,28 @@ def rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
+def prompts_that_decide(gains: np.ndarray, blocks: pd.Series) -> int | None:
+    """Return how many prompts, in whole blocks, show the difference in 80 % of the draws."""
+    draw, names = np.random.default_rng(0), blocks.unique()
+
+    def shown(many: int) -> float:
+        seen = 0
+        for _ in range(DRAWS):
+            taken = blocks.isin(draw.choice(names, many, replace=False)).to_numpy()
+            clusters = blocks[taken].astype(str).tolist()
+            p = paired_mean(gains[taken], np.ones(taken.sum()), clusters).p
+            seen += p is not None and p < 0.05
+        return seen / DRAWS
+
+    low, high = 1, len(names)
+    if shown(high) < POWER:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if shown(middle) < POWER else (low, middle)
+    return round(high * len(blocks) / len(names))
+
+
 def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
     """Yield what a cut keeps of each probe and of each of its levels."""
     asked = run.pruning["asked"]
@@ -110,8 +133,6 @@ def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
                     prompts[metric], cut_prompts[metric], prompts[f"{metric}_floor"],
                     clusters=clusters,
                 )  # fmt: skip
-                n, size = len(gains), abs(test.difference)
-                chances = lambda m, t=test, n=n, s=size: power.chances(t, n, s, 0.05, m)
                 yield start | {
                     "probe": probe, "level": level, "metric": metric,
                     "score": round(cut_prompts[metric].mean(), 4),
@@ -120,8 +141,8 @@ def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
                     "kept": rounded(share and share.share, 3),
                     "kept_low": rounded(share and share.low, 3),
                     "kept_high": rounded(share and share.high, 3),
-                    f"documents_for_{POWER:.0%}_power": power.documents_for(chances, 2, n)
-                    if level == "all" else None,
+                    "prompts_that_decide": prompts_that_decide(gains, prompts["block"])
+                    if level == "all" and method != "random" else None,
                 }  # fmt: skip
 
 
