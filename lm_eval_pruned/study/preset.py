@@ -35,7 +35,7 @@ def options_of(
         given: Options of a sweep, which win over those of the study.
         kind: ``base`` or ``instruct``; default: instruct where the tokenizer has a chat template
             and the name does not say otherwise.
-        quick: Tasks that come with this package, two sizes.
+        quick: Tasks that come with this package, two sizes, no other criteria.
 
     Raises:
         ValueError: Two models share a name, or a model is named among the model arguments.

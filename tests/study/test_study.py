@@ -94,6 +94,7 @@ PERCENTS = ["10", "20", "30", "40", "50", "60"]
 QUICK = {
     "tasks": ["pruned_demo", "pruned_demo_text"],
     "prune_percents": ["10", "40"],
+    "criteria": ["maw", "random"],
     "seeds": ["0", "1", "2"],
     "limit": None,
 }
