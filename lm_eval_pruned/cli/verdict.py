@@ -62,6 +62,6 @@ def run(arguments) -> int:
     if repository:
         section = card_section(verdict, models[0])
         of = {(e.row.task, e.row.metric): e.row.floor for e in verdict.judged}
-        kept = {key: floor and floor.kept_text for key, floor in of.items()}
+        kept = {key: floor.kept_text if floor else None for key, floor in of.items()}
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code

@@ -160,7 +160,10 @@ def kept_in_sweep(path: str) -> dict[Key, str | None]:
     if sweep is None or base is None:
         return {}
     rows = compare(base, [read_run(path), *sweep.floors]).rows
-    return {(r.task, r.metric): r.floor and r.floor.kept_text for r in rows}
+    return {
+        (row.task, row.metric): row.floor.kept_text if row.floor else None
+        for row in rows
+    }
 
 
 def compare(

@@ -57,7 +57,7 @@ class Standing:
         """What is kept in percent, such as ``61 % [52, 70]``, or that there is no loss to see."""
         if self.base_above_floor is False:
             return NO_LOSS
-        return self.kept and self.kept.text
+        return self.kept.text if self.kept else None
 
     @property
     def primary(self) -> bool:

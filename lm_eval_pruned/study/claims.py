@@ -121,17 +121,14 @@ def _fit(findings: Findings, task: TaskFinding) -> tuple[str, str]:
     up = findings.base.scores[task.task, task.metric].higher_is_better
     if (known.trend.slope > 0) != bool(up):
         return "no", "does not decline"
-    ratios = [
-        findings.base.expansion_ratio,
-        *(run.expansion_ratio for run in findings.cuts),
-    ]
+    ratios = [run.expansion_ratio or 0.0 for run in (findings.base, *findings.cuts)]
     scores = np.array([task.rows[0].base_score, *(row.score for row in task.rows)])
     logs = is_perplexity(task.metric)
     heights = np.log(scores) if logs else scores
     worst, missed, answer = 0.0, 0.0, "yes"
     for place, row in enumerate(task.rows[:-1], 1):
         others = np.delete(np.arange(len(scores)), place)
-        line = np.polyfit(np.array(ratios, float)[others], heights[others], 1)
+        line = np.polyfit(np.array(ratios)[others], heights[others], 1)
         at = float(np.polyval(line, ratios[place]))
         predicted = float(np.exp(at)) if logs else at
         error, margin = abs(predicted - row.score), findings.comparison.margin
@@ -139,7 +136,8 @@ def _fit(findings: Findings, task: TaskFinding) -> tuple[str, str]:
             worst, missed = error, size_of(findings.cuts[place - 1])
         if margin and error > (margin.size(row.base_score, row.score) or 0):
             change = predicted - row.base_score
-            inside = None in (row.low, row.high) or row.low <= change <= row.high
+            ends = row.low, row.high
+            inside = ends[0] is None or ends[1] is None or ends[0] <= change <= ends[1]
             answer = "no" if not inside or answer == "no" else UNKNOWN
     return answer, f"is missed by {worst:.3f} at {missed:g} %"
 
