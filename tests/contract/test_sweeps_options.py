@@ -76,6 +76,7 @@ def test_a_group_with_a_score_is_one_unit_and_one_that_collects_is_its_members(
     assert results["n-shot"]["tiny_choice"] == 1
 
 
+@pytest.mark.slow
 def test_use_cache_makes_one_file_for_each_configuration(
     finished, tiny_llama, sweep_of, tmp_path
 ):
@@ -99,6 +100,7 @@ def test_log_samples_is_on_unless_it_is_false(finished, tiny_llama, sweep_of, tm
 FLOORS = re.findall(r"(?m)^\| `(floor-[a-z-]+)` \|", PAGE)
 
 
+@pytest.mark.slow
 def test_a_sweep_first_evaluates_four_models_that_know_nothing(
     tiny_llama, sweep_of, tmp_path
 ):

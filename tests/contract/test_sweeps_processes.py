@@ -108,6 +108,7 @@ def test_a_sweep_is_refused_while_it_runs_on_the_folder_and_not_once_it_was_kill
     assert sweep().code == 0
 
 
+@pytest.mark.slow
 def test_shard_next_takes_the_next_unit_that_no_other_process_has(
     sweep, folder, made, undisturbed
 ):
