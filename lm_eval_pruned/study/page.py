@@ -40,7 +40,7 @@ MARKS = {
 LEGEND = (
     "\u25b2 rises and \u25bc falls, = is shown to lie within the margin, \u25cb cannot tell; \u2264 not shown to "
     "be above the floor, the best score without knowledge: exact, from chance, "
-    "from the commonest answer, or from a model that knows nothing. The second figure counts it as chance. "
+    "from the commonest answer, or from a model that knows nothing. The second figure puts it at 0. "
     "Random cuts are means over seeds. Published scores come without documents, so they are not tested."
 )
 

@@ -85,8 +85,8 @@ def test_a_page_says_which_figure_nothing_is_left_for(tmp_path):
     page, text, *plots = write_page(tmp_path / "page", {"Llama-3.2-1B": found})
     assert {plot.stem.split("-", 3)[-1] for plot in plots} == {"1b-relative"}
     told = text.read_text("utf-8")
-    assert "What is left above chance: not drawn, because no task is left." in told
-    assert "What is left above chance: not drawn" in page.read_text("utf-8")
+    assert "What is kept: not drawn, because no task is left." in told
+    assert "What is kept: not drawn" in page.read_text("utf-8")
 
 
 BASE = {"tasks": ["pruned_dichotomy", "pruned_probes"], "seeds": ["0", "1", "2"]}
