@@ -5,7 +5,8 @@ of each unpruned model by level and family with 95 % intervals over blocks (Stud
 of "not above the floor"), and ``probes_kept.csv``: of each cut the difference from the unpruned model, paired
 by block, the share kept with Fieller's interval, and how many prompts decide: as many blocks of it, drawn
 200 times without replacement, show the difference (p < 0.05) in 80 % of the draws. ``q`` is Benjamini and
-Hochberg's over the cuts of one model, probe, level and metric.
+Hochberg's over the cuts of one model, probe, level and metric. Of random cuts, the mean of the seeds follows,
+with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -156,6 +157,18 @@ def with_q(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(p=rows["p"].map(two_digits))
 
 
+def with_means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows and the means of the seeds, with the lowest and highest in place of intervals."""
+    drawn = rows[rows["method"] == "random"]
+    keys = ["model", "method", "percent", "probe", "level", "metric"]
+    means = drawn.groupby(keys, sort=False, as_index=False).agg(
+        score=("score", "mean"), difference=("difference", "mean"),
+        low=("difference", "min"), high=("difference", "max"),
+        kept=("kept", "mean"), kept_low=("kept", "min"), kept_high=("kept", "max"),
+    )  # fmt: skip
+    return pd.concat([rows, means.assign(seed="mean").round(4)])
+
+
 def main() -> None:
     """Write both files from the sweeps named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -167,7 +180,9 @@ def main() -> None:
         unpruned += unpruned_rows(model, base)
         kept += (row for run in cuts for row in kept_rows(model, base, run))
     pd.DataFrame(unpruned).to_csv(PAGES / "probes.csv", index=False)
-    with_q(pd.DataFrame(kept)).to_csv(PAGES / "probes_kept.csv", index=False)
+    with_means(with_q(pd.DataFrame(kept))).to_csv(
+        PAGES / "probes_kept.csv", index=False
+    )
 
 
 if __name__ == "__main__":

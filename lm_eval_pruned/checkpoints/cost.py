@@ -124,23 +124,26 @@ def probed(
                 samples={task: [*range(count)] for task, count in PROBES.items()},
                 bootstrap_iters=0,
             )
-    except (MemoryError, RuntimeError, ValueError) as error:
+        samples = results.pop("samples")
+        with TemporaryDirectory() as folder:
+            tracker = EvaluationTracker(output_path=str(Path(folder, "results.json")))
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for task, rows in samples.items():
+                tracker.save_results_samples(task_name=task, samples=rows)
+            run = read_run(folder, name)
+            return Probed(run, _documents_of(run))
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
         logger.warning("What is kept of the probes was not measured: %s.", why)
         return None
-    samples = results.pop("samples")
-    with TemporaryDirectory() as place:
-        tracker = EvaluationTracker(output_path=str(Path(place, "results.json")))
-        tracker.save_results_aggregated(results=results, samples=samples)
-        for task, rows in samples.items():
-            tracker.save_results_samples(task_name=task, samples=rows)
-        run = read_run(place, name)
-        documents = {
-            (task, metric): each
-            for task in run.tasks()
-            for metric, each in read_task(run, task).items()
-        }
-    return Probed(run, documents)
+
+
+def _documents_of(run: Run) -> dict[tuple[str, str], Documents]:
+    return {
+        (task, metric): documents
+        for task in run.tasks()
+        for metric, documents in read_task(run, task).items()
+    }
 
 
 @contextlib.contextmanager

@@ -15,15 +15,14 @@ FOLDER = ROOT / "docs" / "measurements"
 PAGES = {
     "latency": ROOT / "docs" / "energy.md",
     "recipes": ROOT / "docs" / "pruning-well.md",
-    "probes_kept": FOLDER / "probes.md",
+    "probes_kept": FOLDER / "dichotomy.md",
 }
 #: Files whose figures a page shows as well.
 BESIDE = {
     "first_layer": ("dichotomy", "recipes"),
-    "dichotomy": ("recipes",),
+    "dichotomy": ("recipes", "probes_kept"),
     "price": ("recipes",),
-    "probes": ("probes_kept",),
-    "probes_kept": ("probes",),
+    "probes_kept": ("recipes", "dichotomy"),
 }
 #: Sections whose tables rest on what others published, or on data that were not kept.
 OTHERS = r"## (?:The study's|Compare with a published)(?:.*\n)+?(?=## |\Z)"

@@ -51,7 +51,7 @@ def test_a_model_in_place_of_itself_is_shipped_and_nothing_is_evaluated_twice(
     # Nobody trained it: what it scores, a model that knows nothing scores, too.
     assert cli.main(["verdict", *models, *words]) == 2
     first = capsys.readouterr().out
-    assert first.count("|cannot show a loss") == 2
+    assert first.count("|cannot show a loss (at floor)") == 2
     assert "No score can show a loss" in first
     # tiny_choice has three choices, of which two are ever right.
     rows = [row for row in first.splitlines() if row.startswith("|tiny_choice")]
