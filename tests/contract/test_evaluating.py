@@ -146,9 +146,9 @@ def test_a_model_that_does_not_read_the_prompt_scores_the_floors_of_the_probes(
     assert lm_eval("run", *words).code == 0
     scores = [results_in(tmp_path)["results"][name] for name in names]
     assert [score["acc,none"] for score in scores] == pytest.approx(
-        [0.25, 0.269], abs=5e-4
+        [0.25, 0.273], abs=5e-4
     )
-    sizes, levels = (956, 368), (5, 3)
+    sizes, levels = (800, 300), (5, 3)
     for name, size, count, score in zip(names, sizes, levels, scores, strict=True):
         assert score["lift,none"] == pytest.approx(0, abs=1e-9)
         (file,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
