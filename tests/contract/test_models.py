@@ -190,6 +190,7 @@ def test_an_export_holds_config_tokenizer_generation_config_and_licence_of_its_s
     assert after == before
 
 
+@pytest.mark.slow
 def test_weights_keep_their_dtype_unless_dtype_converts_them(tmp_path):
     source = save_tiny(tmp_path / "source", dtype=torch.bfloat16)
     for asked, expected in (("", "BF16"), ("float16", "F16")):
@@ -317,6 +318,7 @@ def test_an_adapter_of_another_width_is_refused_before_weights_are_read(
         load(str(source), prune_percent=40, peft=str(adapter), device="cpu")
 
 
+@pytest.mark.slow
 def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
     tiny_llama, tmp_path
 ):

@@ -272,6 +272,7 @@ def test_a_declaration_that_fits_no_metric_is_refused(metadata, sentence, tmp_pa
     assert done.sentence.endswith(sentence)
 
 
+@pytest.mark.slow
 def test_a_report_sorts_a_task_by_the_family_that_it_declares(tmp_path):
     runs = {
         f"p{size}": (size, {"my_instructions": {"acc,none": [1.0, size < 20] * 20}})

@@ -418,6 +418,7 @@ def test_what_cannot_be_swept_is_refused(words, said, tiny_llama, sweep_of, tmp_
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_with_mismatched_questions_the_unpruned_model_is_a_floor_too_and_the_highest_counts(
     tiny_llama, sweep_of, made, tmp_path
 ):

@@ -87,6 +87,7 @@ def answers_below(folder):
     return [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_demo_runs_without_network_and_leaves_the_package_alone(
     lm_eval, tiny_llama, tmp_path
 ):

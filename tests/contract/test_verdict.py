@@ -130,6 +130,7 @@ def test_a_candidate_that_is_the_base_ships_whatever_its_perplexity_is_of(verdic
     assert rows_of(done)["w"]["verdict"] == "equivalent"
 
 
+@pytest.mark.slow
 def test_rare_large_losses_of_the_size_of_the_margin_are_not_shipped(verdict):
     shipped = 0
     for seed in range(20):
@@ -208,6 +209,7 @@ def scored(done):
     return {task for task in BOTH if f"|{task}" in table}
 
 
+@pytest.mark.slow
 def test_another_candidate_or_base_in_the_same_folder_gets_no_score_of_the_first(
     verdict_on_models, tiny_llama, tiny2, tmp_path
 ):

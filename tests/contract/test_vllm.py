@@ -23,6 +23,7 @@ def test_without_vllm_one_sentence_says_how_to_get_it():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_refused_before_anything_runs(tiny_llama, tmp_path):
     words = ["--model_args", f"pretrained={tiny_llama}", "--tasks", "pruned_demo"]
     words += ["--prune_percents", 40, "--output_path", tmp_path / "sweep"]

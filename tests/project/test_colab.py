@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 import nbformat
+import pytest
 
 from lm_eval_pruned.cli import main
 from tests.helpers.checkpoints import ROOT
@@ -13,6 +14,7 @@ from tests.helpers.checkpoints import ROOT
 NOTEBOOK = nbformat.read(ROOT / "docs" / "colab.ipynb", as_version=4)
 
 
+@pytest.mark.slow
 def test_its_studies_can_be_planned(tiny_llama, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     start = "!lm-eval-pruned study meta-llama/Llama-3.2-1B "

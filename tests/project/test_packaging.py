@@ -92,6 +92,7 @@ def test_the_source_distribution_holds_all_and_gives_the_same_wheel(
     assert not {name for name in different if "RECORD" not in name}
 
 
+@pytest.mark.slow
 def test_an_installed_copy_is_not_tested_in_place_of_the_clone(tmp_path):
     copy = tmp_path / "lm_eval_pruned"
     shutil.copytree(ROOT / "lm_eval_pruned", copy)

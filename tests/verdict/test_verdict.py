@@ -196,6 +196,7 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     assert answer(*given, "me/wrong") == (2, "")
 
 
+@pytest.mark.slow
 def test_a_candidate_that_cannot_be_loaded_ends_in_its_reason(
     tiny_llama, tmp_path, capfd, caplog
 ):
