@@ -153,8 +153,7 @@ def export_pruned(
     def measure(name: str, model: PreTrainedModel) -> None:
         if tokenizer is not None and name in measured:
             quality = quality_of(model, tokenizer)
-            scores = probed(model, tokenizer, name)
-            cost[name] = replace(quality, probed=scores)
+            cost[name] = replace(quality, probed=probed(model, tokenizer, name))
 
     if RANDOM_CUT in measured and tokenizer is not None:
         measure(RANDOM_CUT, load_request(random_cut(request)))

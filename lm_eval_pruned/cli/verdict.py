@@ -61,7 +61,7 @@ def run(arguments) -> int:
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
         section = card_section(verdict, models[0])
-        of = {(e.row.task, e.row.metric): e.row.floor for e in verdict.judged}
-        kept = {key: floor.kept_text if floor else None for key, floor in of.items()}
+        rows = (judged.row for judged in verdict.judged)
+        kept = {(row.task, row.metric): row.kept_text for row in rows}
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code

@@ -90,6 +90,11 @@ class Difference:
         return self.floor is not None and self.floor.above_floor is False
 
     @property
+    def kept_text(self) -> str | None:
+        """What the run keeps of the score above the floor, as `Standing` says it; None without a floor."""
+        return self.floor.kept_text if self.floor else None
+
+    @property
     def said(self) -> str:
         """The verdict, and that the run is at the floor where it is."""
         return f"{self.verdict} (at floor)" if self.at_floor else self.verdict
@@ -160,10 +165,7 @@ def kept_in_sweep(path: str) -> dict[Key, str | None]:
     if sweep is None or base is None:
         return {}
     rows = compare(base, [read_run(path), *sweep.floors]).rows
-    return {
-        (row.task, row.metric): row.floor.kept_text if row.floor else None
-        for row in rows
-    }
+    return {(row.task, row.metric): row.kept_text for row in rows}
 
 
 def compare(

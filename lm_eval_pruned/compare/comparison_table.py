@@ -98,7 +98,7 @@ DIFFERENCES = (
     Column("q margin", "claim.q", "p"),
     Column("documents", documents_text, ">"),
     Column("floor", "floor.floor", ".4f", terminal=True),
-    Column("kept", "floor.kept_text", ">", terminal=True),
+    Column("kept", "kept_text", ">", terminal=True),
     Column("equal answers", "answers.equal_answers", ".0%", terminal=True),
     Column("KL", "answers.kl", ".3f"),
     Column("commonest answer", _commonest, ">"),

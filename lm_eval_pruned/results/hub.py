@@ -42,7 +42,8 @@ def push_verdict(
 ) -> str:
     """Write a section into a repository's card, in place of an earlier one, and scores beside it.
 
-    `kept` is as `eval_results` takes it. What is pushed is written to `folder`. Returns a sentence on what was pushed.
+    `kept` is as `eval_results` takes it. What is pushed is written to `folder`. Returns a sentence on
+    what was pushed.
     """
     from huggingface_hub import HfApi
 

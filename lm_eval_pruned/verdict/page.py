@@ -142,7 +142,7 @@ def _answer_section(verdict: Verdict) -> Section:
 
 def kept_text(judged: Judged) -> str:
     """Return the share of what the base has above the floor that the candidate keeps, or a dash."""
-    return (judged.row.floor and judged.row.floor.kept_text) or "-"
+    return judged.row.kept_text or "-"
 
 
 def _scores_section(

@@ -63,6 +63,10 @@ def test_even_after_kill_9_each_unit_is_complete_or_absent(
     assert forked(lambda: sweep().code) == -9
     before = files_of(folder)
     assert [*before] == UNITS[:1]
+    # Nothing that was finished is lost or made again, however often it is killed.
+    act_once(made, "kill")
+    assert forked(lambda: sweep().code) == -9
+    assert files_of(folder) == before
     done = sweep()
     assert done.code == 0
     assert "1 done, 0 failed before, 3 to run" in done.out
