@@ -62,6 +62,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def sweep_file(tmp_path):
+    """Writes the YAML file of a sweep, and returns its path."""
+
+    def write(text):
+        (tmp_path / "sweep.yaml").write_text(text)
+        return tmp_path / "sweep.yaml"
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Folder of a tiny float32 Llama checkpoint in one file."""

@@ -147,22 +147,15 @@ def test_lm_eval_runs_models_that_know_nothing(model, choice, sentence, made, tm
     assert scores["tiny_sentence"]["exact_match,none"] == sentence
 
 
-@pytest.fixture
-def file(tmp_path):
-    def write(text):
-        (tmp_path / "sweep.yaml").write_text(text)
-        return tmp_path / "sweep.yaml"
-
-    return write
-
-
 def test_the_keys_of_the_file_are_the_options_and_the_command_line_wins(
-    file, tiny_llama, made, tmp_path
+    sweep_file, tiny_llama, made, tmp_path
 ):
     (example,) = re.findall(r"```yaml\n(model_args:.*?)```", PAGE, re.DOTALL)
     options = yaml.safe_load(example) | {"include_path": str(made)}
     options["model_args"]["pretrained"] = str(tiny_llama)
-    path = file(yaml.safe_dump(options | {"calibration": str(tmp_path / "x.jsonl")}))
+    path = sweep_file(
+        yaml.safe_dump(options | {"calibration": str(tmp_path / "x.jsonl")})
+    )
     (tmp_path / "x.jsonl").write_text('{"text": "one two three"}\n')
     here = ("--tasks", "tiny_choice", "--output_path", tmp_path / "here")
     from_file = pruned("sweep", "--config", path, *here, "--dry_run")
@@ -194,8 +187,8 @@ BASE = "tasks: [boolq]\noutput_path: out\n"
         ("tasks: [boolq]\n", "output_path was not given"),
     ],
 )
-def test_a_misspelt_name_or_value_in_the_file_is_refused(file, text, message):
-    assert message in pruned("sweep", "--config", file(text)).sentence
+def test_a_misspelt_name_or_value_in_the_file_is_refused(sweep_file, text, message):
+    assert message in pruned("sweep", "--config", sweep_file(text)).sentence
 
 
 def test_the_files_of_the_folder_have_the_keys_of_the_page(finished):

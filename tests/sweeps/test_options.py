@@ -27,15 +27,6 @@ def read(*words):
     return read_options(parser.parse_args([str(word) for word in words]))
 
 
-@pytest.fixture
-def file(tmp_path):
-    def write(text):
-        (tmp_path / "sweep.yaml").write_text(text)
-        return tmp_path / "sweep.yaml"
-
-    return write
-
-
 @pytest.mark.parametrize(
     ("text", "words", "value"),
     [
@@ -50,8 +41,8 @@ def file(tmp_path):
         ("heal: {of: {a: true}}", ['{"of": {"a": true}}'], {"of": {"a": True}}),
     ],
 )
-def test_file_and_command_line_say_the_same(file, text, words, value):
-    name, path = text.partition(":")[0], file(f"{BASE}{text}\ndevice:\n")
+def test_file_and_command_line_say_the_same(sweep_file, text, words, value):
+    name, path = text.partition(":")[0], sweep_file(f"{BASE}{text}\ndevice:\n")
     expected = {"tasks": ["boolq"], "output_path": "out", name: value}
     assert read("--config", path) == expected
     base = ["--tasks", "boolq", "--output_path", "out"]
@@ -59,8 +50,8 @@ def test_file_and_command_line_say_the_same(file, text, words, value):
     assert read("--config", path, "--tasks", "a,b")["tasks"] == ["a", "b"]
 
 
-def test_samples_are_json_or_a_file_of_it(file):
-    for text in (file('{"a": [0, 2]}'), '{"a": [0, 2]}'):
+def test_samples_are_json_or_a_file_of_it(sweep_file):
+    for text in (sweep_file('{"a": [0, 2]}'), '{"a": [0, 2]}'):
         found = read("--tasks", "a", "--output_path", "o", "--samples", text)
         assert found["samples"] == {"a": [0, 2]}
 
