@@ -14,9 +14,6 @@ from lm_eval_pruned.compare.pairing import (
     DocumentReader,
     paired_documents,
     paired_test,
-    partial_notes,
-    sequential,
-    stopping_of,
 )
 from lm_eval_pruned.compare.statistics import (
     PairedTest,
@@ -25,7 +22,7 @@ from lm_eval_pruned.compare.statistics import (
 )
 from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
 from lm_eval_pruned.compare.verdicts import Claim, Margin, claims, verdict_of
-from lm_eval_pruned.results.files import ResultsError, Run, Stopping, finite_or_none
+from lm_eval_pruned.results.files import ResultsError, Run, finite_or_none
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
 from lm_eval_pruned.results.settings import COMPARED, differing, listed
@@ -40,9 +37,6 @@ if TYPE_CHECKING:
     #: A test, and of how many documents it is.
     Tested = tuple[PairedTest, int | None]
 
-#: Settings that a unit which is looked at several times cannot share with its base.
-_OF_PARTS = ("answer_paths", "documents", "task_hash")
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -52,9 +46,7 @@ class Difference:
     `base_score`; from `low` to `high` is its interval, at the level that the correction leaves where
     there is a `q`. `p` is of the single test, `q` corrected over the runs that are compared on the
     task (Benjamini-Hochberg), without those that were pruned at random; only the `primary` metric
-    of a task has one.
-    If a run stopped early, after some of `of` documents, everything else refers to these documents
-    and accounts for stopping. None means not known.
+    of a task has one. None means not known.
 
     The verdict is ``better``, ``worse`` or, where the task does not say which way is up,
     ``different``, where q < alpha; else ``not shown``, which does not mean that there is no
@@ -80,7 +72,6 @@ class Difference:
     primary: bool
     verdict: str
     claim: Claim | None = None
-    of: int | None = None
     floor: Standing | None = None
     answers: Agreement | None = None
 
@@ -195,7 +186,7 @@ def compare(
     runs = [run for run in runs if not run.is_floor] or floors
     everything = [base, *(run for run in runs if run is not base)]
     notes = [note for run in everything for note in run.notes]
-    asked: list[tuple[Run, Key, bool, Tested, Stopping | None, Agreement | None]] = []
+    asked: list[tuple[Run, Key, bool, Tested, Agreement | None]] = []
     read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
@@ -206,7 +197,7 @@ def compare(
             if lacks := ", ".join(task for task in names if task not in has):
                 said = f"{other.name} has no results for {lacks}, which {one.name} has."
                 notes.append(said)
-        notes += settings_notes(base, run, shared) + partial_notes(base, run, shared)
+        notes += settings_notes(base, run, shared)
         primary = primary_metrics([base, run], subtasks=subtasks)
         if margin is not None:
             for key in primary:
@@ -216,19 +207,17 @@ def compare(
             pair = paired_documents(base, run, *key, read)
             test = difference_test(base, run, key, pair, alpha)
             answers = agreement(pair, key[1], texts) if key in primary else None
-            how = stopping_of(base, run, key[0]), answers
-            asked.append((run, key, key in primary, test, *how))
+            asked.append((run, key, key in primary, test, answers))
     families = [(key[0], is_control(run)) for run, key, *_ in asked]
-    # Of what was looked at several times, the record has p.
-    tests = [t if main and not stop else None for _, _, main, (t, _), stop, _ in asked]
+    tests = [test if main else None for _, _, main, (test, _), _ in asked]
     corrected = false_discovery([t.p if t else None for t in tests], families, alpha)
     scores = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in asked]
     claimed, rows = claims(tests, scores, families), []
     counted = [each[:3] for each in asked]
     known = standings(base, floors, counted, alpha, read)
     found = zip(asked, corrected, claimed, strict=True)
-    for (run, key, main, test, stopping, answers), shown, claim in found:
-        of = (test, shown, claim, stopping, margin, main)
+    for (run, key, main, test, answers), shown, claim in found:
+        of = (test, shown, claim, margin, main)
         more: dict[str, Any] = {
             "floor": known.get((run.name, *key)),
             "answers": answers,
@@ -251,26 +240,21 @@ def difference_test(
 ) -> Tested:
     """Test what a run differs by, on the `pair` of their documents, else on standard errors.
 
-    Returns the test, at the level of the last look where there were several, and how many documents
-    it is of.
+    Returns the test, and how many documents it is of.
     """
     one, other = base.scores[key], run.scores[key]
-    stopping = stopping_of(base, run, key[0])
-    level = stopping.nominal_level if stopping else alpha
     documents, difference = len(pair[0].keys) if pair else None, other.value - one.value
     endless = [r.name for r in (base, run) if not math.isfinite(r.scores[key].value)]
     if endless:
         why = f"the score of {' and '.join(endless)} is not a finite number"
     elif pair:
-        return paired_test(pair, level), documents
+        return paired_test(pair, alpha), documents
     elif one.stderr is None or other.stderr is None:
         why = "neither samples nor standard errors"
-    elif stopping:
-        why = f"{stopping.text} documents, without usable samples"
     else:
         stderrs = one.stderr, other.stderr
         return unpaired_difference(difference, *stderrs, alpha=alpha), None
-    return PairedTest(difference, f"none: {why}", level=level), documents
+    return PairedTest(difference, f"none: {why}", level=alpha), documents
 
 
 def difference_of(
@@ -281,7 +265,6 @@ def difference_of(
     tested: Tested,
     corrected: tuple[float | None, float | None],
     claim: Claim | None = None,
-    stopping: Stopping | None = None,
     margin: Margin | None = None,
     primary: bool = True,
     **more: Any,
@@ -289,17 +272,6 @@ def difference_of(
     """Return a row of what `difference_test` found and `false_discovery` left, with its verdict."""
     (test, documents), (q, level) = tested, corrected
     before, after = base.scores[key].value, run.scores[key].value
-    p, method, of = test.p, test.method, None
-    if stopping:
-        if stopping.is_partial:
-            of = stopping.of
-            # On the documents that were used.
-            before = before if test.p is None else after - test.difference
-        if documents:
-            method += f", group sequential, {stopping.text} documents"
-        size, level = margin.size(before, after) if margin else None, test.level
-        p, q, claim = sequential(stopping, key[1], test.difference, margin, size)
-        q, claim = (q, claim) if primary else (None, None)
     verdict, change = "restated", after - before
     if not math.isfinite(change):
         verdict = "not comparable"
@@ -309,8 +281,8 @@ def difference_of(
     share = finite_or_none(change / abs(before)) if before else None
     ends = test.interval(level or test.level)
     size = None if q is None else test.smallest_detectable(level)
-    found: list[Any] = [before, after, change, share, *ends, p, q, size, documents]
-    found += [method, primary, verdict, claim, of]
+    found: list[Any] = [before, after, change, share, *ends, test.p, q, size, documents]
+    found += [test.method, primary, verdict, claim]
     return Difference(run.name, *key, *found, **more)
 
 
@@ -320,9 +292,6 @@ def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     for task in tasks:
         one, other = (each.settings.get(task, {}) for each in (base, run))
         names = differing(one, other, COMPARED)
-        if stopping_of(base, run, task):
-            # It has other documents by design, and is answered in parts.
-            names = [name for name in names if name not in _OF_PARTS]
         if names:
             found.setdefault(", ".join(names), []).append(task)
     return [

@@ -31,13 +31,6 @@ def interval_text(low: float | None, high: float | None, digits: int) -> str:
     return "-" if None in (low, high) else f"[{low:{form}}, {high:{form}}]"
 
 
-def documents_text(row: Difference) -> str:
-    """Return how many documents a row is of, and of how many where it is partial."""
-    if row.of is not None:
-        return f"partial: {row.documents} of {row.of}"
-    return str(row.documents or "-")
-
-
 class Column(NamedTuple):
     """A column: what it shows of a row, in which format, and whether a terminal shows it.
 
@@ -96,7 +89,7 @@ DIFFERENCES = (
     Column("smallest detectable", "smallest_detectable", ".4f"),
     Column("margin", "claim.margin", ".4g"),
     Column("q margin", "claim.q", "p"),
-    Column("documents", documents_text, ">"),
+    Column("documents", "documents", "d"),
     Column("floor", "floor.floor", ".4f", terminal=True),
     Column("kept", "kept_text", ">", terminal=True),
     Column("equal answers", "answers.equal_answers", ".0%", terminal=True),
@@ -259,10 +252,9 @@ def _wrapped(text: str) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return the differences as CSV; of margins, parts, floors and answers where there are any."""
-    names = [field.name for field in fields(Difference)][:-4]
+    """Return the differences as CSV; of margins, floors and answers where there are any."""
+    names = [field.name for field in fields(Difference)][:-3]
     names += ["margin", "p_margin", "q_margin"] * (comparison.margin is not None)
-    names += ["of"] * any(row.of is not None for row in comparison.rows)
     rows = []
     for row in comparison.rows:
         found, more = asdict(row), beside(row)

@@ -146,8 +146,8 @@ def _p_above(
 ) -> tuple[float | None, str]:
     """Return the p of "the run is not above the floor", and the test that it comes from."""
     score, documents, (_, level, of) = run.scores[key], read(run, *key), floor
-    if run.is_partial(key[0]) or not math.isfinite(score.value):
-        return None, "none: the score is partial or not a finite number"
+    if not math.isfinite(score.value):
+        return None, "none: the score is not a finite number"
     if of and (pair := pairing.paired_documents(of, run, *key, read)):
         test = pairing.paired_test(pair)
     elif documents and documents.transform == "mean":

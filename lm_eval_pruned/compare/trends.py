@@ -129,9 +129,6 @@ def over_ratios(
     for name, members in series_of(runs).items():
         ratios, scores = [run.expansion_ratio or 0.0 for run in members], {}
         for key in primary_metrics(members) if len({*ratios}) > 2 else ():
-            if any(run.is_partial(key[0]) for run in members):
-                # What they showed decided how many documents there are.
-                continue
             values = np.array([run.scores[key].value for run in members])
             logs = is_perplexity(key[1]) and values.min() > 0
             scores[key] = np.log(values) if logs else values

@@ -54,7 +54,7 @@ def make_baseline(
 ) -> Baseline:
     """Make a baseline of results, with the rules of `previous`, and `rule` for other metrics.
 
-    ResultsError if a score is NaN, infinite or partial.
+    ResultsError if a score is NaN or infinite.
     """
     baseline, kept = Baseline(), previous.rules if previous else {}
     for name, run in runs.items():
@@ -114,9 +114,6 @@ def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     score = run.scores[task, metric].value
     if not math.isfinite(score):
         return "fail", f"The score is {score}, not a finite number."
-    if run.is_partial(task):
-        part = f"{run.stopping[task].text} documents"
-        return "undecided", f"The score is {part}: evaluate without --stop_when."
     one, other = before.settings.get(task, {}), run.settings.get(task, {})
     no_shots = one.get("num_fewshot") == other.get("num_fewshot") == 0
     names = [name for name in ASKED if not (no_shots and name in OF_FEWSHOT)]

@@ -101,8 +101,7 @@ def figure_section(
     said = (
         "One line for each task, from the unpruned model at the left to the smallest at the right. "
         f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); open "
-        "points show no difference; crosses were not tested; diamonds are partial scores, of units "
-        "that stopped when decided."
+        "points show no difference; crosses were not tested."
     )
     interval = f"{1 - comparison.alpha:.0%} intervals"
     of_scores = (
@@ -196,9 +195,7 @@ def points_of(
 
 
 def _point(row: Difference) -> dict[str, Any]:
-    # Of a unit that stopped, both scores are of the documents that it used.
     low, high = row.base_score + np.array([row.low, row.high], dtype=float)
-    tested = "tested" if row.of is None else "partial"
     kept = row.floor and row.floor.kept
     share = (kept.share, kept.low, kept.high) if kept else (math.nan,) * 3
     return {column.title: column.text(row) for column in DIFFERENCES} | {
@@ -206,7 +203,7 @@ def _point(row: Difference) -> dict[str, Any]:
         "after": row.score,
         "low": low,
         "high": high,
-        "mark": "not tested" if row.q is None else tested,
+        "mark": "not tested" if row.q is None else "tested",
         "filled": row.verdict in ("better", "worse", "different"),
         **dict(zip(_SHARE, share, strict=True)),
     }

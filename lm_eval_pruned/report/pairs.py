@@ -109,11 +109,7 @@ def compared_pairs(
     tests = []
     for before, after, key in keys:
         pair = paired_documents(before, after, *key, read)
-        test, documents = difference_test(before, after, key, pair, alpha)
-        if before.is_partial(key[0]) or after.is_partial(key[0]):
-            # Where a run stops was decided against the unpruned model.
-            test = replace(test, method="none: a score is partial", sides=None)
-        tests.append((test, documents))
+        tests.append(difference_test(before, after, key, pair, alpha))
     families = [(key[0], is_control(after)) for _, after, key in keys]
     adjusted = false_discovery([test.p for test, _ in tests], families, alpha)
     rows = []

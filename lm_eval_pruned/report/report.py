@@ -101,9 +101,6 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
     rows = []
     for run in (base, *others):
         for (task, metric), score in run.scores.items():
-            stopping = run.stopping.get(task)
-            known = stopping.scores if stopping and stopping.task == task else {}
-            low, high = known.get(metric, (None, None))
             row = {
                 "run": run.name,
                 "expansion_ratio": run.expansion_ratio,
@@ -117,10 +114,7 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
                 "higher_is_better": score.higher_is_better,
                 "score": score.value,
                 "stderr": score.stderr,
-                "score_low": low,
-                "score_high": high,
                 "documents": score.documents,
-                "of": stopping.of if stopping and stopping.is_partial else None,
                 "base": base.name,
             }
             difference = found.get((run.name, task, metric))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,7 +16,6 @@ from lm_eval_pruned.compare.comparison_table import (
     FLOORS,
     TRENDS,
     Column,
-    documents_text,
     filled,
     number_text,
     titles,
@@ -119,11 +117,10 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
             rows.append([key[0], name, *least, f"{score.value:.4f}{low}", *cells])
     legend = (
         "\u25b2 better, \u25bc worse and \u25c6 different from the unpruned model, significant at "
-        f"{comparison.alpha:g} after a correction over the sizes of each task (Benjamini-Hochberg; "
-        "Bonferroni for units that could stop); \u25cb no difference shown, which does not mean that "
-        "there is none; \u00d7 not tested; \u2020 another metric of the same answers, excluded from the "
-        "correction. \u2191 higher is better, \u2193 lower is better. Partial scores are from units "
-        "that stopped when decided."
+        f"{comparison.alpha:g} after a correction over the sizes of each task (Benjamini-Hochberg); "
+        "\u25cb no difference shown, which does not mean that there is none; \u00d7 not tested; "
+        "\u2020 another metric of the same answers, excluded from the correction. \u2191 higher is "
+        "better, \u2193 lower is better."
     )
     if floors:
         legend += f" {AT_FLOOR} not shown to be above the floor."
@@ -135,10 +132,9 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
 def _score_cell(row: Difference | None) -> Cell:
     if row is None:
         return Cell("-")
-    part = "" if row.of is None else f" ({documents_text(row)})"
     low = AT_FLOOR if row.at_floor else ""
     text = f"{row.score:.4f} {MARKS.get(row.verdict, '')}{low}".rstrip()
-    return Cell(text + part, row.verdict)
+    return Cell(text, row.verdict)
 
 
 def levels_section(
@@ -197,8 +193,7 @@ def differences_section(
     text = (
         "A difference of the smallest detectable size is found with a chance of 80 % at the level "
         "that the correction leaves for its row. The interval has the same level: it excludes 0 "
-        "exactly where a difference is shown. Where documents are partial, scores are of these "
-        "documents; interval and q account for stopping."
+        "exactly where a difference is shown."
     )
     heading = "Differences from the unpruned model"
     return compared_section(heading, text, rows, comparison.alpha)
@@ -217,8 +212,7 @@ def compared_section(
     tasks = [row.task for row in rows]
     rows = sorted(rows, key=lambda row: tasks.index(row.task))
     columns = [each for each in DIFFERENCES if each.title not in LEFT_OUT]
-    # How many documents each was made on is in the table.
-    tests = {re.sub(r", (partial|all): .*$", "", row.method) for row in rows}
+    tests = {row.method for row in rows}
     told = [text, f"Tests: {'; '.join(sorted(tests))}."]
     table = declared_table(heading, filled(columns, rows), rows, alpha)
     return Section(heading, told, table=table, notes=notes)

@@ -141,11 +141,11 @@ class Documents:
         keys = tuple(self.keys[index] for index in order)
         return replace(self._taken(order, keys), levels=Levels())
 
-    def in_the_order_of(self, other: Documents, part: bool = False) -> Documents | None:
-        """Return the documents of `other`, all or a `part` of these; None where it has others."""
+    def in_the_order_of(self, other: Documents) -> Documents | None:
+        """Return these documents as `other` orders them; None where it has others."""
         place = {key: index for index, key in enumerate(self.keys)}
         order = [place.get(key, -1) for key in other.keys]
-        if -1 in order or (len(order) < len(place) and not part):
+        if -1 in order or len(order) < len(place):
             return None
         return self._taken(order, other.keys)
 

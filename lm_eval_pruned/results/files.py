@@ -6,7 +6,7 @@ import glob
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.settings import listed, settings_of
@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 
 _SECTIONS = (
     *("results", "config", "configs", "group_subtasks", "higher_is_better"),
-    *("n-samples", "n-shot", "stopping", "task_hashes", "versions"),
+    *("n-samples", "n-shot", "task_hashes", "versions"),
 )
-#: Version of the block ``stopping`` of a results file.
-STOPPING_SCHEMA = 3
 #: The key of a task's metadata that names the metric which decides.
 PRIMARY = "primary_metric"
 #: What the configuration of a run has whose answers were scored after other questions.
@@ -49,81 +47,6 @@ class Score(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stopping:
-    """The looks at a unit's comparison with the unpruned model, and what ended them.
-
-    Attributes:
-        rule: As the user wrote it: ``decided`` or ``decided:MARGIN``.
-        task: Task or group.
-        of: Documents that there are.
-        level: Chance that any of the `sizes` of a sweep is decided wrongly at any look.
-        metric: The metric that decided, with filter.
-        reason: ``difference`` shown; ``equivalent`` within the margin; ``all documents``
-            used; empty while the unit goes on.
-        looks: Documents at each look so far.
-        p: Two-sided p of no difference, which holds at all looks of one size; 1 without a test.
-        p_margin: The same of a difference outside of the margin.
-        difference: Score less that of the unpruned model on the same documents, or None.
-        scores: The interval of each score by metric, as (low, high), which holds at all looks.
-    """
-
-    rule: str
-    task: str
-    of: int
-    level: float
-    sizes: int
-    metric: str = ""
-    reason: str = ""
-    looks: Sequence[int] = ()
-    p: float = 1.0
-    p_margin: float = 1.0
-    difference: float | None = None
-    scores: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether there are documents that were not used."""
-        return self.looks[-1] < self.of
-
-    @property
-    def text(self) -> str:
-        """How many documents were used, such as ``partial: 800 of 3200``."""
-        return (
-            f"{'partial' if self.is_partial else 'all'}: {self.looks[-1]} of {self.of}"
-        )
-
-    @property
-    def margin(self) -> str:
-        """The margin of the rule; empty without one."""
-        return self.rule.partition(":")[2]
-
-    @property
-    def share(self) -> float:
-        """Share of the level that the last look may spend."""
-        before, now = (0, *self.looks)[-2:]
-        return spent(now, self.of) - spent(before, self.of)
-
-    @property
-    def nominal_level(self) -> float:
-        """Level of a single test at the last look."""
-        return self.level / self.sizes * self.share
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the block ``stopping`` of a results file."""
-        return {"schema_version": STOPPING_SCHEMA, **asdict(self)}
-
-
-def spent(documents: int, of: int) -> float:
-    """Return the share of the level that looks at up to so many documents may spend together.
-
-    Half of the level goes in proportion to the documents, the rest with the last of them.
-
-    Source: Lan and DeMets 1983, Biometrika 70, 659-663.
-    """
-    return 1.0 if documents == of else documents / of / 2
-
-
-@dataclass(frozen=True)
 class Run:
     """The results of one model on some tasks.
 
@@ -138,7 +61,6 @@ class Run:
         energy: What was measured beside the scores, by task.
         settings: How each task was evaluated; see `settings.settings_of`.
         notes: What was left out of what `path` holds, one sentence each.
-        stopping: How a comparison was ended before or with the last document, by task.
         metadata: What the YAML file of each task declares under ``metadata``, such as
             ``primary_metric`` and ``floors``; of a group what all its tasks declare alike.
     """
@@ -153,7 +75,6 @@ class Run:
     energy: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    stopping: Mapping[str, Stopping] = field(default_factory=dict)
     metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -194,10 +115,6 @@ class Run:
         tasks = dict.fromkeys(task for task, _ in self.scores)
         below = {member for task in tasks for member in self.members(task)[1:]}
         return [task for task in tasks if subtasks or task not in below]
-
-    def is_partial(self, task: str) -> bool:
-        """Whether the run stopped before it had all documents of a task."""
-        return task in self.stopping and self.stopping[task].is_partial
 
     def members(self, task: str) -> list[str]:
         """Return `task` and all its subtasks, at any depth, each once."""
@@ -265,18 +182,10 @@ def read_results_file(file: Path) -> Run:
     # Measured over all tasks of the file together.
     energy = {", ".join(data["results"]): config.get("energy")}
     run = Run(*found, energy if config.get("energy") else {})
-    record, stopped = data["stopping"], {}
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
     metadata = {task: _metadata(data, run.leaves(task)) for task in run.tasks()}
     _check_metadata(run, metadata)
-    if record:
-        if record.pop("schema_version", None) != STOPPING_SCHEMA:
-            raise ResultsError(
-                f"{file} records an early stop in a format that this version cannot read."
-            )
-        stopping = Stopping(**record)
-        stopped = dict.fromkeys(run.members(stopping.task), stopping)
-    return replace(run, settings=settings, stopping=stopped, metadata=metadata)
+    return replace(run, settings=settings, metadata=metadata)
 
 
 def _metadata(data: Mapping[str, Any], leaves: Sequence[str]) -> dict[str, Any]:

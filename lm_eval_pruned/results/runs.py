@@ -288,11 +288,6 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     return replace(joined, notes=notes)
 
 
-def read_newest(folder: Path) -> Run:
-    """Read the newest results file of a folder that holds at least one."""
-    return read_results_file(newest_first(folder)[0])
-
-
 def _model(run: Run) -> list[Any]:
     width = run.pruning.get("intermediate_size_after")
     return [*map(run.config.get, _MODEL), width, *left_of(run.pruning)]
@@ -302,7 +297,7 @@ def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
     """Join results of one model, the oldest first; of each task the last counts."""
     by_task = (
         *("scores", "versions", "subtasks", "samples", "energy", "settings"),
-        *("stopping", "metadata"),
+        "metadata",
     )
     joined: dict[str, Any] = {
         each: {k: v for part in parts for k, v in getattr(part, each).items()}

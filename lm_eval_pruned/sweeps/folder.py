@@ -116,9 +116,7 @@ def with_earlier(
     now: Mapping[str, Any],
     earlier: Mapping[str, Any],
     units: UnitsOf,
-    *,
     base: str,
-    adds_sizes: bool,
 ) -> dict[str, Any]:
     """Return the content of ``sweep.json`` with what of an earlier one can be compared with it.
 
@@ -128,22 +126,20 @@ def with_earlier(
         now: The content for the present command alone.
         earlier: What `lm_eval_pruned.results.runs.read_definition` read, with the `units` listed.
         base: The id of the unpruned model.
-        adds_sizes: Whether sizes of earlier commands stay on the tasks of the present one.
     """
     own = {each["id"]: each for each in now["configurations"]}
     before = {each["id"]: each for each in earlier["configurations"]}
     if before.get(base, {}).get("fingerprint") != own[base]["fingerprint"]:
         return dict(now)
-    of_base, asked = own[base]["units"], {*own}
+    of_base = own[base]["units"]
     for name, each in before.items():
         here = own.get(name, {**each, "units": {}})
         if here["fingerprint"] != each.get("fingerprint"):
             continue
-        closed = of_base if name not in asked and not adds_sizes else ()
         kept = {
             task: digest
             for task, digest in units[name].items()
-            if task not in closed and of_base.get(task) in (None, units[base].get(task))
+            if of_base.get(task) in (None, units[base].get(task))
         }
         if kept:
             own[name] = {**here, "units": {**kept, **here["units"]}}

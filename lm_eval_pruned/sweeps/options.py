@@ -155,11 +155,6 @@ GROUPS = {
         "minutes_per_unit": _option(float, "where", "N",
             "time limit for a unit on a Ray worker, after which it is recorded as failed"),
     },
-    "fewer documents": {
-        "stop_when": _option(str, "what", "RULE",
-            "decided, or decided:MARGIN: stop a unit once it is shown to differ from the unpruned model, "
-            "or to be equivalent within the margin (such as 1pt)"),
-    },
 }
 #: Options of a command alone.
 WHICH = (

@@ -29,12 +29,11 @@ from lm_eval_pruned.pruning import arguments as of_pruning
 from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
-from lm_eval_pruned.results.files import MISMATCHED, STOPPING_SCHEMA as SCHEMA
+from lm_eval_pruned.results.files import MISMATCHED
 from lm_eval_pruned.results.runs import ADAPTERS, FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
 from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
-from lm_eval_pruned.sweeps.stopping import check_margin, read_rule
 
 
 if TYPE_CHECKING:
@@ -131,7 +130,6 @@ class Sweep:
             raise ValueError(
                 f"model={self.model} is not a model type that prunes: pass {' or '.join(MODELS)}."
             )
-        self.stop_when = read_rule(options)
         arguments = dict(options.get("model_args") or {})
         _check_names(arguments, self.model)
         self.settings = harness_settings(options, self.model, arguments)
@@ -157,7 +155,6 @@ class Sweep:
             self.configurations[1:] = itertools.chain(*both)
         self._manager = of_tasks.index_tasks(self.settings.include_path)
         self.tasks = of_tasks.resolve_tasks(options["tasks"], self._manager)
-        check_margin(self.stop_when, self.tasks)
 
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
         """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""
@@ -231,7 +228,7 @@ class Sweep:
     ) -> dict[str, Any]:
         """Return everything that decides a unit's scores."""
         decide = (*deciding("scores"), "seed")
-        definition = {
+        return {
             **self.model_definition(configuration),
             "task": task.name,
             "task_sha256": task.digest,
@@ -239,17 +236,6 @@ class Sweep:
             "metadata": self.options.get("metadata", {}),
             "versions": {name: version(name) for name in ("lm-eval", "lm-eval-pruned")},
         }
-        if self.may_stop(configuration):
-            # The sizes share the error: with more of them, each has to be clearer.
-            sizes = len(self.configurations) - 1
-            rule = {"rule": self.stop_when, "sizes": sizes, "schema_version": SCHEMA}
-            definition["stopping"] = rule
-        return definition
-
-    def may_stop(self, configuration: Configuration) -> bool:
-        """Return whether the units of a configuration end when they are decided."""
-        is_pruned = configuration in self.configurations[1:]
-        return self.stop_when is not None and is_pruned
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``, the same for every shard and every start.

@@ -139,12 +139,7 @@ def _definition(sweep: Sweep, path: Path) -> dict[str, Any]:
     own = sweep.as_dict()
     if not sweep.keeps_earlier or not layout.is_sweep(path):
         return own
-    definition = with_earlier(
-        own,
-        *layout.read_definition(path),
-        base=sweep.baseline.id,
-        adds_sizes=sweep.stop_when is None,
-    )
+    definition = with_earlier(own, *layout.read_definition(path), sweep.baseline.id)
     asked = {each["id"]: each["units"] for each in own["configurations"]}
     added, listed = {}, []
     for each in definition["configurations"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import re
 import time
@@ -19,11 +18,9 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
 
-from lm_eval_pruned.results.runs import read_newest, read_unit, unit_folder
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
 from lm_eval_pruned.sweeps.plan import MODELS, OF_MODEL, Unit
-from lm_eval_pruned.sweeps.stopping import check_tasks, evaluate_until_decided
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.tracking import check_tracking, report
 
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lm_eval_pruned.pruning.measuring import KnownScores
-    from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.sweeps.plan import Configuration, Sweep
 
     #: A unit, the folder of its files, its seconds, and None or what it failed with.
@@ -101,23 +97,10 @@ class UnitRunner:
     def _run(self, unit: Unit, folder: Path) -> float:
         sweep, (configuration, task) = self._sweep, unit
         manager = sweep.task_manager(configuration)
-        tasks, base = [task.build(manager._factory)], None
-        if sweep.stop_when is not None:
-            members = manager.load(tasks)["tasks"]
-            # Those of the unpruned model, too, for which all sizes wait.
-            check_tasks(sweep.stop_when, members, sweep.settings)
-            if sweep.may_stop(configuration):
-                base = _unpruned_run(sweep, Unit(sweep.baseline, task))
+        tasks = [task.build(manager._factory)]
         self._load(configuration)
         start, tracker = time.perf_counter(), EvaluationTracker()
-        given = configuration, manager, tasks, tracker
-        evaluate = functools.partial(self._evaluate, *given)
-        if base is None:
-            results = evaluate()
-        else:
-            results = evaluate_until_decided(
-                sweep, task.name, members, base, evaluate, folder.parent
-            )
+        results = self._evaluate(configuration, manager, tasks, tracker)
         seconds = time.perf_counter() - start
         report(" ".join(unit.names), results, sweep.settings)
         write_results(results, tracker, folder)
@@ -156,25 +139,21 @@ class UnitRunner:
         manager: Any,
         tasks: list[Any],
         tracker: EvaluationTracker,
-        chosen: dict[str, list[int]] | None = None,
-        cache: str | None = None,
     ) -> Any:
-        """Return the harness's results, of chosen documents and with a cache of their answers."""
+        """Return the harness's results."""
         lm, sweep, settings = self._lm, self._sweep, self._sweep.settings
         # Automatic batch sizes were found for the lengths of other documents.
         lm.batch_sizes = {}
         names = (*deciding("scores"), "batch_size", "max_batch_size")
         options = {name: getattr(settings, name) for name in names}
-        if chosen is not None:
-            options |= {"limit": None, "samples": chosen}
         drawing = ("random", "numpy_random", "torch_random", "fewshot_random")
         seeds = zip(drawing, settings.seed or [None] * 4, strict=True)
         # The answers of what knows nothing cost nothing, and depend on which documents there are.
-        own_cache = None if configuration.floor else settings.use_cache
-        if own_cache is not None:
+        cache = None if configuration.floor else settings.use_cache
+        if cache is not None:
             # The harness's key of a response holds the request and nothing of the model.
             key = fingerprint(sweep.model_definition(configuration))[:12]
-            own_cache += f"_{configuration.id}_{key}{self._part}"
+            cache += f"_{configuration.id}_{key}{self._part}"
         options |= {f"{name}_seed": seed for name, seed in seeds}
         try:
             results = lm_eval.simple_evaluate(
@@ -183,7 +162,7 @@ class UnitRunner:
                 tasks=tasks,
                 # What it computes on, which need not be what was asked for.
                 device=str(getattr(lm, "device", settings.device)),
-                use_cache=own_cache or cache,
+                use_cache=cache,
                 evaluation_tracker=tracker,
                 task_manager=manager,
                 confirm_run_unsafe_code=settings.confirm_run_unsafe_code,
@@ -196,23 +175,11 @@ class UnitRunner:
                 lm.set_cache_hook(CacheHook(None))
         # What `lm_eval run` records where it makes the model itself.
         name, model = configuration.floor or sweep.model, getattr(lm, "model", None)
-        results["config"] |= {"model": name, "use_cache": own_cache}
+        results["config"] |= {"model": name, "use_cache": cache}
         is_here = isinstance(model, torch.nn.Module)
         results["config"]["weight_bytes"] = _bytes_of(model) if is_here else None
         tracker.general_config_tracker.model_source = name
         return results
-
-
-def _unpruned_run(sweep: Sweep, unit: Unit) -> Run:
-    path = Path(sweep.options["output_path"])
-    place, now = unit_folder(path, *unit.names), fingerprint(sweep.definition(*unit))
-    record = read_unit(place)
-    if record is None or record.error or record.fingerprint != now:
-        raise ValueError(
-            f"{unit.task.name} has no results of the unpruned model to compare with in {path}: "
-            "evaluate baseline first, and then use --retry_failed."
-        )
-    return read_newest(place)
 
 
 def _bytes_of(held: Any) -> int:

@@ -31,7 +31,6 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [12, 4], [4, 6])
 MARKS = {
     "tested": "circle",
     "not tested": "M-.8,-.8L.8,.8M-.8,.8L.8,-.8",
-    "partial": "M0,-1.5L1.3,0L0,1.5L-1.3,0Z",
 }
 _INK = {"color": "var(--ink)"}
 _TEXT = {"labelColor": "var(--ink)", "titleColor": "var(--ink)"}

@@ -121,15 +121,6 @@ def test_while_another_model_is_swept_nothing_of_the_old_one_is_shown(
         assert "prune_percent-20 (tiny_choice)" in done.sentence
 
 
-def test_sizes_that_share_an_error_are_those_of_one_command(
-    folder, tiny_llama, sweep_of
-):
-    assert sweep_of(tiny_llama, folder, "--stop_when", "decided", size=40).code == 0
-    tasks, notes = compared(folder)
-    assert [*tasks] == ["prune_percent-40"]
-    assert "prune_percent-20 (tiny_choice)" in notes
-
-
 def test_a_folder_whose_sweep_json_lists_no_units_says_what_to_do(
     folder, tiny_llama, sweep_of
 ):
@@ -407,8 +398,6 @@ def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_cha
         (("--fewshot_as_multiturn", "yes"), "apply_chat_template"),
         (("--shard", "2/2"), "I from 0 to N-1"),
         (("--shard", "next", "--ray"), "leave out --ray"),
-        (("--stop_when", "decided", "--ray"), "leave out --ray"),
-        (("--stop_when", "decided", "--log_samples", "false"), "log_samples=False"),
     ],
     ids=lambda words: " ".join(words) if isinstance(words, tuple) else "",
 )

@@ -1,4 +1,4 @@
-"""What docs/sweeps.md promises of options: configurations, floors, the YAML file, tracking, stopping."""
+"""What docs/sweeps.md promises of options: configurations, floors, the YAML file, tracking."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import yaml
 
 from tests.contract.commands import lm_eval, pruned, results_in
 from tests.helpers.checkpoints import ROOT
-from tests.helpers.made_tasks import write_made_tasks
 from tests.helpers.sweeping import change, files_of, results_of, write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -328,39 +327,3 @@ def test_a_missing_package_ends_the_command_before_a_model_is_loaded(
     said = sweep_of(tiny_llama, tmp_path / "sweep", *given).sentence
     assert f"run `pip install {service}`" in said
     assert not (tmp_path / "sweep").exists()
-
-
-def test_a_unit_that_stopped_early_holds_a_partial_score_and_says_so(
-    tiny_llama, sweep_of, tmp_path
-):
-    """On a task that the unpruned model solves, because its answers are the right ones."""
-    tasks = write_made_tasks(tmp_path / "tasks", questions=60)
-    here = ("--include_path", tasks, "--prune_percents")
-    assert sweep_of(tiny_llama, tmp_path / "first", *here, 0).code == 0
-    (samples,) = results_of(tmp_path / "first")["baseline/tiny_choice"][
-        "samples"
-    ].values()
-    questions = tasks / "tiny_choice.jsonl"
-    rows = [json.loads(line) for line in questions.read_text().splitlines()]
-    for sample in samples:
-        chances = [float(response[0][0]) for response in sample["resps"]]
-        rows[sample["doc_id"]]["answer"] = chances.index(max(chances))
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = tmp_path / "sweep"
-    assert (
-        sweep_of(tiny_llama, folder, *here, 60, 80, "--stop_when", "decided").code == 0
-    )
-    table = PAGE[PAGE.index("| key of `stopping` |") :].partition("\n\n")[0]
-    keys = {*re.findall("`([a-z_]+)`", "".join(re.findall(r"(?m)^\|.*?\|", table)))}
-    for size in (60, 80):
-        unit = folder / "units" / f"prune_percent-{size}" / "tiny_choice"
-        results = results_in(unit)
-        stopping = results["stopping"]
-        assert {*stopping} == keys - {"stopping"}
-        assert (stopping["reason"], stopping["of"]) == ("difference", 60)
-        assert results["n-samples"]["tiny_choice"]["effective"] < 60
-    told = json.loads(pruned("compare", folder, "--format", "json").out)
-    assert all("partial" in row["method"] for row in told["rows"])
-    baseline = ("--baseline", tmp_path / "gate.json")
-    done = pruned("check", folder, *baseline, "--update", "--absolute", "0.5")
-    assert "partial" in done.sentence

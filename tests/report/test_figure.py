@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 
 import numpy as np
@@ -11,12 +10,11 @@ from PIL import Image
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.results.documents import Levels
-from lm_eval_pruned.results.files import Stopping
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.util import palette
 from tests.helpers.results_files import answered, pruning, write_sweep
-from tests.report.conftest import CHOICES, NASTY, N, answers
+from tests.report.conftest import CHOICES, NASTY, N
 
 
 pytest.importorskip("altair", reason="figures need the extra `report`")
@@ -28,7 +26,6 @@ from lm_eval_pruned.report.figure import (
     measure_chart,
     points_of,
 )
-from lm_eval_pruned.report.report import write_report
 
 
 def points(sweep, levels):
@@ -137,47 +134,6 @@ def test_random_cuts_are_thin_lines_beside_what_is_kept(tmp_path):
     ]
     assert sorted(names) == ["random, seed 0"] * 2 + ["random, seed 1"] * 2
     assert "random" not in json.dumps(plots["scores-maw"])
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A sweep of which one unit was decided after 20 documents of `N`."""
-    folder = tmp_path_factory.mktemp("stopped")
-    before, sizes = answers(0.7, 1), {20: answers(0.6, 2), 60: [0.0] * 20}
-    runs = {f"p{p}": (p, {"mmlu": {"acc,none": v}}) for p, v in sizes.items()}
-    write_sweep(folder, {"p0": (0, {"mmlu": {"acc,none": before}}), **runs})
-    lost = -sum(before[:20]) / 20
-    record = Stopping(
-        *("decided", "mmlu", N, 0.05, 2, "acc,none", "difference"),
-        *((20,), 1e-4, 1.0, lost),
-        {"acc,none": (0.0, 0.3)},
-    )
-    (file,) = folder.glob("units/p60/mmlu/results_*.json")
-    data = json.loads(file.read_text())
-    file.write_text(json.dumps({**data, "stopping": record.as_dict()}))
-    write_report(folder)
-    return folder
-
-
-def test_a_partial_score_is_drawn_with_the_documents_it_has(stopped):
-    found = points(stopped, {("mmlu", "acc,none"): Levels(0.25)})
-    partial = point(found, "raw", "mmlu", "p60")
-    assert point(found, "raw", "mmlu", "p20")["mark"] == "tested"
-    assert (partial["mark"], partial["documents"]) == ("partial", f"partial: 20 of {N}")
-    # Its interval is that of the look, and all of it is of the same documents.
-    base, others = split_sweep(list(read_sweep(stopped).runs), str(stopped))
-    (row,) = (each for each in compare(base, others).rows if each.run == "p60")
-    assert row.base_score + row.low < partial["value"] == partial["low"] == 0
-    assert partial["high"] == pytest.approx(100 * (row.base_score + row.high))
-    relative = point(found, "relative", "mmlu", "p60")
-    assert relative["high"] == pytest.approx(100 * (1 + row.high / row.base_score))
-    text = (stopped / "report/report.md").read_text(encoding="utf-8")
-    assert f"partial: 20 of {N}" in text
-    assert "McNemar mid-p, group sequential." in text
-    rows = list(csv.DictReader((stopped / "report/results.csv").open()))
-    (partial,) = (row for row in rows if row["of"])
-    names = ("documents", "of", "score_low", "score_high")
-    assert [partial[name] for name in names] == ["20", str(N), "0.0", "0.3"]
 
 
 READY = (
