@@ -19,7 +19,8 @@ from lm_eval_pruned.results.files import ResultsError, Run, as_mapping, is_numbe
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-#: Documents that share this field belong together: they ask about the same text.
+#: Documents that share this field belong together, if their task declares no ``cluster``: they ask
+#: about the same text.
 CLUSTER_FIELDS = {
     r"(^|_)musr(_|$)": "narrative",
     r"(^|_)boolq(_|$)": "passage",
@@ -30,7 +31,6 @@ CLUSTER_FIELDS = {
     r"(^|_)multirc(_|$)": "paragraph",
     r"(^|_)record(_|$)": "passage",
     r"belebele(_|$)": "flores_passage",
-    r"^pruned_probe_": "block",
 }
 
 
@@ -261,7 +261,7 @@ def read_samples(
     number of documents than the results file says.
     """
     file, logged = run.samples[task], Counter[str]()
-    level = run.metadata.get(task, {}).get("level")
+    metadata = run.metadata.get(task, {})
     rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in metrics}
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -274,7 +274,7 @@ def read_samples(
                     "or was not written by lm-eval 0.4.3 or later."
                 ) from None
             logged[row.get("filter")] += 1
-            place, sample = row.get("doc_id", number), read_sample(row, task, level)
+            place, sample = row.get("doc_id", number), read_sample(row, task, metadata)
             for metric, found in rows.items():
                 name, _, of = metric.rpartition(",")
                 if row.get("filter") == of and row.get(name) is not None:
@@ -295,13 +295,14 @@ def read_samples(
 
 
 def read_sample(
-    row: Mapping[str, Any], task: str = "", level: str | None = None
+    row: Mapping[str, Any], task: str = "", metadata: Mapping[str, Any] | None = None
 ) -> Sample:
     """Return what a line of the samples of a task says, as far as it goes.
 
-    `level` is the field of a document that is its level.
+    `metadata` of the task names the fields of a document that are its ``cluster`` and its ``level``.
     """
     prompt, endings = _asked(row)
+    metadata = metadata or {}
     document, choices = as_mapping(row.get("doc")), endings if endings[1:] else ()
     texts = [choice.strip() for choice in choices]
     # The target of IFEval says nothing.
@@ -315,13 +316,13 @@ def read_sample(
         right = int(target)
     elif texts.count(target.strip()) == 1:
         right = texts.index(target.strip())
-    fields = [field for text, field in CLUSTER_FIELDS.items() if re.search(text, task)]
-    about = document.get(*fields[:1] or [""])
+    by_name = (f for text, f in CLUSTER_FIELDS.items() if re.search(text, task))
+    about = document.get(metadata.get("cluster") or next(by_name, ""))
     cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
     asked = number, digest, cluster, prompt, target, choices, right, chance
-    of_document = str(document.get(level, "")) if level else ""
-    return Sample(*asked, *_answered(row, endings), of_document)
+    level = str(document.get(metadata.get("level"), ""))
+    return Sample(*asked, *_answered(row, endings), level)
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

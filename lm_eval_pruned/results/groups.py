@@ -34,9 +34,9 @@ class Family(NamedTuple):
     tasks: str
 
 
-_KNOWLEDGE = "probe_knowledge|mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa"
+_KNOWLEDGE = "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa"
 _COMMONSENSE = "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa"
-_LANGUAGE = "wikitext|lambada|^held_text|demo_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
+_LANGUAGE = "wikitext|lambada|^held_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
 #: Metrics that are shares of 1, by parts of their names.
 _SHARES = (
     "(^|_)acc(uracy|_norm)?(,|$)|^(exact_match|em|mc[12]|bias|pct_stereotype)(,|$)"
@@ -51,7 +51,7 @@ FAMILIES = (
         "instruction_following",
         "Instruction following",
         BEHAVIOUR,
-        "ifeval|instruction",
+        "ifeval",
     ),
     Family("reasoning", "Multi-step reasoning", BEHAVIOUR, "musr|(^|_)bbh(_|$)"),
     Family("other", "The rest", SIDES[-1], ""),

@@ -213,6 +213,22 @@ def test_the_metric_that_metadata_names_counts_and_its_floor_is_exact(tmp_path):
     assert [row["primary"] for row in rows] == [True, False]
 
 
+def test_documents_that_share_the_field_that_is_the_cluster_count_as_one(tmp_path):
+    docs = {n: {"question": n, "text_id": n // 4} for n in range(60)}
+    tested = {}
+    for field in ("text_id", None):
+        for name, values in {"base": [1.0, 0.5] * 30, "cut": [0.9, 0.3] * 30}.items():
+            write_run(
+                tmp_path / str(field) / name,
+                {"task": {"gain,none": {"values": values, "docs": docs}}},
+                configs={"task": {"metadata": {"cluster": field}}},
+            )
+        paths = (tmp_path / str(field) / name for name in ("base", "cut"))
+        (row,) = json.loads(pruned("compare", *paths, "--format", "json").out)["rows"]
+        tested[field] = row["method"]
+    assert "clusters" in tested["text_id"] and "documents" in tested[None]
+
+
 @pytest.mark.parametrize("constant", [0.5, -0.5])
 def test_a_base_below_an_exact_floor_has_nothing_to_keep(constant, tmp_path):
     values = {"base": [constant - 0.4, constant + 0.3] * 30, "half": [0.1, 0.2] * 30}

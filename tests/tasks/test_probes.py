@@ -19,12 +19,8 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import _yaml_loader
 
 from lm_eval_pruned.model_wrappers.floors import ConstantLM, EchoLM
-from lm_eval_pruned.results.documents import read_documents
-from lm_eval_pruned.results.groups import family_of
-from lm_eval_pruned.results.runs import read_run
 from tests.helpers import evaluations
 from tests.helpers.checkpoints import GEMMA_FILE, ROOT
-from tests.helpers.results_files import write_run
 
 
 FOLDER = ROOT / "tasks" / "probes"
@@ -101,6 +97,17 @@ def test_sizes_families_and_levels(probe):
     assert len(counts) >= families
     assert max(counts.values()) <= 0.08 * len(docs)
     assert {doc["level"] for doc in docs} == {*range(1, levels + 1)}
+
+
+@pytest.mark.parametrize(
+    "name", ["knowledge", "instructions", "instructions_generated"]
+)
+def test_their_yaml_files_declare_what_comparisons_need(name):
+    """A file takes no `metadata` over from the one that it includes."""
+    config = _yaml_loader.load_yaml(FOLDER / f"pruned_probe_{name}.yaml")
+    expected = {"primary_metric": "lift", "floors": {"lift": 0}}
+    expected |= {"cluster": "block", "level": "level"}
+    assert expected.items() <= config["metadata"].items()
 
 
 @both
@@ -385,16 +392,6 @@ def test_a_run_reports_errors_by_block(chat, tiny_llama):
         asked = sample["arguments"][0][0]
         assert asked.endswith(sample["doc"]["prompt"])
         assert asked.startswith("<user>" if chat else "Complete the sentence.")
-
-
-def test_blocks_are_the_clusters_of_comparisons(tmp_path):
-    docs = {n: {"block": n // 4, "prompt": str(n)} for n in range(12)}
-    spec = {"values": [1.0, 0.5] * 6, "docs": docs}
-    task, metric = "pruned_probe_knowledge", "lift,none"
-    run = read_run(write_run(tmp_path, {task: {metric: spec}}))
-    clusters = read_documents(run, task, metric).clusters
-    assert [*Counter(clusters).values()] == [4, 4, 4]
-    assert family_of(task, {}).name == "knowledge"
 
 
 #: One-sided, a p below 1e-6.
