@@ -29,7 +29,7 @@ _FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
 def run(arguments) -> None:
     """Print the chances of a verdict."""
     from lm_eval_pruned.compare import comparison, power
-    from lm_eval_pruned.compare.verdicts import Margin
+    from lm_eval_pruned.compare.margin import Margin
     from lm_eval_pruned.util.tables import markdown_table
 
     margin, documents = Margin("margin", arguments.margin), arguments.documents

@@ -2,93 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.agreement import Agreement, agreement, collapse_notes
+from lm_eval_pruned.compare.agreement import agreement, collapse_notes
 from lm_eval_pruned.compare.floors import Standing, standings
+from lm_eval_pruned.compare.judge import Case, Difference, judged
 from lm_eval_pruned.compare.pairing import (
     DocumentReader,
     paired_documents,
-    paired_test,
-)
-from lm_eval_pruned.compare.statistics import (
-    PairedTest,
-    false_discovery,
-    unpaired_difference,
 )
 from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
-from lm_eval_pruned.compare.verdicts import Claim, Margin, claims, verdict_of
-from lm_eval_pruned.results.files import ResultsError, Run, finite_or_none
+from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
 from lm_eval_pruned.results.settings import COMPARED, differing, listed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.compare.pairing import Pair
+    from lm_eval_pruned.compare.margin import Margin
 
     Key = tuple[str, str]
-    #: A test, and of how many documents it is.
-    Tested = tuple[PairedTest, int | None]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One row of the table: one run against the base, on one task and metric.
-
-    `difference` is `score` - `base_score` in the metric's own unit, `relative` the same as a share of
-    `base_score`; from `low` to `high` is its interval, at the level that the correction leaves where
-    there is a `q`. `p` is of the single test, `q` corrected over the runs that are compared on the
-    task (Benjamini-Hochberg), without those that were pruned at random; only the `primary` metric
-    of a task has one. None means not known.
-
-    The verdict is ``better``, ``worse`` or, where the task does not say which way is up,
-    ``different``, where q < alpha; else ``not shown``, which does not mean that there is no
-    difference,
-    ``not tested``, ``not comparable`` (a score is not finite) or ``restated`` (not primary). With a
-    margin it can be ``equivalent`` or ``not worse``, and is ``undecided`` where nothing is shown.
-    """
-
-    run: str
-    task: str
-    metric: str
-    base_score: float
-    score: float
-    difference: float
-    relative: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    q: float | None
-    smallest_detectable: float | None
-    documents: int | None
-    method: str
-    primary: bool
-    verdict: str
-    claim: Claim | None = None
-    floor: Standing | None = None
-    answers: Agreement | None = None
-
-    @property
-    def at_floor(self) -> bool:
-        """Whether the run is not shown to be above the floor; False where that was not tested."""
-        return self.floor is not None and self.floor.above_floor is False
-
-    @property
-    def kept_text(self) -> str | None:
-        """What the run keeps of the score above the floor, as `Standing` says it; None without a floor."""
-        return self.floor.kept_text if self.floor else None
-
-    @property
-    def said(self) -> str:
-        """The verdict, and that the run is at the floor where it is."""
-        return f"{self.verdict} (at floor)" if self.at_floor else self.verdict
 
 
 @dataclass(frozen=True)
@@ -166,12 +104,14 @@ def compare(
     alpha: float = 0.05,
     subtasks: bool = False,
     margin: Margin | None = None,
+    margins: Mapping[Key, Margin] | None = None,
     read: DocumentReader | None = None,
     texts: bool = True,
 ) -> Comparison:
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
-    `subtasks` are the members of groups that have scores, and `read` knows documents already.
+    `subtasks` are the members of groups that have scores, and `read` knows documents already. What is
+    tested are the primary scores, or those of `margins`, within a margin for each.
     Without `texts`, nothing says which answer is the commonest. Runs of models that know nothing
     are not compared: they are the floors of the others.
 
@@ -186,7 +126,7 @@ def compare(
     runs = [run for run in runs if not run.is_floor] or floors
     everything = [base, *(run for run in runs if run is not base)]
     notes = [note for run in everything for note in run.notes]
-    asked: list[tuple[Run, Key, bool, Tested, Agreement | None]] = []
+    cases: list[Case] = []
     read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
@@ -198,31 +138,27 @@ def compare(
                 said = f"{other.name} has no results for {lacks}, which {one.name} has."
                 notes.append(said)
         notes += settings_notes(base, run, shared)
-        primary = primary_metrics([base, run], subtasks=subtasks)
-        if margin is not None:
-            for key in primary:
-                margin.check(*key, base.scores[key].value, run.scores[key].value)
+        primary = (
+            [*margins] if margins else primary_metrics([base, run], subtasks=subtasks)
+        )
+        for key in primary if margin else ():
+            margin.check(*key, base.scores[key].value, run.scores[key].value)
         both = [key for key in base.scores if key[0] in shared and key in run.scores]
         for key in both:
             pair = paired_documents(base, run, *key, read)
-            test = difference_test(base, run, key, pair, alpha)
-            answers = agreement(pair, key[1], texts) if key in primary else None
-            asked.append((run, key, key in primary, test, answers))
-    families = [(key[0], is_control(run)) for run, key, *_ in asked]
-    tests = [test if main else None for _, _, main, (test, _), _ in asked]
-    corrected = false_discovery([t.p if t else None for t in tests], families, alpha)
-    scores = [(margin, base.scores[key], run.scores[key]) for run, key, *_ in asked]
-    claimed, rows = claims(tests, scores, families), []
-    counted = [each[:3] for each in asked]
+            family = key if margins else key[0], is_control(run)
+            within = margins.get(key) if margins else margin
+            cases.append(Case(base, run, key, pair, family, key in primary, within))
+    counted = [(case.run, case.key, case.primary) for case in cases]
     known = standings(base, floors, counted, alpha, read)
-    found = zip(asked, corrected, claimed, strict=True)
-    for (run, key, main, test, answers), shown, claim in found:
-        of = (test, shown, claim, margin, main)
-        more: dict[str, Any] = {
-            "floor": known.get((run.name, *key)),
-            "answers": answers,
-        }
-        rows.append(difference_of(base, run, key, alpha, *of, **more))
+    rows = [
+        replace(
+            row,
+            floor=known.get((case.run.name, *case.key)),
+            answers=agreement(case.pair, case.key[1], texts) if case.primary else None,
+        )
+        for case, row in zip(cases, judged(cases, alpha), strict=True)
+    ]
     of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
     low = [each for each in of_base if each.primary and each.above_floor is False]
     notes += [each.note(base.name) for each in low]
@@ -233,57 +169,6 @@ def compare(
             notes.append(margin.misfit(listed(without)))
     told = tuple(rows), *over_ratios(everything, alpha, read), tuple(notes)
     return Comparison(base.name, alpha, *told, margin, of_base)
-
-
-def difference_test(
-    base: Run, run: Run, key: Key, pair: Pair | None, alpha: float = 0.05
-) -> Tested:
-    """Test what a run differs by, on the `pair` of their documents, else on standard errors.
-
-    Returns the test, and how many documents it is of.
-    """
-    one, other = base.scores[key], run.scores[key]
-    documents, difference = len(pair[0].keys) if pair else None, other.value - one.value
-    endless = [r.name for r in (base, run) if not math.isfinite(r.scores[key].value)]
-    if endless:
-        why = f"the score of {' and '.join(endless)} is not a finite number"
-    elif pair:
-        return paired_test(pair, alpha), documents
-    elif one.stderr is None or other.stderr is None:
-        why = "neither samples nor standard errors"
-    else:
-        stderrs = one.stderr, other.stderr
-        return unpaired_difference(difference, *stderrs, alpha=alpha), None
-    return PairedTest(difference, f"none: {why}", level=alpha), documents
-
-
-def difference_of(
-    base: Run,
-    run: Run,
-    key: Key,
-    alpha: float,
-    tested: Tested,
-    corrected: tuple[float | None, float | None],
-    claim: Claim | None = None,
-    margin: Margin | None = None,
-    primary: bool = True,
-    **more: Any,
-) -> Difference:
-    """Return a row of what `difference_test` found and `false_discovery` left, with its verdict."""
-    (test, documents), (q, level) = tested, corrected
-    before, after = base.scores[key].value, run.scores[key].value
-    verdict, change = "restated", after - before
-    if not math.isfinite(change):
-        verdict = "not comparable"
-    elif primary:
-        up = base.scores[key].higher_is_better
-        verdict = verdict_of(change, q, alpha, up, margin, claim)
-    share = finite_or_none(change / abs(before)) if before else None
-    ends = test.interval(level or test.level)
-    size = None if q is None else test.smallest_detectable(level)
-    found: list[Any] = [before, after, change, share, *ends, test.p, q, size, documents]
-    found += [test.method, primary, verdict, claim]
-    return Difference(run.name, *key, *found, **more)
 
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:

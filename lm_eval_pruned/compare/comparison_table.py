@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval_pruned.compare.comparison import Comparison, Difference
+from lm_eval_pruned.compare.judge import Difference
 from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.results.groups import scale_name
 from lm_eval_pruned.util.tables import csv_table, markdown_table
@@ -16,6 +16,8 @@ from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from lm_eval_pruned.compare.comparison import Comparison
 
 
 def number_text(value: float | None, form: str) -> str:
@@ -253,7 +255,7 @@ def _wrapped(text: str) -> str:
 
 def as_csv(comparison: Comparison) -> str:
     """Return the differences as CSV; of margins, floors and answers where there are any."""
-    names = [field.name for field in fields(Difference)][:-3]
+    names = [field.name for field in fields(Difference)][:-4]
     names += ["margin", "p_margin", "q_margin"] * (comparison.margin is not None)
     rows = []
     for row in comparison.rows:

@@ -10,7 +10,6 @@ import numpy as np
 
 from lm_eval_pruned.compare import pairing, statistics
 from lm_eval_pruned.compare.kept import NO_LOSS, Kept, share_kept
-from lm_eval_pruned.results.files import as_mapping
 from lm_eval_pruned.results.groups import is_control, is_share
 
 
@@ -130,9 +129,8 @@ def highest_floor(
     """Return name, score and run of the best floor of a metric; None if none is known."""
     up, documents = base.scores[key].higher_is_better, read(base, *key)
     found: list[Floor]
-    declared = as_mapping(base.metadata.get(key[0], {}).get("floors"))
-    exact = declared.get(key[1].partition(",")[0])
-    found = [] if exact is None else [("exact", float(exact), None)]
+    exact = base.exact_floor(*key)
+    found = [] if exact is None else [("exact", exact, None)]
     found += [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
     levels = (documents.levels.chance, documents.levels.majority) if documents else ()
     for name, level in zip(("chance", "commonest answer"), levels, strict=False):

@@ -43,6 +43,33 @@ class Kept:
         return f"{self.share:.0%} [{', '.join(ends)}]".replace("%", " %")
 
 
+def kept_sides(
+    base: ArrayLike,
+    candidate: ArrayLike,
+    floor: ArrayLike,
+    share: float,
+    *,
+    weights: ArrayLike | None = None,
+    clusters: Sequence[str] | None = None,
+    strata: Sequence[str] | None = None,
+) -> tuple[float, float]:
+    """Return the one-sided p of a candidate that keeps less than `share`, and of one that keeps more.
+
+    It is that of ``candidate - floor`` against that share of ``base - floor``, so that the spread of the
+    base counts. Arguments as for `share_kept`; 1 and 1 where the documents allow no test.
+    """
+    above, left = (
+        np.asarray(v, float) - np.asarray(floor, float) for v in (base, candidate)
+    )
+    weights = np.ones(len(above)) if weights is None else np.asarray(weights, float)
+    gains = weights * (left - share * above)
+    # What rounding leaves of equal values is no difference.
+    gains[np.abs(gains) <= 1e-12 * np.abs(weights * above).max()] = 0.0
+    sides = paired_mean(gains, weights, clusters, strata).sides or (1.0, 1.0)
+    # Where a lower score is better, the base is below its floor.
+    return sides if (weights * above).sum() > 0 else sides[::-1]
+
+
 def share_kept(
     base: ArrayLike,
     candidate: ArrayLike,
@@ -78,23 +105,21 @@ def share_kept(
         '67 % [63, 69]'
     """
     above, left = (
-        np.asarray(v, float) - np.asarray(floor, float) for v in (base, candidate)
+        np.average(np.asarray(v, float) - np.asarray(floor, float), weights=weights)
+        for v in (base, candidate)
     )
-    weights = np.ones(len(above)) if weights is None else np.asarray(weights, float)
-    total = float((weights * above).sum())
-    if total == 0:
+    if above == 0:
         return None
-    share = float((weights * left).sum()) / total
+    share = float(left / above)
+    about = {"weights": weights, "clusters": clusters, "strata": strata}
 
     def excess(supposed: float, side: int) -> float:
-        gains = weights * (left - supposed * above)
-        test = paired_mean(gains, weights, clusters, strata, alpha)
-        return 1.0 if test.sides is None else test.sides[side] - alpha / 2
+        found = kept_sides(base, candidate, floor, supposed, **about)
+        return found[side] - alpha / 2
 
-    def end(direction: int) -> float | None:
-        # A larger share than the true one leaves less than was supposed: the lower side.
-        side = 0 if (direction > 0) == (total > 0) else 1
-        step = 1e-3
+    def end(side: int) -> float | None:
+        # At a larger share than the true one, the candidate keeps less.
+        direction, step = (1, -1)[side], 1e-3
         while excess(share + direction * step, side) > 0:
             step *= 2
             if step > _FARTHEST:
@@ -102,4 +127,4 @@ def share_kept(
         nearest = share + direction * step / 2 if step > 1e-3 else share
         return optimize.brentq(excess, nearest, share + direction * step, args=(side,))
 
-    return Kept(share, end(-1), end(1))
+    return Kept(share, end(1), end(0))

@@ -24,7 +24,7 @@ from lm_eval_pruned.results.groups import primary_metrics
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lm_eval_pruned.compare.verdicts import Margin
+    from lm_eval_pruned.compare.margin import Margin
 
     #: Chance of each of `VERDICTS`.
     Chances = tuple[float, float, float]
@@ -41,6 +41,7 @@ def power_of(
     base: Run,
     runs: Sequence[Run],
     task: str,
+    metric: str | None,
     margin: Margin,
     *,
     documents: int | None = None,
@@ -49,7 +50,7 @@ def power_of(
     """Estimate how likely each run reaches a verdict on a task, from the answers changed so far.
 
     The chances are those of one test at level `alpha` on so many `documents` (default: as many as
-    there are): to claim the `margin`, and to see a difference of its size. Returns a row for each run
+    there are), of `metric` or else the one that counts: to claim the `margin`, and to see a difference of its size. Returns a row for each run
     and verdict: run, metric, documents, share of them whose value changed, margin in the metric's own
     unit, verdict, what is assumed to be true, the chance then, and how many documents give a chance
     of 80 %, if any.
@@ -62,7 +63,8 @@ def power_of(
         )
     found: list[list[object]] = []
     for run in runs:
-        metric = dict(primary_metrics([base, run], subtasks=True)).get(task)
+        primary = dict(primary_metrics([base, run], subtasks=True)).get(task)
+        metric = metric or primary
         if metric is None or run.is_floor:
             continue
         pair = paired_documents(base, run, task, metric)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lm_eval_pruned.compare.verdicts import CLAIMS, Margin
+from lm_eval_pruned.compare.margin import CLAIMS, Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
 from lm_eval_pruned.results.files import (
     ResultsError,

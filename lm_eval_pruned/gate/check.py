@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm_eval_pruned.compare.comparison import difference_test, settings_notes
+from lm_eval_pruned.compare.comparison import settings_notes
+from lm_eval_pruned.compare.judge import Case, Difference, judged
 from lm_eval_pruned.compare.pairing import paired_documents
-from lm_eval_pruned.compare.statistics import LEAST_UNITS, PairedTest, false_discovery
-from lm_eval_pruned.compare.verdicts import claims
+from lm_eval_pruned.compare.statistics import (
+    LEAST_UNITS,
+    LEAST_UNITS_OF_MARGIN,
+    false_discovery,
+)
 from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.gate.findings import ONLY_RUN, Finding
 from lm_eval_pruned.results.documents import Documents, read_documents
@@ -21,7 +25,7 @@ from lm_eval_pruned.results.settings import ASKED, OF_FEWSHOT, differing, shown
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 #: A status and a sentence, see `Finding`.
@@ -61,7 +65,7 @@ def make_baseline(
         baseline.runs[name] = replace(run, name="the baseline")
         for task, metric in run.scores:
             key = name, task, metric
-            if refused := _refused(run, run, task, metric):
+            if refused := refusal(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
             own = baseline.rules[key] = kept.get(key, rule)
             own.check(task, metric, run.scores[task, metric])
@@ -81,21 +85,26 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         for of in (baseline.runs, runs)
     )
     found: dict[Key, Decision] = dict.fromkeys(after, _NEW)
-    tests: dict[Key, PairedTest] = {}
+    cases: dict[Key, Case] = {}
     for key, rule in baseline.rules.items():
         name, task, metric = key
         if key not in after:
             found[key] = "fail", f"The results have no {' '.join(key[name in runs :])}."
-        elif refused := _refused(baseline.runs[name], runs[name], task, metric):
+        elif refused := refusal(baseline.runs[name], runs[name], task, metric):
             found[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
             found[key] = _within_tolerance(rule, before[key], after[key].value)
         else:
             try:
-                tests[key] = _tested(key, runs[name], baseline)
+                cases[key] = _case(key, runs[name], baseline)
             except ResultsError as why:
                 found[key] = "undecided", str(why)
-    found |= _by_documents(tests, baseline.rules, before, after)
+    rows = judged([*cases.values()])
+    levels = [
+        CLAIM_LEVEL if case.margin else float(baseline.rules[key].value)
+        for key, case in cases.items()
+    ]
+    found |= zip(cases, decisions([*cases.values()], rows, levels), strict=True)
     findings = []
     for key, (status, said) in sorted(found.items()):
         one, other = (of[key].value if key in of else None for of in (before, after))
@@ -103,7 +112,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     return findings
 
 
-def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
+def refusal(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     """Say why a score cannot be compared with the expected one; None if it can."""
     version, expected = run.versions.get(task), before.versions.get(task)
     if expected not in (None, version):
@@ -151,77 +160,85 @@ def _documents(run: Run, task: str, metric: str) -> Documents | None:
     return None
 
 
-def _tested(key: Key, run: Run, baseline: Baseline) -> PairedTest:
-    """Test documents; raise ResultsError without any, or if they are others or weigh otherwise."""
+def _case(key: Key, run: Run, baseline: Baseline) -> Case:
+    """Pair documents; raise ResultsError without any, or if they are others or weigh otherwise.
+
+    The rules ``alpha`` are one family, and those with a margin another: a gate of many metrics does
+    not close by chance.
+    """
     name, task, metric = key
     before, stored = baseline.runs[name], baseline.documents.get(key)
+    rule = baseline.rules[key]
     read = lambda each, *of: stored if each is before else _documents(run, *of)
     pair = paired_documents(before, run, task, metric, read)
-    test, documents = difference_test(before, run, (task, metric), pair)
-    if documents is None:
+    if pair is None:
         raise ResultsError(
-            f"The rule {baseline.rules[key].kind} needs logged samples from which {metric} of {task} can "
+            f"The rule {rule.kind} needs logged samples from which {metric} of {task} can "
             f"be computed, weighted as in the baseline: evaluate with --log_samples, or {_TOLERANCE}"
         )
-    return test
+    family = rule.margin is not None
+    return Case(before, run, (task, metric), pair, family, margin=rule.margin)
 
 
-def _by_documents(
-    tests: Mapping[Key, PairedTest],
-    rules: Mapping[Key, Rule],
-    before: Mapping[Key, Score],
-    after: Mapping[Key, Score],
-) -> Iterator[tuple[Key, Decision]]:
-    """Decide the rules ``alpha`` as one family, and those with a margin as another.
+def decisions(
+    cases: Sequence[Case], rows: Sequence[Difference], levels: Sequence[float]
+) -> Iterator[Decision]:
+    """Decide what `judged` made of cases: a margin, or else whether a score is worse.
 
-    A gate of many metrics does not close by chance.
+    Tests are one-sided where the direction is known.
     """
-    asked = [(rules[key].margin, before[key], after[key]) for key in tests]
-    families = [margin is not None for margin, *_ in asked]
-    ps = [_sides(tests[key], before[key].higher_is_better) for key in tests]
-    found = tests.items(), asked, claims([*tests.values()], asked, families)
-    corrected = (false_discovery([p[side] for p in ps], families) for side in (0, 1))
-    for (key, test), (margin, score, _), claim, (worse, _), (better, _) in zip(
-        *found, *corrected, strict=True
-    ):
-        way = "different" if score.higher_is_better is None else "worse"
-        alpha = CLAIM_LEVEL if margin else float(rules[key].value)
-        within = f"{margin.verdict} within {margin.text}" if margin else ""
-        status = "undecided"
-        if margin and test.units_missing:
-            said = (
-                f"A margin of a score without bounds takes {test.units_missing} more independent "
-                f"documents than the {test.units} that were evaluated."
-            )
-        elif margin and claim is None:
-            said = f"The margin {margin.text} cannot be tested here: {_TOLERANCE}"
-        elif claim and claim.q < alpha:
-            status, said = "pass", f"Shown to be {within} (q = {claim.q:.3g})."
-        elif worse is None or test.units < LEAST_UNITS:
-            said = (
-                f"{test.units} independent documents are too few to decide, which takes at least "
-                f"{LEAST_UNITS}: {_TOLERANCE}"
-            )
-        elif worse < alpha:
-            status, change = "fail", f"{way} by {abs(test.difference):.6g}"
-            said = f"Significantly {change} (q = {worse:.3g} < {alpha:g})."
-        elif better is not None and better < alpha:
-            status, said = _IMPROVED
-        elif claim:
-            said = (
-                f"Not decided whether {within} (q = {claim.q:.3g} >= {alpha:g}) or worse: "
-                "`lm-eval-pruned power` estimates how many documents would decide."
-            )
-        else:
-            status = "pass"
-            said = f"Not significantly {way} (q = {worse:.3g} >= {alpha:g})."
-        yield key, (status, said)
+    families = [case.family for case in cases]
+    sides = [*map(_sides, cases, rows)]
+    worse, better = (
+        [q for q, _ in false_discovery([ps[way] for ps in sides], families)]
+        for way in (0, 1)
+    )
+    for case, row, alpha, *qs in zip(cases, rows, levels, worse, better, strict=True):
+        yield _decision(case, row, alpha, *qs)
 
 
-def _sides(test: PairedTest, up: bool | None) -> tuple[float | None, float | None]:
-    """Return p of a change for the worse and for the better; of any change where `up` is None."""
-    less, more = test.sides or (None, None)
-    return (test.p, None) if up is None else (less, more) if up else (more, less)
+def _decision(
+    case: Case, row: Difference, alpha: float, worse: float | None, better: float | None
+) -> Decision:
+    margin, claim = case.margin, row.claim
+    way = "different" if case.scores[0].higher_is_better is None else "worse"
+    within = f"{margin.verdict} within {margin.text}" if margin else ""
+    too_few = (
+        f"{row.units} independent documents are too few to decide, which takes at least "
+        f"{LEAST_UNITS}: {_TOLERANCE}"
+    )
+    if margin and claim is None and case.margin_size and row.p is not None:
+        return "undecided", (
+            f"A margin of a score without bounds takes {LEAST_UNITS_OF_MARGIN - row.units} more "
+            f"independent documents than the {row.units} that were evaluated."
+        )
+    if margin and claim is None:
+        said = f"The margin {margin.text} cannot be tested here: {_TOLERANCE}"
+        return "undecided", said
+    if claim and claim.q < alpha:
+        return "pass", f"Shown to be {within} (q = {claim.q:.3g})."
+    if worse is None or row.units < LEAST_UNITS:
+        return "undecided", too_few
+    if worse < alpha:
+        change = f"{way} by {abs(row.difference):.6g}"
+        return "fail", f"Significantly {change} (q = {worse:.3g} < {alpha:g})."
+    if better is not None and better < alpha:
+        return _IMPROVED
+    if claim:
+        return "undecided", (
+            f"Not decided whether {within} (q = {claim.q:.3g} >= {alpha:g}) or worse: "
+            "`lm-eval-pruned power` estimates how many documents would decide."
+        )
+    return "pass", f"Not significantly {way} (q = {worse:.3g} >= {alpha:g})."
+
+
+def _sides(case: Case, row: Difference) -> tuple[float | None, float | None]:
+    """Return p of a change for the worse and for the better; of any change where neither is better."""
+    up = case.scores[0].higher_is_better
+    if up is None or row.p is None:
+        return row.p, None
+    toward, away = row.p / 2, 1 - row.p / 2
+    return (away, toward) if (row.difference > 0) == up else (toward, away)
 
 
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:

@@ -35,7 +35,8 @@ from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratio
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison import Comparison, Difference
+    from lm_eval_pruned.compare.comparison import Comparison
+    from lm_eval_pruned.compare.judge import Difference
     from lm_eval_pruned.results.files import Run
 
 #: How scores are drawn: file, title, axis and description.

@@ -6,9 +6,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import difference_of, difference_test
+from lm_eval_pruned.compare.judge import Case, judged
 from lm_eval_pruned.compare.pairing import paired_documents
-from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.report.page import run_label
 from lm_eval_pruned.report.sections import compared_section
 from lm_eval_pruned.results.files import as_mapping
@@ -19,8 +18,8 @@ from lm_eval_pruned.util.pruning_record import left_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison import Difference
     from lm_eval_pruned.compare.floors import Standing
+    from lm_eval_pruned.compare.judge import Difference
     from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.report.page import Section
     from lm_eval_pruned.results.files import Run
@@ -105,16 +104,17 @@ def compared_pairs(
     known: Known = _NOTHING,
 ) -> list[Difference]:
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
-    keys = [(*each, key) for each in pairs for key in primary_metrics(each)]
-    tests = []
-    for before, after, key in keys:
-        pair = paired_documents(before, after, *key, read)
-        tests.append(difference_test(before, after, key, pair, alpha))
-    families = [(key[0], is_control(after)) for _, after, key in keys]
-    adjusted = false_discovery([test.p for test, _ in tests], families, alpha)
-    rows = []
-    for (before, after, key), of, left in zip(keys, tests, adjusted, strict=True):
-        floor = known.get((after.name, *key))
-        row = difference_of(before, after, key, alpha, of, left, floor=floor)
-        rows.append(replace(row, run=f"{run_label(after)} against {before.name}"))
-    return rows
+    cases = []
+    for before, after in pairs:
+        for key in primary_metrics([before, after]):
+            pair = paired_documents(before, after, *key, read)
+            family = key[0], is_control(after)
+            cases.append(Case(before, after, key, pair, family))
+    return [
+        replace(
+            row,
+            run=f"{run_label(case.run)} against {case.base.name}",
+            floor=known.get((case.run.name, *case.key)),
+        )
+        for case, row in zip(cases, judged(cases, alpha), strict=True)
+    ]

@@ -35,7 +35,8 @@ from lm_eval_pruned.results.runs import setting_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison import Comparison, Difference
+    from lm_eval_pruned.compare.comparison import Comparison
+    from lm_eval_pruned.compare.judge import Difference
     from lm_eval_pruned.compare.pairing import Reader
     from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run

@@ -110,6 +110,11 @@ class Run:
         """Whether ``pruned-hf`` left out whole layers, so that the ratio is not its size."""
         return "layers_dropped" in self.pruning
 
+    def exact_floor(self, task: str, metric: str) -> float | None:
+        """Return the score without knowledge that a task declares for a metric, or None."""
+        floors = as_mapping(self.metadata.get(task, {}).get("floors"))
+        return finite_or_none(floors.get(metric.partition(",")[0]))
+
     def tasks(self, *, subtasks: bool = True) -> list[str]:
         """Return the tasks that have scores, with or without the members of groups."""
         tasks = dict.fromkeys(task for task, _ in self.scores)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.margin import Margin
 from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.compare.verdicts import Margin
 from lm_eval_pruned.report.pairs import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, as_mapping, read_json
 from lm_eval_pruned.results.groups import (
@@ -28,8 +28,9 @@ from lm_eval_pruned.study.preset import EQUILIBRIUM, MARGIN
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison import Comparison, Difference
+    from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.compare.floors import Standing
+    from lm_eval_pruned.compare.judge import Difference
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.groups import Family
     from lm_eval_pruned.results.runs import SweepResults

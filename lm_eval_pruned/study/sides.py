@@ -14,7 +14,7 @@ from lm_eval_pruned.results.groups import BEHAVIOUR, KNOWLEDGE, TEXT
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from lm_eval_pruned.compare.comparison import Difference
+    from lm_eval_pruned.compare.judge import Difference
 
 FALLS, KEEPS, RISES, UNKNOWN = "falls", "keeps", "rises", "cannot tell"
 #: Which of the states of its sizes is that of a task: a loss at any size, else a gain at any.

@@ -6,13 +6,12 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval_pruned.compare.comparison import Difference, compare
+from lm_eval_pruned.compare.comparison import compare
+from lm_eval_pruned.compare.judge import Case, Difference
 from lm_eval_pruned.compare.kept import NO_LOSS
+from lm_eval_pruned.compare.margin import Margin
 from lm_eval_pruned.compare.power import power_of
-from lm_eval_pruned.compare.verdicts import Margin
-from lm_eval_pruned.gate.baseline import Baseline, Rule
-from lm_eval_pruned.gate.check import CLAIM_LEVEL, check, make_baseline
-from lm_eval_pruned.gate.findings import ONLY_RUN, Finding, exit_code
+from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions, refusal
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
@@ -37,7 +36,7 @@ _WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
 
 
 class Judged(NamedTuple):
-    """One score: how it differs, and what the gate finds of it within a margin.
+    """One score: how it differs, and what the gate says of it within a margin.
 
     `word` is ``equivalent``, ``not worse``, ``better``, ``worse``, ``undecided`` or `NO_LOSS`; `take`
     says what would decide.
@@ -46,7 +45,7 @@ class Judged(NamedTuple):
     row: Difference
     margin: str
     word: str
-    finding: Finding
+    message: str
     take: str
 
 
@@ -79,37 +78,57 @@ def decide(
         ValueError: A margin names nothing that was scored, or the runs cannot be compared.
     """
     keys = [*_judged_keys(base)]
-    # Of this level, intervals beyond the margin are what the gate calls shown.
-    compared = compare(base, [candidate, *floors], alpha=2 * CLAIM_LEVEL, texts=texts)
-    rows = {(each.task, each.metric): each for each in compared.rows}
-    if missing := [" ".join(key) for key in keys if key not in rows]:
+    if missing := [" ".join(key) for key in keys if key not in candidate.scores]:
         raise ResultsError(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
     asked = check_margins(margins, judged_scores(base, candidate))
-    chosen = {key: _asked(key, asked) or _usual(rows[key]) for key in keys}
-    rules = {(ONLY_RUN, *key): Rule(CLAIM, margin) for key, margin in chosen.items()}
-    before, after = ({ONLY_RUN: _only(each, keys)} for each in (base, candidate))
-    some_rule = next(iter(rules.values()))
-    expected = make_baseline(before, some_rule, Baseline({}, rules))
-    findings = check(after, expected)
-    judged, blind = [], set()
-    for finding in findings:
-        key = finding.task, finding.metric
-        row, margin, word = rows[key], chosen[key], _WORDS.get(finding.status)
-        size = Margin(CLAIM, margin).size(row.base_score, row.score)
-        ends = [end for end in (row.low, row.high) if end is not None]
-        inside = size is not None and len(ends) == 2 and max(map(abs, ends)) < size
-        if row.floor and not row.floor.base_above_floor and _names(key)[1] not in BIAS:
-            blind.add(key)
-            word = word or NO_LOSS
-        word = word or ("equivalent" if inside else "not worse")
-        runs = (_only(base, [key]), _only(candidate, [key]))
-        take = _take(*runs, key, margin, row) if word == "undecided" else ""
-        judged.append(Judged(row, margin, word, finding, take))
-    code = exit_code(findings) or (2 if len(blind) == len(keys) else 0)
+    chosen = {
+        key: Margin(CLAIM, _asked(key, asked) or _usual(base, candidate, key))
+        for key in keys
+    }
+    # Of this level, intervals beyond the margin are what the gate calls shown.
+    compared = compare(
+        base, [candidate, *floors], alpha=2 * CLAIM_LEVEL, margins=chosen, texts=texts
+    )
+    by_key = {(row.task, row.metric): row for row in compared.rows}
+    rows = [by_key[key] for key in keys]
+    cases = [Case(base, candidate, key, None, "", margin=chosen[key]) for key in keys]
+    levels = [CLAIM_LEVEL] * len(keys)
+    judged, statuses = [], []
+    for case, row, decision in zip(
+        cases, rows, decisions(cases, rows, levels), strict=True
+    ):
+        status, message = _refused(base, candidate, case.key) or decision
+        word = _WORDS.get(status)
+        if status == "pass":
+            word = "equivalent" if _inside(row, case) else "not worse"
+            word = NO_LOSS if _at_floor(row) else word
+        take = _take(case, row) if status == "undecided" else ""
+        judged.append(Judged(row, chosen[case.key].text, str(word), message, take))
+        statuses.append(status)
+    blind = all(_at_floor(row) for row in rows)
+    code = 1 if "fail" in statuses else 2 if "undecided" in statuses or blind else 0
     return Verdict(base, candidate, code, judged, compared.notes)
+
+
+def _refused(base: Run, candidate: Run, key: Key) -> tuple[str, str] | None:
+    # A candidate may have any width.
+    settings = {key[0]: {**candidate.settings.get(key[0], {}), "widths": None}}
+    return refusal(base, replace(candidate, settings=settings), *key)
+
+
+def _at_floor(row: Difference) -> bool:
+    """Whether nobody could lose anything: the base is not shown to be above the floor."""
+    is_bias = _names((row.task, row.metric))[1] in BIAS
+    return bool(row.floor and not row.floor.base_above_floor and not is_bias)
+
+
+def _inside(row: Difference, case: Case) -> bool:
+    """Whether the interval lies within the margin on both sides."""
+    size, ends = case.margin_size, (row.low, row.high)
+    return size is not None and all(end is not None and abs(end) < size for end in ends)
 
 
 def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[str, str]:
@@ -171,27 +190,24 @@ def _asked(key: Key, asked: dict[str, str]) -> str | None:
     return next((asked[name] for name in (*_names(key), "") if name in asked), None)
 
 
-def _usual(row: Difference) -> str:
-    if "bits_per_byte" in row.metric:
-        return "1%"
-    share = is_share(row.metric, (row.base_score, row.score))
-    return "2pt" if share else "2%"
+def _usual(base: Run, candidate: Run, key: Key) -> str:
+    """Return the margin by default: of a score with an exact floor, 95 % are kept."""
+    if base.exact_floor(*key) is not None:
+        return "5%"
+    scores = base.scores[key].value, candidate.scores[key].value
+    return "2pt" if is_share(key[1], scores) else "2%"
 
 
-def _only(run: Run, keys: Sequence[Key]) -> Run:
-    """Return a run with only these scores, and whatever width the model has."""
-    settings = {task: {**of, "widths": None} for task, of in run.settings.items()}
-    return replace(run, scores={k: run.scores[k] for k in keys}, settings=settings)
-
-
-def _take(base: Run, candidate: Run, key: Key, margin: str, row: Difference) -> str:
+def _take(case: Case, row: Difference) -> str:
     """Say how many documents, in how many minutes, decide with a chance of 80 %, if the models do not differ."""
-    up = base.scores[key].higher_is_better
+    base, candidate, key, margin = case.base, case.run, case.key, case.margin
+    up = case.scores[0].higher_is_better
     if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
         return "A test of only this score would show it to be worse; a test of all scores needs more documents."
-    asked = Margin(CLAIM, margin)
+    if margin is None:
+        return ""
     try:
-        rows = power_of(base, [candidate], key[0], asked, alpha=CLAIM_LEVEL)
+        rows = power_of(base, [candidate], *key, margin, alpha=CLAIM_LEVEL)
     except ValueError:
         # The finding says why nothing was decided.
         return ""

@@ -128,7 +128,7 @@ def _answer_section(verdict: Verdict) -> Section:
         open_question,
     )[verdict.code]
     notes = [
-        f"{_name(each)}: {each.word}. {each.take or each.finding.message}"
+        f"{_name(each)}: {each.word}. {each.take or each.message}"
         for word in ("worse", "undecided")
         for each in verdict.judged
         if each.word == word

@@ -158,3 +158,16 @@ def test_a_floor_of_other_documents_is_refused(tmp_path):
     floor = write_run(tmp_path / "few", few, config={"model": "constant"})
     with pytest.raises(ResultsError, match="different documents"):
         comparison.compare(*comparison.read_comparands([str(folder), str(floor)]))
+
+
+def test_where_less_is_better_a_model_is_above_its_floor_with_a_lower_score(tmp_path):
+    losses = {"base": [0.5, 1.5] * 30, "low": [1.0, 2.0] * 30, "high": [4.0, 5.0] * 30}
+    paths = []
+    for name, values in losses.items():
+        of = {"task": {"loss,none": {"values": values, "higher_is_better": False}}}
+        configs = {"task": {"metadata": {"floors": {"loss": 3.0}}}}
+        paths.append(str(write_run(tmp_path / name, of, configs=configs).parent))
+    rows = comparison.compare(*comparison.read_comparands(paths)).rows
+    assert [row.floor.base_above_floor for row in rows] == [True, True]
+    assert [row.floor.above_floor for row in rows] == [True, False]
+    assert [row.floor.kept.share for row in rows] == pytest.approx([0.75, -0.75])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -251,7 +253,7 @@ def test_no_texts_leaves_documents_and_answers_out(verdict, tmp_path):
         (("{tiny}", "{pruned},ratio=2,prune_percent=3"), "ratio=2 and prune_percent=3"),
         (("{tiny}", "{tiny}", "--margin", "x"), "margin=x is not a margin"),
         (("{old}", "{old}", "--margin", "arc=1pt"), "arc=1pt names no task or metric"),
-        (("{old}", "{other}"), "no task in common"),
+        (("{old}", "{other}"), "evaluate it on the same tasks"),
         (("{old}", "{old}", "--margin", "5"), "of boolq acc,"),
         (("{tiny}", "{tiny}", "--margin", "5"), "did you mean 5pt?"),
         (("{tiny}", "{old}", "--margin", "mc3=5pt"), "mc3=5pt names no task or"),
@@ -285,3 +287,44 @@ def test_margins_and_both_models_are_checked_before_anything_is_evaluated(
     assert message.format(**places) in done.sentence
     assert done.err.count("\n") == 1
     assert not [*tmp_path.rglob("unit.json")]
+
+
+def lifts(tmp_path, share, noise=0.0, seed=0, documents=240):
+    """Write results of a probe in blocks of four, and of a candidate that keeps a share of its lift."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(5, 4, documents)
+    candidate = share * base + rng.normal(0, noise, documents)
+    metadata = {"primary_metric": "lift", "floors": {"lift": 0}, "family": "knowledge"}
+    configs = {"facts": {"metadata": {**metadata, "cluster": "block"}}}
+    docs = {n: {"block": n // 4} for n in range(documents)}
+    paths = []
+    for name, values in (("old", base), ("new", candidate)):
+        task = {"acc,none": [1.0] * documents}
+        task |= {"lift,none": {"values": [*values], "docs": docs}}
+        paths.append(
+            write_run(tmp_path / name, {"facts": task}, configs=configs).parent
+        )
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("share", "code", "word"),
+    [(1.0, 0, "equivalent"), (0.98, 0, "equivalent"), (0.9, 1, "worse")],
+)
+def test_of_a_score_with_an_exact_floor_95_percent_are_to_be_kept(
+    share, code, word, tmp_path
+):
+    done = pruned("verdict", *lifts(tmp_path, share), "--output_path", tmp_path / "out")
+    assert (done.code, rows_of(done)["facts"]["verdict"]) == (code, word)
+    assert rows_of(done)["facts"]["margin"] == "5%"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_interval_of_what_is_kept_decides(seed, tmp_path):
+    """Two models of which the kept share is close to the margin: the page and the answer agree."""
+    paths = lifts(tmp_path, 0.96 + 0.005 * seed, noise=1.0, seed=seed)
+    row = rows_of(pruned("verdict", *paths, "--output_path", tmp_path / "out"))["facts"]
+    low = float(re.search(r"\[([\d.]+),", row["kept"])[1])
+    # The page rounds to whole percent.
+    if abs(low - 95) > 0.5:
+        assert (row["verdict"] in ("equivalent", "not worse", "better")) == (low > 95)
