@@ -26,8 +26,10 @@ OPTIONS = (
         "--model_args key=value,... with hf, pruned-hf, vllm or pruned-vllm"),
     row("candidate", "CANDIDATE", "the same"),
     row("--margin", "[NAME=]MARGIN", "how much worse a score may be, for one task or metric or for "
-        f"all: {UNIT} (default: 2pt for scores from 0 to 1, 1%% for bits per byte, 2%% for others)",
-        nargs="+", default=[]),
+        f"all: {UNIT} (default: 5%% of a score with an exact floor, so that 95 %% are kept; 2pt for "
+        "scores from 0 to 1; 2%% for others)", nargs="+", default=[]),
+    row("--measure", "METRIC", "judge this metric where a task has it (default: a score with an exact floor, else "
+        "the probability of the right answer, mc2 or choice_prob, else the score that counts)"),
     row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
     row("--push_to_hub", "REPO", "the candidate's repository on the Hub: write the verdict into its model card, "
@@ -41,10 +43,11 @@ def run(arguments) -> int:
     """Evaluate what is not evaluated yet, write the pages and return the exit code."""
     from lm_eval.utils import setup_logging
 
+    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.results.hub import check_repository, push_verdict
     from lm_eval_pruned.verdict.decision import decide, read_margins
     from lm_eval_pruned.verdict.models import both_runs
-    from lm_eval_pruned.verdict.page import card_section, write_pages
+    from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 
     read_margins(arguments.margin)
     given = Evaluation.parsed(arguments)
@@ -54,9 +57,13 @@ def run(arguments) -> int:
     options = {name: getattr(read, name) for name in given}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
-    base, candidate, floors = both_runs(*models, options, folder, arguments.margin)
+    reading: Any = {"measure": arguments.measure, "read": DocumentReader()}
+    base, candidate, floors = both_runs(
+        *models, options, folder, arguments.margin, **reading
+    )
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
-    verdict = decide(base, candidate, arguments.margin, floors, texts=texts)
+    verdict = decide(base, candidate, arguments.margin, floors, **reading, texts=texts)
+    print(f"{headline(verdict)}\n")
     print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:

@@ -141,8 +141,9 @@ def compare(
         primary = (
             [*margins] if margins else primary_metrics([base, run], subtasks=subtasks)
         )
-        for key in primary if margin else ():
-            margin.check(*key, base.scores[key].value, run.scores[key].value)
+        if margin:
+            for key in primary:
+                margin.check(*key, base.scores[key].value, run.scores[key].value)
         both = [key for key in base.scores if key[0] in shared and key in run.scores]
         for key in both:
             pair = paired_documents(base, run, *key, read)

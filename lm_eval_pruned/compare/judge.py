@@ -155,15 +155,14 @@ def p_outside(case: Case, test: PairedTest) -> float | None:
         return None
     up, one_sided = case.scores[0].higher_is_better, margin.claim == "not_worse"
     share, floor = margin.share, case.base.exact_floor(*case.key)
-    values = [documents.values for documents in case.pair or ()]
-    means = case.pair is not None and case.pair[0].transform == "mean"
-    if share and floor is not None and means and (values[0] != values[1]).any():
+    if share and floor is not None and case.pair and test.sides != (0.5, 0.5):
         about = grouping(case.pair[0])
-        del about["transform"]
-        p = kept_sides(*values, floor, 1 - share, **about)[1]
-        if one_sided:
-            return p
-        return max(p, kept_sides(*values, floor, 1 + share, **about)[0])
+        if about.pop("transform") == "mean":
+            one, other = (documents.values for documents in case.pair)
+            p = kept_sides(one, other, floor, 1 - share, **about)[1]
+            if one_sided:
+                return p
+            return max(p, kept_sides(one, other, floor, 1 + share, **about)[0])
     low, high = -size, size
     if one_sided and up is not None:
         # The other side is not asked about.

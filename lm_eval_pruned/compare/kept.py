@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import optimize
@@ -104,14 +104,21 @@ def share_kept(
         >>> share_kept([0.9, 0.7] * 10, [0.7, 0.5] * 10, 0.2).text
         '67 % [63, 69]'
     """
+    weighted = (
+        np.ones(np.shape(base)) if weights is None else np.asarray(weights, float)
+    )
     above, left = (
-        np.average(np.asarray(v, float) - np.asarray(floor, float), weights=weights)
+        float((weighted * (np.asarray(v, float) - np.asarray(floor, float))).sum())
         for v in (base, candidate)
     )
     if above == 0:
         return None
-    share = float(left / above)
-    about = {"weights": weights, "clusters": clusters, "strata": strata}
+    share = left / above
+    about: dict[str, Any] = {
+        "weights": weighted,
+        "clusters": clusters,
+        "strata": strata,
+    }
 
     def excess(supposed: float, side: int) -> float:
         found = kept_sides(base, candidate, floor, supposed, **about)

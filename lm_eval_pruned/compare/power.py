@@ -41,9 +41,9 @@ def power_of(
     base: Run,
     runs: Sequence[Run],
     task: str,
-    metric: str | None,
     margin: Margin,
     *,
+    metric: str | None = None,
     documents: int | None = None,
     alpha: float = 0.05,
 ) -> list[list[object]]:
@@ -63,24 +63,24 @@ def power_of(
         )
     found: list[list[object]] = []
     for run in runs:
-        primary = dict(primary_metrics([base, run], subtasks=True)).get(task)
-        metric = metric or primary
-        if metric is None or run.is_floor:
+        counts = dict(primary_metrics([base, run], subtasks=True)).get(task)
+        name = metric or counts
+        if name is None or run.is_floor:
             continue
-        pair = paired_documents(base, run, task, metric)
+        pair = paired_documents(base, run, task, name)
         if pair is None:
             raise ResultsError(
                 f"{task} of {run.name} has no logged samples from which its score can be computed: "
                 "evaluate with --log_samples."
             )
-        scores = [each.scores[task, metric].value for each in (base, run)]
-        margin.check(task, metric, *scores)
+        scores = [each.scores[task, name].value for each in (base, run)]
+        margin.check(task, name, *scores)
         size = margin.size(*scores)
         if size is None:
             raise ValueError(margin.misfit(task))
         seen, changed = len(pair[0].keys), (pair[0].values != pair[1].values).mean()
         power = partial(chances, paired_test(pair), seen, size, alpha)
-        about, n = [run.name, metric, seen, changed, size], documents or seen
+        about, n = [run.name, name, seen, changed, size], documents or seen
         for place, (verdict, if_true) in enumerate(VERDICTS.items()):
             row = [*about, verdict, if_true.format(margin.text), power(n)[place]]
             found.append([*row, documents_for(power, place, n)])

@@ -12,8 +12,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from scipy import special
 
-from lm_eval_pruned.results.files import ResultsError, Run, as_mapping, is_number
+from lm_eval_pruned.results.files import (
+    ResultsError,
+    Run,
+    Score,
+    as_mapping,
+    is_number,
+)
 
 
 if TYPE_CHECKING:
@@ -50,6 +57,8 @@ class Transform(NamedTuple):
         return np.exp(scaled) if self.exponential else scaled
 
 
+#: Probability of the right choice among all choices of a document, which the harness does not report.
+CHOICE_PROB = "choice_prob,none"
 #: The transforms that are tried, in this order, until one yields the reported score.
 TRANSFORMS = {
     "mean": Transform(1.0),
@@ -107,6 +116,13 @@ class Sample(NamedTuple):
         """Return the answer that a metric judges; None where the line does not tell."""
         normed = metric.startswith("acc_norm")
         return self.reply and (self.reply.normed if normed else self.reply.chosen)
+
+    @property
+    def choice_prob(self) -> float | None:
+        """The probability of the right choice among all choices; None where there is not one."""
+        if self.reply is None or self.right is None or not self.reply.likelihoods:
+            return None
+        return float(special.softmax(self.reply.likelihoods)[self.right])
 
 
 @dataclass(frozen=True)
@@ -175,9 +191,11 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
     """Read the documents of a task or group from the logged samples, by metric, as `read_samples` does.
 
     Metrics are left out where samples are missing, or where no aggregation known here makes the
-    reported score of them (some of the harness's are not functions of a mean).
+    reported score of them (some of the harness's are not functions of a mean). `CHOICE_PROB` is there
+    where each document has choices, one of which is right.
     """
     lines: dict[str, list[Any]] = {m: [] for name, m in run.scores if name == task}
+    lines[CHOICE_PROB] = []
     for leaf in run.leaves(task):
         read = read_samples(run, leaf, lines) if leaf in run.samples else {}
         # A score that some member has no documents of is not made of documents.
@@ -185,15 +203,15 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
         for metric, of in lines.items():
             size = len(read[metric])
             of += [((leaf, *key), size, *rest) for key, *rest in read[metric]]
-    scores = {metric: run.scores[task, metric].value for metric in lines}
+    scores = {metric: run.scores.get((task, metric)) for metric in lines}
     made = {
-        metric: _documents(metric, lines[metric], scores[metric]) for metric in lines
+        metric: _documents(metric, of, scores[metric]) for metric, of in lines.items()
     }
     return {metric: documents for metric, documents in made.items() if documents}
 
 
 def _documents(
-    metric: str, lines: Sequence[tuple[Any, ...]], reported: float
+    metric: str, lines: Sequence[tuple[Any, ...]], reported: Score | None
 ) -> Documents | None:
     keys, sizes, raw, samples = zip(*lines, strict=True)
     # The score of a group is a mean over documents, or over tasks.
@@ -204,10 +222,11 @@ def _documents(
         with np.errstate(over="ignore"):
             mean = np.average(values, weights=weights)
             score = TRANSFORMS[transform].score(mean)
-        if np.isclose(score, reported, rtol=1e-6, atol=1e-9, equal_nan=True):
+        expected = score if reported is None else reported.value
+        if np.isclose(score, expected, rtol=1e-6, atol=1e-9, equal_nan=True):
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
-            levels = _levels(samples, weights, metric[:3])
+            levels = _levels(samples, weights, metric)
             replies = tuple(sample.reply for sample in samples)
             level = tuple(sample.level for sample in samples)
             level = level if all(level) else ()
@@ -237,9 +256,9 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def _levels(samples: Sequence[Sample], weights: np.ndarray, metric: str) -> Levels:
     chances = [each.chance for each in samples]
     rights = [each.right for each in samples]
-    if None in chances or metric not in ("acc", "mc1", "mc2"):
+    if None in chances or not metric.startswith(("acc", "mc1", "mc2", CHOICE_PROB)):
         return Levels()
-    if metric == "mc1":
+    if metric.startswith("mc1"):
         # The best answer has to beat the false ones, and not the other true ones.
         false = [len(each.choices) * (1 - (each.chance or 0)) for each in samples]
         chances = [1 / (1 + each) for each in false]
@@ -277,7 +296,11 @@ def read_samples(
             place, sample = row.get("doc_id", number), read_sample(row, task, metadata)
             for metric, found in rows.items():
                 name, _, of = metric.rpartition(",")
-                if row.get("filter") == of and row.get(name) is not None:
+                if row.get("filter") != of:
+                    continue
+                if metric == CHOICE_PROB:
+                    found.append((place, digest, sample.choice_prob, sample))
+                elif row.get(name) is not None:
                     found.append((place, digest, row[name], sample))
     for metric, found in rows.items():
         of, score = metric.rpartition(",")[2], run.scores.get((task, metric))
@@ -321,7 +344,7 @@ def read_sample(
     cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
     asked = number, digest, cluster, prompt, target, choices, right, chance
-    level = str(document.get(metadata.get("level"), ""))
+    level = str(document.get(metadata.get("level", ""), ""))
     return Sample(*asked, *_answered(row, endings), level)
 
 

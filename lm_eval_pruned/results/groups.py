@@ -38,9 +38,7 @@ _KNOWLEDGE = "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)
 _COMMONSENSE = "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa"
 _LANGUAGE = "wikitext|lambada|^held_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
 #: Metrics that are shares of 1, by parts of their names.
-_SHARES = (
-    "(^|_)acc(uracy|_norm)?(,|$)|^(exact_match|em|mc[12]|bias|pct_stereotype)(,|$)"
-)
+_SHARES = "(^|_)acc(uracy|_norm)?(,|$)|^(exact_match|em|mc[12]|choice_prob|bias|pct_stereotype)(,|$)"
 #: In the order of legends; the first whose expression is found counts.
 FAMILIES = (
     Family("knowledge", "Knowledge", KNOWLEDGE, _KNOWLEDGE),

@@ -10,11 +10,14 @@ from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.compare.judge import Case, Difference
 from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.power import power_of
 from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions, refusal
+from lm_eval_pruned.results.documents import CHOICE_PROB
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
+    Score,
     as_mapping,
     read_json,
 )
@@ -32,6 +35,8 @@ ANSWERS = ("ship", "do not ship", "not decided")
 CLAIM = "not_worse"
 #: Metrics that say which way a model is biased, whose tasks may list others first.
 BIAS = ("bias", "pct_stereotype")
+#: Metrics that are the probability of the right answers, which needs fewer documents than their share.
+PROBABILITIES = ("mc2", CHOICE_PROB.partition(",")[0])
 _WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
 
 
@@ -56,6 +61,7 @@ class Verdict(NamedTuple):
     candidate: Run
     code: int
     judged: Sequence[Judged]
+    beside: Sequence[Difference]
     notes: Sequence[str]
 
 
@@ -65,11 +71,14 @@ def decide(
     margins: Sequence[str] = (),
     floors: Sequence[Run] = (),
     *,
+    measure: str | None = None,
+    read: DocumentReader | None = None,
     texts: bool = True,
 ) -> Verdict:
     """Compare a candidate with its base, each score within its margin, as `read_margins` takes it.
 
-    A candidate is shipped if each score is shown to lie within its margin, which needs no
+    `measure` is judged of each task that has it; see `PROBABILITIES` for what is judged of others. A
+    candidate is shipped if each score is shown to lie within its margin, which needs no
     correction for many scores; it is not if one is shown to be worse, and not to lie within. `floors`
     are runs of models that know nothing: where the base is not shown to be above them, nobody could
     lose anything, and such scores alone decide nothing.
@@ -77,20 +86,28 @@ def decide(
     Raises:
         ValueError: A margin names nothing that was scored, or the runs cannot be compared.
     """
-    keys = [*_judged_keys(base)]
+    read = read or DocumentReader()
+    base, candidate, *floors = (measured(r, read) for r in (base, candidate, *floors))
+    keys = [*_judged_keys(base, measure)]
     if missing := [" ".join(key) for key in keys if key not in candidate.scores]:
         raise ResultsError(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
-    asked = check_margins(margins, judged_scores(base, candidate))
+    known = judged_scores(base, candidate, measure=measure)
+    asked = check_margins(margins, known)
     chosen = {
         key: Margin(CLAIM, _asked(key, asked) or _usual(base, candidate, key))
         for key in keys
     }
     # Of this level, intervals beyond the margin are what the gate calls shown.
     compared = compare(
-        base, [candidate, *floors], alpha=2 * CLAIM_LEVEL, margins=chosen, texts=texts
+        base,
+        [candidate, *floors],
+        alpha=2 * CLAIM_LEVEL,
+        margins=chosen,
+        read=read,
+        texts=texts,
     )
     by_key = {(row.task, row.metric): row for row in compared.rows}
     rows = [by_key[key] for key in keys]
@@ -110,7 +127,9 @@ def decide(
         statuses.append(status)
     blind = all(_at_floor(row) for row in rows)
     code = 1 if "fail" in statuses else 2 if "undecided" in statuses or blind else 0
-    return Verdict(base, candidate, code, judged, compared.notes)
+    counted = [by_key[key] for key in primary_metrics([base, candidate])]
+    beside = [row for row in counted if row not in rows]
+    return Verdict(base, candidate, code, judged, beside, compared.notes)
 
 
 def _refused(base: Run, candidate: Run, key: Key) -> tuple[str, str] | None:
@@ -144,6 +163,16 @@ def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[st
     return found
 
 
+def check_measure(measure: str | None, metrics: Iterable[str]) -> None:
+    """Raise ValueError for a measure that no task of a verdict has; `metrics` are those of all tasks."""
+    names = sorted({metric.partition(",")[0] for metric in metrics})
+    if measure and names and measure not in names:
+        raise ValueError(
+            f"--measure {measure} is a metric of no task of this verdict: name one of "
+            f"{', '.join(names)}."
+        )
+
+
 def check_margins(
     texts: Sequence[str], known: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> dict[str, str]:
@@ -164,22 +193,46 @@ def check_margins(
     return asked
 
 
-def judged_scores(*runs: Run) -> dict[str, dict[str, list[float]]]:
+def judged_scores(
+    *runs: Run, measure: str | None = None
+) -> dict[str, dict[str, list[float]]]:
     """Return the scores of runs by task and metric, of those that a verdict on the first looks at."""
     found: dict[str, dict[str, list[float]]] = {}
-    for key in _judged_keys(runs[0]):
+    for key in _judged_keys(runs[0], measure):
         values = [run.scores[key].value for run in runs]
         found.setdefault(key[0], {})[key[1]] = values
     return found
 
 
-def _judged_keys(base: Run) -> Iterator[Key]:
+def measured(run: Run, read: DocumentReader) -> Run:
+    """Return a run with the score `CHOICE_PROB` of each task that has choices, one of which is right."""
+    scores = {}
+    for task in run.tasks(subtasks=False):
+        if documents := read(run, task, CHOICE_PROB):
+            mean = float(documents.values.mean())
+            scores[task, CHOICE_PROB] = Score(mean, None, True, len(documents.values))
+    return replace(run, scores={**run.scores, **scores})
+
+
+def _judged_keys(base: Run, measure: str | None = None) -> Iterator[Key]:
+    """Yield what is judged of each task: `measure` where it has it, else what decides soonest.
+
+    That is a score with an exact floor, the probability of the right answer, or the score that counts;
+    beside it, how far a model is biased.
+    """
     for task, primary in primary_metrics([base]):
-        metrics = [metric for name, metric in base.scores if name == task]
-        found = [m for m in metrics if _names((task, m))[1] in BIAS and m != primary]
+        metrics = {
+            name.partition(",")[0]: name for of, name in base.scores if of == task
+        }
+        biases = [
+            metrics[name] for name in BIAS if metrics.get(name, primary) != primary
+        ]
         # CrowS-Pairs lists first how far two sentences are apart, whichever is likelier.
-        first = [] if found and primary.startswith("likelihood_diff") else [primary]
-        yield from ((task, metric) for metric in first + found)
+        apart = biases and primary.startswith("likelihood_diff")
+        soonest = [] if base.exact_floor(task, primary) is not None else PROBABILITIES
+        named = (metrics[name] for name in (measure, *soonest) if name in metrics)
+        first = primary if primary.partition(",")[0] in BIAS else next(named, primary)
+        yield from ((task, metric) for metric in [*[first] * (not apart), *biases])
 
 
 def _names(key: Key) -> tuple[str, str]:
@@ -207,7 +260,8 @@ def _take(case: Case, row: Difference) -> str:
     if margin is None:
         return ""
     try:
-        rows = power_of(base, [candidate], *key, margin, alpha=CLAIM_LEVEL)
+        options: Any = {"metric": key[1], "alpha": CLAIM_LEVEL}
+        rows = power_of(base, [candidate], key[0], margin, **options)
     except ValueError:
         # The finding says why nothing was decided.
         return ""

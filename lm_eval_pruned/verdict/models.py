@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
+from lm_eval_pruned.compare.pairing import DocumentReader
+from lm_eval_pruned.results.documents import CHOICE_PROB
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.runs import is_sweep, read_failures, read_sweep
 from lm_eval_pruned.sweeps.checks import check_model
@@ -13,7 +16,12 @@ from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
-from lm_eval_pruned.verdict.decision import check_margins, judged_scores
+from lm_eval_pruned.verdict.decision import (
+    check_margins,
+    check_measure,
+    judged_scores,
+    measured,
+)
 
 
 if TYPE_CHECKING:
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
 #: Where neither the user nor a finished base names tasks.
-TASKS = ["pruned_demo", "pruned_demo_bias"]
+TASKS = ["pruned_demo", "pruned_demo_text", "pruned_demo_bias"]
 
 
 class OneModel(Sweep):
@@ -71,11 +79,14 @@ def both_runs(
     options: Mapping[str, Any],
     output_path: Path,
     margins: Sequence[str] = (),
+    measure: str | None = None,
+    read: DocumentReader | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
     """Return the results of both models and of models that know nothing, each a path of results or as `OneModel` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
-    `margins` are known to suit the tasks.
+    `margins` and the `measure` are known to suit the tasks. `read` keeps what it reads of a finished
+    base.
 
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
@@ -86,7 +97,9 @@ def both_runs(
     if Path(base).exists():
         finished, _ = read_comparands([_results_of(base)] * 2)
         asked = {"tasks": finished.tasks(subtasks=False), **options}
-        scored = judged_scores(finished)
+        finished = measured(finished, read or DocumentReader())
+        check_measure(measure, (metric for _, metric in finished.scores))
+        scored = judged_scores(finished, measure=measure)
     where = {name: str(output_path / name) for name in given}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
@@ -96,7 +109,13 @@ def both_runs(
     }
     if "base" in planned:
         tasks = planned["base"].tasks
-        scored = {each.name: dict.fromkeys(each.metrics, ()) for each in tasks}
+        scored = {
+            each.name: dict.fromkeys(
+                [*each.metrics, *[CHOICE_PROB] * bool(each.metrics)], ()
+            )
+            for each in tasks
+        }
+        check_measure(measure, itertools.chain(*scored.values()))
     check_margins(margins, scored)
     for name, sweep in planned.items():
         print(f"The {name}: {given[name]}", flush=True)

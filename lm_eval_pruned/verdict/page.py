@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.comparison_table import interval_text, number_text
 from lm_eval_pruned.compare.kept import NO_LOSS
+from lm_eval_pruned.compare.margin import Margin
 from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Cell, Section, Table, as_files, as_markdown
 from lm_eval_pruned.report.sections import energy_section
+from lm_eval_pruned.results.groups import family_of, is_loss, is_perplexity
 from lm_eval_pruned.results.runs import results_files
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
-from lm_eval_pruned.verdict.decision import ANSWERS, seconds_per_document
+from lm_eval_pruned.verdict.decision import ANSWERS, Judged, seconds_per_document
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.verdict.decision import Judged, Verdict
+    from lm_eval_pruned.compare.judge import Difference
+    from lm_eval_pruned.verdict.decision import Verdict
 
 #: How many of the answers that changed for the worse are shown.
 SHOWN = 20
@@ -97,13 +100,33 @@ def _tables(verdict: Verdict) -> list[Section]:
     others = [each for each in judged if each not in on_bias]
     found = [
         _answer_section(verdict),
-        _scores_section("Scores", _HOW_TO_READ, others),
+        _scores_section("Scores", _HOW_TO_READ, others, verdict.beside),
         _agreement_section(verdict),
         _scores_section("Bias", _ON_BIAS, on_bias),
         _size_section(verdict),
         energy_section(runs),
     ]
     return [each for each in found if each is not None]
+
+
+def headline(verdict: Verdict) -> str:
+    """Return the answer, what is kept, what the loss on text is, and which other scores do not pass."""
+    parts, margins = [], []
+    for judged in verdict.judged:
+        row, metadata = judged.row, verdict.base.metadata
+        label = family_of(row.task, metadata).label.lower()
+        if verdict.base.exact_floor(row.task, row.metric) is not None:
+            parts.append(f"{label} kept {row.kept_text or 'not known'}")
+            share = Margin("kept", judged.margin).share
+            margins += [f"{1 - share:.0%}".replace("%", " %")] if share else []
+        elif is_loss(row.metric) and row.relative is not None:
+            name = "perplexity" if is_perplexity(row.metric) else "loss"
+            parts.append(f"{name} {row.relative:+.1%}".replace("%", " %"))
+        elif judged.word in ("worse", "undecided"):
+            parts.append(f"{_name(judged)} {judged.word}")
+    answer = ANSWERS[verdict.code]
+    line = f"{answer}: {', '.join(parts)}" if parts else answer
+    return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
 
 
 def _name(each: Judged) -> str:
@@ -133,24 +156,17 @@ def _answer_section(verdict: Verdict) -> Section:
         for each in verdict.judged
         if each.word == word
     ]
-    known = ((_name(each), kept_text(each)) for each in verdict.judged)
-    kept = [f"{name} {text}" for name, text in known if text != "-"]
-    said = f"Kept of what the base scores above the floor: {'; '.join(kept)}."
-    paragraphs = [head, *[said] * bool(kept)]
+    line = headline(verdict)
+    paragraphs = [f"{line[:1].upper()}{line[1:]}.", head]
     return Section(ANSWERS[verdict.code].capitalize(), paragraphs, notes=notes)
 
 
-def kept_text(judged: Judged) -> str:
-    """Return the share of what the base has above the floor that the candidate keeps, or a dash."""
-    return judged.row.kept_text or "-"
-
-
 def _scores_section(
-    heading: str, text: str, judged: Sequence[Judged]
+    heading: str, text: str, judged: Sequence[Judged], beside: Sequence[Difference] = ()
 ) -> Section | None:
     rows: list[list[Cell | str]] = []
     notes = []
-    for each in judged:
+    for each in [*judged, *(Judged(row, "-", "not judged", "", "") for row in beside)]:
         row, floor = each.row, each.row.floor
         word = f"{each.word} (at floor)" if row.at_floor else each.word
         scores = row.base_score, row.score, floor.floor if floor else None
@@ -160,14 +176,14 @@ def _scores_section(
                 row.metric.removesuffix(",none"),
                 Cell(word, each.word),
                 *(number_text(score, ".4f") for score in scores),
-                kept_text(each),
+                row.kept_text or "-",
                 f"{row.difference:+.4f}",
                 interval_text(row.low, row.high, 4),
                 each.margin,
                 str(row.documents or "-"),
             ]
         )
-        if floor and floor.base_above_floor is False:
+        if each in judged and floor and floor.base_above_floor is False:
             notes.append(
                 f"{_name(each)}: the base is not shown to be above the floor "
                 f"({floor.floor_name}), so this score cannot show a loss."

@@ -25,9 +25,11 @@ def right(share, documents=800):
 
 @pytest.fixture
 def verdict(tmp_path):
-    """Return what the command says of two finished results."""
+    """Return what the command says of two finished results, by `measure`, of tasks that have it."""
 
-    def verdict(base, candidate, *words, **about):
+    def verdict(base, candidate, *words, measure="acc", **about):
+        if any(f"{measure},none" in metrics for metrics in base.values()):
+            words = *words, "--measure", measure
         paths = [write_run(tmp_path / "old", base).parent]
         paths += [write_run(tmp_path / "new", candidate, **about).parent]
         return pruned("verdict", *paths, *words, "--output_path", tmp_path / "out")
@@ -40,7 +42,8 @@ def rows_of(done):
     table = done.out.partition("## Scores")[2].partition("\n## ")[0]
     lines = [line.split("|")[1:-1] for line in table.splitlines() if line[:1] == "|"]
     head, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    scores = (dict(zip(head, row, strict=True)) for row in rows)
+    return {row["task"]: row for row in scores if row["verdict"] != "not judged"}
 
 
 def test_ship_do_not_ship_and_not_decided_by_exit_code(verdict):
@@ -160,15 +163,14 @@ def test_where_the_base_is_at_its_floor_no_score_ships(verdict):
     assert verdict(both, lost).code == 1
 
 
-def test_the_first_lines_and_the_table_say_which_share_is_kept(verdict):
+def test_the_table_says_which_share_is_kept(verdict):
     base = {"boolq": right(0.9), "piqa": right(0.51)}
     done = verdict(base, {"boolq": right(0.7), "piqa": right(0.51)})
     kept = {task: row["kept"] for task, row in rows_of(done).items()}
     assert kept["boolq"].startswith("50 % [4") and kept["boolq"].endswith("]")
     assert kept["piqa"] == "cannot show a loss"
-    first = done.out.partition("## Scores")[0]
-    said = f"boolq acc {kept['boolq']}; piqa acc cannot show a loss."
-    assert f"Kept of what the base scores above the floor: {said}" in first
+    first = done.out.partition("\n")[0]
+    assert first == "do not ship: boolq acc worse"
 
 
 @pytest.mark.parametrize("model", ["echo", "constant"])
@@ -305,6 +307,52 @@ def lifts(tmp_path, share, noise=0.0, seed=0, documents=240):
             write_run(tmp_path / name, {"facts": task}, configs=configs).parent
         )
     return paths
+
+
+def test_the_first_line_is_the_answer_what_is_kept_and_the_loss_on_text(tmp_path):
+    old, new = lifts(tmp_path, 0.6, noise=1.0)
+    for folder, nats in ((old, -3.0), (new, -3.3)):
+        values = np.random.default_rng(0).normal(nats, 0.2, 80)
+        losses = {"aggregation": "perplexity", "higher_is_better": False}
+        text = {"text": {"word_perplexity,none": {"values": [*values], **losses}}}
+        write_run(folder, text, date="2026-01-03T03-04-05.678901")
+    done = pruned("verdict", old, new, "--output_path", tmp_path / "out")
+    assert re.fullmatch(
+        r"do not ship: knowledge kept (59|60|61) % \[5\d, 6\d\], perplexity \+35\.0 %; margin 95 %",
+        done.out.partition("\n")[0],
+    )
+
+
+def test_by_default_the_probability_of_the_right_answer_is_judged(verdict):
+    """Both models pick alike; the candidate is less sure of it, by 3 points."""
+    tasks = []
+    for sure in (2.0, 1.8):
+        task = right(0.8)
+        for row in task["acc,none"]["rows"].values():
+            pairs = row["filtered_resps"]
+            row["filtered_resps"] = [
+                [str(sure * float(score)), greedy] for score, greedy in pairs
+            ]
+        tasks.append({"boolq": task})
+    done = verdict(*tasks, measure=None)
+    row = rows_of(done)["boolq"]
+    lost = 0.6 * (1 / (1 + np.exp(-1.8)) - 1 / (1 + np.exp(-2.0)))
+    assert row["metric"] == "choice_prob" and row["margin"] == "2pt"
+    assert float(row["difference"]) == pytest.approx(lost, abs=1e-4)
+    # Beside it stands the score that counts, of which nothing is claimed.
+    assert re.search(r"\|boolq *\|acc *\|not judged *\|", done.out)
+    assert (verdict(*tasks).code, rows_of(verdict(*tasks))["boolq"]["metric"]) == (
+        0,
+        "acc",
+    )
+    message = verdict(*tasks, "--measure", "f1", measure=None).sentence
+    assert "--measure f1 is a metric of no task" in message and "acc" in message
+
+
+def test_of_truthfulqa_mc2_is_that_probability(verdict):
+    task = {"mc1,none": [1.0] * 80, "mc2,none": [0.5, 0.7] * 40}
+    done = verdict({"truthfulqa": task}, {"truthfulqa": task}, measure=None)
+    assert rows_of(done)["truthfulqa"]["metric"] == "mc2"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_a_model_in_place_of_itself_is_shipped_and_nothing_is_evaluated_twice(
     models = [f"{kind},pretrained={tiny_llama}" for kind in ("hf", "pruned-hf")]
     words = ["--tasks", "tiny_choice", "tiny_sentence", "--include_path", str(made)]
     words += ["--gen_kwargs", "do_sample=false,temperature=0", "--device", "cpu"]
-    words += ["--margin", "10pt", "--output_path", str(out)]
+    words += ["--margin", "10pt", "--measure", "acc", "--output_path", str(out)]
     # Nobody trained it: what it scores, a model that knows nothing scores, too.
     assert cli.main(["verdict", *models, *words]) == 2
     first = capsys.readouterr().out
