@@ -17,7 +17,7 @@ from lm_eval_pruned.gate.findings import ONLY_RUN, Finding
 from lm_eval_pruned.results.documents import Documents, read_documents
 from lm_eval_pruned.results.files import ResultsError, Run, Score
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
-from lm_eval_pruned.results.settings import ASKED, OF_FEWSHOT, differing, shown
+from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:
@@ -115,14 +115,9 @@ def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     if not math.isfinite(score):
         return "fail", f"The score is {score}, not a finite number."
     one, other = before.settings.get(task, {}), run.settings.get(task, {})
-    no_shots = one.get("num_fewshot") == other.get("num_fewshot") == 0
-    names = [name for name in ASKED if not (no_shots and name in OF_FEWSHOT)]
     # Another width is another model.
-    names += ["widths"] if one.get("widths") and other.get("widths") else []
-    why = ", ".join(
-        f"{name} is {shown(other.get(name))}, but {shown(one.get(name))} in the baseline"
-        for name in differing(one, other, names)
-    )
+    widths = ["widths"] * bool(one.get("widths") and other.get("widths"))
+    why = asked_differently(one, other, "in the baseline", widths)
     accept = "Evaluate with the settings of the baseline, or accept with --update."
     return ("undecided", f"Not comparable: {why}. {accept}") if why else None
 

@@ -21,6 +21,7 @@ from lm_eval_pruned.results.files import (
 )
 from lm_eval_pruned.results.groups import is_share, primary_metrics
 from lm_eval_pruned.results.runs import read_unit, results_files
+from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def decide(
     lose anything, and such scores alone decide nothing.
 
     Raises:
-        ValueError: A margin names nothing that was scored, or the runs cannot be compared.
+        ValueError: A margin names nothing that was scored, or the runs cannot be compared: of other
+            tasks, versions, documents or settings, or without samples.
     """
     keys = [*_judged_keys(base)]
     # Of this level, intervals beyond the margin are what the gate calls shown.
@@ -87,6 +89,7 @@ def decide(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
+    _refuse_another_test(base, candidate, keys)
     asked = check_margins(margins, judged_scores(base, candidate))
     chosen = {key: _asked(key, asked) or _usual(rows[key]) for key in keys}
     rules = {(ONLY_RUN, *key): Rule(CLAIM, margin) for key, margin in chosen.items()}
@@ -110,6 +113,23 @@ def decide(
         judged.append(Judged(row, margin, word, finding, take))
     code = exit_code(findings) or (2 if len(blind) == len(keys) else 0)
     return Verdict(base, candidate, code, judged, compared.notes)
+
+
+def _refuse_another_test(base: Run, candidate: Run, keys: Sequence[Key]) -> None:
+    """Raise ResultsError where two runs were asked differently, or one has no samples of a task."""
+    for task in dict.fromkeys(task for task, _ in keys):
+        settings = (run.settings.get(task, {}) for run in (base, candidate))
+        if why := asked_differently(*settings, "for the base"):
+            raise ResultsError(
+                f"The candidate {candidate.path} was evaluated otherwise on {task} ({why}): evaluate "
+                "both with the same settings."
+            )
+        for name, run in (("base", base), ("candidate", candidate)):
+            if not run.samples.keys() >= {*run.leaves(task)}:
+                raise ResultsError(
+                    f"The {name} {run.path} has no logged samples of {task}: evaluate it with "
+                    "--log_samples."
+                )
 
 
 def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[str, str]:

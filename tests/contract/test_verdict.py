@@ -177,6 +177,49 @@ def test_a_model_that_knows_nothing_is_no_candidate(verdict, model):
     assert "is a model that knows nothing" in done.sentence
 
 
+@pytest.mark.parametrize(
+    ("about", "why", "what"),
+    [
+        ({"n-shot": {"boolq": 5}}, "num_fewshot is 5, but 0 for the base", "the same"),
+        (
+            {"chat_template_sha": 64 * "a"},
+            "chat_template is aaaaaaaaaaaa, but none for the base",
+            "the same",
+        ),
+        ({"versions": {"boolq": 2.0}}, "version 1.0 in old and 2.0 in new", "again"),
+        ({"samples": False}, "no logged samples of boolq", "--log_samples"),
+    ],
+    ids=["few-shot", "chat template", "version", "samples"],
+)
+def test_results_under_other_settings_or_without_samples_are_refused(
+    verdict, about, why, what
+):
+    done = verdict({"boolq": right(0.8)}, {"boolq": right(0.8)}, **about)
+    assert done.code == 2
+    assert why in done.sentence and what in done.sentence
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_results_of_another_limit_are_refused(verdict, samples):
+    few = {"boolq": right(0.8, 100)}
+    done = verdict({"boolq": right(0.8)}, few, samples=samples)
+    assert done.code == 2
+    way = "--limit" if samples else "settings"
+    assert f"evaluate both with the same {way}" in done.sentence
+
+
+def test_results_of_fewer_tasks_are_refused(verdict):
+    done = verdict({"boolq": right(0.8), "piqa": right(0.8)}, {"boolq": right(0.8)})
+    assert done.code == 2
+    assert "has no piqa acc,none, which the base has: evaluate it on" in done.sentence
+
+
+@pytest.mark.parametrize("share", [0.81, 0.87])
+def test_a_candidate_that_is_better_ships(verdict, share):
+    done = verdict({"boolq": right(0.8)}, {"boolq": right(share)})
+    assert (done.code, rows_of(done)["boolq"]["verdict"] != "undecided") == (0, True)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return write_tasks(tmp_path_factory.mktemp("tasks"), documents=40)
