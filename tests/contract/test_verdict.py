@@ -57,9 +57,17 @@ def test_by_default_scores_between_0_and_1_may_lose_2_points(verdict):
     values = np.random.default_rng(0).normal(-3, 0.2, size=80)
     wiki = {"word_perplexity,none": {"values": [*values], **losses}}
     more = {"word_perplexity,none": {"values": [*(values - 0.01)], **losses}}
-    done = verdict({"boolq": right(0.8), "w": wiki}, {"boolq": right(0.775), "w": more})
+    losses["aggregation"] = "bits_per_byte"
+    both = [[[float(loss), 9.0] for loss in 9 * of] for of in (values, values - 0.01)]
+    byte, more_byte = (
+        {"bits_per_byte,none": {"values": each, **losses}} for each in both
+    )
+    done = verdict(
+        {"boolq": right(0.8), "w": wiki, "b": byte},
+        {"boolq": right(0.775), "w": more, "b": more_byte},
+    )
     found = {task: row["margin"] for task, row in rows_of(done).items()}
-    assert found == {"boolq": "2pt", "w": "2%"}
+    assert found == {"boolq": "2pt", "w": "2%", "b": "1%"}
     # 2.5 points are lost for certain, which a margin of 20 points would not mind.
     assert done.code == 1
 
