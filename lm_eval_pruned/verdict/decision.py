@@ -118,8 +118,8 @@ def decide(
 def _refuse_another_test(base: Run, candidate: Run, keys: Sequence[Key]) -> None:
     """Raise ResultsError where two runs were asked differently, or one has no samples of a task."""
     for task in dict.fromkeys(task for task, _ in keys):
-        settings = (run.settings.get(task, {}) for run in (base, candidate))
-        if why := asked_differently(*settings, "for the base"):
+        before, after = (run.settings.get(task, {}) for run in (base, candidate))
+        if why := asked_differently(before, after, "for the base"):
             raise ResultsError(
                 f"The candidate {candidate.path} was evaluated otherwise on {task} ({why}): evaluate "
                 "both with the same settings."
