@@ -44,7 +44,7 @@ def paired_documents(
         if None not in versions and versions[0] != versions[1]:
             raise ResultsError(
                 f"{name} has version {versions[0]} in {base.name} and {versions[1]} in {run.name}: "
-                "scores of different versions of a task cannot be compared."
+                "scores of different versions of a task cannot be compared, so evaluate both again."
             )
     one, other = read(base, task, metric), read(run, task, metric)
     if one is None or other is None:

@@ -21,7 +21,7 @@ from lm_eval_pruned.gate.findings import ONLY_RUN, Finding
 from lm_eval_pruned.results.documents import Documents, read_documents
 from lm_eval_pruned.results.files import ResultsError, Run, Score
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
-from lm_eval_pruned.results.settings import ASKED, OF_FEWSHOT, differing, shown
+from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def make_baseline(
         baseline.runs[name] = replace(run, name="the baseline")
         for task, metric in run.scores:
             key = name, task, metric
-            if refused := refusal(run, run, task, metric):
+            if refused := _refused(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
             own = baseline.rules[key] = kept.get(key, rule)
             own.check(task, metric, run.scores[task, metric])
@@ -90,7 +90,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         name, task, metric = key
         if key not in after:
             found[key] = "fail", f"The results have no {' '.join(key[name in runs :])}."
-        elif refused := refusal(baseline.runs[name], runs[name], task, metric):
+        elif refused := _refused(baseline.runs[name], runs[name], task, metric):
             found[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
             found[key] = _within_tolerance(rule, before[key], after[key].value)
@@ -112,7 +112,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     return findings
 
 
-def refusal(before: Run, run: Run, task: str, metric: str) -> Decision | None:
+def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     """Say why a score cannot be compared with the expected one; None if it can."""
     version, expected = run.versions.get(task), before.versions.get(task)
     if expected not in (None, version):
@@ -124,14 +124,9 @@ def refusal(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     if not math.isfinite(score):
         return "fail", f"The score is {score}, not a finite number."
     one, other = before.settings.get(task, {}), run.settings.get(task, {})
-    no_shots = one.get("num_fewshot") == other.get("num_fewshot") == 0
-    names = [name for name in ASKED if not (no_shots and name in OF_FEWSHOT)]
     # Another width is another model.
-    names += ["widths"] if one.get("widths") and other.get("widths") else []
-    why = ", ".join(
-        f"{name} is {shown(other.get(name))}, but {shown(one.get(name))} in the baseline"
-        for name in differing(one, other, names)
-    )
+    widths = ["widths"] * bool(one.get("widths") and other.get("widths"))
+    why = asked_differently(one, other, "in the baseline", widths)
     accept = "Evaluate with the settings of the baseline, or accept with --update."
     return ("undecided", f"Not comparable: {why}. {accept}") if why else None
 

@@ -81,7 +81,25 @@ def differing(
     return [name for name in names if one.get(name) != other.get(name)]
 
 
-def shown(value: Any) -> str:
+def asked_differently(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    where: str,
+    more: Iterable[str] = (),
+) -> str:
+    """Say which of `ASKED` and `more` the settings of a task differ in from those `where` says.
+
+    Empty where they make the same test.
+    """
+    no_shots = before.get("num_fewshot") == after.get("num_fewshot") == 0
+    names = [name for name in ASKED if not (no_shots and name in OF_FEWSHOT)]
+    return ", ".join(
+        f"{name} is {_shown(after.get(name))}, but {_shown(before.get(name))} {where}"
+        for name in differing(before, after, (*names, *more))
+    )
+
+
+def _shown(value: Any) -> str:
     """Return a setting for a message; hashes are cut."""
     text = "none" if value is None else str(value)
     return text[:12] if len(text) == 64 and text.isalnum() else text

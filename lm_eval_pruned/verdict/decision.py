@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.compare.margin import Margin
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.power import power_of
-from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions, refusal
+from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions
 from lm_eval_pruned.results.documents import CHOICE_PROB
 from lm_eval_pruned.results.files import (
     ResultsError,
@@ -23,6 +24,7 @@ from lm_eval_pruned.results.files import (
 )
 from lm_eval_pruned.results.groups import is_share, primary_metrics
 from lm_eval_pruned.results.runs import read_unit, results_files
+from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:
@@ -84,7 +86,8 @@ def decide(
     lose anything, and such scores alone decide nothing.
 
     Raises:
-        ValueError: A margin names nothing that was scored, or the runs cannot be compared.
+        ValueError: A margin names nothing that was scored, or the runs cannot be compared: of other
+            tasks, versions, documents or settings, or without samples.
     """
     read = read or DocumentReader()
     base, candidate, *floors = (measured(r, read) for r in (base, candidate, *floors))
@@ -109,6 +112,7 @@ def decide(
         read=read,
         texts=texts,
     )
+    _refuse_another_test(base, candidate, keys)
     by_key = {(row.task, row.metric): row for row in compared.rows}
     rows = [by_key[key] for key in keys]
     cases = [Case(base, candidate, key, None, "", margin=chosen[key]) for key in keys]
@@ -117,7 +121,9 @@ def decide(
     for case, row, decision in zip(
         cases, rows, decisions(cases, rows, levels), strict=True
     ):
-        status, message = _refused(base, candidate, case.key) or decision
+        status, message = decision
+        if not math.isfinite(row.score):
+            status, message = "fail", f"The score is {row.score}, not a finite number."
         word = _WORDS.get(status)
         if status == "pass":
             word = "equivalent" if _inside(row, case) else "not worse"
@@ -132,12 +138,6 @@ def decide(
     return Verdict(base, candidate, code, judged, beside, compared.notes)
 
 
-def _refused(base: Run, candidate: Run, key: Key) -> tuple[str, str] | None:
-    # A candidate may have any width.
-    settings = {key[0]: {**candidate.settings.get(key[0], {}), "widths": None}}
-    return refusal(base, replace(candidate, settings=settings), *key)
-
-
 def _at_floor(row: Difference) -> bool:
     """Whether nobody could lose anything: the base is not shown to be above the floor."""
     is_bias = _names((row.task, row.metric))[1] in BIAS
@@ -148,6 +148,23 @@ def _inside(row: Difference, case: Case) -> bool:
     """Whether the interval lies within the margin on both sides."""
     size, ends = case.margin_size, (row.low, row.high)
     return size is not None and all(end is not None and abs(end) < size for end in ends)
+
+
+def _refuse_another_test(base: Run, candidate: Run, keys: Sequence[Key]) -> None:
+    """Raise ResultsError where two runs were asked differently, or one has no samples of a task."""
+    for task in dict.fromkeys(task for task, _ in keys):
+        before, after = (run.settings.get(task, {}) for run in (base, candidate))
+        if why := asked_differently(before, after, "for the base"):
+            raise ResultsError(
+                f"The candidate {candidate.path} was evaluated otherwise on {task} ({why}): evaluate "
+                "both with the same settings."
+            )
+        for name, run in (("base", base), ("candidate", candidate)):
+            if not run.samples.keys() >= {*run.leaves(task)}:
+                raise ResultsError(
+                    f"The {name} {run.path} has no logged samples of {task}: evaluate it with "
+                    "--log_samples."
+                )
 
 
 def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[str, str]:

@@ -62,9 +62,17 @@ def test_by_default_scores_between_0_and_1_may_lose_2_points(verdict):
     values = np.random.default_rng(0).normal(-3, 0.2, size=80)
     wiki = {"word_perplexity,none": {"values": [*values], **losses}}
     more = {"word_perplexity,none": {"values": [*(values - 0.01)], **losses}}
-    done = verdict({"boolq": right(0.8), "w": wiki}, {"boolq": right(0.775), "w": more})
+    losses["aggregation"] = "bits_per_byte"
+    both = [[[float(loss), 9.0] for loss in 9 * of] for of in (values, values - 0.01)]
+    byte, more_byte = (
+        {"bits_per_byte,none": {"values": each, **losses}} for each in both
+    )
+    done = verdict(
+        {"boolq": right(0.8), "w": wiki, "b": byte},
+        {"boolq": right(0.775), "w": more, "b": more_byte},
+    )
     found = {task: row["margin"] for task, row in rows_of(done).items()}
-    assert found == {"boolq": "2pt", "w": "2%"}
+    assert found == {"boolq": "2pt", "w": "2%", "b": "2%"}
     # 2.5 points are lost for certain, which a margin of 20 points would not mind.
     assert done.code == 1
 
@@ -179,6 +187,49 @@ def test_a_model_that_knows_nothing_is_no_candidate(verdict, model):
         {"boolq": right(0.8)}, {"boolq": right(0.5)}, config={"model": model}
     )
     assert "is a model that knows nothing" in done.sentence
+
+
+@pytest.mark.parametrize(
+    ("about", "why", "what"),
+    [
+        ({"n-shot": {"boolq": 5}}, "num_fewshot is 5, but 0 for the base", "the same"),
+        (
+            {"chat_template_sha": 64 * "a"},
+            "chat_template is aaaaaaaaaaaa, but none for the base",
+            "the same",
+        ),
+        ({"versions": {"boolq": 2.0}}, "version 1.0 in old and 2.0 in new", "again"),
+        ({"samples": False}, "no logged samples of boolq", "--log_samples"),
+    ],
+    ids=["few-shot", "chat template", "version", "samples"],
+)
+def test_results_under_other_settings_or_without_samples_are_refused(
+    verdict, about, why, what
+):
+    done = verdict({"boolq": right(0.8)}, {"boolq": right(0.8)}, **about)
+    assert done.code == 2
+    assert why in done.sentence and what in done.sentence
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_results_of_another_limit_are_refused(verdict, samples):
+    few = {"boolq": right(0.8, 100)}
+    done = verdict({"boolq": right(0.8)}, few, samples=samples)
+    assert done.code == 2
+    way = "--limit" if samples else "settings"
+    assert f"evaluate both with the same {way}" in done.sentence
+
+
+def test_results_of_fewer_tasks_are_refused(verdict):
+    done = verdict({"boolq": right(0.8), "piqa": right(0.8)}, {"boolq": right(0.8)})
+    assert done.code == 2
+    assert "has no piqa acc,none, which the base has: evaluate it on" in done.sentence
+
+
+@pytest.mark.parametrize("share", [0.81, 0.87])
+def test_a_candidate_that_is_better_ships(verdict, share):
+    done = verdict({"boolq": right(0.8)}, {"boolq": right(share)})
+    assert (done.code, rows_of(done)["boolq"]["verdict"] != "undecided") == (0, True)
 
 
 @pytest.fixture(scope="module")
