@@ -66,6 +66,11 @@ TOO_FEW = "5 independent documents are too few to decide, which takes at least 1
         ("absolute 0.05", answers(0.5), answers(0.46), 0, "1 as expected"),
         ("absolute 0.05", answers(0.5), answers(0.43), 1, "Worse by 0.06"),
         ("relative 0.1", answers(0.5), answers(0.43), 1, "of the expected score"),
+        # Three of 60 answers are lost: the allowed loss passes, one that is barely larger fails.
+        ("absolute 0.05", answers(0.5), answers(0.45), 0, "1 as expected"),
+        ("absolute 0.0499", answers(0.5), answers(0.45), 1, "Worse by 0.05"),
+        ("relative 0.1", answers(0.5), answers(0.45), 0, "1 as expected"),
+        ("relative 0.0999", answers(0.5), answers(0.45), 1, "Worse by 0.05"),
         ("alpha 0.05", answers(0.5), answers(0.44), 0, "1 as expected"),
         ("alpha 0.05", answers(0.5), answers(0.3), 1, "Significantly worse"),
         # Four answers lost and none won: mid-p 0.031 on one side, 0.0625 on both.
