@@ -56,7 +56,7 @@ TABLES = re.findall(r"(?m)^\| `(\w+)` (?:\(.*?\) )?\|", PAGE)
 
 
 def test_the_tables_list_the_criteria():
-    assert TABLES == [*FORMULAS, "random", *reversed(FORMULAS_OF_ACTIVITY)]
+    assert [*FORMULAS, "random", *reversed(FORMULAS_OF_ACTIVITY)] == TABLES
 
 
 @pytest.fixture(scope="module")

@@ -158,7 +158,7 @@ def test_a_folder_with_several_models_is_refused(held, tmp_path):
 
 def test_of_several_results_of_one_model_the_newest_of_each_task_counts(held, tmp_path):
     for day, share in ((1, 0.9), (3, 0.5), (2, 0.7)):
-        tasks = {**one(answers(share)), **{f"of_day_{day}": {"acc,none": [share]}}}
+        tasks = {**one(answers(share)), f"of_day_{day}": {"acc,none": [share]}}
         write_run(tmp_path / "m", tasks, date=f"2026-01-0{day}T03-04-05.678901")
     assert held("m", "--update")[0] == 0
     scores = json.loads((tmp_path / "baseline.json").read_text())["runs"]["run"]
