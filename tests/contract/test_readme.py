@@ -54,6 +54,20 @@ def test_in_gemma_fast_is_worse_than_a_random_cut_at_10_and_20_percent():
     assert said == " and ".join(worse)
 
 
+def test_the_loss_that_the_page_prints_is_the_measured_one():
+    """On the held text, news to talk."""
+    shown = re.search(r"(?m)^\|loss, nats per token *\|(\S+) *\|(\S+) *\|$", PAGE)
+    with (MEASURED / "recipes.csv").open(encoding="utf-8") as file:
+        rows = [*csv.DictReader(line for line in file if not line.startswith("#"))]
+    measured = {
+        (row["method"], row["removed"]): row["same_author"]
+        for row in rows
+        if row["model"] == "SmolLM2"
+    }
+    sizes = (("unpruned", "0"), ("best", "30"))
+    assert list(shown.groups()) == [measured[size] for size in sizes]
+
+
 def test_ratio_keeps_that_many_neurons_for_each_unit_of_the_hidden_size(tiny_llama):
     config = load_pruned(str(tiny_llama), ratio=2.0).config
     assert config.intermediate_size == 2.0 * config.hidden_size
