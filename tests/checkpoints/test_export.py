@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -137,7 +136,6 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     ("asked", "known"),
     [
         ({"ratio": 2}, True),
-        ({"ratio": 2, "dtype": "float16"}, True),
         # Only the loss tells how many neurons each layer keeps.
         ({"ratio": 2, "criterion": "maw", "allocation": "global"}, False),
     ],
@@ -145,13 +143,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(
 def test_a_full_disk_is_noticed_before_the_model_is_loaded_if_its_size_is_known(
     asked, known, tiny_llama, tmp_path, monkeypatch
 ):
-    pruning = {name: value for name, value in asked.items() if name != "dtype"}
-    whole = export_pruned(
-        str(tiny_llama),
-        tmp_path / "a",
-        dtype=asked.get("dtype"),
-        prune_arguments=pruning,
-    )
+    whole = export_pruned(str(tiny_llama), tmp_path / "a", prune_arguments=asked)
     weights = load_file(tmp_path / "a" / "model.safetensors").values()
     needed = sum(each.numel() * each.itemsize for each in weights)
     assert needed < whole.weight_bytes < needed + 10_000
@@ -164,32 +156,9 @@ def test_a_full_disk_is_noticed_before_the_model_is_loaded_if_its_size_is_known(
     )
     short = f"needs {needed:,} bytes, but only {needed - 1:,} are free"
     with pytest.raises(OSError, match=short):
-        export_pruned(
-            str(tiny_llama),
-            tmp_path / "b",
-            dtype=asked.get("dtype"),
-            prune_arguments=pruning,
-        )
+        export_pruned(str(tiny_llama), tmp_path / "b", prune_arguments=asked)
     assert bool(loads) is not known
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_pushes_the_finished_folder_only_when_asked(tiny_llama, tmp_path, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, exist_ok):
-            return type("Url", (), {"repo_id": f"me/{repo_id}"})
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            assert (Path(folder_path) / "config.json").is_file()
-            calls.append(repo_id)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    export_pruned(str(tiny_llama), tmp_path / "a", **HALF)
-    assert calls == []
-    export_pruned(str(tiny_llama), tmp_path / "b", push_to_hub="r", **HALF)
-    assert calls == ["me/r"]
 
 
 def test_command(tiny_llama, tmp_path, capsys):

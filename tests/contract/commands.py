@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import logging
+import os
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -37,6 +39,28 @@ def pruned(*words: Any) -> Done:
     from lm_eval_pruned.cli import main
 
     return _run(lambda: main([*map(str, words)]))
+
+
+def in_a_terminal(*words: Any) -> str:
+    """Run ``lm-eval-pruned WORDS`` and return what a terminal showed."""
+    from lm_eval_pruned.cli import main
+
+    ours, theirs = os.openpty()
+    shown: list[bytes] = []
+
+    def read() -> None:
+        # The end of a terminal is an error.
+        with contextlib.suppress(OSError):
+            while part := os.read(ours, 4096):
+                shown.append(part)
+
+    reader = Thread(target=read)
+    reader.start()
+    with open(theirs, "w") as screen, contextlib.redirect_stdout(screen):
+        assert not main([*map(str, words)])
+    reader.join()
+    os.close(ours)
+    return b"".join(shown).decode().replace("\r", "")
 
 
 def lm_eval(*words: Any) -> Done:

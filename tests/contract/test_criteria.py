@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned, results_in
-from tests.helpers.checkpoints import edit_weights, save_tiny
+from tests.helpers.by_hand import FORMULAS, FORMULAS_OF_ACTIVITY, top
+from tests.helpers.checkpoints import ROOT, edit_weights, save_tiny
 from tests.helpers.layouts import save_family
 
 
@@ -46,6 +49,46 @@ def test_the_neurons_with_the_highest_scores_stay_in_their_order_and_ties_go_to_
     model = load_pruned(str(folder), intermediate_size=4)
     assert [each.tolist() for each in model.prune_record.kept] == [[5, 20, 21, 80]]
     assert model.model.layers[0].mlp.gate_proj.weight.equal(gate[[5, 20, 21, 80]])
+
+
+PAGE = (ROOT / "docs" / "criteria.md").read_text("utf-8")
+TABLES = re.findall(r"(?m)^\| `(\w+)` (?:\(.*?\) )?\|", PAGE)
+
+
+def test_the_tables_list_the_criteria():
+    assert [*FORMULAS, "random", *reversed(FORMULAS_OF_ACTIVITY)] == TABLES
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_llama):
+    """By layer: gate, up and down in float64, and what goes into down, text by text."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    layers = []
+    for layer in model.model.layers:
+        mlp, seen = layer.mlp, []
+        mlp.down_proj.register_forward_pre_hook(
+            lambda _, inputs, seen=seen: seen.append(inputs[0][0].double().numpy())
+        )
+        rows = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T)
+        layers.append([*(row.detach().double().numpy() for row in rows), seen])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        for line in TEXTS:
+            model(tokenizer(line, return_tensors="pt")["input_ids"])
+    return layers
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, *FORMULAS_OF_ACTIVITY])
+def test_the_neurons_that_stay_are_those_of_the_formula(name, stock, tiny_llama, text):
+    of_activity = name in FORMULAS_OF_ACTIVITY
+    given = {"calibration": text} if of_activity else {}
+    model = load_pruned(str(tiny_llama), ratio=1, criterion=name, **given)
+    for kept, (*rows, seen) in zip(model.prune_record.kept, stock, strict=True):
+        if of_activity:
+            scores = FORMULAS_OF_ACTIVITY[name](*rows, seen)
+        else:
+            scores = FORMULAS[name](*rows[:2])
+        assert kept.equal(top(scores.tolist(), 32))
 
 
 def test_criteria_look_at_the_stored_weights_whatever_dtype_the_model_is_loaded_in(
@@ -124,16 +167,18 @@ def test_a_chat_is_formatted_by_the_chat_template(tiny_llama, tmp_path):
     assert found["tokens"] > len("Hello there.")
 
 
-def test_calibration_samples_uses_the_first_and_a_text_ends_at_the_last_position(
-    tiny_llama, tmp_path
+@pytest.mark.parametrize(("positions", "tokens"), [(512, 512), (4096, 2048)])
+def test_calibration_samples_uses_the_first_and_a_text_is_cut_after_2048_tokens_or_the_model(
+    positions, tokens, tmp_path
 ):
+    folder = save_tiny(tmp_path, num_hidden_layers=1, max_position_embeddings=positions)
     file = tmp_path / "text.jsonl"
     texts = ["short", "x" * 3000, "never read"]
     file.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
     asked = {"criterion": "act", "calibration": str(file), "calibration_samples": 2}
-    model = load_pruned(str(tiny_llama), ratio=1, **asked)
-    found = model.prune_record.as_dict()["calibration"]
-    assert (found["texts"], found["tokens"]) == (2, len("short") + 512)
+    found = load_pruned(str(folder), ratio=1, **asked).prune_record.as_dict()
+    calibration = found["calibration"]
+    assert (calibration["texts"], calibration["tokens"]) == (2, len("short") + tokens)
 
 
 @pytest.mark.parametrize("device", ["nonsense:7", "cuda:99"])

@@ -9,11 +9,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned, results_in
 from tests.helpers.checkpoints import ROOT, edit_config, edit_weights, save_tiny
+from tests.helpers.layouts import save_family
 
 
 #: Neurons of each layer of `tiny_llama`.
@@ -105,14 +106,8 @@ def test_sensitivity_uses_16_texts_of_the_package_by_default(tiny):
 
 def test_the_entry_repair_says_what_was_measured(tiny, text, tmp_path):
     words = ["sensitivity", "--model_args", f"pretrained={tiny}", "--calibration", text]
-    words += [
-        "--repair",
-        "least_squares",
-        "--criteria",
-        "obs",
-        "--output_path",
-        tmp_path,
-    ]
+    words += ["--repair", "least_squares", "--criteria", "obs"]
+    words += ["--output_path", tmp_path]
     assert pruned(*words).code == 0
     found = json.loads((tmp_path / "sensitivity.json").read_text())
     assert found["repair"] == "least_squares"
@@ -176,14 +171,8 @@ def test_plan_shows_the_width_of_each_layer_and_results_record_them(tiny, tmp_pa
     done = pruned("plan", "--model_args", asked, "--format", "json")
     (row,) = json.loads(done.out)
     words = ["--model", "pruned-hf", "--model_args", asked, "--device", "cpu"]
-    words += [
-        "--tasks",
-        "pruned_demo_bias",
-        "--limit",
-        1,
-        "--output_path",
-        tmp_path / "out",
-    ]
+    words += ["--tasks", "pruned_demo_bias", "--limit", 1]
+    words += ["--output_path", tmp_path / "out"]
     assert lm_eval(*words).code == 0
     record = results_in(tmp_path / "out")["config"]["pruning"]
     cut = {"prune_percent": 40, "allocation": "global", "criterion": "vow"}
@@ -252,6 +241,17 @@ def test_one_number_for_the_model_is_the_mean_over_the_layers(tiny):
     (row,) = json.loads(pruned("plan", *words, file).out)
     assert row["intermediate_size"] == 50
     assert row["expansion_ratio"] == 50 / 32
+
+
+def test_a_number_is_that_layer_of_the_encoder_and_of_the_decoder(tmp_path):
+    save_family(tmp_path / "t5", "t5", 40)
+    given = {"widths": {0: 11}, "auto_class": AutoModelForSeq2SeqLM}
+    model = load_pruned(str(tmp_path / "t5"), **given)
+    for half in (model.encoder, model.decoder):
+        widths = [
+            block.layer[-1].DenseReluDense.wi_0.out_features for block in half.block
+        ]
+        assert widths[0] == 11 and {*widths[1:]} <= {40}
 
 
 @pytest.mark.parametrize("more", [{"layers": "1-2"}, {"skip_layers": 0}])
@@ -361,16 +361,19 @@ def test_which_layers_go(asked, kept, deep):
 
 
 def test_the_layers_of_least_block_influence_go(deep, tmp_path, text):
-    """A layer that hands on what it is given has none."""
+    """A layer that hands on what it is given has none; of two such layers the later one goes."""
     idle = shutil.copytree(deep, tmp_path / "idle")
     names = [
-        f"model.layers.4.{n}.weight" for n in ("self_attn.o_proj", "mlp.down_proj")
+        f"model.layers.{layer}.{n}.weight"
+        for layer in (2, 4)
+        for n in ("self_attn.o_proj", "mlp.down_proj")
     ]
     edit_weights(idle, lambda tensors: [tensors[name].zero_() for name in names])
     asked = {"drop_layers": 1, "drop_by": "block_influence", "calibration": text}
     record = load_pruned(str(idle), **asked).prune_record.as_dict()
     assert record["layers_dropped"] == "4"
-    assert record["block_influence"]["4"] == pytest.approx(0, abs=1e-6)
+    influence = record["block_influence"]
+    assert influence["4"] == influence["2"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_exported_checkpoint_opens_in_stock_transformers(deep, tmp_path):

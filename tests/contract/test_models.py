@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import resource
 import shutil
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -15,10 +19,11 @@ from lm_eval.api.registry import get_model
 from lm_eval.utils import simple_parse_args_string
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned
-from tests.helpers import layouts
+from tests.helpers import evaluations, layouts
 from tests.helpers.checkpoints import (
     edit_config,
     edit_weights,
@@ -88,6 +93,73 @@ def test_a_disk_that_fills_up_ends_in_one_sentence(tiny_llama, tmp_path, small_f
     said = prune(tiny_llama, tmp_path / "out", *STUDY).sentence
     assert "The weights cannot be written to" in said and "make room" in said
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_disk_that_is_too_full_is_refused_before_the_load_with_bytes_needed_and_free(
+    tmp_path,
+):
+    """No disk holds this model, of which there is only a config."""
+    width = 2**30
+    sizes = {"hidden_size": 2**20, "intermediate_size": width}
+    tiny_config(**sizes).save_pretrained(tmp_path / "bare")
+    more = ("--prune_percent", 50, "--recipe", "study")
+    source = f"{tmp_path / 'bare'},dtype=bfloat16"
+    said = prune(source, tmp_path / "out", *more).sentence
+    with torch.device("meta"):
+        cut = tiny_config(**sizes | {"intermediate_size": width // 2})
+        pruned_model = AutoModelForCausalLM.from_config(cut)
+    needed, free = re.findall(r"([\d,]+)(?: bytes| are free)", said)
+    assert int(needed.replace(",", "")) == 2 * pruned_model.num_parameters()
+    assert 0 < int(free.replace(",", "")) < shutil.disk_usage(tmp_path).total
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A Hub that takes every file in the commit, and notes what it was sent."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.sent[self.path] = body
+        answer: dict = {"url": f"http://{self.headers['Host']}/me/model-40"}
+        answer |= {"commitUrl": f"{answer['url']}/commit/0", "commitOid": "0"}
+        if "/preupload/" in self.path:
+            how = {"uploadMode": "regular", "shouldIgnore": False}
+            answer["files"] = [file | how for file in json.loads(body)["files"]]
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+def test_push_to_hub_uploads_what_was_written(tiny_llama, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.sent = {}
+    Thread(target=server.serve_forever, daemon=True).start()
+    out = tmp_path / "out"
+    words = ["prune", "--model_args", f"pretrained={tiny_llama}", *STUDY]
+    words += ["--output_path", out, "--push_to_hub", "me/model-40"]
+    evaluations.run(
+        [sys.executable, "-m", "lm_eval_pruned.cli", *map(str, words)],
+        check=True,
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+        HF_HUB_OFFLINE=0,
+        HF_TOKEN="hf_made",
+    )
+    server.shutdown()
+    server.server_close()
+    lines = server.sent["/api/models/me/model-40/commit/main"].splitlines()
+    uploaded = {
+        row["value"]["path"]: base64.b64decode(row["value"]["content"])
+        for row in map(json.loads, lines)
+        if row["key"] == "file"
+    }
+    files = {path for path in out.rglob("*") if path.is_file()}
+    assert uploaded == {str(f.relative_to(out)): f.read_bytes() for f in files}
 
 
 @pytest.mark.parametrize("command", ["prune", "heal", "sweep", "sensitivity"])

@@ -7,11 +7,12 @@ import re
 import sys
 
 import pytest
+import torch
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
 from tests.contract.commands import pruned
 from tests.helpers import by_hand, evaluations
-from tests.helpers.checkpoints import ROOT
+from tests.helpers.checkpoints import ROOT, save_tiny
 from tests.helpers.results_files import write_run, write_sweep
 
 
@@ -84,6 +85,16 @@ def test_what_a_criterion_returns_is_checked(install, tiny_llama, returned, word
     install(f"def f(gate, up): return {returned}", "f = user_criteria:f")
     with pytest.raises(ValueError, match=f"criterion=f .*{word}"):
         load_pruned(str(tiny_llama), ratio=2, criterion="f")
+
+
+def test_a_criterion_is_given_the_stored_dtype_on_the_cpu(install, tmp_path):
+    folder = save_tiny(tmp_path / "model", dtype=torch.bfloat16)
+    code = "def f(gate, up):\n    assert gate.shape == up.shape == (88, 32)\n"
+    code += "    assert {gate.dtype, up.dtype} == {__import__('torch').bfloat16}\n"
+    code += "    assert gate.device.type == 'cpu'\n    return gate[:, 0]"
+    install(code, "f = user_criteria:f")
+    model = load_pruned(str(folder), ratio=1, criterion="f", dtype=torch.float32)
+    assert model.config.intermediate_size == 32
 
 
 def shown(language: str, start: str) -> str:
@@ -286,6 +297,18 @@ def test_the_report_shows_what_is_kept_at_each_value_of_the_field_that_is_the_le
 def test_a_declaration_that_fits_no_metric_is_refused(metadata, sentence, tmp_path):
     done = pruned("compare", *declaring(tmp_path, GAINS, **metadata))
     assert done.sentence.endswith(sentence)
+
+
+def test_a_metric_that_is_no_mean_is_compared_by_its_standard_errors(tmp_path):
+    paths = []
+    for name, score in (("base", 0.5), ("run", 0.4)):
+        # F1 over the corpus, and what the harness logs for each document.
+        f1 = {"values": [1.0, 0.0] * 30, "score": score, "stderr": 0.02}
+        paths.append(write_run(tmp_path / name, {"task": {"f1,none": f1}}).parent)
+    done = pruned("compare", *paths, "--format", "json")
+    (row,) = json.loads(done.out)["rows"]
+    assert row["method"].startswith("unpaired z test on stderrs")
+    assert row["verdict"] == "worse"
 
 
 @pytest.mark.slow

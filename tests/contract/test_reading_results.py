@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from tests.contract.commands import pruned
-from tests.helpers.results_files import answered, write_sweep, written
+from tests.helpers.results_files import answered, offering, write_sweep, written
 
 
 WORD = "sesame"
@@ -16,12 +17,19 @@ CHOICES = tuple(f" {WORD} {number}" for number in range(3))
 RIGHT, BEFORE, AFTER = [0, 1, 2, 0, 1], [0, 1, 0, 2, 1], [0, 0, 1, 0, 1]
 
 
+PROMPT = "The start of the prompt. " + "shot " * 999 + "The end of it?"
+
+
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
     """A sweep whose pruned model answers other questions correctly, and as many."""
 
     def tasks(picks, end):
+        # The short answer is the likelier one in both runs, and letter by letter only in one.
+        even = [[-6.0, -8.0], [-6.0, -30.0]][end == "b"]
+        rows = {0: offering((" no", " perhaps"), likelihoods=even, prompt=PROMPT)}
         return {
+            "longer": {"acc_norm,none": {"values": [float(end == "b")], "rows": rows}},
             "quiz": answered(picks, RIGHT, CHOICES),
             "free": written([f"{WORD} {end}"] * 2, [1, 1]),
             "unknown": {"acc,none": [*map(float, map(int.__eq__, picks, RIGHT))]},
@@ -30,7 +38,7 @@ def sweep(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("sweep")
     sizes = {"baseline": (0, tasks(BEFORE, "a")), "p40": (40, tasks(AFTER, "b"))}
-    return write_sweep(folder, sizes)
+    return write_sweep(folder, sizes | {"p60": (60, {})}, p60="quiz")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,26 @@ def test_the_same_score_is_not_the_same_answers(reported):
     assert "|quiz|acc,none|5|1|1|60%|" in told
     # Two texts that differ in a word have changed, and stay right.
     assert "|free|prompt_level_strict_acc,none|2|0|0|100%|" in told
+
+
+def test_the_answer_of_acc_norm_is_the_choice_with_the_highest_likelihood_by_length(
+    reported,
+):
+    """-8 for `perhaps` is more than -6 for `no`, and -30 is less."""
+    told = (reported() / "report.md").read_text("utf-8")
+    assert "|longer|acc_norm,none|1|0|1|100%|" in told
+
+
+def test_the_page_of_flips_shows_the_end_of_the_prompt_the_choices_and_both_answers(
+    reported,
+):
+    page = (reported() / "flips.html").read_text("utf-8")
+    (row,) = (r for r in page.split("<tr>") if "<br>longer<br>" in r)
+    assert PROMPT[-1000:] in row and PROMPT[:1000] not in row
+    texts = [text.strip() for text in re.sub(r"<[^>]*>", "|", row).split("|")]
+    shown = [text for text in texts if text in ("0", "no", "perhaps")]
+    choices, expected, answers = ["no", "perhaps"], ["0"], ["perhaps", "no"]
+    assert shown == choices + expected + answers
 
 
 def test_a_dash_means_that_the_samples_do_not_show_the_answer(reported):
@@ -84,6 +112,8 @@ def test_a_report_without_texts_names_documents_by_id_and_hash(reported, sweep):
     assert not [path for path in files if WORD.encode() in path.read_bytes()]
     assert "|quiz|acc,none|5|1|1|60%|" in (folder / "report.md").read_text("utf-8")
     assert [*folder.glob("plots/*")]
+    # Messages of failed units remain.
+    assert "out of memory" in (folder / "report.md").read_text("utf-8")
     (samples,) = sweep.glob("units/baseline/quiz/samples_*.jsonl")
     digest = json.loads(samples.read_text().splitlines()[1])["doc_hash"]
     page = (folder / "flips.html").read_text("utf-8")

@@ -80,6 +80,8 @@ TOO_FEW = "5 independent documents are too few to decide, which takes at least 1
         ("not_worse 10pt", answers(0.5), answers(0.5), 0, "1 as expected"),
         ("not_worse 1pt", answers(0.5), answers(0.3), 1, "Significantly worse"),
         ("not_worse 1pt", answers(0.5), answers(0.8), 0, "1 as expected"),
+        # Significantly worse, and shown to be by less than the margin.
+        ("not_worse 30pt", answers(0.5), answers(0.4), 0, "1 as expected"),
         ("equivalent 15%", answers(0.5), answers(0.5), 0, "1 as expected"),
         ("equivalent 1pt", answers(0.5), answers(0.48), 2, "Not decided whether equiv"),
         ("equivalent 1pt", answers(0.5), answers(0.8), 0, "IMPROVED"),
@@ -157,6 +159,16 @@ def test_a_folder_with_several_models_is_refused(held, tmp_path):
     code, text = held("both", "--update")
     assert (code, "of several models" in text, "name one of them" in text) == (2, 1, 1)
     assert held("both/m1", "--update")[0] == 0
+
+
+def test_of_several_results_of_one_model_the_newest_of_each_task_counts(held, tmp_path):
+    for day, share in ((1, 0.9), (3, 0.5), (2, 0.7)):
+        tasks = {**one(answers(share)), f"of_day_{day}": {"acc,none": [share]}}
+        write_run(tmp_path / "m", tasks, date=f"2026-01-0{day}T03-04-05.678901")
+    assert held("m", "--update")[0] == 0
+    scores = json.loads((tmp_path / "baseline.json").read_text())["runs"]["run"]
+    assert [*scores] == ["of_day_1", "of_day_2", "of_day_3", "tf"]
+    assert scores["tf"]["metrics"]["acc,none"]["score"] == 0.5
 
 
 @pytest.mark.parametrize("rule", [ALPHA, ("--absolute", "0.01")])
@@ -276,6 +288,49 @@ def test_a_sweep_is_checked_run_by_run(tmp_path, held):
     ):
         found, text = held(folder)
         assert (found, words in text) == (code, True), text
+
+
+def test_the_baseline_is_sorted_json_with_scores_of_ten_digits(tmp_path, held):
+    tasks = {"tf": {"mc1,none": [1.0, 0.0, 0.0]}}
+    write_sweep(tmp_path / "sweep", {"p40": (40, tasks), "baseline": (0, tasks)})
+    assert held("sweep", "--update")[0] == 0
+    text = (tmp_path / "baseline.json").read_text()
+    data = json.loads(text)
+    assert text == json.dumps(data, indent=2, sort_keys=True) + "\n"
+    assert [*data["runs"]] == ["baseline", "p40"]
+    expected = {"absolute": 0, "higher_is_better": True, "score": 0.3333333333}
+    of_task = data["runs"]["p40"]["tf"]
+    assert (of_task["metrics"], of_task["version"]) == ({"mc1,none": expected}, 1.0)
+    measured = {"documents": 3, "num_fewshot": 0, "widths": "2 x 240"}
+    assert measured.items() <= of_task["settings"].items()
+
+
+def test_update_removes_runs_and_metrics_that_the_results_lack(tmp_path, held):
+    both = {"base": (0, BEFORE), "p20": (20, BEFORE)}
+    write_sweep(tmp_path / "sweep", both)
+    write_sweep(tmp_path / "less", {"base": (0, one(answers(0.5)))})
+    for folder in ("sweep", "less"):
+        assert held(folder, "--update", "--absolute", "0.1")[0] == 0
+    data = json.loads((tmp_path / "baseline.json").read_text())
+    assert {run: [*tasks] for run, tasks in data["runs"].items()} == {"base": ["tf"]}
+
+
+def test_results_that_stop_when_ended_early_are_undecided_and_make_no_baseline(
+    tmp_path, held
+):
+    write_sweep(tmp_path / "whole", {"p40": (40, one(answers(0.5)))})
+    part = write_sweep(tmp_path / "part", {"p40": (40, one(answers(0.5)[:20]))})
+    (file,) = part.glob("units/p40/tf/results_*.json")
+    stopping = {"schema_version": 3, "rule": "decided", "task": "tf", "of": N}
+    stopping |= {"level": 0.05, "sizes": 1, "looks": [20], "reason": "difference"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"stopping": stopping}))
+    assert held("whole", "--update", "--absolute", "1")[0] == 0
+    before = (tmp_path / "baseline.json").read_bytes()
+    code, text = held("part")
+    assert (code, "partial: 20 of 60 documents" in text) == (2, True), text
+    code, text = held("part", "--update")
+    assert (code, "partial: 20 of 60 documents" in text) == (2, True), text
+    assert (tmp_path / "baseline.json").read_bytes() == before
 
 
 def test_update_is_deterministic_and_keeps_rules(tmp_path, held):

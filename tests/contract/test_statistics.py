@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from tests.contract.commands import pruned
+from tests.contract.commands import in_a_terminal, pruned
 from tests.helpers.results_files import answered, write_run
 
 
@@ -52,6 +53,29 @@ def tasks(share, seed, level=0.0):
         "soft": {"mc2,none": soft(seed, level)},
         "text": {"word_perplexity,none": losses},
     }
+
+
+def test_in_a_terminal_the_table_has_at_most_80_columns_and_all_shows_everything(
+    tmp_path,
+):
+    name = "a_task_whose_name_is_longer_than_a_third_of_the_terminal"
+    paths = [
+        write_run(
+            tmp_path / f"run_with_a_long_name_{n}",
+            {name: {"acc,none": answers(share), "acc_norm,none": answers(share)}},
+        ).parent
+        for n, share in enumerate((0.5, 0.3))
+    ]
+
+    narrow = in_a_terminal("compare", *paths)
+    whole = in_a_terminal("compare", *paths, "--all")
+    assert max(map(len, narrow.splitlines())) <= 80
+    table = narrow.partition("|")[2]
+    assert "restated" not in table and "interval" in table
+    assert "\u2026" in narrow and name not in narrow
+    markdown = pruned("compare", *paths).out
+    # The same as elsewhere, in columns of one width.
+    assert re.sub("[ -]", "", whole) == re.sub("[ -]", "", markdown)
 
 
 def test_swapping_two_runs_reverses_every_sign(compared):

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import yaml
 
 from tests.helpers import evaluations
 from tests.helpers.checkpoints import ROOT
@@ -16,6 +17,34 @@ PAGE = (FOLDER / "README.md").read_text("utf-8")
 GROUPS = re.findall(r"(?m)^\| `(pruned_\w+)` \|", PAGE)
 PRUNED = ("--model", "pruned-hf", "--device", "cpu", "--model_args")
 DEMO_TASKS = re.findall(r"(?m)^\* `(pruned_demo_\w+)`:", PAGE)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_table_has_what_a_group_holds(group):
+    """`tests/tasks/test_tasks.py` resolves the groups as the harness does."""
+    (file,) = FOLDER.rglob(f"{group}.yaml")
+    data = yaml.safe_load(file.read_text("utf-8").replace("!function ", ""))
+    entries = [e if isinstance(e, dict) else {"task": e} for e in data["task"]]
+    members = [entry.get("task") or entry["group"] for entry in entries]
+    shots = [entry.get("num_fewshot", 0) for entry in entries]
+    row = re.search(rf"(?m)^\| `{group}` \| (.*) \| (.*) \| (.*) \|$", PAGE)
+    listed = re.search(rf"\* `{group}`: ((?:`\w+`[,.]\s+)+)", PAGE) or row
+    # The probes are described, not named.
+    assert re.findall(r"`(\w+)`", listed[1]) in (members, [])
+    exceptions = re.findall(r"`(\w+)`", row[2])
+    counts = [int(count) for count in re.findall(r"\b\d+\b", row[2])]
+    if exceptions:
+        five, none = counts
+        counts = [five if member in exceptions else none for member in members]
+    assert shots == (counts * len(members) if len(counts) == 1 else counts)
+    assert ("aggregate_metric_list" in data) == ("mean" in row[3])
+
+
+def test_the_version_of_all_groups_and_tasks_is_1():
+    assert re.search(r"### Changelog\s+version 1\.0: first version of all groups", PAGE)
+    files = [*FOLDER.rglob("*.yaml")]
+    versions = {re.search(r"version: (.*)", f.read_text("utf-8"))[1] for f in files}
+    assert versions == {"1.0"}
 
 
 SITE = """

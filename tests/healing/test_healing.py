@@ -120,10 +120,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("options", [{"method": "full"}, {"teacher_weight": 0.5}])
-def test_killing_and_resuming_gives_the_same_weights(
-    tiny_llama, data, tmp_path, options
-):
+def test_killing_and_resuming_gives_the_same_weights(tiny_llama, data, tmp_path):
+    """Of all weights; the contract has the same of an adapter with a teacher."""
+    options = {"method": "full"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     healed(tiny_llama, data, whole, max_steps=5, **options)
 

@@ -92,17 +92,6 @@ def test_counts_and_kinds(tmp_path, before, after, counts, kinds):
     assert [row[0] for row in rows_of(page)] == kinds
 
 
-def test_a_row_of_the_page(tmp_path):
-    long = "shot " * 999
-    tasks = ({"quiz": {"acc,none": picks([n], prompt=long)}} for n in (0, 1))
-    _, page = read(sweep_of(tmp_path, *tasks))
-    (row,) = rows_of(page)
-    assert row[:3] == [LOST, "p40 (2.40)", "quiz"]
-    assert row[3].startswith("document 0, ")
-    assert row[-3:] == ["0", "one", "two"]
-    assert re.findall(r'<div class="text">(.*?)</div>', page)[0] == f"{long} 0"[-2000:]
-
-
 def test_tasks_without_right_and_wrong_take_another_metric_or_none(tmp_path):
     def tasks(mass, right):
         return {
