@@ -130,8 +130,10 @@ def highest_floor(
     up, documents = base.scores[key].higher_is_better, read(base, *key)
     found: list[Floor]
     exact = base.exact_floor(*key)
-    found = [] if exact is None else [("exact", exact, None)]
-    found += [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
+    if exact is not None and up is not None:
+        # Scores of models that know nothing are estimates of it.
+        return "exact", exact, None
+    found = [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
     levels = (documents.levels.chance, documents.levels.majority) if documents else ()
     for name, level in zip(("chance", "commonest answer"), levels, strict=False):
         found += [] if level is None else [(name, level, None)]

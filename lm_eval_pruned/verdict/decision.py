@@ -127,7 +127,9 @@ def decide(
         word = _WORDS.get(status)
         if status == "pass":
             word = "equivalent" if _inside(row, case) else "not worse"
-            word = NO_LOSS if _at_floor(row) else word
+        if status != "fail" and _at_floor(row):
+            # It stands neither for shipping nor in the way.
+            status, word = "pass", NO_LOSS
         take = _take(case, row) if status == "undecided" else ""
         judged.append(Judged(row, chosen[case.key].text, str(word), message, take))
         statuses.append(status)
@@ -261,9 +263,14 @@ def _asked(key: Key, asked: dict[str, str]) -> str | None:
 
 
 def _usual(base: Run, candidate: Run, key: Key) -> str:
-    """Return the margin by default: of a score with an exact floor, 95 % are kept."""
+    """Return the margin by default: of a score with an exact floor, 95 % are kept.
+
+    Two points of a bias would take more questions than the tasks on bias have.
+    """
     if base.exact_floor(*key) is not None:
         return "5%"
+    if _names(key)[1] in BIAS:
+        return "10pt"
     scores = base.scores[key].value, candidate.scores[key].value
     return "2pt" if is_share(key[1], scores) else "2%"
 

@@ -240,6 +240,18 @@ def test_documents_that_share_the_field_that_is_the_cluster_count_as_one(tmp_pat
     assert "clusters" in tested["text_id"] and "documents" in tested[None]
 
 
+def test_an_exact_floor_is_the_floor_whatever_a_model_that_knows_nothing_scores(
+    tmp_path,
+):
+    paths = declaring(tmp_path, GAINS, primary_metric="gain", floors={"gain": 0})
+    lucky = {"acc,none": [0.5, 0.25] * 30, "gain,none": [9.0, -3.0] * 30}
+    config = {"config": {"model": "constant"}}
+    paths.append(write_run(tmp_path / "floor", {"task": lucky}, **config).parent)
+    rows = json.loads(pruned("compare", *paths, "--format", "json").out)["rows"]
+    (floor,) = [row["floor"] for row in rows if row["metric"] == "gain,none"]
+    assert (floor["floor"], floor["floor_name"]) == (0, "exact")
+
+
 @pytest.mark.parametrize("constant", [0.5, -0.5])
 def test_a_base_below_an_exact_floor_has_nothing_to_keep(constant, tmp_path):
     values = {"base": [constant - 0.4, constant + 0.3] * 30, "half": [0.1, 0.2] * 30}
