@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
 #: Where neither the user nor a finished base names tasks.
-TASKS = ["pruned_demo", "pruned_demo_text", "pruned_demo_bias"]
+TASKS = ["pruned_demo", "pruned_demo_bias"]
 
 
 class OneModel(Sweep):
