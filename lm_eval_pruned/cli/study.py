@@ -18,7 +18,7 @@ OPTIONS = (
         "how models are prompted: base without a chat template; instruct with it, at fewer sizes and "
         "tasks (default: according to the tokenizer and the name)", choices=("base", "instruct")),
     row("--quick", "",
-        "the tasks that come with this package, all their documents, and two sizes: about 10 minutes on "
+        "the tasks that come with this package, all their documents, and two sizes: about 16 minutes on "
         "two cores"),
     row("--margin", "MARGIN",
         f"how far a score may be away from the unpruned model's and is kept: {UNIT} (default: 5%%)",
