@@ -27,7 +27,7 @@ OPTIONS = (
     row("candidate", "CANDIDATE", "the same"),
     row("--margin", "[NAME=]MARGIN", "how much worse a score may be, for one task or metric or for "
         f"all: {UNIT} (default: 5%% of a score with an exact floor, so that 95 %% are kept; 2pt for "
-        "scores from 0 to 1, 10pt for a bias; 2%% for others)", nargs="+", default=[]),
+        "scores from 0 to 1, 15pt for a bias; 2%% for others)", nargs="+", default=[]),
     row("--measure", "METRIC", "judge this metric where a task has it (default: a score with an exact floor, else "
         "the probability of the right answer, mc2 or choice_prob, else the score that counts)"),
     row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),

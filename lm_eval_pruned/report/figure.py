@@ -23,6 +23,7 @@ from lm_eval_pruned.results.groups import (
     SIDES,
     family_of,
     is_control,
+    is_loss,
     is_perplexity,
     is_share,
     primary_metrics,
@@ -84,6 +85,7 @@ _RULES: dict[str, list[float]] = {
 _SHARE = ["kept_share", "kept_low", "kept_high"]
 #: The unit of a text's loss above that of the unpruned model.
 NATS = "more loss than unpruned (nats)"
+NATS_OF_BYTES = "more loss than unpruned (nats per byte)"
 #: Tasks that represent knowledge and truthfulness, those of the study first.
 KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
 TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
@@ -240,14 +242,15 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
 def _kept(points: pd.DataFrame) -> pd.DataFrame:
     """Return what is kept of each score in percent, and of text how many nats it loses."""
     shares = points[_SHARE].astype(float).mul(100)
-    text = points["unit"].map(is_perplexity)
-    scores = points.loc[text, ["after", "low", "high"]].astype(float)
+    text, perplexity = (points["unit"].map(of) for of in (is_loss, is_perplexity))
+    scores = points[["after", "low", "high"]].astype(float)
+    bits = scores.sub(points["before"], axis=0) * math.log(2)
     # An interval may reach below what a perplexity can be.
-    scores = scores.where(scores > 0).div(points.loc[text, "before"], axis=0)
-    shares[text] = np.log(scores).to_numpy()
+    nats = np.log(scores.where(scores > 0).div(points["before"], axis=0))
+    shares[text] = bits.where(~perplexity, nats)[text].to_numpy()
     places = dict(zip(("value", "low", "high"), shares.to_numpy().T, strict=True))
     levels = {
-        "unit": np.where(text, NATS, "%"),
+        "unit": np.where(perplexity, NATS, np.where(text, NATS_OF_BYTES, "%")),
         "unpruned": np.where(text, 0, 100),
         "chance": np.where(text, math.nan, 0),
         # Knowledge, instructions and truthfulness are lines of one panel.

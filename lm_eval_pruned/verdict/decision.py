@@ -265,12 +265,12 @@ def _asked(key: Key, asked: dict[str, str]) -> str | None:
 def _usual(base: Run, candidate: Run, key: Key) -> str:
     """Return the margin by default: of a score with an exact floor, 95 % are kept.
 
-    Two points of a bias would take more questions than the tasks on bias have.
+    Less than 15 points of a bias take more than the 40 questions of the demo, once one answer changes.
     """
     if base.exact_floor(*key) is not None:
         return "5%"
     if _names(key)[1] in BIAS:
-        return "10pt"
+        return "15pt"
     scores = base.scores[key].value, candidate.scores[key].value
     return "2pt" if is_share(key[1], scores) else "2%"
 

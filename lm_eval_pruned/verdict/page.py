@@ -194,7 +194,8 @@ def _scores_section(
 
 def _agreement_section(verdict: Verdict) -> Section | None:
     rows = []
-    for row in (each.row for each in verdict.judged):
+    # Of a task with two measures, the answers are the same.
+    for row in {each.row.task: each.row for each in verdict.judged}.values():
         if of := row.answers:
             more = number_text(of.kl, ".4f"), number_text(of.beginning, ".1%")
             rows.append(

@@ -400,6 +400,15 @@ def test_by_default_the_probability_of_the_right_answer_is_judged(verdict):
     assert "--measure f1 is a metric of no task" in message and "acc" in message
 
 
+def test_by_default_a_bias_may_change_by_15_points_which_40_questions_can_show(verdict):
+    neither = {"higher_is_better": None}
+    before = {"values": [0.0, 1.0] * 20, **neither}
+    after = {"values": [1.0, 1.0, *[0.0, 1.0] * 19], **neither}
+    done = verdict({"b": {"bias,none": before}}, {"b": {"bias,none": after}})
+    bias = done.out.partition("## Scores")[2].partition("\n## ")[0]
+    assert done.code == 0 and "|equivalent" in bias and "15pt" in bias
+
+
 def test_of_truthfulqa_mc2_is_that_probability(verdict):
     task = {"mc1,none": [1.0] * 80, "mc2,none": [0.5, 0.7] * 40}
     done = verdict({"truthfulqa": task}, {"truthfulqa": task}, measure=None)

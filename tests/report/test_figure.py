@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ pytest.importorskip("altair", reason="figures need the extra `report`")
 from lm_eval_pruned.report.figure import (
     MEASURES,
     NATS,
+    NATS_OF_BYTES,
     figure_section,
     measure_chart,
     points_of,
@@ -107,6 +109,26 @@ def test_what_is_kept_of_all_sides_is_one_panel_and_text_has_its_own(drawn):
         ["Knowledge, Commonsense, The rest", MEASURES["kept"][2]],
         ["Language modelling", NATS],
     ]
+
+
+def test_bits_per_byte_are_drawn_as_nats_more_than_unpruned(tmp_path):
+    losses = {"aggregation": "bits_per_byte", "higher_is_better": False}
+    rng = np.random.default_rng(0)
+
+    def text(bits):
+        values = -math.log(2) * (bits + rng.normal(0, 0.05, N))
+        return {
+            "pruned_text": {
+                "bits_per_byte,none": {"values": [[v, 1.0] for v in values], **losses}
+            }
+        }
+
+    runs = {f"p{size}": (size, text(1 + size / 100)) for size in (0, 20, 40)}
+    drawn = points(write_sweep(tmp_path, runs), {})
+    lost = point(drawn, "kept", "pruned_text", "p40")
+    assert lost["value"] == pytest.approx(0.4 * math.log(2), abs=0.02)
+    assert lost["unit"] == NATS_OF_BYTES and lost["low"] < lost["value"] < lost["high"]
+    assert point(drawn, "kept", "pruned_text", "p0")["value"] == 0
 
 
 def test_random_cuts_are_thin_lines_beside_what_is_kept(tmp_path):
