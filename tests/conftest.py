@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import lm_eval_pruned
-from tests.helpers import checkpoints
+from tests.helpers import checkpoints, chromium
 
 
 # Tests import the scripts there by their names.
@@ -109,6 +109,15 @@ def shared_data():
     if not data:
         pytest.skip("LM_EVAL_PRUNED_DATA does not say where the benchmark data is")
     return Path(data, "hub")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """One tab, for all tests that look at pages."""
+    if chromium.find_chromium() is None:
+        pytest.skip("no Chromium to look at pages with")
+    with chromium.chromium_page(tmp_path_factory.mktemp("browser")) as page:
+        yield page
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import pruned
+from tests.helpers import evaluations
 from tests.helpers.layouts import logits
 from tests.helpers.ways_to_load import write_texts
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -86,12 +87,12 @@ def evaluated(tiny_llama):
     return evaluated
 
 
-def assert_same_weights(found, expected):
+def assert_same_weights(found, expected, rtol=0.0, atol=0.0):
     ours, theirs = (
         load_file(next(folder.glob("*model.safetensors")))
         for folder in (found, expected)
     )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 # --- the adapter and its record
@@ -258,6 +259,25 @@ def test_what_is_refused_before_a_weight_is_read(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_launcher_trains_on_several_devices(words_of, tmp_path):
+    """Two processes take the step that one takes with the rows of both."""
+
+    def words(output, rows, more=""):
+        training = f"{PLAIN},learning_rate=1e-2,optim=sgd{more}"
+        training += f",per_device_train_batch_size={rows}"
+        steps = ("--max_steps", 2, "--teacher_weight", 0.5)
+        return words_of(output, *steps, training=training)
+
+    several, one = tmp_path / "several", tmp_path / "one"
+    command = [*evaluations.TWO_PROCESSES, "-m", "lm_eval_pruned.cli"]
+    command += words(several, 2, ",ddp_backend=gloo")
+    launched = evaluations.run(command, check=True)
+    assert launched.stdout.count("Trained 2 steps on 256 tokens") == 1
+    assert pruned(*words(one, 4)).code == 0
+    assert_same_weights(several, one, rtol=1.3e-6, atol=1e-5)
+
+
 # --- stop and resume
 
 
@@ -321,6 +341,32 @@ def test_the_first_ctrl_c_ends_the_training_after_the_step_and_resume_continues(
     assert not output.exists()
     assert healed(output, *LONG, "--resume").code == 0
     assert_same_weights(output, uninterrupted)
+
+
+def test_the_second_ctrl_c_ends_the_training_at_once(healed, tmp_path):
+    """In its first step, which takes all batches of a long text."""
+    text = write_texts(tmp_path / "long.jsonl", TEXTS * 300)
+    # Where tests run side by side, their processes ignore Ctrl-C.
+    before, usual = signal.getsignal(signal.SIGINT), signal.default_int_handler
+    signal.signal(signal.SIGINT, usual)
+
+    def interrupt_twice():
+        for listening in (True, False):
+            while (signal.getsignal(signal.SIGINT) is usual) is listening:
+                time.sleep(0.002)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_twice, daemon=True).start()
+    try:
+        training = f"{TRAINING},gradient_accumulation_steps=9999"
+        stopped = healed(tmp_path / "healed", text=text, training=training)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.code == 130
+    assert "Ctrl-C again stops at once" in stopped.err
+    assert "Stopped after" not in stopped.err
+    assert not [*tmp_path.glob("healed.checkpoints/checkpoint-*")]
+    assert not (tmp_path / "healed").exists()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from tests.contract.commands import pruned
 from tests.contract.test_healing import TEXTS, TRAINING
 from tests.helpers import evaluations
-from tests.helpers.sweeping import files_of, write_tasks
+from tests.helpers.sweeping import errors_of, files_of, write_tasks
 from tests.helpers.ways_to_load import write_texts
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -27,14 +27,14 @@ def sweep_of(tiny_llama, data, tmp_path_factory):
         pair.split("=") for pair in TRAINING.split(",") if "use" not in pair
     )
 
-    def sweep_of(folder, *heal, words=(), size=("--prune_percents", 40)):
+    def sweep_of(folder, *heal, words=(), size=("--prune_percents", 40), saved=2):
         heal = heal or (f"data={data}",)
         heal = ("max_length=32", "max_steps=2", *heal)
         return pruned(
             *("sweep", "--model_args", f"pretrained={tiny_llama}", *size),
             *("--tasks", "tiny_choice", "--include_path", made, "--device", "cpu"),
             *("--floors", "no", "--output_path", folder, *words, "--heal", *heal),
-            f"training_args={json.dumps(training)}",
+            f"training_args={json.dumps({**training, 'save_steps': saved})}",
         )
 
     return sweep_of
@@ -86,6 +86,33 @@ def test_each_adapter_is_trained_once_and_another_text_trains_another(
     done = sweep_of(swept, f"data={other}")
     assert "2 done, 0 failed before, 1 to run" in done.out
     assert first.items() < files().items()
+
+
+@pytest.mark.slow
+def test_a_failed_training_fails_only_its_units_and_retry_failed_continues_it(
+    sweep_of, swept, tmp_path
+):
+    """A file lies where the last checkpoint of the same training is to be written."""
+    obstacles = []
+    for file in swept.glob("adapters/*/*/adapter_model.safetensors"):
+        adapter = tmp_path / file.parent.relative_to(swept)
+        checkpoints = adapter.with_name(f"{adapter.name}.checkpoints")
+        checkpoints.mkdir(parents=True)
+        obstacles.append(checkpoints / "checkpoint-2")
+        obstacles[-1].touch()
+    assert sweep_of(tmp_path, saved=1).code == 1
+    assert [*errors_of(tmp_path)] == [f"{CONFIGURATIONS[2]}/tiny_choice"]
+    (left,) = tmp_path.glob("adapters/*/*/checkpoint-1/healing.json")
+    # What was spent before counts, which a training from the start does not know.
+    record = json.loads(left.read_text())
+    left.write_text(json.dumps(record | {"seconds": 1e6}))
+    for obstacle in obstacles:
+        obstacle.unlink()
+    done = sweep_of(tmp_path, saved=1, words=("--retry_failed",))
+    assert done.code == 0, done.out + done.err
+    (trained,) = tmp_path.glob("adapters/*/*/healing.json")
+    record = json.loads(trained.read_text())
+    assert (record["steps"], record["seconds"] > 1e6 - 1) == (2, True)
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
-"""docs/layers.md: widths by layer, and whole layers."""
+"""docs/layers.md: widths by layer; `test_layers_dropped` has whole layers."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+from collections import defaultdict
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned, results_in
-from tests.helpers.checkpoints import ROOT, edit_config, edit_weights, save_tiny
+from tests.helpers.checkpoints import ROOT, edit_config
 from tests.helpers.layouts import save_family
+from tests.helpers.results_files import write_sweep
 
 
 #: Neurons of each layer of `tiny_llama`.
@@ -92,6 +95,44 @@ def test_sensitivity_writes_and_prints_a_curve_for_each_layer_criterion_and_seed
         assert len(list(csv.DictReader(file))) == 3 * len(ranked) * 2
     assert [*cache.iterdir()], "curves are cached"
     assert pruned(*words).out == done.out
+
+
+@pytest.mark.slow
+def test_a_mark_says_worse_or_better_than_every_seed_and_a_report_shows_the_table(
+    tiny, text, tmp_path
+):
+    pytest.importorskip("altair", reason="plots need the extra `report`")
+    tasks = {"boolq": {"acc,none": [0.0, 1.0]}}
+    sweep = write_sweep(tmp_path / "sweep", {"base": (0, tasks), "p40": (40, tasks)})
+    words = ["sensitivity", "--model_args", f"pretrained={tiny}", "--calibration", text]
+    words += ["--criteria", "maw", "act", "l2", "random", "--seeds", 0, 1]
+    words += ["--prune_percents", 25, 50, "--output_path", sweep]
+    done = pruned(*words)
+    assert done.code == 0, done.err
+    losses = defaultdict(list)
+    for curve in json.loads((sweep / "sensitivity.json").read_text())["curves"]:
+        for width, loss in zip(curve["widths"], curve["losses"], strict=True):
+            losses[curve["layer"], curve["criterion"], width].append(loss)
+    marks, tables = set(), done.out.split("|layer|")[1:]
+    for table, width in zip(tables, (66, 44), strict=True):
+        rows = [
+            row.split("|")[1:-1] for row in table.splitlines() if row[1:2].isdigit()
+        ]
+        for layer, row in enumerate(rows):
+            chance = losses[layer, "random", width]
+            for criterion, cell in zip(("maw", "act", "l2"), row[1:], strict=False):
+                (loss,) = losses[layer, criterion, width]
+                mark = "▼" * (loss > max(chance)) + "▲" * (loss < min(chance))
+                assert re.sub(r"[-+.\d\s]", "", cell) == mark
+                marks.add(mark)
+    assert {"▼", "▲"} <= marks
+    # The section of the sweep's report.
+    assert pruned("report", sweep).code == 0
+    report = (sweep / "report" / "report.md").read_text("utf-8")
+    _, section = report.split("## Layers\n")
+    cells = [re.sub(r" *\| *", "|", line) for line in tables[0].splitlines()[2:5]]
+    assert all(row in section for row in cells)
+    assert [*(sweep / "report").glob("plots/sensitivity-by-layer.*")]
 
 
 def test_sensitivity_uses_16_texts_of_the_package_by_default(tiny):
@@ -296,8 +337,17 @@ def test_stock_transformers_refuses_it(uneven):
         AutoModelForCausalLM.from_pretrained(uneven)
 
 
-def test_the_card_says_what_opens_it(exported):
-    assert "`lm_eval --model pruned-hf`" in (exported / "README.md").read_text()
+@pytest.mark.slow
+def test_an_export_prints_a_notice_and_the_model_card_repeats_it(
+    tiny, tmp_path, caplog
+):
+    words = ["--model_args", f"pretrained={tiny}", "--output_path", tmp_path / "out"]
+    (tmp_path / "w.json").write_text("[40, 60, 88]")
+    assert pruned("prune", *words, "--widths", tmp_path / "w.json").code == 0
+    (notice,) = (told for told in caplog.messages if "cannot build MLPs" in told)
+    assert "open the saved model with --model pruned-hf" in notice
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "`lm_eval --model pruned-hf`" in card
 
 
 def test_the_record_says_that_no_key_of_the_config_expresses_the_widths(tiny):
@@ -327,114 +377,3 @@ def test_widths_are_read_from_the_tensors_and_a_contradiction_names_the_layer(un
     edit_config(uneven, per_layer_config={"0": {"intermediate_size": 41}})
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp has 40 .* says 41"):
         load_pruned(str(uneven))
-
-
-# Leave out whole layers
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("deep") / "deep", num_hidden_layers=6)
-
-
-@pytest.mark.parametrize(
-    ("asked", "kept"),
-    [
-        (2, [0, 1, 2, 5]),
-        ("1+3-4", [0, 2, 5]),
-        ("[3]", [0, 1, 2, 4, 5]),
-        ("3-3", [0, 1, 2, 4, 5]),
-        ([3, 4], [0, 1, 2, 5]),
-    ],
-)
-def test_which_layers_go(asked, kept, deep):
-    model, whole = load_pruned(str(deep), drop_layers=asked), load_pruned(str(deep))
-    layers = [whole.model.layers[number] for number in kept]
-    for ours, theirs in zip(model.model.layers, layers, strict=True):
-        assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight)
-    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [
-        *range(len(kept))
-    ]
-    record = model.prune_record.as_dict()
-    assert record["layers_before"] == 6
-    assert {"layers_dropped", "layers_kept"} <= record.keys()
-
-
-def test_the_layers_of_least_block_influence_go(deep, tmp_path, text):
-    """A layer that hands on what it is given has none; of two such layers the later one goes."""
-    idle = shutil.copytree(deep, tmp_path / "idle")
-    names = [
-        f"model.layers.{layer}.{n}.weight"
-        for layer in (2, 4)
-        for n in ("self_attn.o_proj", "mlp.down_proj")
-    ]
-    edit_weights(idle, lambda tensors: [tensors[name].zero_() for name in names])
-    asked = {"drop_layers": 1, "drop_by": "block_influence", "calibration": text}
-    record = load_pruned(str(idle), **asked).prune_record.as_dict()
-    assert record["layers_dropped"] == "4"
-    influence = record["block_influence"]
-    assert influence["4"] == influence["2"] == pytest.approx(0, abs=1e-6)
-
-
-def test_the_exported_checkpoint_opens_in_stock_transformers(deep, tmp_path):
-    words = ["--model_args", f"pretrained={deep}", "--drop_layers", "1+3"]
-    assert pruned("prune", *words, "--output_path", tmp_path / "out").code == 0
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    model = load_pruned(str(deep), drop_layers="1+3")
-    assert stock.config.num_hidden_layers == 4
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(stock.state_dict()[name], tensor)
-
-
-def test_the_digest_covers_the_layers(deep):
-    digests = {
-        load_pruned(str(deep), drop_layers=layers, ratio=1).prune_record.digest
-        for layers in ("1", "[1]", "[2]")
-    }
-    assert len(digests) == 3
-
-
-def test_plan_prints_the_ratio_of_equal_parameters(deep):
-    words = ["plan", "--model_args", f"pretrained={deep}", "--drop_layers", 2, 4]
-    assert "ratio of equal parameters" in pruned(*words).out
-    rows = json.loads(pruned(*words, "--format", "json").out)
-    for row in rows:
-        narrow = load_pruned(str(deep), ratio=row["equal_ratio"])
-        # To within a neuron of each layer.
-        assert abs(narrow.num_parameters() - row["parameters"]) <= 6 * 3 * 32
-
-
-def test_with_a_size_the_layers_that_stay_are_narrowed_by_their_old_numbers(deep):
-    model = load_pruned(str(deep), drop_layers="1", ratio=1, layers="0+5")
-    assert widths_of(model) == [32, WIDTH, WIDTH, WIDTH, 32]
-
-
-@pytest.mark.parametrize(
-    ("asked", "words"),
-    [
-        ({"widths": {0: 20}}, "widths"),
-        ({"ratio": 1, "allocation": "global"}, "allocation"),
-        ({"ratio": 1, "criterion": "best"}, "criterion=best"),
-    ],
-)
-def test_what_does_not_go_together_with_drop_layers(asked, words, deep):
-    sentence = refusal(deep, drop_layers=1, **asked)
-    assert words in sentence
-    assert "drop_layers" in sentence
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "asked"),
-    [
-        ("gemma3n_text", {"num_kv_shared_layers": 0}, 1),
-        ("t5", {"d_ff": 88, "d_model": 32, "feed_forward_proj": "gated-gelu"}, 1),
-        ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "1+3"),
-    ],
-)
-def test_models_whose_layers_cannot_be_dropped(family, options, asked, tmp_path):
-    from tests.helpers.checkpoints import auto_class, tiny_config
-
-    config = tiny_config(family, **{"num_hidden_layers": 4, **options})
-    config.save_pretrained(tmp_path / "bare")
-    more = {"auto_class": auto_class(config), "drop_layers": asked}
-    assert "drop_layers" in refusal(tmp_path / "bare", **more)

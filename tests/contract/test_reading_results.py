@@ -105,6 +105,19 @@ def test_the_page_of_flips_lists_first_what_turned_wrong(reported):
     assert body.rindex(kinds[0]) < places[1]
 
 
+def test_the_page_of_flips_filters_them_by_words(reported, browser):
+    """A row stays that holds each word, whatever its case."""
+    browser.open(reported() / "flips.html")
+    shown = (
+        "[...document.querySelectorAll('tbody tr')].filter((row) => !row.hidden).length"
+    )
+    every = {"": 8, "QUIZ": 3, "right quiz wrong": 2, "sesame free": 2, "owl": 0}
+    for words, rows in every.items():
+        browser.choose("input", words)
+        assert browser.run(shown) == rows, words
+        assert browser.run("document.querySelector('output').textContent") == str(rows)
+
+
 def test_a_report_without_texts_names_documents_by_id_and_hash(reported, sweep):
     assert WORD in (reported() / "flips.html").read_text("utf-8")
     folder = reported("--no_texts")

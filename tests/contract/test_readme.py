@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned
@@ -64,8 +65,50 @@ def test_the_loss_that_the_page_prints_is_the_measured_one():
         for row in rows
         if row["model"] == "SmolLM2"
     }
-    sizes = (("unpruned", "0"), ("best", "30"))
-    assert list(shown.groups()) == [measured[size] for size in sizes]
+    unpruned, best = (measured[size] for size in (("unpruned", "0"), ("best", "30")))
+    assert list(shown.groups()) == [unpruned, best]
+    (rise,) = re.findall(r"(?m)^\|more than unpruned *\|- *\|(\S+) ", PAGE)
+    assert float(rise) == round(float(best) - float(unpruned), 3)
+
+
+def test_the_bytes_that_the_page_prints_are_those_of_the_parameters(tmp_path):
+    """Of SmolLM2-135M in float32; a file of weights also names each tensor."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    shape |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
+    shape |= {"tie_word_embeddings": True, "architectures": ["LlamaForCausalLM"]}
+    LlamaConfig(**shape).save_pretrained(tmp_path)
+    words = ["plan", "--model_args", f"pretrained={tmp_path}", "--format", "json"]
+    done = pruned(*words, "--prune_percents", 0, 30)
+    unpruned, cut = (4 * row["parameters"] for row in json.loads(done.out))
+    (megabytes,) = re.findall(r"the unpruned model has (\d+) MB", PAGE)
+    assert int(megabytes) == round(unpruned / 1e6)
+    (written,) = re.findall(r"(?m)^Wrote ([\d,]+) bytes of weights in 1 file", PAGE)
+    tensors = 30 * 9 + 2
+    assert 0 < int(written.replace(",", "")) - cut < 150 * tensors
+
+
+def test_the_unpruned_scores_and_floors_that_the_page_prints_are_the_measured_ones():
+    """Of the probes; the points of knowledge follow from them."""
+    with (MEASURED / "probes.csv").open(encoding="utf-8") as file:
+        rows = {
+            row["probe"]: (float(row["acc"]), float(row["floor"]))
+            for row in csv.DictReader(file)
+            if (row["model"], row["level"], row["family"]) == ("SmolLM2", "all", "all")
+        }
+    (shown,) = re.findall(
+        r"Unpruned, they are [\d.]+, ([\d.]+) and ([\d.]+), .* scores [\d.]+, ([\d.]+) and ([\d.]+): "
+        r".* lost (\d+) of the (\d+) points",
+        PAGE,
+    )
+    instructions, knowledge, *floors, lost, points = map(float, shown)
+    assert [instructions, knowledge] == [rows["instructions"][0], rows["knowledge"][0]]
+    assert floors == [
+        round(rows[probe][1], 3) for probe in ("instructions", "knowledge")
+    ]
+    (cut,) = re.findall(r"(?m)^\| - pruned_probe_knowledge .*\| *(0\.\d+)\|±", PAGE)
+    # To whole points, halves either way.
+    assert abs(100 * (knowledge - float(cut)) - lost) <= 0.5 + 1e-9
+    assert abs(100 * (knowledge - floors[1]) - points) <= 0.5 + 1e-9
 
 
 def test_ratio_keeps_that_many_neurons_for_each_unit_of_the_hidden_size(tiny_llama):

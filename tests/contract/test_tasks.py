@@ -40,6 +40,38 @@ def test_the_table_has_what_a_group_holds(group):
     assert ("aggregate_metric_list" in data) == ("mean" in row[3])
 
 
+def members_of(group):
+    """Return the tasks of a group, and the harness's groups in it by their names."""
+    files = [*FOLDER.rglob(f"{group}.yaml")]
+    data = yaml.safe_load(files[0].read_text("utf-8").replace("!function ", ""))
+    entries = [e if isinstance(e, dict) else {"task": e} for e in data["task"]]
+    names = [entry.get("task") or entry["group"] for entry in entries]
+    return {
+        leaf
+        for name in names
+        for leaf in (members_of(name) if name in GROUPS else [name])
+    }
+
+
+def test_groups_that_share_tasks_are_refused_and_some_can_be_combined_freely():
+    """The demo holds the probes, which need no network."""
+    pair = ["pruned_demo", "pruned_probes"]
+    start, end = re.search(
+        r'"(Duplicate task)\s+\.\.\. (found in both) \.\.\."', PAGE
+    ).groups()
+    with pytest.raises(ValueError, match=f"{start} .* {end} .*{pair[0]}.*{pair[1]}"):
+        evaluations.task_manager().load(pair)
+    (sentence,) = re.findall(r"fails\.\s([^.]*)can be combined freely\.", PAGE)
+    *six, demo, probes = re.findall(r"`(\w+)`", sentence)
+    assert [demo, probes] == pair
+    tasks = [name for group in (*six, demo) for name in members_of(group)]
+    assert len(tasks) == len({*tasks})
+    assert {n for group in six for n in members_of(group)} == members_of(
+        "pruned_dichotomy"
+    )
+    assert members_of("pruned_dichotomy") & members_of("pruned_knowledge")
+
+
 def test_the_version_of_all_groups_and_tasks_is_1():
     assert re.search(r"### Changelog\s+version 1\.0: first version of all groups", PAGE)
     files = [*FOLDER.rglob("*.yaml")]

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lm_eval_pruned import cli, load_pruned
+from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.healing.run import heal
 from lm_eval_pruned.healing.trainer import HealingTrainer
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from tests.helpers import evaluations
 from tests.helpers.ways_to_load import write_texts
 
 
@@ -157,15 +156,6 @@ def test_from_its_last_checkpoint_a_healing_takes_no_step_too_many(
     assert_same(output, moved)
 
 
-def words_of(tiny, data, training=TRAINING, **options):
-    """Return a command to which the output is to be added."""
-    words = ["heal", "--model_args", f"pretrained={tiny},prune_percent=40"]
-    words += ["--data", data, "--max_length", "32"]
-    words += [word for k, v in options.items() for word in (f"--{k}", str(v))]
-    written = ",".join(f"{name}={value}" for name, value in training.items())
-    return [*words, "--training_args", written, "--output_path"]
-
-
 def test_the_teacher_shares_what_stays_as_it_is(tiny_llama, data, tmp_path):
     own: set[str] = set()
 
@@ -194,19 +184,3 @@ def test_gradient_checkpointing_and_accumulation_change_no_step(
         options = {"max_steps": 1, "teacher_weight": 0.5, "training_args": training}
         healed(tiny_llama, data, tmp_path / name, **options)
     assert_same(tmp_path / "parts", tmp_path / "whole", rtol=1.3e-6, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_step_that_one_takes(tiny_llama, data, tmp_path):
-    def words(batch: int) -> list[str]:
-        each = {**TRAINING, "optim": "sgd", "per_device_train_batch_size": batch}
-        return words_of(tiny_llama, data, each, max_steps=2, teacher_weight=0.5)
-
-    several, one = tmp_path / "several", tmp_path / "one"
-    module = ("-m", "lm_eval_pruned.cli", *words(2), several)
-    ended = evaluations.run(
-        [*evaluations.TWO_PROCESSES, *module], check=True, ACCELERATE_USE_CPU="true"
-    )
-    assert ended.stdout.count("Trained 2 steps on 256 tokens") == 1
-    assert cli.main([*words(4), str(one)]) == 0
-    assert_same(several, one, rtol=1.3e-6, atol=1e-5)

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
 from tests.helpers import checkpoints
@@ -111,27 +111,3 @@ def test_experts_run_one_by_one_just_where_rows_are_unaligned(dtype, multiple, c
         full.set_experts_implementation(implementation)
         pruned = prune_model(copy.deepcopy(full), intermediate_size=7)
         assert pruned.config._experts_implementation == implementation
-
-
-@pytest.mark.parametrize(
-    ("asked", "said"),
-    [
-        # Of 88 neurons.
-        ({"prune_percent": 40}, ("53 neurons", "multiple_of=8.")),
-        ({"prune_percent": 40, "multiple_of": 3}, ("51 neurons", "multiple_of=24.")),
-        ({"prune_percent": 40, "multiple_of": 8}, ()),
-        ({"prune_percent": 40, "dtype": "float32"}, ()),
-        # What keeps its width is not spoken of.
-        ({"intermediate_size": 80, "layers": "0"}, ()),
-        ({}, ()),
-    ],
-)
-def test_widths_that_are_slow_on_cuda_are_told(
-    asked, said, tiny_llama, monkeypatch, caplog
-):
-    on_cuda = property(lambda model: torch.device("cuda"))
-    monkeypatch.setattr(PreTrainedModel, "device", on_cuda)
-    load_pruned(str(tiny_llama), **{"dtype": "bfloat16", **asked})
-    notices = [each for each in caplog.messages if "16-bit weights" in each]
-    assert len(notices) == bool(said)
-    assert all(word in notices[0] for word in said)

@@ -1,4 +1,4 @@
-"""One sweep that most tests of reports look at, and one browser that they look with."""
+"""One sweep that most tests of reports look at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers.chromium import chromium_page, find_chromium
 from tests.helpers.results_files import offering, write_sweep
 
 
@@ -71,11 +70,3 @@ def sweep(tmp_path_factory):
         file.write_text(json.dumps(data))
     write_report(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory):
-    if find_chromium() is None:
-        pytest.skip("no Chromium to look at pages with")
-    with chromium_page(tmp_path_factory.mktemp("browser")) as page:
-        yield page

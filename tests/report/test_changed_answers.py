@@ -143,17 +143,12 @@ VISIBLE = "[...document.querySelectorAll('tbody tr')].filter((e) => !e.hidden).l
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
-def test_the_page_is_searched(shown, width, scheme):
-    names = ("birds", "beasts")
-    tasks = ({t: {"acc,none": picks([n] * 20)} for t in names} for n in (0, 1))
+def test_the_page_is_as_wide_and_as_light_as_the_screen(shown, width, scheme):
+    tasks = ({"birds": {"acc,none": picks([n] * 20)}} for n in (0, 1))
     page = shown(*tasks, width=width, scheme=scheme)
     assert page.run("document.documentElement.scrollWidth") == width
     ground = page.run("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-    for words, count in (("", 40), ("BIRDS right", 20), ("document 7,", 4), ("owl", 0)):
-        page.choose("input", words)
-        assert page.run(VISIBLE) == count, words
-        assert page.run("document.querySelector('output').textContent") == str(count)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)

@@ -60,20 +60,17 @@ def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
                 assert rises[key] == pytest.approx(rise)
 
 
-def test_rises_are_judged_by_the_seeds_of_chance():
+def test_rises_are_judged_only_where_there_are_seeds_of_chance():
+    """`tests/contract/test_layers.py` has the marks."""
     curves = LayerCurves.of(made_curves())
     assert (curves.shares, curves.seeds) == ((10, 50), 3)
     table = curves.table(50)
     assert table.columns == ["layer", "maw", "act", "random, seeds: 3"]
-    rows = [[cell.text for cell in row] for row in table.cells()]
-    chance = "+0.550 [+0.500, +0.600]"
-    assert rows[0] == ["0", "+2.000 \u25bc", "+0.050 \u25b2", chance]
-    # Within the range of the seeds.
-    assert rows[1] == ["1", "+0.525", "+0.050 \u25b2", chance]
+    *_, chance = next(iter(table.cells()))
+    assert chance.text == "+0.550 [+0.500, +0.600]"
     text = " ".join(curves.explanation)
     assert "3.000 unpruned, on 2 texts with 256 tokens" in text
     assert "one of 4 layers" in text
-    # Without random nothing is judged.
     alone = LayerCurves.of(made_curves(seeds=()))
     verdicts = {cell.verdict for row in alone.table(50).cells() for cell in row}
     assert (alone.table(50).columns, verdicts) == (["layer", "maw", "act"], {""})
