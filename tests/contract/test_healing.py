@@ -345,7 +345,7 @@ def test_the_first_ctrl_c_ends_the_training_after_the_step_and_resume_continues(
 
 def test_the_second_ctrl_c_ends_the_training_at_once(healed, tmp_path):
     """In its first step, which takes all batches of a long text."""
-    text = write_texts(tmp_path / "long.jsonl", TEXTS * 300)
+    text = write_texts(tmp_path / "long.jsonl", TEXTS * 100)
     # Where tests run side by side, their processes ignore Ctrl-C.
     before, usual = signal.getsignal(signal.SIGINT), signal.default_int_handler
     signal.signal(signal.SIGINT, usual)

@@ -147,6 +147,12 @@ def test_what_a_sweep_cannot_heal_is_refused_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_launcher_of_several_processes_is_refused(sweep_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without a launcher" in sweep_of(tmp_path / "out").sentence
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("size", "heal", "message"),
     [
