@@ -92,8 +92,8 @@ def made(name: str, lifts: np.ndarray) -> cost.Probed:
     weights = np.ones(len(lifts))
     documents = Documents(keys, lifts, weights, blocks, "mean")
     scores = {(task, metric): Score(float(lifts.mean()), None, True, len(lifts))}
-    declared = {task: {"primary_metric": "lift", "floors": {"lift": 0}}}
-    run = Run(name, Path(name), scores, metadata=declared)
+    declared = {"primary_metric": "lift", "floors": {"lift": 0}, "family": "knowledge"}
+    run = Run(name, Path(name), scores, metadata={task: declared})
     return cost.Probed(run, {(task, metric): documents})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 
 import pytest
@@ -11,13 +10,12 @@ import torch
 import transformers
 from lm_eval.api.registry import get_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import pruned
 from tests.helpers import evaluations
 from tests.helpers.checkpoints import (
-    ROOT,
     edit_weights,
     save_tiny,
     tiny_config,
@@ -48,33 +46,6 @@ def test_a_size_refers_to_the_experts(tmp_path):
         assert other.mlp.experts.down_proj.shape[2] == 32
         # The router stays as it is.
         assert torch.equal(one.mlp.gate.weight, other.mlp.gate.weight)
-
-
-@pytest.mark.parametrize(
-    ("options", "width", "multiple"),
-    [
-        # Of 88 neurons.
-        ({"prune_percent": 40}, 53, 8),
-        ({"prune_percent": 40, "multiple_of": 3}, 51, 24),
-        ({"prune_percent": 40, "multiple_of": 8}, None, None),
-        ({"prune_percent": 40, "dtype": "float32"}, None, None),
-        # A layer that keeps its width is not spoken of.
-        ({"intermediate_size": 80, "layers": "0"}, None, None),
-        ({}, None, None),
-    ],
-)
-def test_a_notice_on_cuda_with_16_bit_weights_names_the_argument_to_add(
-    options, width, multiple, tiny_llama, monkeypatch, caplog
-):
-    """The models of transformers say that they are on CUDA."""
-    on_cuda = property(lambda model: torch.device("cuda"))
-    monkeypatch.setattr(PreTrainedModel, "device", on_cuda)
-    load_pruned(str(tiny_llama), **{"dtype": "bfloat16", **options})
-    page = (ROOT / "docs" / "models.md").read_text("utf-8")
-    (shown,) = re.findall(r"(?m)^> (8602 neurons .*)$", page)
-    notice = shown.replace("8602", str(width)).replace("of=8", f"of={multiple}")
-    notices = [message for message in caplog.messages if "CUDA" in message]
-    assert notices == [notice] * (width is not None)
 
 
 def test_with_before_an_adapter_is_merged_into_the_full_model(tiny_llama, tmp_path):

@@ -315,24 +315,6 @@ def test_update_removes_runs_and_metrics_that_the_results_lack(tmp_path, held):
     assert {run: [*tasks] for run, tasks in data["runs"].items()} == {"base": ["tf"]}
 
 
-def test_results_that_stop_when_ended_early_are_undecided_and_make_no_baseline(
-    tmp_path, held
-):
-    write_sweep(tmp_path / "whole", {"p40": (40, one(answers(0.5)))})
-    part = write_sweep(tmp_path / "part", {"p40": (40, one(answers(0.5)[:20]))})
-    (file,) = part.glob("units/p40/tf/results_*.json")
-    stopping = {"schema_version": 3, "rule": "decided", "task": "tf", "of": N}
-    stopping |= {"level": 0.05, "sizes": 1, "looks": [20], "reason": "difference"}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"stopping": stopping}))
-    assert held("whole", "--update", "--absolute", "1")[0] == 0
-    before = (tmp_path / "baseline.json").read_bytes()
-    code, text = held("part")
-    assert (code, "partial: 20 of 60 documents" in text) == (2, True), text
-    code, text = held("part", "--update")
-    assert (code, "partial: 20 of 60 documents" in text) == (2, True), text
-    assert (tmp_path / "baseline.json").read_bytes() == before
-
-
 def test_update_is_deterministic_and_keeps_rules(tmp_path, held):
     file = tmp_path / "baseline.json"
     write_run(tmp_path / "a", BEFORE)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 import struct
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lm_eval_pruned import load_pruned, prune_model
 from tests.helpers import checkpoints
@@ -111,3 +112,30 @@ def test_experts_run_one_by_one_just_where_rows_are_unaligned(dtype, multiple, c
         full.set_experts_implementation(implementation)
         pruned = prune_model(copy.deepcopy(full), intermediate_size=7)
         assert pruned.config._experts_implementation == implementation
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "multiple"),
+    [
+        # Of 88 neurons.
+        ({"prune_percent": 40}, 53, 8),
+        ({"prune_percent": 40, "multiple_of": 3}, 51, 24),
+        ({"prune_percent": 40, "multiple_of": 8}, None, None),
+        ({"prune_percent": 40, "dtype": "float32"}, None, None),
+        # A layer that keeps its width is not spoken of.
+        ({"intermediate_size": 80, "layers": "0"}, None, None),
+        ({}, None, None),
+    ],
+)
+def test_a_notice_on_cuda_with_16_bit_weights_names_the_argument_to_add(
+    options, width, multiple, tiny_llama, monkeypatch, caplog
+):
+    """The models of transformers say that they are on CUDA."""
+    on_cuda = property(lambda model: torch.device("cuda"))
+    monkeypatch.setattr(PreTrainedModel, "device", on_cuda)
+    load_pruned(str(tiny_llama), **{"dtype": "bfloat16", **options})
+    page = (checkpoints.ROOT / "docs" / "models.md").read_text("utf-8")
+    (shown,) = re.findall(r"(?m)^> (8602 neurons .*)$", page)
+    notice = shown.replace("8602", str(width)).replace("of=8", f"of={multiple}")
+    notices = [message for message in caplog.messages if "CUDA" in message]
+    assert notices == [notice] * (width is not None)
