@@ -49,7 +49,7 @@ FAMILIES = (
         "instruction_following",
         "Instruction following",
         BEHAVIOUR,
-        "ifeval",
+        "ifeval|instruction",
     ),
     Family("reasoning", "Multi-step reasoning", BEHAVIOUR, "musr|(^|_)bbh(_|$)"),
     Family("other", "The rest", SIDES[-1], ""),

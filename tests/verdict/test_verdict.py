@@ -228,7 +228,7 @@ INT8 = json.dumps({"quant_method": "torchao", "quant_type": {"default": INT8}})
             ["--limit", "40"],
             {0, 2},
         ),
-        ("pruned-hf,pretrained={},prune_percent=30", [], {1}),
+        ("pruned-hf,pretrained={},prune_percent=30", ["--measure", "mc1"], {1}),
     ],
     ids=["itself", "int8", "30 percent"],
 )
