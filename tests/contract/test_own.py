@@ -261,6 +261,7 @@ def test_a_base_below_an_exact_floor_has_nothing_to_keep(constant, tmp_path):
     assert "cannot show a loss" in done.out + done.err
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_is_kept_at_each_value_of_the_field_that_is_the_level(
     tmp_path,
 ):
