@@ -63,7 +63,7 @@ def kept_sides(
     )
     weights = np.ones(len(above)) if weights is None else np.asarray(weights, float)
     gains = weights * (left - share * above)
-    # What rounding leaves of equal values is no difference.
+    # Rounding must not make equal values differ.
     gains[np.abs(gains) <= 1e-12 * np.abs(weights * above).max()] = 0.0
     sides = paired_mean(gains, weights, clusters, strata).sides or (1.0, 1.0)
     # Where a lower score is better, the base is below its floor.

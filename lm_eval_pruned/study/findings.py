@@ -150,7 +150,7 @@ def read_findings(
         sweep: Its results.
         alpha: Level of the tests.
         margin: How far a score may be away from that of the unpruned model and be kept; see
-            `compare.verdicts.Margin`.
+            `compare.margin.Margin`.
         families: The family of each task that declares none.
 
     Raises:

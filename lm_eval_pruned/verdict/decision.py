@@ -128,7 +128,7 @@ def decide(
         if status == "pass":
             word = "equivalent" if _inside(row, case) else "not worse"
         if status != "fail" and _at_floor(row):
-            # It stands neither for shipping nor in the way.
+            # Such a score counts neither for nor against shipping.
             status, word = "pass", NO_LOSS
         take = _take(case, row) if status == "undecided" else ""
         judged.append(Judged(row, chosen[case.key].text, str(word), message, take))

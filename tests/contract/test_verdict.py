@@ -390,7 +390,7 @@ def test_by_default_the_probability_of_the_right_answer_is_judged(verdict):
     lost = 0.6 * (1 / (1 + np.exp(-1.8)) - 1 / (1 + np.exp(-2.0)))
     assert row["metric"] == "choice_prob" and row["margin"] == "2pt"
     assert float(row["difference"]) == pytest.approx(lost, abs=1e-4)
-    # Beside it stands the score that counts, of which nothing is claimed.
+    # The score that counts is listed, too, without a claim.
     assert re.search(r"\|boolq *\|acc *\|not judged *\|", done.out)
     assert (verdict(*tasks).code, rows_of(verdict(*tasks))["boolq"]["metric"]) == (
         0,
