@@ -25,7 +25,7 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
 )
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM, check_arguments
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
 
 
@@ -119,7 +119,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
     _prune_record: PruneRecord
     _healing: dict[str, Any] | None = None
 
-    @takes_prune_arguments
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -137,7 +136,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
 
         Args:
             pretrained: As in HFLM. If omitted, SmolLM2-135M-Instruct.
-            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
             peft: As in HFLM.
             peft_stage: ``after`` (default): `peft` was trained on the pruned model and
                 is applied to it. ``before``: it was trained on the full model, is
@@ -146,7 +144,8 @@ class PrunedHFLM(EnergyLoggingHFLM):
                 transformers quantisation config. ``load_in_8bit``, ``load_in_4bit`` and
                 ``bnb_4bit_...`` work as well.
             known_scores: Scores that a sweep keeps from one of its models to the next.
-            **kwargs: Everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
+            **kwargs: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`,
+                everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
                 `PrefixHFLM`, and the arguments ``energy...`` of `EnergyWindows`.
 
         Raises:
@@ -174,6 +173,11 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._world_size = accelerator.num_processes
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    @classmethod
+    def argument_names(cls) -> set[str]:
+        """Return the names of all arguments but those that HFLM hands on to transformers."""
+        return super().argument_names() | {*DECLARED}
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with argument_errors(), clear_errors(pretrained):
