@@ -32,7 +32,6 @@ from lm_eval_pruned.pruning.slicing import prune_loaded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.record import PruneRecord
 
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
@@ -126,7 +125,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
         peft: str | None = None,
         peft_stage: str | None = None,
         quantization_config: dict[str, Any] | None = None,
-        known_scores: KnownScores | None = None,
         **kwargs: Any,
     ) -> None:
         """HFLM whose GLU-MLPs are narrowed while the model loads.
@@ -143,7 +141,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
             quantization_config: How to quantise the pruned weights, as the dict of a
                 transformers quantisation config. ``load_in_8bit``, ``load_in_4bit`` and
                 ``bnb_4bit_...`` work as well.
-            known_scores: Scores that a sweep keeps from one of its models to the next.
             **kwargs: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`,
                 everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
                 `PrefixHFLM`, and the arguments ``energy...`` of `EnergyWindows`.
@@ -162,7 +159,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
         # HFLM passes what its config says under this name, and would pass ours beside it.
         check_arguments(type(self), {"quantization_config": quantization_config})
         self._quantisation = quantization_config
-        self._known_scores = known_scores
         super().__init__(pretrained, peft=peft, **kwargs)
         if not isinstance(self.pretrained, str):
             self._prune_in_memory()
@@ -216,7 +212,7 @@ class PrunedHFLM(EnergyLoggingHFLM):
             if merging is not None:
                 request.check_text()
                 return request.load()[0]
-            model = load_request(request, self.tokenizer, self._known_scores)
+            model = load_request(request, self.tokenizer)
             self._note_pruning(model)
             if peft is not None:
                 pruned = self._prune_record.as_dict()

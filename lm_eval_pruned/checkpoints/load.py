@@ -6,29 +6,23 @@ Engines that build models by themselves ask here which widths they can have, and
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.request import (
     LoadRequest,
     as_stored,
     asked_of,
-    stamp,
     stored_once,
 )
-from lm_eval_pruned.checkpoints.sensitivity import cached_losses
 from lm_eval_pruned.pruning.allocation import plan_layers
-from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
+from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.calibration import CalibrationText, tell_device
-from lm_eval_pruned.pruning.criteria import RANDOM
+from lm_eval_pruned.pruning.calibration import tell_device
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.measuring import (
     LoadedModel,
-    ScoreTable,
     check_weights,
     depth_in_memory,
 )
@@ -37,16 +31,13 @@ from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
-    from fractions import Fraction
+    from collections.abc import Iterator, Sequence
 
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.request import Rounded
-    from lm_eval_pruned.pruning.curves import Sensitivity
-    from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.plan import PrunePlan
 
 
@@ -131,16 +122,13 @@ def load_pruned(
 
 
 def load_request(
-    request: LoadRequest,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    known_scores: KnownScores | None = None,
+    request: LoadRequest, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
     """Load the model of a request, prune it, then cast and place what is left.
 
     Args:
         request: What is to be loaded.
         tokenizer: What reads calibration text; default: that of the model.
-        known_scores: What earlier loads measured; takes what this one does.
     """
     asked = request.prune_arguments
     request.check_text()
@@ -153,7 +141,7 @@ def load_request(
             record = PruneRecord.of(plan, widths, ())
             model.prune_record = record  # type: ignore[assignment]
             return finished(model, widths)
-    return Stored.of(request, tokenizer, known_scores).placed()
+    return Stored.of(request, tokenizer).placed()
 
 
 @dataclass(frozen=True)
@@ -173,17 +161,9 @@ class Stored(LoadedModel):
         cls,
         request: LoadRequest,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        known_scores: KnownScores | None = None,
     ) -> Stored:
         """Load the model of `request`, as it is stored; takes what `load_request` takes."""
         asked, content = request.prune_arguments, request.content_key()
-        text = asked.calibration and stamp(Path(asked.calibration))
-        tables = {} if known_scores is None or content is None else known_scores
-
-        def known(*ways: Hashable) -> ScoreTable:
-            key = (content, text, asked.calibration_samples, *ways)
-            return tables.setdefault(key, ScoreTable())
-
         device = request.device()
         if asked.calibration is not None:
             tell_device(device)
@@ -191,22 +171,21 @@ class Stored(LoadedModel):
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
         if asked.drop_layers is not None:
-            decides = (tokenizer, known("influence"), device)
-            depth = depth_in_memory(model, asked, *decides)
+            depth = depth_in_memory(model, asked, tokenizer, device, content)
             widths = widths.without_layers(depth)
         plan = widths.plan(asked)
         request = dataclasses.replace(request, widths=widths, plan=plan)
-        kept = plan.depth and plan.depth.kept
-        ways = (plan.criterion, plan.seed, kept)
+        if content is not None and plan.depth is not None:
+            content = (content, plan.depth.kept)
         samples: Any = asked.calibration_samples
         return cls(
             model,
             tokenizer,
-            known(*ways),
             asked.calibration,
             samples,
             plan.seed,
             device,
+            content,
             request=request,
             rounded=rounded,
         )
@@ -230,26 +209,6 @@ class Stored(LoadedModel):
         widths = self.request.widths
         model = self.request.placed(self.narrowed(), widths, self.rounded)
         return finished(model, widths)
-
-    def losses(
-        self,
-        text: CalibrationText,
-        criterion: str,
-        removed: Sequence[Fraction],
-        repair: str = NO_REPAIR,
-    ) -> Sensitivity:
-        """Return the losses with one layer cut at a time, looked up in the user's cache."""
-        given = (self.model, self.tokenizer, str(self.calibration), self.samples)
-        return cached_losses(
-            self.request,
-            lambda: super(Stored, self).losses(text, criterion, removed, repair),
-            functools.partial(CalibrationText.of, *given),
-            text,
-            criterion,
-            self.seed if criterion == RANDOM else None,
-            removed,
-            repair,
-        )
 
 
 def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

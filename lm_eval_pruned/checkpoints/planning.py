@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
-    from lm_eval_pruned.pruning.measuring import KnownScores
 
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
@@ -155,22 +154,21 @@ def plan_rows(
     planned = requests_for(shipped or pretrained)
     if shipped and any(map(_needs_weights, planned)):
         planned = requests_for(pretrained)
-    known: KnownScores = {}
-    return [_row(request, known) for request in planned]
+    return [*map(_row, planned)]
 
 
 def _needs_weights(request: LoadRequest) -> bool:
     return request.plan.is_open or request.prune_arguments.measures_depth
 
 
-def _row(request: LoadRequest, known: KnownScores) -> PlanRow:
-    """Describe what becomes of a model; `known` takes what its weights or text tell."""
+def _row(request: LoadRequest) -> PlanRow:
+    """Describe what becomes of a model."""
     plan = request.plan
     if _needs_weights(request):
         from lm_eval_pruned.checkpoints.load import Stored
 
         request.check_text()
-        stored = Stored.of(request, known_scores=known)
+        stored = Stored.of(request)
         plan, request = stored.settled(), stored.request
     widths = request.widths
     after = widths.count_parameters(widths.targets(plan))

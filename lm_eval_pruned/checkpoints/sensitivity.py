@@ -1,13 +1,10 @@
-"""Sensitivity of a checkpoint: its loss curves, measured once and kept in the user's cache."""
+"""Sensitivity of a checkpoint: what the loss becomes when a single layer is cut."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
+import dataclasses
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.checkpoints.default_model import cache_folder
 from lm_eval_pruned.pruning.argument_values import (
     LEAST_SQUARES,
     NO_REPAIR,
@@ -23,32 +20,26 @@ from lm_eval_pruned.pruning.calibration import (
 )
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
-    CRITERIA,
     OBS,
     RANDOM,
     canonical_name,
 )
-from lm_eval_pruned.pruning.curves import Sensitivity, read_sensitivity
+from lm_eval_pruned.pruning.curves import Sensitivity
 from lm_eval_pruned.pruning.measuring import (
     LENGTH,
     LoadedModel,
-    ScoreTable,
     check_weights,
     samples_for_losses,
 )
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from fractions import Fraction
+    from collections.abc import Iterable
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.pruning.arguments import Number
-
-#: Part of the name of a cached curve; raise it when they are measured in another way.
-_MEASURE = 2
 
 
 def measure_sensitivity(
@@ -119,26 +110,18 @@ def measure_sensitivity(
     if skeleton.config.is_encoder_decoder or names.keys() & {*ACTIVITY}:
         check_observable(skeleton)
     tokenizer = tokenizer or request.load_tokenizer()
-    read = functools.partial(CalibrationText.of, skeleton, tokenizer, calibration)
-    text, known = read(samples, length, shortest=2), ScoreTable()
+    text = CalibrationText.of(skeleton, tokenizer, calibration, samples, length, 2)
+    model, *_ = request.load_stored()
+    check_weights(model)
     # As where a model is pruned.
     seen: int | None = samples if repair == NO_REPAIR else calibration_samples
-
-    @functools.cache
-    def load() -> PreTrainedModel:
-        model, *_ = request.load_stored()
-        check_weights(model)
-        return model
-
-    def measure(criterion: str, seed: int | None) -> Sensitivity:
-        text_of = (tokenizer, known, calibration, seen)
-        loaded = LoadedModel(load(), *text_of, seed or 0, device)
-        return loaded.losses(text, criterion, shares, repair)
-
+    loaded = LoadedModel(
+        *(model, tokenizer, calibration, seen, 0, device, request.content_key())
+    )
     parts = []
-    for way in ways:
-        given = request, functools.partial(measure, *way), functools.partial(read, seen)
-        parts.append(cached_losses(*given, text, *way, shares, repair))
+    for name, seed in ways:
+        drawing = loaded if seed is None else dataclasses.replace(loaded, seed=seed)
+        parts.append(drawing.losses(text, name, shares, repair))
     curves = tuple(curve for part in parts for curve in part.curves)
     return Sensitivity(
         *(request.pretrained, parts[0].loss, curves),
@@ -146,34 +129,3 @@ def measure_sensitivity(
         repair=repair,
         device=parts[0].device,
     )
-
-
-def cached_losses(
-    request: LoadRequest,
-    measure: Callable[[], Sensitivity],
-    read: Callable[[], CalibrationText],
-    text: CalibrationText,
-    criterion: str,
-    seed: int | None,
-    shares: Sequence[Fraction],
-    repair: str = NO_REPAIR,
-) -> Sensitivity:
-    """Return the curves by one criterion from the user's cache, else `measure` and keep them."""
-    content = request.content_key()
-    # Nothing tells whether the code of another package is still the same.
-    if content is None or criterion not in (OBS, RANDOM, *CRITERIA):
-        return measure()
-    reads = criterion in ACTIVITY or repair != NO_REPAIR
-    read_by = [text, read()] if reads else [text]
-    tokens = [[each.tolist() for each in text.tokens] for text in read_by]
-    after = "" if repair == NO_REPAIR else repair
-    key = (_MEASURE, content, repr(tokens), criterion, seed, shares, after)
-    name = hashlib.sha256(repr(key).encode()).hexdigest()
-    file = cache_folder() / "sensitivity" / f"{name}.json"
-    with contextlib.suppress(ValueError):
-        return read_sensitivity(file)
-    measured = measure()
-    # Without a cache that can be written, they are measured each time.
-    with contextlib.suppress(OSError):
-        measured.write(file)
-    return measured

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_eval_pruned.util.cache import Measured
+
     Text = str | list[dict[str, Any]]
 
 logger = logging.getLogger("lm_eval.pruned.calibration")
@@ -54,12 +56,36 @@ class NeuronActivity:
     summed_norms: Tensor
 
 
+_NORMS = ("norm", "summed_norms")
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The activity of each GLU-MLP by name, and `CalibrationText.as_dict` of the text."""
 
     measured_on: dict[str, Any]
     activity: Mapping[str, NeuronActivity]
+
+    def as_measured(self) -> Measured:
+        """Return it as `measured_once` keeps it."""
+        tensors = {
+            f"{name}.{norm}": getattr(activity, norm)
+            for name, activity in self.activity.items()
+            for norm in _NORMS
+        }
+        return tensors, self.measured_on
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, Tensor], measured_on: dict[str, Any]
+    ) -> Calibration:
+        """Make one of what `as_measured` returned."""
+        names = {name.rpartition(".")[0] for name in tensors}
+        activity = {
+            name: NeuronActivity(*(tensors[f"{name}.{norm}"] for norm in _NORMS))
+            for name in names
+        }
+        return cls(measured_on, activity)
 
 
 def read_texts(
@@ -163,6 +189,11 @@ class CalibrationText:
             tokens.append(torch.tensor([ids]))
         return cls(Path(file), tokens)
 
+    @property
+    def key(self) -> str:
+        """What identifies the file, the tokens and how many there are."""
+        return repr((self.as_dict(), [tokens.tolist() for tokens in self.tokens]))
+
     def as_dict(self) -> dict[str, Any]:
         """Return name and SHA-256 of the file, and the number of texts and tokens."""
         return {
@@ -227,22 +258,16 @@ def unless_cpu(device: torch.device) -> dict[str, str]:
     return {} if device.type == "cpu" else {"device": str(device)}
 
 
-def calibrate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    file: str,
-    samples: int | None = None,
-) -> Calibration:
+def calibrate(model: PreTrainedModel, text: CalibrationText) -> Calibration:
     """Run calibration text through an unpruned model and record what its neurons do.
 
-    Norms are float32 for a text, and their sums float64. Takes what `CalibrationText.of` takes.
+    Norms are float32 for a text, and their sums float64.
 
     Raises:
-        ValueError: The text cannot be used; or an activation is NaN or infinite.
+        ValueError: An activation is NaN or infinite.
         UnsupportedModelError: Activations cannot be observed in the model.
     """
     check_observable(model)
-    text = CalibrationText.of(model, tokenizer, file, samples)
     hooks: dict[nn.Module, Callable[..., None]] = {}
     # Of each MLP, over the texts, the sums of squared norms and of norms.
     sums: dict[str, Tensor] = {}
@@ -264,9 +289,13 @@ def calibrate(
             )
     on = text.as_dict() | unless_cpu(model.device)
     logger.info(
-        "Calibrated on %d texts (%d tokens) of %s.", on["texts"], on["tokens"], file
+        "Calibrated on %d texts (%d tokens) of %s.",
+        *(on["texts"], on["tokens"], text.path),
     )
-    found = {n: NeuronActivity(total[0].sqrt(), total[1]) for n, total in sums.items()}
+    found = {
+        n: NeuronActivity(total[0].sqrt(), total[1].clone())
+        for n, total in sums.items()
+    }
     return Calibration(on, found)
 
 

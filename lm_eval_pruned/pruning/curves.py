@@ -10,11 +10,14 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
 
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 #: What a file of curves says it is, and the version of its entries.
 FORMAT, VERSION = "lm-eval-pruned sensitivity", 1
@@ -91,6 +94,22 @@ class Sensitivity:
                 "infinite: use another dtype, such as dtype=float32, or other text."
             )
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Sensitivity:
+        """Make one of what `as_dict` returned.
+
+        Raises:
+            ValueError, LookupError, TypeError, AttributeError: It is none.
+        """
+        fields = dict(content)
+        if (fields.pop("format"), fields.pop("version")) != (FORMAT, VERSION):
+            raise ValueError(f"it is not a file of {FORMAT}, version {VERSION}")
+        curves = [
+            LayerCurve(**curve | {n: tuple(curve[n]) for n in ("widths", "losses")})
+            for curve in fields.pop("curves")
+        ]
+        return cls(curves=tuple(curves), **fields)
+
     def curve(self, layer: int, criterion: str, seed: int | None = None) -> LayerCurve:
         """Return the curve of a layer by a criterion; `seed` is only for ``random``."""
         by_name = {(c.layer, c.criterion, c.seed): c for c in self.curves}
@@ -124,13 +143,7 @@ class Sensitivity:
 def read_sensitivity(file: str | Path) -> Sensitivity:
     """Read what `Sensitivity.write` wrote; raise ValueError where it is missing or damaged."""
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-        if (found.pop("format"), found.pop("version")) != (FORMAT, VERSION):
-            raise ValueError(f"it is not a file of {FORMAT}, version {VERSION}")
-        for each in found["curves"]:
-            each |= {name: tuple(each[name]) for name in ("widths", "losses")}
-        found["curves"] = tuple(LayerCurve(**each) for each in found["curves"])
-        return Sensitivity(**found)
+        return Sensitivity.of(json.loads(Path(file).read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} cannot be read as sensitivity curves ({error}): measure them again."

@@ -6,20 +6,21 @@ Both come from ordinary forward passes over calibration text, which hooks watch.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR
 from lm_eval_pruned.pruning.calibration import (
+    Calibration,
     CalibrationText,
     calibrate,
     read_texts,
@@ -28,6 +29,7 @@ from lm_eval_pruned.pruning.calibration import (
 )
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
+    CRITERIA,
     OBS,
     RANDOM,
     check_finite,
@@ -48,17 +50,25 @@ from lm_eval_pruned.pruning.layouts import (
     regions_by_parameter,
 )
 from lm_eval_pruned.pruning.repair import errors_after_repair
+from lm_eval_pruned.util.cache import measured_once
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Collection,
+        Hashable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import PruneArguments
-    from lm_eval_pruned.pruning.calibration import Calibration
     from lm_eval_pruned.pruning.layouts import GluMlp
+    from lm_eval_pruned.util.cache import Measured
 
 #: Shares of a layer's neurons to remove when its loss is measured, in percent.
 MEASURED_CUTS = (25, 50, 75, 87.5)
@@ -66,25 +76,28 @@ MEASURED_CUTS = (25, 50, 75, 87.5)
 LENGTH, SAMPLES = 128, 16
 
 
-@dataclass
-class ScoreTable:
-    """What was measured of one unpruned model; it outlives the load, as weights do not.
+#: Raise it where what is measured changes, so that what was kept before is measured anew.
+_VERSION = 3
 
-    Attributes:
-        scores: By criterion, seed and name of the GLU-MLP, shape (I,), float32, on the CPU.
-        calibration: The activity of neurons, for criteria that need it.
-        curves: The losses with one layer cut at a time, by the repair after it.
-        influence: Block influence of each layer, and what the results file says of its text.
+
+def kept(
+    content: Hashable | None,
+    device: torch.device,
+    what: Hashable,
+    measure: Callable[[], Measured],
+) -> Measured:
+    """Return what `measure` says of a model, from the user's cache where it is known.
+
+    Args:
+        content: What identifies the model; None if nothing does, so that it is measured.
+        device: Where text runs.
+        what: What is measured, and on which text.
+        measure: Measures it.
     """
-
-    scores: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)
-    calibration: Calibration | None = None
-    curves: dict[str, Sensitivity] = field(default_factory=dict)
-    influence: tuple[Sequence[float], Mapping[str, Any]] | None = None
-
-
-#: The tables of several loads, by what identifies the model, its text and what decides.
-KnownScores = dict[Hashable, ScoreTable]
+    if content is None:
+        return measure()
+    code = (_VERSION, torch.__version__, transformers.__version__)
+    return measured_once((*code, content, device.type, what), measure)
 
 
 def check_weights(model: PreTrainedModel, scored: Collection[str] = ()) -> None:
@@ -149,12 +162,12 @@ def depth_in_memory(
     model: PreTrainedModel,
     arguments: PruneArguments,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    known: ScoreTable | None = None,
     device: torch.device | None = None,
+    content: Hashable | None = None,
 ) -> Depth | None:
-    """Return which layers of a loaded model stay; `known` takes the influence that decides.
+    """Return which layers of a loaded model stay.
 
-    Text runs on `device`, by default where the model is.
+    Text runs on `device`, by default where the model is. `content` identifies the model for `kept`.
 
     Raises:
         ValueError: The layers or the text are wrong, or there is no tokenizer.
@@ -163,15 +176,19 @@ def depth_in_memory(
     layers = len(layers_of(model)[1])
     if not arguments.measures_depth:
         return Depth.of(arguments, layers)
-    known = known or ScoreTable()
-    if known.influence is None:
+    samples: Any = arguments.calibration_samples
+    text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
+
+    def measure() -> Measured:
         check_weights(model)
-        samples: Any = arguments.calibration_samples
-        text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
         with moved(model, device):
-            on = text.as_dict() | unless_cpu(model.device)
-            known.influence = block_influence(model, text.tokens), on
-    return Depth.of(arguments, layers, *known.influence)
+            influence = block_influence(model, text.tokens)
+            measured_on = text.as_dict() | unless_cpu(model.device)
+        return {"influence": torch.tensor(influence, dtype=torch.float64)}, measured_on
+
+    what = ("block influence", text.key)
+    tensors, measured_on = kept(content, device or model.device, what, measure)
+    return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
 
 
 def text_loss(model: PreTrainedModel, tokens: Tensor) -> float:
@@ -191,46 +208,43 @@ def samples_for_losses(file: str, samples: int | None) -> int:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What an unpruned model in memory says of its neurons and layers, each thing measured once.
+    """What an unpruned model in memory says of its neurons and layers.
 
     Attributes:
         model: The model.
         tokenizer: Its tokenizer; needed where text is read.
-        known: What was measured before; takes what is measured here.
         calibration: JSON Lines file of text.
         samples: How many of its texts to use; None for all.
         seed: Seed of the criterion ``random``.
         device: Where text runs; default: where the model is.
+        content: What identifies the model for `kept`, as it is: with the layers that it has.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    known: ScoreTable
     calibration: str | None
     samples: int | None
     seed: int
     device: torch.device | None = None
+    content: Hashable | None = None
 
     def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
-        known, activity = self.known, None
-        key = (criterion, self.seed if criterion == RANDOM else 0, mlp.name)
-        if key not in known.scores:
-            if criterion in ACTIVITY:
-                activity = self._calibrated().activity[mlp.name]
-            gate, up, down = (mlp.weight(each).contiguous() for each in NEURON_AXIS)
-            scores = score_neurons(
-                gate,
-                up,
-                criterion,
-                layer=mlp.layer,
-                seed=self.seed,
-                down=down,
-                activity=activity,
-                name=mlp.name,
-            )
-            known.scores[key] = scores.cpu()
-        return known.scores[key]
+        activity = None
+        if criterion in ACTIVITY:
+            activity = self.observed.activity[mlp.name]
+        gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
+        scores = score_neurons(
+            gate,
+            up,
+            criterion,
+            layer=mlp.layer,
+            seed=self.seed,
+            down=down,
+            activity=activity,
+            name=mlp.name,
+        )
+        return scores.cpu()
 
     def scores(
         self, criterion: str, mlps: Sequence[GluMlp] | None = None
@@ -239,19 +253,25 @@ class LoadedModel:
         mlps = find_glu_mlps(self.model) if mlps is None else mlps
         if mlps and criterion in ACTIVITY:
             # Text runs once, before threads ask for it.
-            self._calibrated()
+            _ = self.observed
         # Most of scoring does not hold the lock of the interpreter.
         with ThreadPoolExecutor() as pool:
-            found = pool.map(lambda mlp: self.score(mlp, criterion), mlps)
-            return {mlp.name: each for mlp, each in zip(mlps, found, strict=True)}
+            scores = pool.map(lambda mlp: self.score(mlp, criterion), mlps)
+            return {mlp.name: of for mlp, of in zip(mlps, scores, strict=True)}
 
-    def _calibrated(self) -> Calibration:
-        known = self.known
-        if known.calibration is None:
-            given = (self.tokenizer, str(self.calibration), self.samples)
+    @functools.cached_property
+    def observed(self) -> Calibration:
+        """What the neurons do on the calibration text."""
+        text = self.text()
+
+        def measure() -> Measured:
             with moved(self.model, self.device):
-                known.calibration = calibrate(self.model, *given)
-        return known.calibration
+                return calibrate(self.model, text).as_measured()
+
+        return Calibration.of(*self._kept(("activity", text.key), measure))
+
+    def _kept(self, what: Hashable, measure: Callable[[], Measured]) -> Measured:
+        return kept(self.content, self.device or self.model.device, what, measure)
 
     def text(self, samples: int | None = None, **bounds: int) -> CalibrationText:
         """Return calibration text, by default all that was asked for; see `CalibrationText.of`."""
@@ -260,13 +280,10 @@ class LoadedModel:
 
     def curves(self, criterion: str, repair: str = NO_REPAIR) -> Sensitivity:
         """Return the losses with one layer cut at a time by a criterion; see `losses`."""
-        if repair not in self.known.curves:
-            samples = samples_for_losses(str(self.calibration), self.samples)
-            text = self.text(samples, longest=LENGTH, shortest=2)
-            removed = [Fraction(str(share)) for share in MEASURED_CUTS]
-            measured = self.losses(text, criterion, removed, repair)
-            self.known.curves[repair] = dataclasses.replace(measured, **text.as_dict())
-        return self.known.curves[repair]
+        samples = samples_for_losses(str(self.calibration), self.samples)
+        text = self.text(samples, longest=LENGTH, shortest=2)
+        removed = [Fraction(str(share)) for share in MEASURED_CUTS]
+        return self.losses(text, criterion, removed, repair)
 
     def losses(
         self,
@@ -275,13 +292,34 @@ class LoadedModel:
         removed: Sequence[Fraction],
         repair: str = NO_REPAIR,
     ) -> Sensitivity:
-        """Measure the loss with a single layer cut by a criterion, for each layer and width.
+        """Return the loss with a single layer cut by a criterion, for each layer and width.
 
         Up to the layer that is cut, such a model is the unpruned one. So for every text the
         layers in front of it return what they returned in the unpruned model, and only the
         others compute. The loss of a token is float32, its sum float64. `removed` are shares of
         neurons, in percent. With `repair`, see `_repaired`.
         """
+        seed = self.seed if criterion == RANDOM else None
+        reads = criterion in ACTIVITY or repair != NO_REPAIR
+        read_by = self.text().key if reads else None
+        what = ("losses", text.key, criterion, seed, tuple(removed), repair, read_by)
+        # Nothing tells whether the code of another package is still the same.
+        foreign = criterion not in (OBS, RANDOM, *CRITERIA)
+        content = None if foreign else self.content
+
+        def measure() -> Measured:
+            return {}, self._losses(text, criterion, removed, repair).as_dict()
+
+        device = self.device or self.model.device
+        return Sensitivity.of(kept(content, device, what, measure)[1])
+
+    def _losses(
+        self,
+        text: CalibrationText,
+        criterion: str,
+        removed: Sequence[Fraction],
+        repair: str,
+    ) -> Sensitivity:
         model, held = self.model, self._held()
         before = {n: mlps[0].width for n, mlps in held.items()}
         widths = {

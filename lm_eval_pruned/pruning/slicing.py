@@ -33,7 +33,6 @@ from lm_eval_pruned.pruning.layouts import (
 )
 from lm_eval_pruned.pruning.measuring import (
     LoadedModel,
-    ScoreTable,
     check_weights,
     depth_in_memory,
 )
@@ -118,9 +117,7 @@ def prune_loaded(
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
     plan = widths.plan(arguments)
     samples: Any = arguments.calibration_samples
-    evidence = LoadedModel(
-        model, tokenizer, ScoreTable(), arguments.calibration, samples, plan.seed
-    )
+    evidence = LoadedModel(model, tokenizer, arguments.calibration, samples, plan.seed)
     return finished(carry_out(evidence, plan, widths), widths)
 
 
@@ -168,8 +165,8 @@ def carry_out(
                 if asked.repair != NO_REPAIR:
                     repaired = done
                 calibration = text.as_dict() | unless_cpu(device)
-            elif plan.criterion in CALIBRATED and evidence.known.calibration:
-                calibration = evidence.known.calibration.measured_on
+            elif plan.criterion in CALIBRATED and scores:
+                calibration = evidence.observed.measured_on
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]
             # Copying holds no lock of the interpreter either: without threads, a load of a 1B

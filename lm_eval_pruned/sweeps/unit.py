@@ -20,7 +20,7 @@ from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
-from lm_eval_pruned.sweeps.plan import MODELS, OF_MODEL, Unit
+from lm_eval_pruned.sweeps.plan import OF_MODEL, Unit
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.tracking import check_tracking, report
 
@@ -28,7 +28,6 @@ from lm_eval_pruned.sweeps.tracking import check_tracking, report
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.sweeps.plan import Configuration, Sweep
 
     #: A unit, the folder of its files, its seconds, and None or what it failed with.
@@ -51,7 +50,7 @@ def _quiet_git() -> Iterator[None]:
 
 
 class UnitRunner:
-    """Evaluates units, holding one model at a time, and the scores of all neurons.
+    """Evaluates units, holding one model at a time.
 
     `part` separates the cache files of parallel processes. Once its `device_failed`, a process
     cannot evaluate anything else.
@@ -63,7 +62,6 @@ class UnitRunner:
         self._holds: Configuration | None = None
         # The model, or what loading it raised.
         self._lm: Any = None
-        self._known_scores: KnownScores = {}
         self.device_failed = False
 
     def attempt(self, unit: Unit, folder: Path) -> tuple[float, dict[str, str] | None]:
@@ -119,8 +117,6 @@ class UnitRunner:
                     sweep.heal(configuration)
                     release_memory()
                 kind = configuration.floor or sweep.model
-                if kind in MODELS:
-                    more["known_scores"] = self._known_scores
                 load = get_model(kind).create_from_arg_obj
                 self._lm = load(sweep.model_args(configuration), more)
             except Exception as error:  # noqa: BLE001

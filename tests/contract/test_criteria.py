@@ -220,3 +220,40 @@ def test_the_results_file_records_the_text(tiny_llama, text, tmp_path):
         "texts": 2,
         "tokens": sum(map(len, TEXTS)),
     }
+
+
+# What text says of a checkpoint is kept in XDG_CACHE_HOME/lm-eval-pruned/measured
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lm-eval-pruned" / "measured"
+
+
+def test_other_sizes_and_later_runs_read_what_text_says(tiny_llama, text, measured):
+    asked = {"criterion": "act", "calibration": text}
+    first = digest(tiny_llama, **asked)
+    (file,) = measured.iterdir()
+    written = file.stat().st_mtime_ns
+    load_pruned(str(tiny_llama), prune_percent=20, dtype="bfloat16", **asked)
+    assert digest(tiny_llama, **asked) == first
+    assert [each.stat().st_mtime_ns for each in measured.iterdir()] == [written]
+
+
+def test_the_folder_may_be_deleted(tiny_llama, text, measured):
+    asked = {"criterion": "act", "calibration": text}
+    first = digest(tiny_llama, **asked)
+    shutil.rmtree(measured)
+    assert digest(tiny_llama, **asked) == first
+    assert len([*measured.iterdir()]) == 1
+
+
+def test_other_text_and_another_checkpoint_are_measured(
+    tiny_llama, text, measured, tmp_path
+):
+    asked = {"criterion": "act", "calibration": text}
+    digest(tiny_llama, **asked)
+    digest(tiny_llama, **asked, calibration_samples=1)
+    digest(save_tiny(tmp_path / "other", seed=1), **asked)
+    assert len([*measured.iterdir()]) == 3

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.pruning.calibration import calibrate, read_texts
+from lm_eval_pruned.pruning.calibration import CalibrationText, calibrate, read_texts
 from lm_eval_pruned.pruning.criteria import ACTIVITY, CALIBRATED
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import byte_tokenizer
@@ -45,9 +45,9 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
     model, tokenizer, file = load_pruned(str(tiny_llama)), byte_tokenizer(), "a.jsonl"
     file = tmp_path / file
     file.write_text(json.dumps({"messages": chat}) + "\n\n")
-    observed = calibrate(model, tokenizer, str(file))
+    observed = calibrate(model, CalibrationText.of(model, tokenizer, str(file)))
     write_texts(file, [tokenizer.apply_chat_template(chat, tokenize=False)])
-    again = calibrate(model, tokenizer, str(file))
+    again = calibrate(model, CalibrationText.of(model, tokenizer, str(file)))
     assert observed.measured_on["tokens"] == again.measured_on["tokens"]
     for name, activity in observed.activity.items():
         assert torch.equal(activity.norm, again.activity[name].norm)

@@ -1,0 +1,72 @@
+"""What takes long to measure, kept in the user's cache: one file for each key.
+
+A file holds tensors and facts, and reading it runs nothing. It appears whole or not at all, so any
+number of processes may share the folder; whoever deletes it has everything measured anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.util.atomic import write_atomically
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+    from torch import Tensor
+
+    #: Tensors by name, on the CPU, and facts of JSON types by name.
+    Measured = tuple[dict[str, Tensor], dict[str, Any]]
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.cache")
+
+
+def cache_folder() -> Path:
+    """Return this package's folder in the user's cache (XDG base directory specification)."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(root, "lm-eval-pruned")
+
+
+def measured_once(key: Hashable, measure: Callable[[], Measured]) -> Measured:
+    """Return what `measure` returned when it was called with the same key, or call it.
+
+    Args:
+        key: Everything on which the result depends; its `repr` is compared.
+        measure: What takes long.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+
+    name = hashlib.sha256(repr(key).encode()).hexdigest()
+    file = cache_folder() / "measured" / f"{name}.safetensors"
+    with (
+        contextlib.suppress(OSError, SafetensorError, ValueError, LookupError),
+        safe_open(file, "pt") as opened,
+    ):
+        facts = json.loads(opened.metadata()["facts"])
+        return {name: opened.get_tensor(name) for name in opened.keys()}, facts
+    tensors, facts = measure()
+    try:
+        write_atomically(file, save(tensors, {"facts": json.dumps(facts)}))
+    except OSError as error:
+        _tell_unwritable(file.parent, str(error))
+    return tensors, facts
+
+
+@functools.cache
+def _tell_unwritable(folder: Path, why: str) -> None:
+    logger.warning(
+        "%s cannot be written (%s), so what text says of a model is measured by each load: set "
+        "XDG_CACHE_HOME to a writable folder.",
+        folder,
+        why,
+    )

@@ -1,0 +1,141 @@
+"""What text says of a model is measured once, and read from the user's cache by later loads."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.checkpoints.planning import plan_rows
+from lm_eval_pruned.pruning import measuring
+from lm_eval_pruned.pruning.criteria import ACTIVITY
+from lm_eval_pruned.util import cache
+from tests.helpers.checkpoints import byte_tokenizer, edit_config, save_tiny
+from tests.helpers.ways_to_load import assert_same_model, write_texts
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return {"calibration": write_texts(tmp_path / "texts.jsonl")}
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Count what is computed: passes of text, by what they are for."""
+    passes: Counter[str] = Counter()
+    for module, name in (
+        (measuring, "calibrate"),
+        (measuring, "block_influence"),
+        (measuring.LoadedModel, "_losses"),
+    ):
+        original = getattr(module, name)
+
+        def counted(*args, run=original, what=name, **named):
+            passes[what] += 1
+            return run(*args, **named)
+
+        monkeypatch.setattr(module, name, counted)
+    return passes
+
+
+ACT = {"ratio": 1, "criterion": "act"}
+DEPTH = {"drop_by": "block_influence"}
+SHARED = {"ratio": 2, "criterion": "act", "allocation": "sensitivity"}
+#: Loads, and how often text runs for them.
+LOADS = [
+    *(
+        ([{"prune_percent": n, "criterion": name} for n in (10, 40)], {"calibrate": 1})
+        for name in ACTIVITY
+    ),
+    ([DEPTH | {"drop_layers": count} for count in (1, 2)], {"block_influence": 1}),
+    # The neurons of a model with fewer layers do something else.
+    ([ACT | {"drop_layers": count} for count in (1, 2, 1)], {"calibrate": 2}),
+    (
+        [ACT | {"dtype": dtype} for dtype in (torch.bfloat16, torch.float16)],
+        {"calibrate": 1},
+    ),
+    (
+        [SHARED, SHARED | {"ratio": 1}, SHARED | {"repair": "least_squares"}],
+        {"calibrate": 1, "_losses": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize(("loads", "expected"), LOADS)
+def test_several_sizes_are_measured_once(
+    loads, expected, tiny_llama, work, text, tmp_path, monkeypatch
+):
+    models = [load_pruned(str(tiny_llama), **asked, **text) for asked in loads]
+    assert work == expected
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    alone = load_pruned(str(tiny_llama), **loads[-1], **text)
+    assert_same_model(models[-1], alone)
+    assert models[-1].prune_record.as_dict() == alone.prune_record.as_dict()
+
+
+def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, text, work):
+    plan_rows(str(tiny_llama), "drop_layers", [1, 2], **DEPTH, **text)
+    assert work == {"block_influence": 1}
+    sizes = (str(tiny_llama), "prune_percent", [20, 40])
+    rows = plan_rows(*sizes, criterion="act", allocation="sensitivity", **text)
+    assert (work["calibrate"], work["_losses"]) == (1, 1)
+    assert all(row.layer_widths for row in rows)
+    alike = [row.parameters for row in plan_rows(*sizes)]
+    assert [row.parameters for row in rows] == alike
+
+
+def _other_weights(folder, text):
+    save_tiny(folder, seed=1)
+
+
+def _other_config(folder, text):
+    edit_config(folder, rms_norm_eps=0.5)
+
+
+def _other_text(folder, text):
+    write_texts(text, ["Other words.", "And more of them."])
+
+
+def _fewer_texts(folder, text):
+    return {"calibration_samples": 1}
+
+
+def _damaged(folder, text):
+    (file,) = (cache.cache_folder() / "measured").iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    "change", [_other_weights, _other_config, _other_text, _fewer_texts, _damaged]
+)
+def test_what_may_differ_is_measured_anew(change, text, work, tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    load_pruned(str(folder), **ACT, **text)
+    asked = change(folder, tmp_path / "texts.jsonl") or {}
+    load_pruned(str(folder), **ACT, **text, **asked)
+    assert work == {"calibrate": 2}
+
+
+def test_a_model_in_memory_is_measured_each_time(tiny_llama, text, work):
+    for _ in range(2):
+        model = load_pruned(str(tiny_llama))
+        prune_model(model, tokenizer=byte_tokenizer(), **ACT, **text)
+    assert work == {"calibrate": 2}
+    assert not cache.cache_folder().exists()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error_and_is_told_once(
+    tiny_llama, text, work, tmp_path, monkeypatch, caplog
+):
+    cache._tell_unwritable.cache_clear()
+    # A file where the folder would be, as even root cannot make it then.
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    first, second = (load_pruned(str(tiny_llama), **ACT, **text) for _ in range(2))
+    assert first.prune_record.digest == second.prune_record.digest
+    assert work == {"calibrate": 2}
+    (message,) = (line for line in caplog.messages if "cannot be written" in line)
+    assert "set XDG_CACHE_HOME to a writable folder" in message
