@@ -14,7 +14,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from lm_eval_pruned.util.cache import Measured
 
     Text = str | list[dict[str, Any]]
 
@@ -56,36 +54,20 @@ class NeuronActivity:
     summed_norms: Tensor
 
 
-_NORMS = ("norm", "summed_norms")
+class Calibration(NamedTuple):
+    """What the neurons of a model do on some text, as `measured_once` keeps it.
 
+    Attributes:
+        norms: By name of the GLU-MLP, shape (2, I), float64: those of `NeuronActivity`.
+        measured_on: `CalibrationText.as_dict` of the text, and the device unless it is the CPU.
+    """
 
-@dataclass(frozen=True)
-class Calibration:
-    """The activity of each GLU-MLP by name, and `CalibrationText.as_dict` of the text."""
-
+    norms: dict[str, Tensor]
     measured_on: dict[str, Any]
-    activity: Mapping[str, NeuronActivity]
 
-    def as_measured(self) -> Measured:
-        """Return it as `measured_once` keeps it."""
-        tensors = {
-            f"{name}.{norm}": getattr(activity, norm)
-            for name, activity in self.activity.items()
-            for norm in _NORMS
-        }
-        return tensors, self.measured_on
-
-    @classmethod
-    def of(
-        cls, tensors: Mapping[str, Tensor], measured_on: dict[str, Any]
-    ) -> Calibration:
-        """Make one of what `as_measured` returned."""
-        names = {name.rpartition(".")[0] for name in tensors}
-        activity = {
-            name: NeuronActivity(*(tensors[f"{name}.{norm}"] for norm in _NORMS))
-            for name in names
-        }
-        return cls(measured_on, activity)
+    def activity(self, name: str) -> NeuronActivity:
+        """Return what the neurons of a GLU-MLP do."""
+        return NeuronActivity(*self.norms[name])
 
 
 def read_texts(
@@ -292,11 +274,9 @@ def calibrate(model: PreTrainedModel, text: CalibrationText) -> Calibration:
         "Calibrated on %d texts (%d tokens) of %s.",
         *(on["texts"], on["tokens"], text.path),
     )
-    found = {
-        n: NeuronActivity(total[0].sqrt(), total[1].clone())
-        for n, total in sums.items()
-    }
-    return Calibration(on, found)
+    for total in sums.values():
+        total[0].sqrt_()
+    return Calibration(sums, on)
 
 
 def check_observable(

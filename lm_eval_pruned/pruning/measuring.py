@@ -232,7 +232,7 @@ class LoadedModel:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
         activity = None
         if criterion in ACTIVITY:
-            activity = self.observed.activity[mlp.name]
+            activity = self.observed.activity(mlp.name)
         gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
         scores = score_neurons(
             gate,
@@ -266,9 +266,9 @@ class LoadedModel:
 
         def measure() -> Measured:
             with moved(self.model, self.device):
-                return calibrate(self.model, text).as_measured()
+                return calibrate(self.model, text)
 
-        return Calibration.of(*self._kept(("activity", text.key), measure))
+        return Calibration(*self._kept(("activity", text.key), measure))
 
     def _kept(self, what: Hashable, measure: Callable[[], Measured]) -> Measured:
         return kept(self.content, self.device or self.model.device, what, measure)

@@ -49,8 +49,8 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
     write_texts(file, [tokenizer.apply_chat_template(chat, tokenize=False)])
     again = calibrate(model, CalibrationText.of(model, tokenizer, str(file)))
     assert observed.measured_on["tokens"] == again.measured_on["tokens"]
-    for name, activity in observed.activity.items():
-        assert torch.equal(activity.norm, again.activity[name].norm)
+    for name, norms in observed.norms.items():
+        assert torch.equal(norms[0], again.norms[name][0])
 
 
 def test_long_texts_are_cut_at_the_models_positions(tmp_path, text):
