@@ -18,8 +18,6 @@ COMMANDS = {
     "prune": "write a pruned model as an ordinary checkpoint",
     "heal": "train a pruned model again: an adapter, or all weights",
 }
-#: As in the metadata of the package.
-DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
 #: The extra that brings a package which not every command needs, by the name it is imported by.
 EXTRAS = {"altair": "report", "vl_convert": "report", "gguf": "demo"}
 EXTRAS |= {"ray": "ray", "vllm": "vllm"}
@@ -58,7 +56,6 @@ def parser():
         prog="lm-eval-pruned",
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
-        epilog=f"Documentation: {DOCUMENTATION}",
     )
     every.add_argument(
         "--version", action=Version, nargs=0, help="show the version and exit"
@@ -67,7 +64,6 @@ def parser():
     for name, about in COMMANDS.items():
         module = import_module(f"lm_eval_pruned.cli.{name}")
         command = commands.add_parser(name, help=about, description=module.__doc__)
-        command.epilog = every.epilog
         add_options(command, module.OPTIONS)
         command.set_defaults(run=module.run)
     return every

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
-from importlib.metadata import metadata, version
+from importlib.metadata import version
 from unittest.mock import MagicMock
 
 import pytest
@@ -49,12 +49,6 @@ def test_the_version_is_the_installed_one(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"lm-eval-pruned {version('lm-eval-pruned')}\n"
-
-
-def test_help_leads_to_the_documentation():
-    urls = metadata("lm-eval-pruned").get_all("Project-URL")
-    assert f"Documentation, {cli.DOCUMENTATION}" in urls
-    assert cli.DOCUMENTATION in cli.parser().epilog
 
 
 def test_another_module_that_is_missing_is_a_mistake_to_be_shown(monkeypatch):
