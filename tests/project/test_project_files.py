@@ -54,7 +54,13 @@ def test_a_relative_link_names_a_file_of_the_repository():
 
 def test_only_the_metadata_says_where_the_repository_lives():
     address = re.compile(r"lm-eval-pruned/lm-eval-pruned|lm-eval-pruned\.github\.io")
-    found = ("*.*", "docs/**/*.*", "tasks/**/*.*", ".github/**/*.*", "lm_eval_pruned/**/*.py")
+    found = (
+        "*.*",
+        "docs/**/*.*",
+        "tasks/**/*.*",
+        ".github/**/*.*",
+        "lm_eval_pruned/**/*.py",
+    )
     files = {path for pattern in found for path in ROOT.glob(pattern) if path.is_file()}
     text = {".cff", ".cfg", ".ini", ".ipynb", ".md", ".py", ".toml", ".yaml", ".yml"}
     named = {
