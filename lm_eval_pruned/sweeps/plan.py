@@ -30,9 +30,8 @@ from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.results.files import MISMATCHED
-from lm_eval_pruned.results.runs import ADAPTERS, FLOOR
+from lm_eval_pruned.results.runs import FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
-from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
 
 
@@ -68,7 +67,6 @@ class Configuration:
     Attributes:
         id: Readable and unique, such as ``ratio-2.4``.
         arguments: What prunes it, such as ``{"ratio": 2.4}``; empty for the baseline.
-        healed: Whether it is trained again before it is evaluated.
         floor: The type of a model that knows nothing, and is evaluated beside the sweep's.
     """
 
@@ -78,7 +76,6 @@ class Configuration:
     expansion_ratio: float = 0.0
     parameters: int = 0
     reduction: float = 0.0
-    healed: bool = False
     floor: str = ""
 
 
@@ -110,8 +107,7 @@ class Unit(NamedTuple):
 class Sweep:
     """A sweep as planned from `options.read_options`: nothing is loaded, nothing is evaluated.
 
-    The unpruned `baseline` is the first of the `configurations`. Behind each pruned one, where the
-    sweep has `healing`, is the same trained again.
+    The unpruned `baseline` is the first of the `configurations`.
 
     Raises:
         ValueError: A size, criterion, model type, task or setting cannot be used.
@@ -135,7 +131,7 @@ class Sweep:
         self.settings = harness_settings(options, self.model, arguments)
         self._base = self.settings.model_args
         self.configurations = _configurations(options, self._base)
-        self.baseline, *pruned = self.configurations
+        self.baseline = self.configurations[0]
         wanted = options.get("floors", True)
         self.floors: Sequence[Configuration] = FLOORS if wanted else ()
         if wanted == MISMATCHED:
@@ -146,13 +142,6 @@ class Sweep:
                 )
             name, asked = f"{FLOOR}mismatched-questions", {MISMATCHED: True}
             self.floors = (*FLOORS, replace(self.baseline, id=name, arguments=asked))
-        self.healing = SweepHealing(options, pruned) if "heal" in options else None
-        if self.healing is not None:
-            # What is wrong with one size is wrong with all that are asked for alike.
-            for each in {tuple(each.arguments): each for each in pruned}.values():
-                self.healing.check(self._trained(each), Path(options["output_path"]))
-            both = [(c, replace(c, id=f"{c.id}_healed", healed=True)) for c in pruned]
-            self.configurations[1:] = itertools.chain(*both)
         self._manager = of_tasks.index_tasks(self.settings.include_path)
         self.tasks = of_tasks.resolve_tasks(options["tasks"], self._manager)
 
@@ -174,24 +163,9 @@ class Sweep:
 
     def model_args(self, configuration: Configuration) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
-        arguments = self._pruned(configuration)
-        if configuration.healed:
-            arguments["peft"] = str(self.adapter(configuration))
-        return arguments
-
-    def adapter(self, configuration: Configuration) -> Path:
-        """Return where the adapter of a healed configuration lies, once it was trained."""
-        definition = self.model_definition(configuration)
-        del definition["model"]
-        definition["model_args"] = self._described(self._trained(configuration))
-        folder = Path(self.options["output_path"], ADAPTERS, configuration.id)
-        return folder / of_tasks.fingerprint(definition)[:16]
-
-    def heal(self, configuration: Configuration) -> None:
-        """Train the adapter of a healed configuration, unless it is there."""
-        assert self.healing is not None
-        place = self.adapter(configuration)
-        self.healing.train(self._trained(configuration), place, self.settings.device)
+        if configuration.floor:
+            return configuration.arguments
+        return of_pruning.without_idle({**self._base, **configuration.arguments})
 
     def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
@@ -214,14 +188,11 @@ class Sweep:
         """Return everything that decides which model a configuration is."""
         if kind := configuration.floor:
             return {"model": kind, "model_args": configuration.arguments}
-        definition = {
+        return {
             "model": self.model,
-            "model_args": self._described(self._pruned(configuration)),
+            "model_args": self._described(self.model_args(configuration)),
             "sources": self.sources,
         }
-        if configuration.healed and self.healing is not None:
-            definition["healing"] = self.healing.definition()
-        return definition
 
     def definition(
         self, configuration: Configuration, task: of_tasks.SweepTask
@@ -260,15 +231,6 @@ class Sweep:
             ],
             "tasks": [each.name for each in self.tasks],
         }
-
-    def _pruned(self, configuration: Configuration) -> dict[str, Any]:
-        if configuration.floor:
-            return configuration.arguments
-        return of_pruning.without_idle({**self._base, **configuration.arguments})
-
-    def _trained(self, configuration: Configuration) -> dict[str, Any]:
-        arguments = {**model_source(self._base), **self._pruned(configuration)}
-        return training_arguments(self.model, arguments)
 
     def _described(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return arguments of the model without what decides nothing, files by their content."""

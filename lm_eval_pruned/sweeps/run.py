@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.results import runs as layout
 from lm_eval_pruned.sweeps.checks import check_files, check_installed
 from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
-from lm_eval_pruned.sweeps.options import refuse_ray
 from lm_eval_pruned.sweeps.plan import Sweep, Unit, model_source
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
@@ -69,7 +68,11 @@ def run_sweep(
     shared = shard == "next"
     name = f"shard{fixed[0]}of{fixed[1]}" if fixed else ""
     if shared:
-        refuse_ray("--shard next", options)
+        if options.get("ray"):
+            raise ValueError(
+                "--shard next needs the sweep's folder in the one process that evaluates: leave out "
+                "--ray or --shard next, or split the sweep with --shard I/N."
+            )
         name = f"shard_{os.environ.get('SLURM_ARRAY_TASK_ID') or uuid.uuid4().hex[:8]}"
     part = f"_{name}" if name else ""
     folder = SweepFolder(options["output_path"])

@@ -63,7 +63,6 @@ class OneModel(Sweep):
         which = {"model": self.model, "model_args": self._base, "log_samples": True}
         self.options = {**options, **which}
         self.settings = harness_settings(self.options, self.model, self._base)
-        self.healing = None
         self.baseline = Configuration(name, {}, 0, 0.0, 0, 0.0)
         self.configurations = [self.baseline]
         # The base's tell what knowing nothing gives; the candidate answers the same documents.
