@@ -12,7 +12,7 @@ import functools
 import itertools
 import operator
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,46 +104,45 @@ class Unit(NamedTuple):
         return self.configuration.id, self.task.name
 
 
+@dataclass(eq=False)
 class Sweep:
-    """A sweep as planned from `options.read_options`: nothing is loaded, nothing is evaluated.
+    """Configurations by tasks: nothing is loaded, nothing is evaluated.
 
-    The unpruned `baseline` is the first of the `configurations`.
+    Attributes:
+        options: As `options.read_options` returns them.
+        settings: What the harness and the model type read of them; see `harness_settings`.
+        configurations: Models of one type, `baseline` first.
+        floors: Models that know nothing, evaluated beside them.
+        keeps_earlier: Whether units of earlier commands in the folder stay part of it; see
+            `folder.with_earlier`.
+        shows_tracebacks: Whether the log says how a unit failed; ``error.json`` always does.
+        tasks: What every configuration is evaluated on.
 
     Raises:
-        ValueError: A size, criterion, model type, task or setting cannot be used.
-        OSError: The model's config cannot be read.
+        ValueError: A task cannot be used.
     """
 
-    #: Whether the log says how a unit failed; ``error.json`` always does.
-    shows_tracebacks = True
-    #: Whether units of earlier commands in the folder stay part of it; see `folder.with_earlier`.
-    keeps_earlier = True
+    options: dict[str, Any]
+    settings: EvaluatorConfig
+    configurations: Sequence[Configuration]
+    floors: Sequence[Configuration] = FLOORS
+    keeps_earlier: bool = True
+    shows_tracebacks: bool = True
+    tasks: list[of_tasks.SweepTask] = field(init=False)
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-        self.model: str = options.get("model", MODELS[0])
-        if self.model not in MODELS:
-            raise ValueError(
-                f"model={self.model} is not a model type that prunes: pass {' or '.join(MODELS)}."
-            )
-        arguments = dict(options.get("model_args") or {})
-        _check_names(arguments, self.model)
-        self.settings = harness_settings(options, self.model, arguments)
-        self._base = self.settings.model_args
-        self.configurations = _configurations(options, self._base)
-        self.baseline = self.configurations[0]
-        wanted = options.get("floors", True)
-        self.floors: Sequence[Configuration] = FLOORS if wanted else ()
-        if wanted == MISMATCHED:
-            if self.model != MODELS[0]:
-                raise ValueError(
-                    f"floors={MISMATCHED} needs the model type {MODELS[0]}, and this sweep has "
-                    f"model={self.model}: pass --floors true."
-                )
-            name, asked = f"{FLOOR}mismatched-questions", {MISMATCHED: True}
-            self.floors = (*FLOORS, replace(self.baseline, id=name, arguments=asked))
+    def __post_init__(self) -> None:
         self._manager = of_tasks.index_tasks(self.settings.include_path)
-        self.tasks = of_tasks.resolve_tasks(options["tasks"], self._manager)
+        self.tasks = of_tasks.resolve_tasks(self.options["tasks"], self._manager)
+
+    @property
+    def model(self) -> str:
+        """The model type of the configurations."""
+        return self.settings.model
+
+    @property
+    def baseline(self) -> Configuration:
+        """What the other configurations are compared with."""
+        return self.configurations[0]
 
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
         """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""
@@ -165,7 +164,9 @@ class Sweep:
         """Return the arguments that ``lm_eval --model_args`` would take."""
         if configuration.floor:
             return configuration.arguments
-        return of_pruning.without_idle({**self._base, **configuration.arguments})
+        return of_pruning.without_idle(
+            {**self.settings.model_args, **configuration.arguments}
+        )
 
     def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
@@ -177,9 +178,9 @@ class Sweep:
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, str | None]]:
         """What the model is made from: content hashes of folders, commits on the Hub."""
-        named = {**model_source(self._base), **self._base}
+        named = {**model_source(self.settings.model_args), **self.settings.model_args}
         return {
-            argument: _source(str(named[argument]), file, self._base)
+            argument: _source(str(named[argument]), file, self.settings.model_args)
             for argument, file in SOURCES.items()
             if named.get(argument)
         }
@@ -243,6 +244,35 @@ class Sweep:
         if text.is_file():
             described["calibration"] = {"sha256": of_tasks.hash_file(text)}
         return described
+
+
+def plan_sweep(options: dict[str, Any]) -> Sweep:
+    """Plan a sweep over sizes, whose baseline is the unpruned model.
+
+    Raises:
+        ValueError: A size, criterion, model type, task or setting cannot be used.
+        OSError: The model's config cannot be read.
+    """
+    model = options.get("model", MODELS[0])
+    if model not in MODELS:
+        raise ValueError(
+            f"model={model} is not a model type that prunes: pass {' or '.join(MODELS)}."
+        )
+    arguments = dict(options.get("model_args") or {})
+    _check_names(arguments, model)
+    settings = harness_settings(options, model, arguments)
+    configurations = _configurations(options, settings.model_args)
+    wanted = options.get("floors", True)
+    floors = FLOORS if wanted else ()
+    if wanted == MISMATCHED:
+        if model != MODELS[0]:
+            raise ValueError(
+                f"floors={MISMATCHED} needs the model type {MODELS[0]}, and this sweep has "
+                f"model={model}: pass --floors true."
+            )
+        name, exchanged = f"{FLOOR}mismatched-questions", {MISMATCHED: True}
+        floors += (replace(configurations[0], id=name, arguments=exchanged),)
+    return Sweep(options, settings, configurations, floors)
 
 
 def model_source(base: dict[str, Any]) -> dict[str, Any]:

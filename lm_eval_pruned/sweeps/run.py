@@ -38,32 +38,29 @@ DONE, FAILED, TO_RUN = STATES = ("done", "failed", "to run")
 
 
 def run_sweep(
-    options: dict[str, Any],
+    sweep: Sweep,
     *,
     shard: tuple[int, int] | str | None = None,
     retry_failed: bool = False,
     dry_run: bool = False,
-    sweep: Sweep | None = None,
 ) -> int:
-    """Run the units of a sweep, or its shard, that its folder does not hold; see `options`.
+    """Run the units of a sweep, or of its shard, that its folder does not hold; see `options`.
 
-    `sweep` is the plan made from the options, if there is one already.
-    The shard ``next`` takes units
-    one by one that no other process of this kind has taken.
+    The shard ``next`` takes units one by one that no other process of this kind has taken.
 
     Returns:
         Exit code: 0 where every unit is done, or another process has it; 1 where one failed or
         could not be run, 130 after Ctrl-C.
 
     Raises:
-        ValueError: The sweep cannot be planned, or its folder is in use; OSError likewise.
+        ValueError: The sweep cannot run, or its folder is in use; OSError likewise.
     """
     if (size := os.environ.get("WORLD_SIZE") or "1") != "1":
         raise ValueError(
             f"WORLD_SIZE={size} announces several processes, but a sweep evaluates in one: start "
             "it without a launcher, and split it with --shard next or --ray."
         )
-    sweep = sweep or Sweep(options)
+    options = sweep.options
     fixed = shard if isinstance(shard, tuple) else None
     shared = shard == "next"
     name = f"shard{fixed[0]}of{fixed[1]}" if fixed else ""
