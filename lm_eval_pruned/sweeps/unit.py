@@ -113,9 +113,6 @@ class UnitRunner:
             logger.info("Loading %s.", configuration.id)
             more = {name: getattr(sweep.settings, name) for name in OF_MODEL}
             try:
-                if configuration.healed:
-                    sweep.heal(configuration)
-                    release_memory()
                 kind = configuration.floor or sweep.model
                 load = get_model(kind).create_from_arg_obj
                 self._lm = load(sweep.model_args(configuration), more)

@@ -15,7 +15,7 @@ from lm_eval_pruned.pruning.arguments import (
     PruneKeywords,
     without_idle,
 )
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import plan_sweep
 
 
 #: What users rely on, whatever the declaration says; None where it is not here.
@@ -48,7 +48,7 @@ def test_a_sweep_names_the_option_that_takes_several():
     instead = {"intermediate_size": "ratios"} | {v: k for k, v in SEVERAL.items()}
     for name, option in instead.items():
         with pytest.raises(ValueError, match=rf"{name}=2.* use --{option}\."):
-            Sweep({"model_args": {name: 2}, "tasks": ["boolq"]})
+            plan_sweep({"model_args": {name: 2}, "tasks": ["boolq"]})
 
 
 @pytest.mark.parametrize(
