@@ -173,13 +173,13 @@ def _pairs(content: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _by_layer(pairs: Iterable[tuple[Any, Any]]) -> dict[int, int]:
-    found: dict[int, int | None] = {}
+    widths: dict[int, int | None] = {}
     for layer, width in pairs:
         number = int(str(layer))
-        if number in found:
+        if number in widths:
             raise ValueError(f"it names layer {number} twice")
-        found[number] = None if width is None else int(str(width))
-    named = {number: width for number, width in found.items() if width is not None}
+        widths[number] = None if width is None else int(str(width))
+    named = {number: width for number, width in widths.items() if width is not None}
     if not named:
         raise ValueError("it names no layer")
     return dict(sorted(named.items()))

@@ -177,9 +177,9 @@ class PruneArguments(DeclaredOptions):
     calibration_samples: Number | None = option(object, None, "N", check=whole)
 
     @classmethod
-    def taken_from(cls, given: dict[str, Any]) -> PruneArguments:
+    def taken_from(cls, keywords: dict[str, Any]) -> PruneArguments:
         """Take the arguments of pruning out of keyword arguments, and leave the others there."""
-        return cls(**take_prune_arguments(given))
+        return cls(**take_prune_arguments(keywords))
 
     def __post_init__(self) -> None:
         self._settle(**with_recipe(vars(self)))
@@ -192,8 +192,8 @@ class PruneArguments(DeclaredOptions):
     @property
     def size(self) -> tuple[str, Number] | None:
         """Name and value of the argument that says how many neurons to keep, if any."""
-        given = [(n, v) for n in SIZES if (v := getattr(self, n)) is not None]
-        return given[0] if given else None
+        sizes = [(n, v) for n in SIZES if (v := getattr(self, n)) is not None]
+        return sizes[0] if sizes else None
 
     @property
     def layer_by_layer(self) -> bool:
@@ -246,74 +246,78 @@ class PruneKeywords(TypedDict, total=False):
     calibration_samples: Number | None
 
 
-def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+def with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments completed by their recipe; an unknown recipe sets nothing."""
-    row = dict(RECIPES.get(str(given["recipe"]), {}))
-    if given["widths"] is not None or given["layers"] is not None or _sizeless(given):
+    row = dict(RECIPES.get(str(values["recipe"]), {}))
+    if (
+        values["widths"] is not None
+        or values["layers"] is not None
+        or _sizeless(values)
+    ):
         row.pop("skip_layers", None)
-    return {n: row.get(n) if value is None else value for n, value in given.items()}
+    return {n: row.get(n) if value is None else value for n, value in values.items()}
 
 
-def _sizeless(given: Mapping[str, Any]) -> bool:
-    return all(given[name] is None for name in SIZES)
+def _sizeless(values: Mapping[str, Any]) -> bool:
+    return all(values[name] is None for name in SIZES)
 
 
-def _needs_text(given: Mapping[str, Any]) -> bool:
+def _needs_text(values: Mapping[str, Any]) -> bool:
     """Return whether arguments look at more than weights."""
     return any(
-        given[name] in declared.metadata.get("text", ())
+        values[name] in declared.metadata.get("text", ())
         for name, declared in DECLARED.items()
-        if name != "drop_by" or given["drop_layers"] is not None
+        if name != "drop_by" or values["drop_layers"] is not None
     )
 
 
-def _written(given: Mapping[str, Any]) -> dict[str, str]:
+def _written(values: Mapping[str, Any]) -> dict[str, str]:
     """Return those of some arguments that are not at their default, as ``name=value``."""
-    values = {
-        name: given[name]
+    chosen = {
+        name: values[name]
         for name, declared in DECLARED.items()
-        if given[name] not in (None, declared.default)
+        if values[name] not in (None, declared.default)
     }
-    if "widths" in values:
-        values["widths"] = written_source(values["widths"])
-    if isinstance(values.get("drop_layers"), tuple):
-        values["drop_layers"] = written_layers(values["drop_layers"])
-    return {name: f"{name}={value}" for name, value in values.items()}
+    if "widths" in chosen:
+        chosen["widths"] = written_source(chosen["widths"])
+    if isinstance(chosen.get("drop_layers"), tuple):
+        chosen["drop_layers"] = written_layers(chosen["drop_layers"])
+    return {name: f"{name}={value}" for name, value in chosen.items()}
 
 
-def _conflicts(given: Mapping[str, Any]) -> Iterator[str]:
+def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence on each combination of arguments that do not go together."""
-    written = _written(given)
+    written = _written(values)
     for purpose, names in EXCLUSIVE.items():
         if len(several := [written[name] for name in names if name in written]) > 1:
             together = f"{' and '.join(several)} were given together"
             yield f"{together}, but each of them {purpose}: pass one."
-    if "drop_by" in written and isinstance(given["drop_layers"], tuple):
+    if "drop_by" in written and isinstance(values["drop_layers"], tuple):
         yield (
             f"{written['drop_by']} chooses layers to drop, but {written['drop_layers']} lists them: "
             "pass a count such as drop_layers=4, or leave drop_by out."
         )
 
 
-def _idle(given: Mapping[str, Any]) -> dict[str, str]:
+def _idle(values: Mapping[str, Any]) -> dict[str, str]:
     """Return a sentence on each argument that has no effect beside the others, by its name."""
-    written, idle = _written(given), {}
+    written, idle = _written(values), {}
     for name, others in NEEDS.items():
-        if name in written and all(given[other] is None for other in others):
+        if name in written and all(values[other] is None for other in others):
             idle[name] = (
                 f"{written[name]} has no effect without {' or '.join(others)}: add one, or leave "
                 "it out."
             )
     for name in ("calibration", "calibration_samples"):
-        if name in written and not _needs_text(given):
+        if name in written and not _needs_text(values):
             idle[name] = (
-                f"{written[name]} was given, but criterion={given['criterion']} reads only "
+                f"{written[name]} was given, but criterion={values['criterion']} reads only "
                 f"weights: leave it out, or pass criterion={' or '.join(CALIBRATED)}."
             )
     return idle
 
 
-def without_idle(given: dict[str, Any]) -> dict[str, Any]:
+def without_idle(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments without those that have no effect beside the others, and would be refused.
 
     A sweep passes one set to all of its models, including the baseline.
@@ -322,31 +326,35 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
         >>> without_idle({"dtype": "float32", "calibration": "a.jsonl", "multiple_of": 8})
         {'dtype': 'float32'}
     """
-    told = given
-    if all(given.get(name) is None for name in SIZES):
+    counting = arguments
+    if all(arguments.get(name) is None for name in SIZES):
         kept = (*CUTS, "drop_by", "calibration", "calibration_samples")
-        told = {n: v for n, v in given.items() if n not in DECLARED or n in kept}
+        counting = {
+            n: v for n, v in arguments.items() if n not in DECLARED or n in kept
+        }
     defaults = {name: declared.default for name, declared in DECLARED.items()}
     idle = _idle(
-        with_recipe({name: told.get(name, value) for name, value in defaults.items()})
+        with_recipe(
+            {name: counting.get(name, value) for name, value in defaults.items()}
+        )
     )
-    return {name: value for name, value in told.items() if name not in idle}
+    return {name: value for name, value in counting.items() if name not in idle}
 
 
-def take_prune_arguments(given: dict[str, Any]) -> dict[str, Any]:
+def take_prune_arguments(keywords: dict[str, Any]) -> dict[str, Any]:
     """Take the arguments of pruning out of keyword arguments, unchecked."""
-    own: dict[str, Any] = {}
+    taken: dict[str, Any] = {}
     last = ""
-    for name in list(given):
+    for name in list(keywords):
         if name in DECLARED:
-            own[name] = given.pop(name)
+            taken[name] = keywords.pop(name)
             last = name if name.endswith("layers") else last
         # From skip_layers=0,15 the harness makes {"skip_layers": 0, "15": ""}.
-        elif last and given[name] == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name):
-            before = own[last]
-            own[last] = [*(before if isinstance(before, list) else [before]), name]
-            del given[name]
-    return own
+        elif last and keywords[name] == "" and re.fullmatch(r"\d+(-\d+)?[\])]?", name):
+            before = taken[last]
+            taken[last] = [*(before if isinstance(before, list) else [before]), name]
+            del keywords[name]
+    return taken
 
 
 def option_row(name: str, *, several: bool = False) -> Row:

@@ -95,8 +95,10 @@ def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, _CACHED_ELEMENTS // words.shape[1])
     blocks = (words[start : start + step] for start in range(0, len(words), step))
     pairs = [(b.max(axis=1), b.view(np.uint16).max(axis=1)) for b in blocks]
-    found = [np.concatenate(each).view(np.int16) for each in zip(*pairs, strict=True)]
-    bits = torch.from_numpy(np.stack(found))
+    extremes = [
+        np.concatenate(parts).view(np.int16) for parts in zip(*pairs, strict=True)
+    ]
+    bits = torch.from_numpy(np.stack(extremes))
     highest, lowest = bits.view(rows.dtype).float()
     one_sign = (bits[0] < 0) | (bits[1] >= 0)
     highest[one_sign] = rows[one_sign].amax(dim=1).float()
@@ -159,7 +161,9 @@ CRITERIA = {
     ),
 }
 #: Criteria that score by `NeuronActivity`, and those that need calibration text.
-ACTIVITY = tuple(name for name, each in CRITERIA.items() if each.needs == "activity")
+ACTIVITY = tuple(
+    name for name, criterion in CRITERIA.items() if criterion.needs == "activity"
+)
 CALIBRATED = (*ACTIVITY, OBS)
 
 
@@ -186,12 +190,12 @@ def beaten_by_chance(cut: str, removed: float) -> str | None:
     """
     percents = CHANCE_BEATS.get(cut, {})
     if max(10, 10 * round(10 * removed)) not in {
-        n for own in percents.values() for n in own
+        n for shares in percents.values() for n in shares
     }:
         return None
     where = " and ".join(
-        f"{model} ({', '.join(map(str, own))} % removed)"
-        for model, own in percents.items()
+        f"{model} ({', '.join(map(str, shares))} % removed)"
+        for model, shares in percents.items()
     )
     return (
         f"criterion={cut} did worse than a random cut in {where}: pass recipe=best if you want to keep "
@@ -206,9 +210,9 @@ def canonical_name(criterion: str, *, chosen: bool = False) -> str:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
     name = ALIASES.get(criterion, criterion)
-    own = [*CRITERIA, RANDOM, *([OBS] if chosen else [])]
-    if name not in own and name not in (added := _declared_elsewhere()):
-        known = ", ".join([*own, *ALIASES, *sorted(added)])
+    names = [*CRITERIA, RANDOM, *([OBS] if chosen else [])]
+    if name not in names and name not in (added := _declared_elsewhere()):
+        known = ", ".join([*names, *ALIASES, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")
     return name
 
@@ -216,7 +220,7 @@ def canonical_name(criterion: str, *, chosen: bool = False) -> str:
 def _declared_elsewhere() -> dict[str, EntryPoint]:
     from importlib.metadata import entry_points
 
-    return {each.name: each for each in entry_points(group=GROUP)}
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def score_neurons(

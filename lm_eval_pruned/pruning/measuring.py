@@ -15,7 +15,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR
@@ -74,30 +73,6 @@ if TYPE_CHECKING:
 MEASURED_CUTS = (25, 50, 75, 87.5)
 #: The loss is measured on this many tokens of so many texts by default.
 LENGTH, SAMPLES = 128, 16
-
-
-#: Raise it where what is measured changes, so that what was kept before is measured anew.
-_VERSION = 3
-
-
-def kept(
-    content: Hashable | None,
-    device: torch.device,
-    what: Hashable,
-    measure: Callable[[], Measured],
-) -> Measured:
-    """Return what `measure` says of a model, from the user's cache where it is known.
-
-    Args:
-        content: What identifies the model; None if nothing does, so that it is measured.
-        device: Where text runs.
-        what: What is measured, and on which text.
-        measure: Measures it.
-    """
-    if content is None:
-        return measure()
-    code = (_VERSION, torch.__version__, transformers.__version__)
-    return measured_once((*code, content, device.type, what), measure)
 
 
 def check_weights(model: PreTrainedModel, scored: Collection[str] = ()) -> None:
@@ -167,7 +142,8 @@ def depth_in_memory(
 ) -> Depth | None:
     """Return which layers of a loaded model stay.
 
-    Text runs on `device`, by default where the model is. `content` identifies the model for `kept`.
+    Text runs on `device`, by default where the model is. `content` identifies the model for
+    `measured_once`.
 
     Raises:
         ValueError: The layers or the text are wrong, or there is no tokenizer.
@@ -186,8 +162,8 @@ def depth_in_memory(
             measured_on = text.as_dict() | unless_cpu(model.device)
         return {"influence": torch.tensor(influence, dtype=torch.float64)}, measured_on
 
-    what = ("block influence", text.key)
-    tensors, measured_on = kept(content, device or model.device, what, measure)
+    what = ("block influence", text.key, (device or model.device).type)
+    tensors, measured_on = measured_once(content, what, measure)
     return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
 
 
@@ -217,7 +193,7 @@ class LoadedModel:
         samples: How many of its texts to use; None for all.
         seed: Seed of the criterion ``random``.
         device: Where text runs; default: where the model is.
-        content: What identifies the model for `kept`, as it is: with the layers that it has.
+        content: What identifies the model, with the layers that it has, for `measured_once`.
     """
 
     model: PreTrainedModel
@@ -268,10 +244,12 @@ class LoadedModel:
             with moved(self.model, self.device):
                 return calibrate(self.model, text)
 
-        return Calibration(*self._kept(("activity", text.key), measure))
+        what = ("activity", text.key, self._kind_of_device)
+        return Calibration(*measured_once(self.content, what, measure))
 
-    def _kept(self, what: Hashable, measure: Callable[[], Measured]) -> Measured:
-        return kept(self.content, self.device or self.model.device, what, measure)
+    @property
+    def _kind_of_device(self) -> str:
+        return (self.device or self.model.device).type
 
     def text(self, samples: int | None = None, **bounds: int) -> CalibrationText:
         """Return calibration text, by default all that was asked for; see `CalibrationText.of`."""
@@ -302,7 +280,8 @@ class LoadedModel:
         seed = self.seed if criterion == RANDOM else None
         reads = criterion in ACTIVITY or repair != NO_REPAIR
         read_by = self.text().key if reads else None
-        what = ("losses", text.key, criterion, seed, tuple(removed), repair, read_by)
+        way = (criterion, seed, tuple(removed), repair, read_by)
+        what = ("losses", text.key, way, self._kind_of_device)
         # Nothing tells whether the code of another package is still the same.
         foreign = criterion not in (OBS, RANDOM, *CRITERIA)
         content = None if foreign else self.content
@@ -310,8 +289,7 @@ class LoadedModel:
         def measure() -> Measured:
             return {}, self._losses(text, criterion, removed, repair).as_dict()
 
-        device = self.device or self.model.device
-        return Sensitivity.of(kept(content, device, what, measure)[1])
+        return Sensitivity.of(measured_once(content, what, measure)[1])
 
     def _losses(
         self,

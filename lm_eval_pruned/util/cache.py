@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.cache")
 
+#: Raise it when something is measured in another way, so that what was kept before is not used.
+_VERSION = 1
+
 
 def cache_folder() -> Path:
     """Return this package's folder in the user's cache (XDG base directory specification)."""
@@ -36,16 +39,25 @@ def cache_folder() -> Path:
     return Path(root, "lm-eval-pruned")
 
 
-def measured_once(key: Hashable, measure: Callable[[], Measured]) -> Measured:
-    """Return what `measure` returned when it was called with the same key, or call it.
+def measured_once(
+    model: Hashable | None, what: Hashable, measure: Callable[[], Measured]
+) -> Measured:
+    """Return what `measure` says of a model, from the cache if it was measured before.
 
     Args:
-        key: Everything on which the result depends; its `repr` is compared.
+        model: What identifies the model, as its `repr`; None if nothing does, so that nothing is
+            kept.
+        what: What is measured, on which text and device.
         measure: What takes long.
     """
+    import torch
+    import transformers
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save
 
+    if model is None:
+        return measure()
+    key = (_VERSION, torch.__version__, transformers.__version__, model, what)
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     file = cache_folder() / "measured" / f"{name}.safetensors"
     with (

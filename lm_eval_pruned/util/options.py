@@ -34,13 +34,13 @@ def row(name: str, metavar: str | None, about: str | None, **how: Any) -> Row:
 
 def add_options(parser: Any, rows: Iterable[Any]) -> None:
     """Add rows to a command: of a list of rows, one may be given; a function adds its own."""
-    for each in rows:
-        if isinstance(each, list):
-            add_options(parser.add_mutually_exclusive_group(), each)
-        elif callable(each):
-            each(parser)
+    for item in rows:
+        if isinstance(item, list):
+            add_options(parser.add_mutually_exclusive_group(), item)
+        elif callable(item):
+            item(parser)
         else:
-            parser.add_argument(each[0], **each[1])
+            parser.add_argument(item[0], **item[1])
 
 
 def option(kind: Any, default: Any, metavar: str | None = None, **more: Any) -> Any:
@@ -67,9 +67,9 @@ class DeclaredOptions:
     """
 
     def __post_init__(self) -> None:
-        for name, each in self.declared().items():
-            bounds, value = each.metadata, getattr(self, name)
-            if "check" in bounds and (value, each.default) != (None, None):
+        for name, declared in self.declared().items():
+            bounds, value = declared.metadata, getattr(self, name)
+            if "check" in bounds and (value, declared.default) != (None, None):
                 value = bounds["check"](name, value)
                 self._settle(**{name: value})
             for one in value if isinstance(value, tuple) else (value,):
@@ -89,31 +89,41 @@ class DeclaredOptions:
     @classmethod
     def declared(cls) -> dict[str, Field[Any]]:
         """Return the options by name."""
-        return {each.name: each for each in fields(cls) if "kind" in each.metadata}  # type: ignore[arg-type]
+        return {
+            option.name: option for option in fields(cls) if "kind" in option.metadata
+        }  # type: ignore[arg-type]
 
     @classmethod
     def help_of(cls, name: str) -> str:
         """Return the line for ``--help`` of an option."""
-        each = cls.declared()[name]
-        if "help" in each.metadata:
-            return each.metadata["help"]
+        declared = cls.declared()[name]
+        if "help" in declared.metadata:
+            return declared.metadata["help"]
         explained = (cls.__doc__ or "").partition("Args:\n")[2]
-        found = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
-        about = " ".join(found[1].split())  # type: ignore[index]
+        line = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
+        about = " ".join(line[1].split())  # type: ignore[index]
         if not about[:2].isupper():
             about = about[:1].lower() + about[1:]
-        if any(each.default is nothing for nothing in (MISSING, None, False)):
+        if any(declared.default is nothing for nothing in (MISSING, None, False)):
             return about
-        values = each.default if isinstance(each.default, tuple) else [each.default]
+        values = (
+            declared.default
+            if isinstance(declared.default, tuple)
+            else [declared.default]
+        )
         return f"{about} (default: {', '.join(map(str, values))})"
 
     @classmethod
     def row(cls, name: str) -> Row:
         """Return the row of an option, which is None where a command is not given it."""
-        each, how = cls.declared()[name], {"default": None}
-        if nargs := each.metadata.get("nargs", "+" * isinstance(each.default, tuple)):
+        declared, how = cls.declared()[name], {"default": None}
+        if nargs := declared.metadata.get(
+            "nargs", "+" * isinstance(declared.default, tuple)
+        ):
             how |= {"nargs": nargs} | ({"const": True} if nargs == "?" else {})
-        metavar = "" if each.metadata["kind"] is bool else each.metadata["metavar"]
+        metavar = (
+            "" if declared.metadata["kind"] is bool else declared.metadata["metavar"]
+        )
         return row(f"--{name}", metavar, cls.help_of(name), **how)
 
     @classmethod
@@ -128,7 +138,7 @@ class DeclaredOptions:
         return {name: value for name, value in every.items() if value is not None}
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], where: str, **others: Any) -> Any:
+    def of(cls, options: Mapping[str, Any], where: str, **others: Any) -> Any:
         """Make one of values by the names of options, or of texts that spell them.
 
         Raises:
@@ -136,14 +146,14 @@ class DeclaredOptions:
                 unusable.
         """
         known, values = cls.declared(), {}
-        for name, value in given.items():
+        for name, value in options.items():
             if name not in known:
                 hint = nearest(str(name), known)
                 raise ValueError(f"{where} has the unknown key {name}: {hint}")
             kind, several = known[name].metadata["kind"], known[name].default
             try:
                 if isinstance(several, tuple):
-                    values[name] = tuple(_converted(kind, each) for each in value)
+                    values[name] = tuple(_converted(kind, item) for item in value)
                 else:
                     values[name] = _converted(kind, value)
             except (TypeError, ValueError, OSError):
@@ -181,8 +191,8 @@ def _converted(kind: Any, value: Any) -> Any:
         every = dict(json.loads(value) if isinstance(value, str) else value)
         # YAML takes 1e-4 for a text.
         return {
-            str(name): handle_arg_string(each) if isinstance(each, str) else each
-            for name, each in every.items()
+            str(name): handle_arg_string(entry) if isinstance(entry, str) else entry
+            for name, entry in every.items()
         }
     cut_off = kind is int and isinstance(value, float)
     flag = kind in _EXPECTED and isinstance(value, bool) is not (kind is bool)
