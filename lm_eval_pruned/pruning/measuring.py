@@ -54,7 +54,6 @@ from lm_eval_pruned.util.cache import measured_once
 
 if TYPE_CHECKING:
     from collections.abc import (
-        Callable,
         Collection,
         Hashable,
         Iterator,
