@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
+import json
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
+from lm_eval_pruned.compare.measures import with_choice_prob
 from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.results.documents import CHOICE_PROB
+from lm_eval_pruned.results.documents import CHOICE_PROB, KL
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.runs import is_sweep, read_failures, read_sweep
+from lm_eval_pruned.results.runs import (
+    is_sweep,
+    read_failures,
+    read_sweep,
+    unit_folder,
+)
 from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
+from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.verdict.decision import (
     check_margins,
     check_measure,
     judged_scores,
-    measured,
 )
+from lm_eval_pruned.verdict.divergence import LOG_PROBS, NotMeasured, diverging
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from lm_eval_pruned.sweeps.plan import Unit
+    from lm_eval_pruned.sweeps.tasks import SweepTask
 
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
 #: Where neither the user nor a finished base names tasks.
 TASKS = ["pruned_demo", "pruned_demo_bias"]
+#: Where the configuration in a results file says why there is no divergence.
+NOT_MEASURED = "divergence_not_measured"
+#: Tasks of text, on which the candidate's divergence from the base is measured: of the demo, of a file.
+DEMO_TEXT, OF_FILE = TEXTS = ("pruned_demo_text", "held_text")
 
 
 class OneModel(Sweep):
@@ -44,6 +63,8 @@ class OneModel(Sweep):
     shows_tracebacks = False
     # A verdict is on the tasks that were asked for.
     keeps_earlier = False
+    #: The base with which a candidate's probabilities are compared.
+    base: OneModel | None = None
 
     def __init__(self, name: str, text: str, options: Mapping[str, Any]) -> None:
         kind, _, given = text.partition(",")
@@ -72,6 +93,67 @@ class OneModel(Sweep):
         self._manager = index_tasks(self.settings.include_path)
         self.tasks = resolve_tasks(options["tasks"], self._manager)
 
+    def definition(
+        self, configuration: Configuration, task: SweepTask
+    ) -> dict[str, Any]:
+        """Return everything that decides a unit's scores, the base of a divergence included."""
+        own = super().definition(configuration, task)
+        if self.base and task.name in TEXTS:
+            own["base"] = self.base.model_definition(self.base.baseline)
+        return own
+
+    @contextlib.contextmanager
+    def observed(
+        self, unit: Unit, lm: Any, folder: Path
+    ) -> Iterator[Callable[[Any], None]]:
+        """Measure the divergence from the base on text, or say in the results why it is not."""
+        name, task = self.baseline.id, unit.task.name
+        if (
+            task not in TEXTS
+            or unit.configuration.floor
+            or not (self.base or name == "base")
+        ):
+            yield lambda results: None
+            return
+        reference = None
+        if self.base:
+            where = Path(self.base.options["output_path"])
+            reference = unit_folder(where, self.base.baseline.id, task) / LOG_PROBS
+        with diverging(lm, task, folder, reference) as add:
+
+            def add_or_say_why(results: Any) -> None:
+                try:
+                    add(results)
+                except NotMeasured as why:
+                    results["config"][NOT_MEASURED] = str(why)
+
+            yield add_or_say_why
+
+
+def text_task(file: str, folder: Path) -> str:
+    """Write a task on the text of a file into a folder; return the task's path.
+
+    Raises:
+        ValueError: The file cannot be read as text.
+    """
+    try:
+        content = Path(file).read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"--text {file} cannot be read as text in UTF-8 ({error}): pass a file of plain text."
+        ) from None
+    if not content.strip():
+        raise ValueError(f"--text {file} is empty: pass a file of plain text.")
+    of_demo = files("lm_eval_pruned.tasks") / "demo" / f"{DEMO_TEXT}.yaml"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    about = {"version": 1.0, "family": "language_modeling", "sha256": digest}
+    about["text_file"] = str(Path(file).resolve())
+    task = {"include": str(of_demo), "task": OF_FILE, "metadata": about}
+    place = folder / f"{OF_FILE}.yaml"
+    # JSON is YAML.
+    write_atomically(place, json.dumps(task, indent=2) + "\n")
+    return str(place)
+
 
 def both_runs(
     base: str,
@@ -81,25 +163,38 @@ def both_runs(
     margins: Sequence[str] = (),
     measure: str | None = None,
     read: DocumentReader | None = None,
+    text: str | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
     """Return the results of both models and of models that know nothing, each a path of results or as `OneModel` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
     `margins` and the `measure` are known to suit the tasks. `read` keeps what it reads of a finished
-    base.
+    base. The text of the file `text` takes the place of the demo's.
 
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
-    asked, given = {"tasks": TASKS, **options}, {"base": base, "candidate": candidate}
+    given = {"base": base, "candidate": candidate}
+    finished_ones = [path for path in given.values() if Path(path).exists()]
+    of_text = DEMO_TEXT
+    if text is not None:
+        if finished_ones:
+            raise ValueError(
+                f"--text {text} cannot be read by {finished_ones[0]}, which is finished results: pass "
+                "two models."
+            )
+        of_text = text_task(text, output_path)
+    asked = {"tasks": [*TASKS, of_text], **options}
+    if text is not None and "tasks" in options:
+        asked["tasks"] = [*options["tasks"], of_text]
     scored: Mapping[str, Mapping[str, Sequence[float]]] = {}
     if Path(base).exists():
         finished, _ = read_comparands([_results_of(base)] * 2)
         asked = {"tasks": finished.tasks(subtasks=False), **options}
-        finished = measured(finished, read or DocumentReader())
+        finished = with_choice_prob(finished, read or DocumentReader())
         check_measure(measure, (metric for _, metric in finished.scores))
-        scored = judged_scores(finished, measure=measure)
+        scored = judged_scores(finished, measure=measure, margins=margins)
     where = {name: str(output_path / name) for name in given}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
@@ -107,11 +202,18 @@ def both_runs(
         for name, text in given.items()
         if not Path(text).exists()
     }
+    if len(planned) == 2:
+        planned["candidate"].base = planned["base"]
     if "base" in planned:
         tasks = planned["base"].tasks
         scored = {
             each.name: dict.fromkeys(
-                [*each.metrics, *[CHOICE_PROB] * bool(each.metrics)], ()
+                [
+                    *each.metrics,
+                    *[CHOICE_PROB] * bool(each.metrics),
+                    *[KL] * (each.name in TEXTS),
+                ],
+                (),
             )
             for each in tasks
         }
@@ -140,7 +242,25 @@ def both_runs(
             f"The candidate {candidate} is a sweep of {len(runs)} pruned models: name one of them, "
             f"such as {candidate}/units/{runs[0].name}."
         )
-    return found, runs[0], floors
+    run = runs[0]
+    if why := _not_measured(found, run, bool(finished_ones)):
+        note = f"The divergence from the base (KL) was not measured, because {why}."
+        run = replace(run, notes=(*run.notes, note))
+    return found, run, floors
+
+
+def _not_measured(base: Run, candidate: Run, finished: bool) -> str:
+    """Return why text was evaluated without a divergence from the base; empty where it was not, or with one."""
+    texts = [task for task in TEXTS if (task, KL) not in candidate.scores]
+    if not {*texts} & {*base.tasks()} & {*candidate.tasks()}:
+        return ""
+    told = [run.config.get(NOT_MEASURED) for run in (base, candidate)]
+    usual = (
+        "one of the two is finished results"
+        if finished
+        else "the base has no samples of it"
+    )
+    return next(filter(None, told), usual)
 
 
 def _results_of(path: str) -> str:
