@@ -12,7 +12,7 @@ from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from lm_eval_pruned.compare.pairing import Reader
 
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 PROBABILITIES = ("mc2", CHOICE_PROB.partition(",")[0])
 
 
-def with_choice_prob(run: Run, read: Reader) -> Run:
-    """Return a run with the score `CHOICE_PROB` of each task that has choices, one of which is right."""
+def with_choice_prob(run: Run, read: Reader, tasks: Sequence[str] = ()) -> Run:
+    """Return a run with the score `CHOICE_PROB` of each task that has choices, one of which is right.
+
+    Of `tasks`, or else of all that are no members of groups.
+    """
     scores = {}
-    for task in run.tasks(subtasks=False):
+    for task in tasks or run.tasks(subtasks=False):
         if documents := read(run, task, CHOICE_PROB):
             mean = float(documents.values.mean())
             scores[task, CHOICE_PROB] = Score(mean, None, True, len(documents.values))
@@ -33,14 +36,18 @@ def with_choice_prob(run: Run, read: Reader) -> Run:
 
 
 def judged_keys(
-    base: Run, measure: str | None = None, named: Collection[str] = ()
+    base: Run,
+    measure: str | None = None,
+    named: Collection[str] = (),
+    *,
+    subtasks: bool = False,
 ) -> Iterator[Key]:
     """Yield what is judged of each task: `measure` where it has it, else what decides soonest.
 
     That is a score with an exact floor, the probability of the right answer, or the score that counts;
     beside it, how far a model is biased, and the divergence from the base if it is among the `named`.
     """
-    for task, primary in primary_metrics([base]):
+    for task, primary in primary_metrics([base], subtasks=subtasks):
         metrics = {
             name.partition(",")[0]: name
             for of, name in base.scores
