@@ -6,6 +6,8 @@ The base's log-probabilities stay in the folder of its unit, so that other candi
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,12 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lm_eval_pruned.results.documents import KL
+from lm_eval_pruned.results.runs import unit_folder
+from lm_eval_pruned.sweeps.plan import Sweep
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
+    from lm_eval_pruned.sweeps.plan import Configuration, Unit
+    from lm_eval_pruned.sweeps.tasks import SweepTask
+
+#: Tasks of text: of the demo, and of a user's file.
+DEMO_TEXT, OF_FILE = TEXTS = ("pruned_demo_text", "held_text")
+#: Where the configuration in a results file says why there is no divergence.
+NOT_MEASURED = "divergence_not_measured"
 #: Positions of each text, evenly spaced, at which two models are compared.
 POSITIONS = 16
 #: The file of a base: of each text its tokens' log-likelihoods, and log-probabilities at `POSITIONS`.
@@ -83,30 +93,50 @@ def add_divergence(results: Any, task: str, per_text: list[list[float]]) -> None
     results["higher_is_better"][task][name] = False
 
 
-@contextlib.contextmanager
-def diverging(
-    lm: Any, task: str, folder: Path, reference: Path | None
-) -> Iterator[Callable[[Any], None]]:
-    """Watch a model that scores a task of texts; yield what adds `KL` to the harness's results of it.
+@dataclass(eq=False)
+class WatchingSweep(Sweep):
+    """A sweep of one model that sees a candidate's divergence from a `base`, or keeps what that takes.
 
-    The log-probabilities of a base, which has no `reference`, go to `LOG_PROBS` in `folder`. What yields
-    raises `NotMeasured` where the model shows none, or a candidate's cannot be compared with them.
+    Neither is done where nobody asks: `base` is None, and the model's name is not ``base``.
     """
-    if not isinstance(getattr(lm, "model", None), torch.nn.Module):
-        yield _refuse(
-            "its engine does not show the probabilities of the whole vocabulary"
-        )
-        return
-    seen: list[torch.Tensor] = []
-    with watched(lm, lambda rows: seen.append(at_positions(rows))):
-        yield lambda results: _finish(results, task, seen, folder, reference)
 
+    base: Sweep | None = None
 
-def _refuse(why: str) -> Callable[[Any], None]:
-    def refuse(_: Any) -> None:
-        raise NotMeasured(why)
+    def definition(
+        self, configuration: Configuration, task: SweepTask
+    ) -> dict[str, Any]:
+        """Return everything that decides a unit's scores, the base of a divergence included."""
+        own = super().definition(configuration, task)
+        if self.base and task.name in TEXTS:
+            own["base"] = self.base.model_definition(self.base.baseline)
+        return own
 
-    return refuse
+    @contextlib.contextmanager
+    def observed(
+        self, unit: Unit, lm: Any, folder: Path
+    ) -> Iterator[Callable[[Any], None]]:
+        """Watch a model that scores text; what is yielded adds `KL`, or why it was not measured."""
+        task, keeps = unit.task.name, self.base or self.baseline.id == "base"
+        if task not in TEXTS or unit.configuration.floor or not keeps:
+            yield lambda results: None
+            return
+        if not isinstance(getattr(lm, "model", None), torch.nn.Module):
+            why = "its engine does not show the probabilities of the whole vocabulary"
+            yield lambda results: results["config"].update({NOT_MEASURED: why})
+            return
+        reference, seen = None, list[torch.Tensor]()
+        if self.base:
+            where = Path(self.base.options["output_path"])
+            reference = unit_folder(where, self.base.baseline.id, task) / LOG_PROBS
+
+        def add_to(results: Any) -> None:
+            try:
+                _finish(results, task, seen, folder, reference)
+            except NotMeasured as why:
+                results["config"][NOT_MEASURED] = str(why)
+
+        with watched(lm, lambda rows: seen.append(at_positions(rows))):
+            yield add_to
 
 
 def _finish(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -16,118 +15,68 @@ from lm_eval_pruned.compare.measures import with_choice_prob
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.runs import (
-    is_sweep,
-    read_failures,
-    read_sweep,
-    unit_folder,
-)
+from lm_eval_pruned.results.runs import is_sweep, read_failures, read_sweep
 from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import read_mapping
-from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
+from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
-from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.verdict.decision import (
     check_margins,
     check_measure,
     judged_scores,
 )
-from lm_eval_pruned.verdict.divergence import LOG_PROBS, NotMeasured, diverging
+from lm_eval_pruned.verdict.divergence import (
+    DEMO_TEXT,
+    NOT_MEASURED,
+    OF_FILE,
+    TEXTS,
+    WatchingSweep,
+)
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from lm_eval_pruned.sweeps.plan import Unit
-    from lm_eval_pruned.sweeps.tasks import SweepTask
+    from collections.abc import Mapping, Sequence
 
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
 #: Where neither the user nor a finished base names tasks.
 TASKS = ["pruned_demo", "pruned_demo_bias"]
-#: Where the configuration in a results file says why there is no divergence.
-NOT_MEASURED = "divergence_not_measured"
-#: Tasks of text, on which the candidate's divergence from the base is measured: of the demo, of a file.
-DEMO_TEXT, OF_FILE = TEXTS = ("pruned_demo_text", "held_text")
 
 
-class OneModel(Sweep):
-    """A sweep of one model of `TYPES`, specified as ``TYPE,key=value,...``.
+def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSweep:
+    """Plan a sweep of one model of `TYPES`, specified as ``TYPE,key=value,...``.
 
-    It sets what `Sweep` plans, because that plans sizes and one model has none.
+    Raises:
+        ValueError: The model, an option or a task cannot be used.
     """
-
-    # The last line of a verdict gives the reason.
-    shows_tracebacks = False
-    # A verdict is on the tasks that were asked for.
-    keeps_earlier = False
-    #: The base with which a candidate's probabilities are compared.
-    base: OneModel | None = None
-
-    def __init__(self, name: str, text: str, options: Mapping[str, Any]) -> None:
-        kind, _, given = text.partition(",")
-        if kind not in TYPES:
-            raise ValueError(
-                f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
-                f"model type ({', '.join(TYPES)}) with its arguments, such as hf,pretrained=NAME."
-            )
-        self.model, self._base = TYPES[kind], {}
-        if given:
-            self._base = read_mapping(given, f"The {name} {text}")
-        if self.model == "hf-prefix" and "quantization_config" in self._base:
-            # HFLM passes what its config says under this name, and would pass ours beside it.
-            self.model = "pruned-hf"
-        # Refused here, not once the base has been evaluated.
-        check_model(self.model, self._base, f"The {name} {text}")
-        which = {"model": self.model, "model_args": self._base, "log_samples": True}
-        self.options = {**options, **which}
-        self.settings = harness_settings(self.options, self.model, self._base)
-        self.healing = None
-        self.baseline = Configuration(name, {}, 0, 0.0, 0, 0.0)
-        self.configurations = [self.baseline]
-        # The base's tell what knowing nothing gives; the candidate answers the same documents.
-        wanted = name == "base" and options.get("floors", True)
-        self.floors = FLOORS if wanted else ()
-        self._manager = index_tasks(self.settings.include_path)
-        self.tasks = resolve_tasks(options["tasks"], self._manager)
-
-    def definition(
-        self, configuration: Configuration, task: SweepTask
-    ) -> dict[str, Any]:
-        """Return everything that decides a unit's scores, the base of a divergence included."""
-        own = super().definition(configuration, task)
-        if self.base and task.name in TEXTS:
-            own["base"] = self.base.model_definition(self.base.baseline)
-        return own
-
-    @contextlib.contextmanager
-    def observed(
-        self, unit: Unit, lm: Any, folder: Path
-    ) -> Iterator[Callable[[Any], None]]:
-        """Measure the divergence from the base on text, or say in the results why it is not."""
-        name, task = self.baseline.id, unit.task.name
-        if (
-            task not in TEXTS
-            or unit.configuration.floor
-            or not (self.base or name == "base")
-        ):
-            yield lambda results: None
-            return
-        reference = None
-        if self.base:
-            where = Path(self.base.options["output_path"])
-            reference = unit_folder(where, self.base.baseline.id, task) / LOG_PROBS
-        with diverging(lm, task, folder, reference) as add:
-
-            def add_or_say_why(results: Any) -> None:
-                try:
-                    add(results)
-                except NotMeasured as why:
-                    results["config"][NOT_MEASURED] = str(why)
-
-            yield add_or_say_why
+    kind, _, given = text.partition(",")
+    if kind not in TYPES:
+        raise ValueError(
+            f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
+            f"model type ({', '.join(TYPES)}) with its arguments, such as hf,pretrained=NAME."
+        )
+    model = TYPES[kind]
+    model_args = read_mapping(given, f"The {name} {text}") if given else {}
+    if model == "hf-prefix" and "quantization_config" in model_args:
+        # HFLM passes what its config says under this name, and would pass ours beside it.
+        model = "pruned-hf"
+    # Refused here, not once the base has been evaluated.
+    check_model(model, model_args, f"The {name} {text}")
+    which = {"model": model, "model_args": model_args, "log_samples": True}
+    # The base's tell what knowing nothing gives; the candidate answers the same documents.
+    has_floors = name == "base" and options.get("floors", True)
+    return WatchingSweep(
+        options={**options, **which},
+        settings=harness_settings({**options, **which}, model, model_args),
+        configurations=[Configuration(name, {})],
+        floors=FLOORS if has_floors else (),
+        # A verdict is on the tasks that were asked for.
+        keeps_earlier=False,
+        # The last line of a verdict gives the reason.
+        shows_tracebacks=False,
+    )
 
 
 def text_task(file: str, folder: Path) -> str:
@@ -165,7 +114,7 @@ def both_runs(
     read: DocumentReader | None = None,
     text: str | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
-    """Return the results of both models and of models that know nothing, each a path of results or as `OneModel` takes it.
+    """Return the results of both models and of models that know nothing, each a path of results or as `plan_model` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
     `margins` and the `measure` are known to suit the tasks. `read` keeps what it reads of a finished
@@ -198,9 +147,9 @@ def both_runs(
     where = {name: str(output_path / name) for name in given}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
-        name: OneModel(name, text, {**asked, "output_path": where[name]})
-        for name, text in given.items()
-        if not Path(text).exists()
+        name: plan_model(name, model, {**asked, "output_path": where[name]})
+        for name, model in given.items()
+        if not Path(model).exists()
     }
     if len(planned) == 2:
         planned["candidate"].base = planned["base"]
@@ -221,7 +170,7 @@ def both_runs(
     check_margins(margins, scored)
     for name, sweep in planned.items():
         print(f"The {name}: {given[name]}", flush=True)
-        if run_sweep(sweep.options, retry_failed=True, sweep=sweep) == 130:
+        if run_sweep(sweep, retry_failed=True) == 130:
             raise KeyboardInterrupt
         for failure in read_failures(where[name]):
             raise ResultsError(
