@@ -27,7 +27,7 @@ WIDTH = 88
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "lm-eval-pruned" / "sensitivity"
+    return tmp_path / "cache" / "lm-eval-pruned" / "measured"
 
 
 @pytest.fixture
