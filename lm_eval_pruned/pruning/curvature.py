@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.layouts import GluMlp
 
+#: Tokens for each hidden dimension after which more of them hardly change B.
+_TOKENS_PER_HIDDEN = 16
 #: What a pass with gradients keeps of each token and layer, in hidden sizes H and widths I: what
 #: goes into projections, norms and products.
 _KEPT_HIDDEN, _KEPT_WIDTHS = 10, 4
@@ -46,26 +48,24 @@ class Curvature:
 
     Attributes:
         loss: Mean loss of the model, in nats per token.
-        tokens: Number of tokens that were predicted.
-        roots: By name of the MLP a matrix R of shape (H, H), float32, with R' R = B, where the model
-            is. Experts share that of the output of their layer.
+        roots: By name of the MLP a matrix R of shape (H, H), float32, with R' R = B, on the CPU.
+            Experts share that of the output of their layer.
     """
 
     loss: float
-    tokens: int
     roots: Mapping[str, Tensor]
-
-    def rise(self, error: float) -> float:
-        """Return by how much the loss rises, in nats per token.
-
-        `error` is the sum over tokens of the squared length of R e, as `weighted` weights have it.
-        """
-        return error / 2 / self.tokens
 
 
 def weighted(root: Tensor, down: Tensor) -> Tensor:
     """Return weights of down whose errors count as the loss minds them: R W, (H, I), float64."""
-    return root.double() @ down.double()
+    return root.to(down.device).double() @ down.double()
+
+
+def enough(texts: Sequence[Tensor], mlps: Sequence[GluMlp]) -> Sequence[Tensor]:
+    """Return as many texts, spread over all, as it takes to tell what directions the loss minds."""
+    hidden = max(mlp.hidden_size for mlp in mlps)
+    tokens = sum(text.numel() for text in texts)
+    return texts[:: max(1, tokens // (_TOKENS_PER_HIDDEN * hidden))]
 
 
 def curvature(
@@ -80,13 +80,12 @@ def curvature(
         ValueError: A gradient is NaN or infinite.
     """
     places = {mlp.name: _output_of(model, mlp) for mlp in mlps}
-    sums: dict[nn.Module, Tensor] = {}
+    hidden = {places[mlp.name]: mlp.hidden_size for mlp in mlps}
+    sums = {n: torch.zeros(h, h, device=model.device) for n, h in hidden.items()}
     total, predicted = 0.0, 0
 
     def add(module: nn.Module, gradient: Tensor) -> None:
         rows = gradient.flatten(0, -2).float()
-        if module not in sums:
-            sums[module] = rows.new_zeros(rows.shape[1], rows.shape[1])
         sums[module].addmm_(rows.T, rows)
 
     watch = functools.partial(_watch, add)
@@ -105,8 +104,8 @@ def curvature(
             step(1)
     seen = sum(text.numel() for text in texts)
     roots = {module: _root(each / seen, module) for module, each in sums.items()}
-    named = {name: roots[place] for name, place in places.items() if place in roots}
-    return Curvature(total / max(predicted, 1), predicted, named)
+    named = {name: roots[place] for name, place in places.items()}
+    return Curvature(total / max(predicted, 1), named)
 
 
 def _output_of(model: PreTrainedModel, mlp: GluMlp) -> nn.Module:
@@ -131,7 +130,7 @@ def _root(curvature: Tensor, module: nn.Module) -> Tensor:
             "another dtype, such as dtype=float32, or other text."
         )
     values, vectors = torch.linalg.eigh(curvature.double())
-    return (values.clamp(min=0).sqrt()[:, None] * vectors.T).float()
+    return (values.clamp(min=0).sqrt()[:, None] * vectors.T).float().cpu()
 
 
 def _takes_much(model: PreTrainedModel, mlps: Sequence[GluMlp], tokens: int) -> bool:

@@ -167,8 +167,10 @@ def carry_out(
             if asked.layer_by_layer:
                 text, device = evidence.text(), evidence.device or model.device
                 own = [mlp for of in cut.values() for mlp in of]
+                minds = OBS in cut
                 cut_mlps = cut_layer_by_layer(
-                    model, text.tokens, own, targets, scores, asked.repair, device
+                    *(model, text.tokens, own, targets, scores, asked.repair),
+                    *(evidence.curvature().roots if minds else {}, device),
                 )
                 kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
                 if asked.repair != NO_REPAIR:
