@@ -193,7 +193,7 @@ class Stored(LoadedModel):
         plan = widths.plan(asked)
         request = dataclasses.replace(request, widths=widths, plan=plan)
         kept = plan.depth and plan.depth.kept
-        ways = (plan.criterion, plan.layer_criteria, plan.tried, plan.seed, kept)
+        ways = (plan.criterion, plan.seed, kept)
         samples: Any = asked.calibration_samples
         return cls(
             model,
@@ -245,9 +245,10 @@ def check_buildable(request: LoadRequest) -> None:
     if request.prune_arguments.drop_layers is not None:
         why = "drop_layers removes layers that an engine looks for in the checkpoint"
     elif plan.is_open:
-        asked = "criterion" if plan.allocation == UNIFORM else "allocation"
-        found = f"{asked}={getattr(plan, asked)} derives the widths from the weights"
-        why = f"{found}, but an engine needs them before it loads any"
+        why = (
+            f"allocation={plan.allocation} derives the widths from losses, but an engine needs "
+            "them before it loads any weight"
+        )
     if why is not None:
         raise UnsupportedModelError(
             f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "

@@ -14,26 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lm_eval_pruned.pruning.argument_values import (
-    BIAS,
+    ALLOCATIONS,
     LEAST_SQUARES,
-    MEASURED,
     NO_REPAIR,
     REPAIRS,
+    SENSITIVITY,
     UNIFORM,
-    criterion_names,
     dropped_layers,
-    known_allocation,
     percent,
     seed_below_limit,
     whole,
     written_source,
 )
-from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, OBS, canonical_name
+from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, canonical_name
 from lm_eval_pruned.util.options import DeclaredOptions, Row, option
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from lm_eval_pruned.pruning.argument_values import Layers, Number
 
@@ -103,11 +101,9 @@ class PruneArguments(DeclaredOptions):
             those before it; ``block_influence`` drops those that change the hidden states of
             `calibration` text least.
         allocation: How to distribute the cut over the layers. ``uniform`` removes the same
-            share from every layer;
-            ``sensitivity`` takes from those whose cut raises the loss on `calibration` least;
-            ``global`` ranks the neurons of all layers together. The total number of kept neurons is
-            that of ``uniform``. See `lm_eval_pruned.pruning.allocation`.
-        min_width: Fewest neurons to keep in a layer, if `allocation` is not uniform.
+            share from every layer; ``sensitivity`` takes as many neurons in all, from the layers
+            whose cut raises the loss on `calibration` least. See
+            `lm_eval_pruned.pruning.allocation`.
         recipe: Recipe for the cut: study, fast or best. It sets arguments that are not given:
             ``study`` sets ``criterion=maw``, as in arXiv 2512.22671; ``fast``, which reads no text,
             the same and ``skip_layers=0``; ``best`` sets ``criterion=obs`` and
@@ -115,18 +111,13 @@ class PruneArguments(DeclaredOptions):
         criterion: Importance score; default: maw, or that of the recipe. One of ``maw`` (alias
             ``ppm``), ``max_abs``, ``l1``, ``l2``, ``vow``, ``pon`` and ``random``, the calibrated
             ``maw_act``, ``act`` and ``obs``, or one that another package declares; see
-            `lm_eval_pruned.pruning.criteria`. ``best`` chooses, for each layer, the one of
-            `criteria_tried` whose cut raises the loss on `calibration` least.
-        criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act, which is
-            the default.
-        repair: How to compensate for removed neurons: none, bias or least_squares; default: none,
+            `lm_eval_pruned.pruning.criteria`.
+        repair: How to compensate for removed neurons: none or least_squares; default: none,
             or that of the recipe. ``least_squares`` fits the down projections to the old output on
-            `calibration` text; ``bias`` corrects only its mean.
-            See `lm_eval_pruned.pruning.repair`.
+            `calibration` text. See `lm_eval_pruned.pruning.repair`.
         seed: Seed for the criterion random.
         calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
-            ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``;
-            default: text included in this package. See `lm_eval_pruned.pruning.calibration`.
+            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. See `lm_eval_pruned.pruning.calibration`.
         calibration_samples: Number of its texts to use, the first ones; default: all, or 16 where
             losses are measured.
 
@@ -157,11 +148,10 @@ class PruneArguments(DeclaredOptions):
     )
     allocation: str = option(
         *(object, UNIFORM, "NAME"),
-        check=known_allocation,
+        choices=ALLOCATIONS,
         several="allocations",
-        text=dict.fromkeys(MEASURED, "measures losses"),
+        text={SENSITIVITY: "measures losses"},
     )
-    min_width: Number | None = option(object, None, "N", check=whole)
     recipe: str = option(
         object, STUDY, "NAME", choices=tuple(RECIPES), several="recipes"
     )
@@ -169,17 +159,13 @@ class PruneArguments(DeclaredOptions):
         *(object, None, "NAME"),
         check=lambda _, value: canonical_name(value, chosen=True),
         several="criteria",
-        text=dict.fromkeys(CALIBRATED, "looks at activations")
-        | {BEST: "measures losses"},
-    )
-    criteria_tried: str | Iterable[str] | None = option(
-        object, None, "NAMES", check=criterion_names
+        text=dict.fromkeys(CALIBRATED, "looks at activations"),
     )
     repair: str = option(
         *(object, None, "NAME"),
         choices=REPAIRS,
         several="repairs",
-        text=dict.fromkeys((BIAS, LEAST_SQUARES), "looks at activations"),
+        text={LEAST_SQUARES: "looks at activations"},
     )
     seed: Number = option(object, 0, "N", check=seed_below_limit, several="seeds")
     calibration: str | None = option(object, None, "FILE.jsonl")
@@ -203,13 +189,6 @@ class PruneArguments(DeclaredOptions):
         """Name and value of the argument that says how many neurons to keep, if any."""
         given = [(n, v) for n in SIZES if (v := getattr(self, n)) is not None]
         return given[0] if given else None
-
-    @property
-    def tried(self) -> tuple[str, ...]:
-        """The criteria among which the loss decides; empty unless criterion is best."""
-        named: Any = self.criteria_tried
-        chooses = self.criterion == BEST and self.size is not None
-        return (named or ("maw", "act")) if chooses else ()
 
     @property
     def layer_by_layer(self) -> bool:
@@ -249,10 +228,8 @@ drop_by list: {drop_by} chooses layers to drop, but drop_layers already lists th
 drop_layers by_layer: drop_layers and {by_layer} were given together, but the first renumbers the
     layers and the second decides layer by layer: pass one of them, or drop_layers with one of
     {shared_sizes}
-best ranked: criterion=best and {ranked} were given together, but a ranking of all neurons needs
-    the scores of one criterion: name a criterion, or pass allocation={compared}
-widths shared: {shared} and {widths} were given together, but each of them decides layer by
-    layer: pass one, or {shared} with one of {shared_sizes}
+widths allocation: {allocation} and {widths} were given together, but each of them decides layer by
+    layer: pass one, or {allocation} with one of {shared_sizes}
 widths chosen: {chosen} and {widths} were given together, but widths already names the layers to
     prune: leave out {chosen}
 drop_by -drop_layers: {drop_by} chooses layers to drop, but no count was given: pass a count such
@@ -261,10 +238,6 @@ calibration -why_text: {calibration} was given, but {criterion} reads only weigh
     it out, or pass criterion={calibrated}
 calibration_samples -why_text: {calibration_samples} was given, but {criterion} reads only
     weights: leave it out, or pass criterion={calibrated}
-criteria_tried -best: {criteria_tried} lists criteria to choose from, but {criterion} was
-    requested: pass criterion=best, or leave criteria_tried out
-min_width -allocation: {min_width} limits how far an allocation narrows a layer, but {allocation}
-    removes the same share from every layer: leave it out, or pass another allocation
 layers -size: layers selects the layers to prune, but no size was given: add one of {sizes}
 skip_layers -size: skip_layers selects the layers to prune, but no size was given: add one of
     {sizes}
@@ -302,7 +275,6 @@ def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """
     said = {name: f"{name}={value}" for name, value in given.items()}
     said["widths"] = f"widths={written_source(given['widths'])}"
-    said["criteria_tried"] = "criteria_tried=" + "+".join(given["criteria_tried"] or ())
     told = {
         name: said[name]
         for name, each in DECLARED.items()
@@ -313,21 +285,15 @@ def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if len(several := [told[name] for name in names if name in told]) > 1:
             together = f"{' and '.join(several)} were given together"
             yield "", f"{together}, but each of them {purpose}: pass one."
-    best = given["criterion"] == BEST and said["criterion"]
-    shared = told.get("allocation") or best
     facts = told | {
         "size": any(name in told for name in SIZES),
         "sizes": ", ".join(SIZES),
         "shared_sizes": ", ".join(SIZES[:-1]),
-        "compared": " or ".join((UNIFORM, *MEASURED)),
         "calibrated": " or ".join(CALIBRATED),
         "list": isinstance(given["drop_layers"], tuple),
         "chosen": told.get("layers") or told.get("skip_layers"),
         "why_text": _why_text(given),
-        "best": best,
-        "ranked": given["allocation"] not in MEASURED and told.get("allocation"),
-        "shared": shared,
-        "by_layer": told.get("widths") or shared,
+        "by_layer": told.get("widths") or told.get("allocation"),
     }
     for rule in re.split(r"\n(?! )", _RULES.strip()):
         head, sentence = " ".join(rule.split()).split(": ", 1)

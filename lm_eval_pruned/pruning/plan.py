@@ -47,7 +47,6 @@ class PrunePlan:
             them; None for all.
         layer_widths: Where the layers differ, the number and kept width of each, ascending:
             of its experts if it has any, else of its MLP. Layers that are not named stay.
-        layer_criteria: Likewise the criterion of each layer, where not all have `criterion`.
         measured_on: The text whose losses settled the plan, as the results file describes it.
         depth: Which layers stay; None for all.
 
@@ -64,7 +63,6 @@ class PrunePlan:
     asked: dict[str, str]
     layers: tuple[int, ...] | None = None
     layer_widths: tuple[tuple[int, int], ...] | None = None
-    layer_criteria: tuple[tuple[int, str], ...] | None = None
     measured_on: Mapping[str, Any] | None = None
     depth: Depth | None = None
 
@@ -79,11 +77,6 @@ class PrunePlan:
         return self.arguments.allocation
 
     @property
-    def tried(self) -> tuple[str, ...]:
-        """The criteria among which ``criterion=best`` chooses; else none."""
-        return self.arguments.tried
-
-    @property
     def multiple_of(self) -> int:
         """The kept width was rounded down to a multiple of this."""
         return int(self.arguments.multiple_of)
@@ -96,9 +89,7 @@ class PrunePlan:
     @property
     def is_open(self) -> bool:
         """Whether weights or text have to be looked at before it says what each layer becomes."""
-        criteria = bool(self.tried) and self.layer_criteria is None
-        widths = self.allocation != UNIFORM and self.layer_widths is None
-        return self.prunes and (criteria or widths)
+        return self.prunes and self.allocation != UNIFORM and self.layer_widths is None
 
     @property
     def ratio(self) -> float:
@@ -120,12 +111,6 @@ class PrunePlan:
     def changes_model(self) -> bool:
         """Whether the model becomes another: neurons are removed, or layers are dropped."""
         return self.prunes or self.depth is not None
-
-    @property
-    def criteria(self) -> tuple[str, ...]:
-        """The criteria that score some layer, each once; `criterion` comes first."""
-        own = () if self.tried else (self.criterion,)
-        return tuple(dict.fromkeys([*own, *dict(self.layer_criteria or ()).values()]))
 
     def includes_layer(self, layer: int) -> bool:
         """Return whether the layer is to be pruned that has this number among those that stay."""

@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 import math
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -147,14 +146,9 @@ def carry_out(
         plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
-            criteria = dict(plan.layer_criteria or ())
-            cut: dict[str, list[GluMlp]] = defaultdict(list)
-            for mlp in mlps:
-                if targets[mlp.name] < mlp.width:
-                    cut[criteria.get(mlp.block, plan.criterion)].append(mlp)
-            for criterion, of in cut.items():
-                if criterion != OBS:
-                    scores |= evidence.scores(criterion, of)
+            cut = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
+            if plan.criterion != OBS:
+                scores |= evidence.scores(plan.criterion, cut)
         if asked.calibration is None:
             check_weights(model, scores)
         if plan.prunes:
@@ -166,17 +160,16 @@ def carry_out(
             }
             if asked.layer_by_layer:
                 text, device = evidence.text(), evidence.device or model.device
-                own = [mlp for of in cut.values() for mlp in of]
-                minds = OBS in cut
+                minds = evidence.curvature().roots if plan.criterion == OBS else {}
                 cut_mlps = cut_layer_by_layer(
-                    *(model, text.tokens, own, targets, scores, asked.repair),
-                    *(evidence.curvature().roots if minds else {}, device),
+                    *(model, text.tokens, cut, targets, scores, asked.repair),
+                    *(minds, device),
                 )
                 kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
                 if asked.repair != NO_REPAIR:
                     repaired = sum(mlp.repaired for mlp in cut_mlps.values())
                 calibration = text.as_dict() | unless_cpu(device)
-            elif {*plan.criteria} & {*CALIBRATED} and evidence.known.calibration:
+            elif plan.criterion in CALIBRATED and evidence.known.calibration:
                 calibration = evidence.known.calibration.measured_on
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]

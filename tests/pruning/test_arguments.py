@@ -77,8 +77,7 @@ def test_lists_that_the_harness_split_at_commas_are_joined(given, taken, rest):
 
 
 INFLUENCE = {"drop_layers": 2, "drop_by": "block_influence", "calibration": "a"}
-OPEN = {"criterion": "best", "allocation": "sensitivity", "calibration": "a"}
-OPEN |= {"min_width": 8, "criteria_tried": "maw", "ratio": 2}
+OPEN = {"allocation": "sensitivity", "calibration": "a", "ratio": 2}
 
 
 @pytest.mark.parametrize(
@@ -88,8 +87,8 @@ OPEN |= {"min_width": 8, "criteria_tried": "maw", "ratio": 2}
         (INFLUENCE | {"drop_layers": None}, {"drop_layers": None}),
         (INFLUENCE | {"drop_by": "last"}, {"drop_layers": 2, "drop_by": "last"}),
         (OPEN, OPEN),
-        ({"calibration": "a", "min_width": 8, "ratio": 2}, {"ratio": 2}),
-        ({"allocation": "global", "dtype": "auto"}, {"dtype": "auto"}),
+        ({"calibration": "a", "ratio": 2}, {"ratio": 2}),
+        ({"allocation": "sensitivity", "dtype": "auto"}, {"dtype": "auto"}),
     ],
 )
 def test_what_is_idle_beside_the_others_is_left_out(given, told):
