@@ -21,13 +21,15 @@ from lm_eval_pruned.pruning.argument_values import (
     written_layers,
     written_source,
 )
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import PruneArguments
 
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from lm_eval_pruned.pruning.arguments import Number
+    from typing_extensions import Unpack
+
+    from lm_eval_pruned.pruning.arguments import Number, PruneKeywords
     from lm_eval_pruned.pruning.depth import Depth
 
 
@@ -136,14 +138,13 @@ class PrunePlan:
         return min(own, int(unit * self.rounded(kept)))
 
     @classmethod
-    @takes_prune_arguments
     def from_arguments(
         cls,
         hidden_size: int,
         width_before: int,
         *,
         available_layers: Collection[int] | None = None,
-        **prune_arguments: Any,
+        **prune_arguments: Unpack[PruneKeywords],
     ) -> PrunePlan:
         """Resolve the user's arguments against a model's dimensions.
 
@@ -152,7 +153,7 @@ class PrunePlan:
             width_before: Intermediate size I, in neurons.
             available_layers: Numbers of the layers that have a GLU-MLP; a mapping says
                 their widths too, where these differ.
-            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+            **prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
         Raises:
             ValueError: An argument is out of range or unknown, or does not go with another;

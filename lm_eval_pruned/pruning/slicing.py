@@ -15,7 +15,7 @@ import torch
 
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import unless_cpu
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
@@ -48,7 +48,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
+    from lm_eval_pruned.pruning.arguments import PruneKeywords
     from lm_eval_pruned.pruning.plan import PrunePlan
 
 # Below the harness's logger, so that its verbosity applies.
@@ -59,12 +61,11 @@ logger = logging.getLogger("lm_eval.pruned.pruning")
 _CUDA_MULTIPLE = 8
 
 
-@takes_prune_arguments
 def prune_model(
     model: PreTrainedModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    **prune_arguments: Any,
+    **prune_arguments: Unpack[PruneKeywords],
 ) -> PreTrainedModel:
     """Prune the GLU-MLPs of a loaded model in place and return it.
 
@@ -81,7 +82,7 @@ def prune_model(
     Args:
         model: A model whose MLPs are in a known layout; see `lm_eval_pruned.pruning.layouts`.
         tokenizer: The model's tokenizer; needed for `calibration`.
-        ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+        **prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
     Returns:
         The same model. ``model.prune_record`` is the `PruneRecord` of what was done.
