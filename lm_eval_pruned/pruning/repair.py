@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.curvature import weighted
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
+from lm_eval_pruned.pruning.layouts import text_config
 from lm_eval_pruned.pruning.moments import LayerMoments, Moments
 from lm_eval_pruned.pruning.stacked import one_by_one
 from lm_eval_pruned.util.progress import steps
@@ -52,6 +53,8 @@ RIDGE = 0.01
 #: Neurons are removed in so many steps; between two of them, the costs of the others are computed
 #: anew.
 STEPS = 24
+#: Where fewer tokens than so many times its neurons meet an MLP, repair is known to lose.
+_FEW = 5
 #: So many texts run through a layer together.
 _TOGETHER = 8
 
@@ -167,6 +170,35 @@ class CutMlp:
     down: Tensor
     bias: Tensor | None
     repaired: bool
+
+
+def tokens_per_neuron(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    mlps: Sequence[GluMlp],
+    targets: Mapping[str, int],
+) -> float:
+    """Return how many tokens there are for each kept neuron of the MLP that has the fewest.
+
+    A router is taken to send as many tokens to each expert. A warning says where they are few.
+    """
+    experts = Counter(mlp.stack for mlp in mlps if mlp.kind == "expert")
+    chosen: Any = getattr(text_config(model.config), "num_experts_per_tok", None)
+    tokens = sum(text.numel() for text in texts)
+
+    def share(mlp: GluMlp) -> float:
+        routed = mlp.kind == "expert" and chosen is not None
+        return min(1.0, chosen / experts[mlp.stack]) if routed else 1.0
+
+    fewest = min(tokens * share(mlp) / targets[mlp.name] for mlp in mlps)
+    logger.log(
+        logging.WARNING if fewest < _FEW else logging.INFO,
+        "The calibration text has %.1f tokens for each kept neuron. In SmolLM2-135M the loss rose 1.5 "
+        "times as much with 4.0 as with 36, and twice as much with 2.1: pass more text with "
+        "calibration.",
+        fewest,
+    )
+    return round(fewest, 1)
 
 
 def cut_layer_by_layer(
