@@ -84,7 +84,7 @@ class Sensitivity:
             for curve in self.curves
             for width, rise in zip(curve.widths, curve.rises, strict=True)
         )
-        return csv_table(columns, (dict(zip(columns, r, strict=True)) for r in rows))
+        return csv_table([dict(zip(columns, row, strict=True)) for row in rows])
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a file holds (JSON types only)."""

@@ -127,43 +127,47 @@ def has_to_compute(named: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
+class Handed:
+    """Stands for an argument of a layer: what the layer before returned at that position."""
+
+    position: int
+
+
 class Call:
-    """How a model calls one of its layers.
+    """How a model calls one of its layers: the arguments, with `Handed` for those of the layer before."""
 
-    Attributes:
-        positional: Arguments by place.
-        named: Arguments by name.
-        handed: Which of them the layer before returned: the place or name of each, and its
-            position among what that layer returned.
-    """
-
-    positional: tuple[Any, ...]
-    named: dict[str, Any]
-    handed: dict[int | str, int]
-
-    @classmethod
-    def after(cls, returned: Any, positional: Sequence[Any], named: dict) -> Call:
-        """Note a call after the layer before `returned` something; keep nothing of that."""
-        outputs = {id(out): n for n, out in enumerate(_outputs(returned))}
-        arguments: dict[int | str, Any] = {**dict(enumerate(positional)), **named}
+    def __init__(self, returned: Any, positional: Sequence[Any], named: dict[str, Any]):
+        """Note a call after the layer before `returned` something, of which nothing is kept."""
         handed = {
-            place: outputs[id(value)]
-            for place, value in arguments.items()
-            if isinstance(value, torch.Tensor) and id(value) in outputs
+            id(output): Handed(position)
+            for position, output in enumerate(_outputs(returned))
+            if isinstance(output, torch.Tensor)
         }
-        arguments |= dict.fromkeys(handed)
-        places = range(len(positional))
-        return cls(tuple(arguments.pop(place) for place in places), arguments, handed)
+        self._positional = [handed.get(id(value), value) for value in positional]
+        self._named = {name: handed.get(id(v), v) for name, v in named.items()}
 
-    def of(self, layer: nn.Module, returned: Any) -> Any:
-        """Call a layer after the one before it `returned` something."""
-        outputs, positional, named = _outputs(returned), [*self.positional], {}
-        for place, number in self.handed.items():
-            if isinstance(place, int):
-                positional[place] = outputs[number]
-            else:
-                named[place] = outputs[number]
-        return layer(*positional, **{**self.named, **named})
+    def _arguments(self) -> list[Any]:
+        return [*self._positional, *self._named.values()]
+
+    @property
+    def follows(self) -> bool:
+        """Whether the layer is given something that the one before returned."""
+        return any(isinstance(value, Handed) for value in self._arguments())
+
+    @property
+    def shares(self) -> bool:
+        """Whether the layer hands keys and values on in a mapping."""
+        return any(isinstance(value, MutableMapping) for value in self._arguments())
+
+    def repeat(self, layer: nn.Module, returned: Any) -> Any:
+        """Call `layer` after the one before it `returned` something."""
+        outputs = _outputs(returned)
+
+        def filled(value: Any) -> Any:
+            return outputs[value.position] if isinstance(value, Handed) else value
+
+        named = {name: filled(value) for name, value in self._named.items()}
+        return layer(*map(filled, self._positional), **named)
 
 
 def _outputs(returned: Any) -> tuple[Any, ...]:
@@ -183,19 +187,19 @@ def calls_of(
     """
     calls: list[Call] = []
     returned: Any = None
-    first = layers[0].forward
+    compute = layers[0].forward
 
     def note(*positional, **named) -> Any:
         nonlocal returned
-        calls.append(Call.after(returned, positional, named))
+        calls.append(Call(returned, positional, named))
         if returned is None:
-            returned = first(*positional, **named)
+            returned = compute(*positional, **named)
         return returned
 
     with computing(dict.fromkeys(layers, note)):
         # Without the head, whose logits nobody needs.
         model.base_model(input_ids=tokens, use_cache=False)
-    if len(calls) != len(layers) or not all(call.handed for call in calls[1:]):
+    if len(calls) != len(layers) or not all(call.follows for call in calls[1:]):
         raise UnsupportedModelError(
             f"{describe(model)} does not hand what each layer returns to the next as it is, so repair "
             "and criterion=obs (recipe=best) cannot be used with it: pass recipe=fast."
@@ -256,7 +260,7 @@ class LayerByLayer:
                 calls_of(model, self.layers, batch.to(self._device))
                 for batch in self._batches
             ]
-        self._skips = not any(has_to_compute(call.named) for call in self._calls[0])
+        self._skips = not any(call.shares for call in self._calls[0])
 
     @property
     def tokens(self) -> int:
@@ -282,7 +286,7 @@ class LayerByLayer:
                 self.batch = number
                 self.real = (torch.arange(longest) < lengths).to(self._device)
                 with computing(known()):
-                    returned.append(calls[0].of(layer, self._returned[number]))
+                    returned.append(calls[0].repeat(layer, self._returned[number]))
         return returned
 
     def finish(self, run: Callable[[Tensor], Any]) -> list[Any]:
