@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lm_eval_pruned.report.page import MARKS, Cell, Section, Table
+from lm_eval_pruned.report.page import MARKS, Section
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import SENSITIVITY
+from lm_eval_pruned.util.tables import Cell, Column, Table
 
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 #: The control, whose seeds are the range of chance.
 RANDOM = "random"
 #: Of the file's entries.
-VERSION = 1
+VERSION = 2
 #: The table of a report is of the share that is nearest to this one, in percent.
 _SHOWN = 25
 #: Rises below this, in nats per token, are drawn on a linear scale, greater ones on a
@@ -64,10 +65,10 @@ class LayerCurves:
                 raise ValueError(f"version {data['version']}, not {VERSION}")
             loss, every = float(data["loss"]), pd.DataFrame(data["curves"])
             text = f"{loss:.3f} unpruned, on {data['texts']} texts with {data['tokens']:,} tokens"
-            every = every.explode(["widths", "losses"]).astype({"layer": int})
+            every = every.explode(["widths", "rises"]).astype({"layer": int})
             removed = 1 - every["widths"].astype(float) / every["width_before"]
             every["share"] = (100 * removed).round().astype(int)
-            every["rise"] = every["losses"].astype(float) - loss
+            every["rise"] = every["rises"].astype(float)
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(
                 f"{source} holds no readable sensitivity curves ({error}): measure them "
@@ -88,36 +89,32 @@ class LayerCurves:
 
     def table(self, share: int) -> Table:
         """Return the rise of the loss by layer and criterion where `share` percent are removed."""
-        columns = {name: name for name in self.criteria}
-        columns |= {RANDOM: f"random, seeds: {self.seeds}"} if self.seeds else {}
-        rows: list[list[Cell | str]] = []
-        for layer, of in self.rises.groupby("layer"):
-            cells = {}
-            for each in of[of["share"] == share].itertuples():
-                text = f"{each.rise:+.3f} {MARKS.get(each.verdict, '')}".rstrip()
-                if each.criterion == RANDOM:
-                    text += f" [{each.low:+.3f}, {each.high:+.3f}]"
-                cells[each.criterion] = Cell(text, each.verdict)
-            rows.append([str(layer), *(cells.get(name, "-") for name in columns)])
-        label = f"Rise of the loss at {share} %"
-        return Table(label, ["layer", *columns.values()], rows)
+        names = {name: name for name in self.criteria}
+        names |= {RANDOM: f"random, seeds: {self.seeds}"} if self.seeds else {}
+        shown = self.rises[self.rises["share"] == share]
+        known = {(each.layer, each.criterion): each for each in shown.itertuples()}
+
+        def of_criterion(name: str) -> Column:
+            cell = lambda layer: _rise(known.get((layer, name)))
+            return Column(names[name], cell, ">")
+
+        layers = sorted(self.rises["layer"].unique().tolist())
+        columns = [Column("layer", str), *map(of_criterion, names)]
+        return Table(f"Rise of the loss at {share} %", columns, layers)
 
     @property
     def explanation(self) -> list[str]:
         """How the numbers are to be read."""
         first = (
-            "Each number is the rise of the loss, in nats per token, when only that layer is cut. The "
-            f"loss is {self.text}."
+            "Each number is the rise of the loss, in nats per token, when only that layer is cut, to second "
+            f"order in the error of its output. The loss is {self.text}."
         )
         chance = (
             f"The reference is the criterion random, seeds: {self.seeds}; \u25bc worse and \u25b2 better "
             "than every seed. A criterion only as good as chance is worse than every seed in one of "
             f"{self.seeds + 1} layers."
         )
-        repaired = (
-            f"The layer is repaired after its cut (repair={self.repair}). Its loss is measured with "
-            "half of its neurons; at other widths it follows from the error of the layer's output."
-        )
+        repaired = f"The layer is repaired after its cut (repair={self.repair})."
         said = [repaired] * (self.repair != "none")
         return [first, *said, *[chance] * bool(self.seeds)]
 
@@ -151,6 +148,15 @@ class LayerCurves:
         )
         chart = panels.resolve_scale(y="independent")
         return [Plot("sensitivity-by-layer", "Criteria by layer", said, chart)]
+
+
+def _rise(point: Any) -> Cell | None:
+    if point is None:
+        return None
+    text = f"{point.rise:+.3f} {MARKS.get(point.verdict, '')}".rstrip()
+    if point.criterion == RANDOM:
+        text += f" [{point.low:+.3f}, {point.high:+.3f}]"
+    return Cell(text, point.verdict)
 
 
 def layers_section(sweep: SweepResults) -> Section | None:

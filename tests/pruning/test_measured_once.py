@@ -29,7 +29,8 @@ def work(monkeypatch):
     for module, name in (
         (measuring, "calibrate"),
         (measuring, "block_influence"),
-        (measuring.LoadedModel, "_losses"),
+        (measuring, "curvature"),
+        (measuring.LoadedModel, "_curves"),
     ):
         original = getattr(module, name)
 
@@ -57,9 +58,10 @@ LOADS = [
         [ACT | {"dtype": dtype} for dtype in (torch.bfloat16, torch.float16)],
         {"calibrate": 1},
     ),
+    ([{"ratio": n, "recipe": "best"} for n in (1, 2)], {"curvature": 1}),
     (
         [SHARED, SHARED | {"ratio": 1}, SHARED | {"repair": "least_squares"}],
-        {"calibrate": 1, "_losses": 2},
+        {"calibrate": 1, "curvature": 1, "_curves": 2},
     ),
 ]
 
@@ -81,7 +83,7 @@ def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, text, work
     assert work == {"block_influence": 1}
     sizes = (str(tiny_llama), "prune_percent", [20, 40])
     rows = plan_rows(*sizes, criterion="act", allocation="sensitivity", **text)
-    assert (work["calibrate"], work["_losses"]) == (1, 1)
+    assert work == {"block_influence": 1, "calibrate": 1, "curvature": 1, "_curves": 1}
     assert all(row.layer_widths for row in rows)
     alike = [row.parameters for row in plan_rows(*sizes)]
     assert [row.parameters for row in rows] == alike
