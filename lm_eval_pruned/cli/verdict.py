@@ -66,7 +66,7 @@ def run(arguments) -> int:
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
     verdict = decide(base, candidate, arguments.margin, floors, **reading, texts=texts)
     print(f"{headline(verdict)}\n")
-    print(write_pages(verdict, folder, subtitle, texts=texts))
+    print(write_pages(verdict, folder, subtitle, reading["read"], texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
         section = card_section(verdict, models[0])

@@ -7,6 +7,7 @@ import json
 import math
 import os.path
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,8 +146,7 @@ class Documents:
         clusters: Cluster of each document, length n, or None if documents are independent.
         transform: Name in `TRANSFORMS`.
         levels: Where the documents tell.
-        replies: Answer to each document, length n; None where the samples do not tell.
-        level: Level of each document, length n; empty where the task declares no field for it.
+        samples: The line of each document, length n; empty where they are not known.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -155,8 +155,13 @@ class Documents:
     clusters: tuple[str, ...] | None
     transform: str
     levels: Levels = Levels()
-    replies: tuple[Reply | None, ...] = ()
-    level: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def level(self) -> tuple[str, ...]:
+        """Level of each document, length n; empty where the task declares no field for it."""
+        levels = tuple(sample.level for sample in self.samples)
+        return levels if all(levels) else ()
 
     def at(self, level: str) -> Documents:
         """Return the documents of a level, of which no score without knowledge is known."""
@@ -177,7 +182,7 @@ class Documents:
     ) -> Documents:
         found: dict[str, Any] = {"keys": keys}
         found |= {"values": self.values[order], "weights": self.weights[order]}
-        for name in ("clusters", "replies", "level"):
+        for name in ("clusters", "samples"):
             of = getattr(self, name)
             found[name] = of and tuple(of[index] for index in order)
         return replace(self, **found)
@@ -240,10 +245,7 @@ def _documents(
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
             levels = _levels(samples, weights, metric)
-            replies = tuple(sample.reply for sample in samples)
-            level = tuple(sample.level for sample in samples)
-            level = level if all(level) else ()
-            found = keys, values, weights, grouped, transform, levels, replies, level
+            found = keys, values, weights, grouped, transform, levels, samples
             return Documents(*found)
     return None
 
@@ -359,6 +361,8 @@ def read_sample(
     about = document.get(metadata.get("cluster") or next(by_name, ""))
     cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
+    # Every run was asked the same, and a command keeps what it has read.
+    prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
     asked = number, digest, cluster, prompt, target, choices, right, chance
     level = str(document.get(metadata.get("level", ""), ""))
     return Sample(*asked, *_answered(row, endings), level)
