@@ -16,7 +16,7 @@ from lm_eval_pruned.checkpoints.configs import (
 from lm_eval_pruned.checkpoints.load import check_divides, load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM, check_arguments
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
 
 
@@ -37,7 +37,6 @@ class PrunedHFLM(PrefixHFLM):
     _prune_record: PruneRecord
     _healing: dict[str, Any] | None = None
 
-    @takes_prune_arguments
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -55,7 +54,6 @@ class PrunedHFLM(PrefixHFLM):
 
         Args:
             pretrained: As in HFLM. If omitted, SmolLM2-135M-Instruct.
-            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
             peft: As in HFLM.
             peft_stage: ``after`` (default): `peft` was trained on the pruned model and
                 is applied to it. ``before``: it was trained on the full model, is
@@ -64,7 +62,8 @@ class PrunedHFLM(PrefixHFLM):
                 transformers quantisation config. ``load_in_8bit``, ``load_in_4bit`` and
                 ``bnb_4bit_...`` work as well.
             known_scores: Scores that a sweep keeps from one of its models to the next.
-            **kwargs: Everything `PrefixHFLM` takes.
+            **kwargs: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`, and
+                everything `PrefixHFLM` takes.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
@@ -91,6 +90,11 @@ class PrunedHFLM(PrefixHFLM):
             self._world_size = accelerator.num_processes
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    @classmethod
+    def argument_names(cls) -> set[str]:
+        """Return the names of all arguments but those that HFLM hands on to transformers."""
+        return super().argument_names() | {*DECLARED}
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with argument_errors(), clear_errors(pretrained):

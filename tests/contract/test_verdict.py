@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.contract.commands import pruned
-from tests.helpers.checkpoints import save_tiny
+from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.results_files import answered, write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -436,3 +436,31 @@ def test_the_interval_of_what_is_kept_decides(seed, tmp_path):
     # The page rounds to whole percent.
     if abs(low - 95) > 0.5:
         assert (row["verdict"] in ("equivalent", "not worse", "better")) == (low > 95)
+
+
+def test_a_package_that_the_candidate_needs_is_missed_before_the_base_is_evaluated(
+    tmp_path,
+):
+    made = write_tasks(tmp_path / "tasks")
+    words = "--tasks", "tiny_choice", "--include_path", made
+    tiny = save_tiny(tmp_path / "tiny")
+    edit_config(
+        save_tiny(tmp_path / "gptq"),
+        quantization_config={"quant_method": "gptq", "bits": 4},
+    )
+    for candidate, package in (
+        (f"hf,pretrained={tmp_path / 'gptq'}", "optimum"),
+        (f'hf,pretrained={tiny},quantization_config={{"quant_method": "hqq"}}', "HQQ"),
+    ):
+        done = pruned(
+            "verdict",
+            f"hf,pretrained={tiny}",
+            candidate,
+            *words,
+            "--output_path",
+            tmp_path / "out",
+        )
+        assert done.code == 2
+        assert "The candidate" in done.sentence
+        assert package in done.sentence
+        assert not (tmp_path / "out").exists()
