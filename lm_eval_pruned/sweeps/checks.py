@@ -60,9 +60,7 @@ def check_installed(model: str, where: str) -> None:
         )
 
 
-def check_quantiser(
-    pretrained: str, arguments: Mapping[str, Any], where: str
-) -> None:
+def check_quantiser(pretrained: str, arguments: Mapping[str, Any], where: str) -> None:
     """Refuse a quantised model whose package is not installed, as transformers says which it is.
 
     The ValueError begins with `where`.
