@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lm_eval_pruned.compare.comparison import settings_notes
 from lm_eval_pruned.compare.judge import Case, Difference, judged
+from lm_eval_pruned.compare.margin import CLAIMS
+from lm_eval_pruned.compare.measures import (
+    judged_keys,
+    usual_margin,
+    with_choice_prob,
+)
 from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
 from lm_eval_pruned.compare.statistics import (
     LEAST_UNITS,
@@ -18,6 +24,7 @@ from lm_eval_pruned.compare.statistics import (
 )
 from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.gate.findings import ONLY_RUN, Finding
+from lm_eval_pruned.results.documents import CHOICE_PROB
 from lm_eval_pruned.results.files import ResultsError, Run, Score
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
 from lm_eval_pruned.results.settings import asked_differently
@@ -55,22 +62,32 @@ def read_results(path: str | Path) -> dict[str, Run]:
 
 
 def make_baseline(
-    runs: Mapping[str, Run], rule: Rule, previous: Baseline | None = None
+    runs: Mapping[str, Run], kind: str, value: Any, previous: Baseline | None = None
 ) -> Baseline:
-    """Make a baseline of results, with the rules of `previous`, and `rule` for other metrics.
+    """Make a baseline of results, with the rules of `previous`, and a rule of a `kind` for other metrics.
+
+    A margin is for what decides soonest of each task, see `judged_keys`; without a `value` it is the
+    usual one of that metric.
 
     ResultsError if a score is NaN or infinite.
     """
     baseline, kept = Baseline(), previous.rules if previous else {}
     read = DocumentReader()
     for name, run in runs.items():
+        run = with_choice_prob(run, read) if kind in CLAIMS else run
         baseline.runs[name] = replace(run, name="the baseline")
+        deciding = [*judged_keys(run)] if kind in CLAIMS else run.scores
         for task, metric in run.scores:
             key = name, task, metric
+            if key not in kept and (task, metric) not in deciding:
+                continue
             if refused := _refused(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
-            own = baseline.rules[key] = kept.get(key, rule)
-            own.check(task, metric, run.scores[task, metric])
+            score = run.scores[task, metric]
+            usual = usual_margin(run, (task, metric), score.value)
+            own = kept.get(key) or Rule(kind, usual if value is None else value)
+            own.check(task, metric, score)
+            baseline.rules[key] = own
             found = own.kind in OF_DOCUMENTS and _documents(read, run, task, metric)
             if found:
                 baseline.documents[key] = found
@@ -82,13 +99,15 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
 
     Tests are one-sided where the direction is known: the rule asks whether a result is worse.
     """
+    read = DocumentReader()
+    if any(metric == CHOICE_PROB for _, _, metric in baseline.rules):
+        runs = {name: with_choice_prob(run, read) for name, run in runs.items()}
     before, after = (
         {(name, *key): score for name in of for key, score in of[name].scores.items()}
         for of in (baseline.runs, runs)
     )
     found: dict[Key, Decision] = dict.fromkeys(after, _NEW)
     cases: dict[Key, Case] = {}
-    read = DocumentReader()
     for key, rule in baseline.rules.items():
         name, task, metric = key
         if key not in after:

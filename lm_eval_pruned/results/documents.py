@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import special
 
+from lm_eval_pruned.results import bbq
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
@@ -60,12 +61,18 @@ class Transform(NamedTuple):
 
 #: Probability of the right choice among all choices of a document, which the harness does not report.
 CHOICE_PROB = "choice_prob,none"
+#: Divergence from the base over the whole vocabulary, in nats per token, which a verdict measures.
+KL = "kl,none"
 #: The transforms that are tried, in this order, until one yields the reported score.
 TRANSFORMS = {
     "mean": Transform(1.0),
     "perplexity": Transform(-1.0, exponential=True),
     "bits_per_byte": Transform(-1 / math.log(2)),
+    # A mean, too, of values that could be any number, although those at hand lie between 0 and 1.
+    "unbounded": Transform(1.0),
 }
+#: Means that have no bounds, by the beginnings of their names; `bbq` holds the last two.
+_UNBOUNDED = ("kl,", "amb_bias_score", "disamb_bias_score")
 
 
 @dataclass(frozen=True)
@@ -218,10 +225,16 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
 def _documents(
     metric: str, lines: Sequence[tuple[Any, ...]], reported: Score | None
 ) -> Documents | None:
+    unbounded = metric.startswith(_UNBOUNDED)
+    if unbounded and metric != KL:
+        lines = bbq.with_contributions(metric, lines)
+    if not lines:
+        return None
+    transforms = [name for name in TRANSFORMS if (name == "unbounded") == unbounded]
     keys, sizes, raw, samples = zip(*lines, strict=True)
     # The score of a group is a mean over documents, or over tasks.
     for (values, weights), divisor, transform in itertools.product(
-        _readings(raw), (1, np.array(sizes)), TRANSFORMS
+        _readings(raw), (1, np.array(sizes)), transforms
     ):
         weights = weights / divisor
         with np.errstate(over="ignore"):
@@ -337,6 +350,9 @@ def read_sample(
     several = as_mapping(document.get("mc2_targets"))
     if texts and texts == [str(each).strip() for each in several.get("choices") or ()]:
         chance = float(np.mean(several["labels"]))
+    elif texts and document.get("context_condition") == "ambig":
+        # All choices but two people say that nobody can know, and are right.
+        chance = (len(texts) - 2) / len(texts)
     elif target.strip().isdecimal() and int(target) < len(texts):
         right = int(target)
     elif texts.count(target.strip()) == 1:
