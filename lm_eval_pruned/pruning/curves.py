@@ -83,13 +83,11 @@ class Sensitivity:
         values = {
             name: content[name] for name in content.keys() - {"format", "version"}
         }
-        values["curves"] = tuple(
-            LayerCurve(
-                **{n: tuple(v) if isinstance(v, list) else v for n, v in c.items()}
-            )
-            for c in values["curves"]
-        )
-        return cls(**values)
+        curves = []
+        for curve in values.pop("curves"):
+            lists: Any = {name: tuple(curve[name]) for name in ("widths", "rises")}
+            curves.append(LayerCurve(**curve | lists))
+        return cls(curves=tuple(curves), **values)
 
     def as_csv(self) -> str:
         """Return one row for each point of each curve, as CSV with a header."""

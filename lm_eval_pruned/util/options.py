@@ -89,9 +89,8 @@ class DeclaredOptions:
     @classmethod
     def declared(cls) -> dict[str, Field[Any]]:
         """Return the options by name."""
-        return {
-            option.name: option for option in fields(cls) if "kind" in option.metadata
-        }  # type: ignore[arg-type]
+        every = fields(cls)  # type: ignore[arg-type]
+        return {option.name: option for option in every if "kind" in option.metadata}
 
     @classmethod
     def help_of(cls, name: str) -> str:
