@@ -13,8 +13,7 @@ each on the inputs that the cut ones give it, so that errors do not add up unsee
 Source: Hassibi and Stork 1993, "Second order derivatives for network pruning: Optimal brain
 surgeon"; Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv
 2204.09656, section 3.4 (least squares over the kept); Kurtic et al. 2023, "ZipLM", arXiv
-2302.04089, section 3 (blocks of columns); An et al. 2023, FLAP, arXiv 2312.11983, section 4.3
-(bias).
+2302.04089, section 3 (blocks of columns).
 """
 
 from __future__ import annotations
@@ -27,15 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.pruning.argument_values import BIAS, LEAST_SQUARES, NO_REPAIR
+from lm_eval_pruned.pruning.argument_values import LEAST_SQUARES, NO_REPAIR
 from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay, lent
-from lm_eval_pruned.pruning.layouts import (
-    UnsupportedModelError,
-    describe,
-    find_glu_mlps,
-)
 from lm_eval_pruned.pruning.moments import LayerMoments, Moments
 from lm_eval_pruned.pruning.stacked import one_by_one
 from lm_eval_pruned.util.progress import steps
@@ -169,19 +163,6 @@ class CutMlp:
     repaired: bool
 
 
-def check_repairable(model: PreTrainedModel, repair: str) -> None:
-    """Refuse ``repair=bias`` where down has no bias; `model` may be on the meta device.
-
-    Raises:
-        UnsupportedModelError: As said.
-    """
-    if repair == BIAS and all(_bias(mlp) is None for mlp in find_glu_mlps(model)):
-        raise UnsupportedModelError(
-            f"repair={BIAS} corrects the bias of down_proj, and {describe(model)} has none: pass "
-            f"repair={LEAST_SQUARES}."
-        )
-
-
 def cut_layer_by_layer(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
@@ -202,7 +183,7 @@ def cut_layer_by_layer(
         mlps: Those to cut.
         targets: Kept width of each by name.
         scores: Scores of each by name; those without any go by `order_by_cost`.
-        repair: One of ``none``, ``bias`` and ``least_squares``.
+        repair: ``none`` or ``least_squares``.
         device: Where texts run and matrices are; see `LayerByLayer`.
 
     Returns:
@@ -210,9 +191,8 @@ def cut_layer_by_layer(
 
     Raises:
         ValueError: An activation is NaN or infinite.
-        UnsupportedModelError: See `check_repairable`, and `check_observable` without scores.
+        UnsupportedModelError: See `check_observable`, without scores.
     """
-    check_repairable(model, repair)
     left: dict[str, CutMlp] = {}
 
     def cut(own: Sequence[GluMlp], moments: LayerMoments) -> None:
@@ -389,16 +369,14 @@ def _change(
     Returns whether the MLP was repaired.
     """
     down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
-    enough = moments.tokens >= len(kept)
-    solves = repair == LEAST_SQUARES and enough
+    solves = repair == LEAST_SQUARES and moments.tokens >= len(kept)
     here, gone = kept.to(down.device), _others(kept, mlp.width).to(down.device)
     before = down.clone()
     if solves:
         down[:, here] = repaired(gram, before, here).to(down.dtype)
     down[:, gone] = 0
-    if bias is not None and repair != NO_REPAIR and enough:
+    if bias is not None and solves:
         bias += ((before.double() - down.double()) @ moments.mean).to(bias)
-        return True
     return solves
 
 

@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 import math
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import unless_cpu
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
@@ -49,7 +48,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
+    from lm_eval_pruned.pruning.arguments import PruneKeywords
     from lm_eval_pruned.pruning.plan import PrunePlan
 
 # Below the harness's logger, so that its verbosity applies.
@@ -60,12 +61,11 @@ logger = logging.getLogger("lm_eval.pruned.pruning")
 _CUDA_MULTIPLE = 8
 
 
-@takes_prune_arguments
 def prune_model(
     model: PreTrainedModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    **prune_arguments: Any,
+    **prune_arguments: Unpack[PruneKeywords],
 ) -> PreTrainedModel:
     """Prune the GLU-MLPs of a loaded model in place and return it.
 
@@ -82,7 +82,7 @@ def prune_model(
     Args:
         model: A model whose MLPs are in a known layout; see `lm_eval_pruned.pruning.layouts`.
         tokenizer: The model's tokenizer; needed for `calibration`.
-        ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+        **prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
     Returns:
         The same model. ``model.prune_record`` is the `PruneRecord` of what was done.
@@ -147,14 +147,9 @@ def carry_out(
         plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
-            criteria = dict(plan.layer_criteria or ())
-            cut: dict[str, list[GluMlp]] = defaultdict(list)
-            for mlp in mlps:
-                if targets[mlp.name] < mlp.width:
-                    cut[criteria.get(mlp.block, plan.criterion)].append(mlp)
-            for criterion, of in cut.items():
-                if criterion != OBS:
-                    scores |= evidence.scores(criterion, of)
+            cut = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
+            if plan.criterion != OBS:
+                scores |= evidence.scores(plan.criterion, cut)
         if asked.calibration is None:
             check_weights(model, scores)
         if plan.prunes:
@@ -166,15 +161,14 @@ def carry_out(
             }
             if asked.layer_by_layer:
                 text, device = evidence.text(), evidence.device or model.device
-                own = [mlp for of in cut.values() for mlp in of]
                 cut_mlps = cut_layer_by_layer(
-                    model, text.tokens, own, targets, scores, asked.repair, device
+                    model, text.tokens, cut, targets, scores, asked.repair, device
                 )
                 kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
                 if asked.repair != NO_REPAIR:
                     repaired = sum(mlp.repaired for mlp in cut_mlps.values())
                 calibration = text.as_dict() | unless_cpu(device)
-            elif {*plan.criteria} & {*CALIBRATED} and evidence.known.calibration:
+            elif plan.criterion in CALIBRATED and evidence.known.calibration:
                 calibration = evidence.known.calibration.measured_on
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]

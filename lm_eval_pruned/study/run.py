@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.estimate import estimate, missing, operations_per_second
 from lm_eval_pruned.study.preset import MARGIN, checked_families, options_of
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 
 
@@ -42,7 +43,7 @@ def run_study(
         Exit code: 0 where everything is done, 1 where something failed, 130 after Ctrl-C.
 
     Raises:
-        ValueError: A margin or a family is none, or see `options_of` and `Sweep`.
+        ValueError: A margin or a family is none, or see `options_of` and `plan_sweep`.
     """
     Margin("margin", margin)
     families = checked_families(families)
@@ -50,7 +51,7 @@ def run_study(
         print(line, file=sys.stderr)
     studies = options_of(models, given, kind, quick)
     # All are planned before one is run: what is wrong with the last is said at once.
-    sweeps = {name: Sweep(options) for name, options in studies.items()}
+    sweeps = {name: plan_sweep(options) for name, options in studies.items()}
     if dry_run:
         for name, sweep in sweeps.items():
             dtype = studies[name]["model_args"].get("dtype")
@@ -60,11 +61,11 @@ def run_study(
     # Needs the extra `report`, without which a dry run works.
     from lm_eval_pruned.report.report import write_report
     from lm_eval_pruned.study.findings import read_findings, sentences
-    from lm_eval_pruned.study.page import write_page
+    from lm_eval_pruned.study.page import write_study
 
     code, found = 0, {}
     for sweep in sweeps.values():
-        code = max(code, run_sweep(sweep.options, sweep=sweep, **which))
+        code = max(code, run_sweep(sweep, **which))
         if code == 130:
             return code
     for name, options in studies.items():
@@ -73,20 +74,21 @@ def run_study(
         elsewhere = given.get("ray") or which.get("shard")
         measured = file.is_file() and not read_json(file)["interrupted"]
         try:
-            write_report(folder)
+            read = DocumentReader()
+            write_report(folder, read=read)
             if not measured and not elsewhere:
                 ended = measure(_profile_words(options, file.parent, quick))
                 if ended == 130:
                     return ended
                 code = code or ended
-            sweep_results = read_sweep(folder)
-            found[name] = read_findings(sweep_results, margin=margin, families=families)
+            how = {"margin": margin, "families": families, "read": read}
+            found[name] = read_findings(read_sweep(folder), **how)
         except ResultsError as error:
             print(f"{name} is not on the page yet: {error}", file=sys.stderr)
     for name, of in found.items():
         print(sentences(name, of)[0])
     if found:
-        print(f"Written: {write_page(Path(given['output_path']), found)[0]}")
+        print(f"Written: {write_study(Path(given['output_path']), found)[0]}")
     return code or int(len(found) < len(studies))
 
 
