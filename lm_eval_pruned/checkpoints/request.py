@@ -144,9 +144,8 @@ class LoadRequest:
             check_comparable(plan, self.widths)
         if plan.criterion in CALIBRATED:
             # Layers that are cut one after the other show what their experts are given.
-            alone = plan.criterion == OBS and not plan.is_open
-            check_observable(self.widths.skeleton(), stacked=alone)
-        if asked.layer_by_layer:
+            check_observable(self.widths.skeleton(), stacked=plan.criterion == OBS)
+        if asked.layer_by_layer or plan.is_open:
             layers_of(self.widths.skeleton())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
