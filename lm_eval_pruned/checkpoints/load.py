@@ -170,11 +170,14 @@ class Stored(LoadedModel):
         model, widths, rounded = request.load_stored()
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
-        if asked.drop_layers is not None:
-            depth = depth_in_memory(model, asked, tokenizer, device, content)
-            widths = widths.without_layers(depth)
-        plan = widths.plan(asked)
-        request = dataclasses.replace(request, widths=widths, plan=plan)
+        if widths is not request.widths.whole or asked.measures_depth:
+            # The tensors, or the text, say something else than the config.
+            if asked.drop_layers is not None:
+                depth = depth_in_memory(model, asked, tokenizer, device, content)
+                widths = widths.without_layers(depth)
+            plan = widths.plan(asked)
+            request = dataclasses.replace(request, widths=widths, plan=plan)
+        plan = request.plan
         if content is not None and plan.depth is not None:
             content = (content, plan.depth.kept)
         samples: Any = asked.calibration_samples
