@@ -61,7 +61,7 @@ class Curvature:
         first: dict[int, str] = {}
         for name, root in self.roots.items():
             first.setdefault(id(root), name)
-        tensors = {name: self.roots[name] for name in first.values()}
+        tensors = {name: self.roots[name].contiguous() for name in first.values()}
         same = {name: first[id(root)] for name, root in self.roots.items()}
         return tensors, {"loss": self.loss, "roots": same}
 

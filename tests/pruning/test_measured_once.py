@@ -11,6 +11,7 @@ from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.criteria import ACTIVITY
+from lm_eval_pruned.pruning.curvature import Curvature
 from lm_eval_pruned.util import cache
 from tests.helpers.checkpoints import byte_tokenizer, edit_config, save_tiny
 from tests.helpers.ways_to_load import assert_same_model, write_texts
@@ -141,3 +142,16 @@ def test_a_cache_that_cannot_be_written_is_no_error_and_is_told_once(
     assert work == {"calibrate": 2}
     (message,) = (line for line in caplog.messages if "cannot be written" in line)
     assert "set XDG_CACHE_HOME to a writable folder" in message
+
+
+def test_a_matrix_that_experts_share_is_kept_once(text):
+    shared, other = torch.rand(3, 3).T, torch.rand(2, 2)
+    costs = Curvature(1.5, {"0.a": shared, "0.b": shared, "1": other})
+    for _ in range(2):
+        again = Curvature.of(*cache.measured_once("model", "", costs.as_measured))
+        assert again.loss == costs.loss
+        assert again.roots.keys() == costs.roots.keys()
+        assert all(
+            torch.equal(again.roots[name], costs.roots[name]) for name in again.roots
+        )
+        assert again.roots["0.a"] is again.roots["0.b"]
