@@ -57,6 +57,10 @@ class Moments:
             torch.zeros(width, device=device, dtype=torch.float64),
         )
 
+    def uncentred(self) -> Tensor:
+        """Return G, the sum over tokens of x x', shape (I, I), float64."""
+        return self.scatter.double().addr_(self.mean, self.mean, alpha=self.tokens)
+
     def add(self, x: Tensor) -> None:
         """Take in more tokens, of shape (tokens, I)."""
         for block in x.split(_BLOCK):

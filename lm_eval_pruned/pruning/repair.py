@@ -59,15 +59,9 @@ _FEW = 5
 _TOGETHER = 8
 
 
-def uncentred(moments: Moments) -> Tensor:
-    """Return G, the sum over tokens of x x', shape (I, I), float64."""
-    gram = moments.scatter.double()
-    return gram.addr_(moments.mean, moments.mean, alpha=moments.tokens)
-
-
 def regularised(moments: Moments, centred: bool) -> Tensor:
     """Return G + lambda I, shape (I, I), float64; `centred` is for weights beside a bias."""
-    gram = moments.scatter.double() if centred else uncentred(moments)
+    gram = moments.scatter.double() if centred else moments.uncentred()
     gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) or 1.0)
     return gram
 
@@ -285,7 +279,7 @@ def errors_of_cuts(
             down = weighted(roots[name], mlp.weight("down_proj").detach())
             gram = _gram(mlp, seen)
             lost = (
-                None if repair == LEAST_SQUARES else uncentred(seen) * (down.T @ down)
+                None if repair == LEAST_SQUARES else seen.uncentred() * (down.T @ down)
             )
             # Where no token was, nothing is lost.
             errors[name] = [
