@@ -5,31 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.comparison import compare
-from lm_eval_pruned.compare.judge import Case, Difference
+from lm_eval_pruned.compare.judge import Case, Difference, judged as judge
 from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.compare.margin import Margin
-from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.compare.power import power_of
+from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.pooled import GUARD, mean_of, p_of_claim
 from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions
 from lm_eval_pruned.results.documents import CHOICE_PROB
-from lm_eval_pruned.results.files import (
-    ResultsError,
-    Run,
-    Score,
-    as_mapping,
-    read_json,
-)
+from lm_eval_pruned.results.files import ResultsError, Run, Score
 from lm_eval_pruned.results.groups import is_share, primary_metrics
-from lm_eval_pruned.results.runs import read_unit, results_files
 from lm_eval_pruned.results.settings import asked_differently
+from lm_eval_pruned.verdict.needed import what_decides
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
 Key = tuple[str, str]
 #: By exit code.
@@ -56,8 +49,37 @@ class Judged(NamedTuple):
     take: str
 
 
+class Pooled(NamedTuple):
+    """One claim on the mean over `keys`, tasks and metrics, and how it was judged.
+
+    `text` is the claim: how far the score falls on average and in each task.
+    """
+
+    keys: Sequence[Key]
+    judged: Judged
+    text: str
+
+    @property
+    def sentence(self) -> str:
+        """The claim, whether it is shown, and the mean difference in points with its 90 % interval."""
+        row, tasks = self.judged.row, ", ".join(task for task, _ in self.keys)
+        shown = {
+            "undecided": "not decided",
+            "worse": "not shown, and the mean is worse",
+        }
+        ends = (end for end in (row.low, row.high) if end is not None)
+        interval = ", ".join(f"{100 * end:+.1f}" for end in ends)
+        return (
+            f"{self.text} ({tasks}): {shown.get(self.judged.word, 'shown')}; the mean differs by "
+            f"{100 * row.difference:+.1f} points [{interval}]."
+        )
+
+
 class Verdict(NamedTuple):
-    """The answer on two runs, with the exit code of `check`."""
+    """The answer on two runs, with the exit code of `check`.
+
+    The claims of `pooled` decide in place of those of their tasks, unless a task is shown to be worse.
+    """
 
     base: Run
     candidate: Run
@@ -65,6 +87,21 @@ class Verdict(NamedTuple):
     judged: Sequence[Judged]
     beside: Sequence[Difference]
     notes: Sequence[str]
+    pooled: Sequence[Pooled] = ()
+
+    @property
+    def open(self) -> list[Judged]:
+        """What is shown to be worse, or keeps the verdict from being decided."""
+        held = {key for each in self.pooled for key in each.keys}
+        return [
+            each
+            for each in [*(pool.judged for pool in self.pooled), *self.judged]
+            if each.word == "worse"
+            or (
+                each.word == "undecided"
+                and (each.row.task, each.row.metric) not in held
+            )
+        ]
 
 
 def decide(
@@ -115,29 +152,105 @@ def decide(
     _refuse_another_test(base, candidate, keys)
     by_key = {(row.task, row.metric): row for row in compared.rows}
     rows = [by_key[key] for key in keys]
-    cases = [Case(base, candidate, key, None, "", margin=chosen[key]) for key in keys]
-    levels = [CLAIM_LEVEL] * len(keys)
-    judged, statuses = [], []
-    for case, row, decision in zip(
-        cases, rows, decisions(cases, rows, levels), strict=True
+    cases = [
+        Case(
+            *(base, candidate, key, paired_documents(base, candidate, *key, read)),
+            *("", True, chosen[key]),
+        )
+        for key in keys
+    ]
+    pools = _pools(cases, rows, asked)
+    means = [mean_of(pool) for pool in pools]
+    found = _judged(
+        [*([case] for case in cases), *pools],
+        [*cases, *(mean._replace(family="") for mean in means)],
+        [*rows, *judge(means, 2 * CLAIM_LEVEL)],
+    )
+    alone, together = found[: len(cases)], found[len(cases) :]
+    pooled = [
+        Pooled([case.key for case in pool], each, claim_text(pool))
+        for pool, each in zip(pools, together, strict=True)
+    ]
+    blind = all(_at_floor(row) for row in rows)
+    counted = [by_key[key] for key in primary_metrics([base, candidate])]
+    beside = [row for row in counted if row not in rows]
+    verdict = Verdict(base, candidate, 0, alone, beside, compared.notes, pooled)
+    words = {each.word for each in verdict.open}
+    code = 1 if "worse" in words else 2 if words or blind else 0
+    return verdict._replace(code=code)
+
+
+def _judged(
+    claims: Sequence[Sequence[Case]], cases: Sequence[Case], rows: Sequence[Difference]
+) -> list[Judged]:
+    """Return what the gate says of `cases`, of which a claim may be made up of several."""
+    found = []
+    told = decisions(cases, rows, [CLAIM_LEVEL] * len(cases))
+    for claim, case, row, (status, message) in zip(
+        claims, cases, rows, told, strict=True
     ):
-        status, message = decision
         if not math.isfinite(row.score):
             status, message = "fail", f"The score is {row.score}, not a finite number."
         word = _WORDS.get(status)
         if status == "pass":
             word = "equivalent" if _inside(row, case) else "not worse"
+            p = p_of_claim(claim) if claim[1:] else 0.0
+            if p is None or p >= CLAIM_LEVEL:
+                status = word = "undecided"
+                message = f"Shown of the mean, and not of each task (p = {p or 1:.3g})."
         if status != "fail" and _at_floor(row):
             # Such a score counts neither for nor against shipping.
             status, word = "pass", NO_LOSS
-        take = _take(case, row) if status == "undecided" else ""
-        judged.append(Judged(row, chosen[case.key].text, str(word), message, take))
-        statuses.append(status)
-    blind = all(_at_floor(row) for row in rows)
-    code = 1 if "fail" in statuses else 2 if "undecided" in statuses or blind else 0
-    counted = [by_key[key] for key in primary_metrics([base, candidate])]
-    beside = [row for row in counted if row not in rows]
-    return Verdict(base, candidate, code, judged, beside, compared.notes)
+        take = what_decides(claim, row) if status == "undecided" else ""
+        margin = case.margin.text if case.margin else ""
+        found.append(Judged(row, margin, str(word), message, take))
+    return found
+
+
+def _pools(
+    cases: Sequence[Case], rows: Sequence[Difference], asked: Mapping[str, str]
+) -> list[list[Case]]:
+    """Return the cases that are claimed together: of one measure, with one margin in points.
+
+    Not among them are tasks whose margin the user named, and those that cannot show a loss.
+    """
+    found: dict[object, list[Case]] = {}
+    for case, row in zip(cases, rows, strict=True):
+        alone = case.key[0] in asked or _at_floor(row) or row.p is None
+        if not alone and _can_be_pooled(case):
+            found.setdefault(_kind(case), []).append(case)
+    return [pool for pool in found.values() if len(pool) > 1]
+
+
+def _can_be_pooled(case: Case) -> bool:
+    """Whether a score is a mean between 0 and 1, more is better, and the margin is in points."""
+    scores = [score.value for score in case.scores]
+    return bool(
+        case.pair
+        and case.pair[0].transform == "mean"
+        and case.scores[0].higher_is_better
+        and case.margin_size
+        and case.margin
+        and case.margin.share is None
+        and _names(case.key)[1] not in BIAS
+        and is_share(case.key[1], scores)
+    )
+
+
+def _kind(case: Case) -> tuple[str, float | None]:
+    """What a score measures, and its margin."""
+    name = _names(case.key)[1]
+    return PROBABILITIES[0] if name in PROBABILITIES else name, case.margin_size
+
+
+def claim_text(pool: Sequence[Case]) -> str:
+    """Return what is claimed of several tasks together, in a sentence without its end."""
+    size, name = 100 * (pool[0].margin_size or 0.0), _names(pool[0].key)[1]
+    what = "The probability of the right answer" if name in PROBABILITIES else name
+    return (
+        f"{what} falls by less than {size:g} points on average over these {len(pool)} tasks, and by "
+        f"less than {GUARD * size:g} in each"
+    )
 
 
 def _at_floor(row: Difference) -> bool:
@@ -223,23 +336,82 @@ def judged_scores(
     return found
 
 
-def measured(run: Run, read: DocumentReader) -> Run:
-    """Return a run with the score `CHOICE_PROB` of each task that has choices, one of which is right."""
+def measured(run: Run, read: DocumentReader, tasks: Sequence[str] = ()) -> Run:
+    """Return a run with the score `CHOICE_PROB` of each task that has choices, one of which is right.
+
+    Of `tasks`, or else of all that are no members of groups.
+    """
     scores = {}
-    for task in run.tasks(subtasks=False):
+    for task in tasks or run.tasks(subtasks=False):
         if documents := read(run, task, CHOICE_PROB):
             mean = float(documents.values.mean())
             scores[task, CHOICE_PROB] = Score(mean, None, True, len(documents.values))
     return replace(run, scores={**run.scores, **scores})
 
 
-def _judged_keys(base: Run, measure: str | None = None) -> Iterator[Key]:
+def pilots_of(
+    base: Run,
+    run: Run,
+    tasks: Sequence[str],
+    margin: str | None = None,
+    measure: str | None = None,
+) -> list[list[Case]]:
+    """Return the cases of each claim that may be made on a task, or of the one on several.
+
+    Of a task, claims on `measure` or else on what a verdict judges and on the score that counts;
+    of several tasks, the claim on the mean of what it judges first.
+
+    ResultsError if results or samples of a task are missing; ValueError for a margin that cannot be
+    meant, and where there is no mean over the tasks.
+    """
+    read, found = DocumentReader(), []
+    for task in tasks:
+        if task not in {*base.tasks()} & {*run.tasks()}:
+            raise ResultsError(
+                f"{base.name} and its runs share no results of {task}: pass a task that both have "
+                f"({base.name} has {', '.join(base.tasks()) or 'none'}), or evaluate some of its documents."
+            )
+        one, other = (measured(each, read, [task]) for each in (base, run))
+        check_measure(measure, (metric for of, metric in one.scores if of == task))
+        keys = [*_judged_keys(one, measure, subtasks=True)]
+        if not measure:
+            keys += primary_metrics([one, other], subtasks=True)
+        keys = [key for key in dict.fromkeys(keys) if key[0] == task]
+        found.append([_pilot(one, other, key, margin, read) for key in keys])
+    if len(tasks) == 1:
+        return [[case] for case in found[0]]
+    first = [of[0] for of in found]
+    if len({_kind(case) for case in first}) > 1 or not all(map(_can_be_pooled, first)):
+        raise ValueError(
+            f"There is no mean over {', '.join(tasks)}, which takes scores between 0 and 1 of one "
+            "measure, with a margin in points: name one with --measure and --margin, or one task."
+        )
+    return [first]
+
+
+def _pilot(
+    base: Run, run: Run, key: Key, margin: str | None, read: DocumentReader
+) -> Case:
+    pair = paired_documents(base, run, *key, read)
+    if pair is None:
+        raise ResultsError(
+            f"{key[0]} of {run.name} has no logged samples from which its score can be computed: "
+            "evaluate with --log_samples."
+        )
+    within = Margin(CLAIM, margin or _usual(base, run, key))
+    within.check(*key, base.scores[key].value, run.scores[key].value)
+    return Case(base, run, key, pair, "", margin=within)
+
+
+def _judged_keys(
+    base: Run, measure: str | None = None, *, subtasks: bool = False
+) -> Iterator[Key]:
     """Yield what is judged of each task: `measure` where it has it, else what decides soonest.
 
     That is a score with an exact floor, the probability of the right answer, or the score that counts;
     beside it, how far a model is biased.
     """
-    for task, primary in primary_metrics([base]):
+    for task, primary in primary_metrics([base], subtasks=subtasks):
         metrics = {
             name.partition(",")[0]: name for of, name in base.scores if of == task
         }
@@ -273,59 +445,3 @@ def _usual(base: Run, candidate: Run, key: Key) -> str:
         return "15pt"
     scores = base.scores[key].value, candidate.scores[key].value
     return "2pt" if is_share(key[1], scores) else "2%"
-
-
-def _take(case: Case, row: Difference) -> str:
-    """Say how many documents, in how many minutes, decide with a chance of 80 %, if the models do not differ."""
-    base, candidate, key, margin = case.base, case.run, case.key, case.margin
-    up = case.scores[0].higher_is_better
-    if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
-        return "A test of only this score would show it to be worse; a test of all scores needs more documents."
-    if margin is None:
-        return ""
-    try:
-        options: Any = {"metric": key[1], "alpha": CLAIM_LEVEL}
-        rows = power_of(base, [candidate], key[0], margin, **options)
-    except ValueError:
-        # The finding says why nothing was decided.
-        return ""
-    seen, needed = rows[0][2], rows[up is not None][-1]
-    if not isinstance(seen, int) or not isinstance(needed, int):
-        return ""
-    if needed <= seen:
-        return (
-            f"{seen} documents would probably have decided if the models did not differ, so they may "
-            "well differ: evaluate other documents, or accept a wider margin."
-        )
-    leaves = base.leaves(key[0])
-    files = [
-        next(file for file in results_files(run.path) if leaves[0] in _sizes(file))
-        for run in (base, candidate)
-    ]
-    sizes, costs = _sizes(files[0]), [seconds_per_document([file]) for file in files]
-    there = sum(sizes[leaf]["original"] for leaf in leaves)
-    more = f"It would take about {needed:,} documents instead of {seen:,}"
-    if there < needed:
-        return f"{more}, but the task has {there:,}: accept a wider margin."
-    minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
-    return f"{more}, {max(1, round(minutes)):,} min." if all(costs) else f"{more}."
-
-
-def seconds_per_document(files: Iterable[Path]) -> float | None:
-    """Return the wall time of evaluating, over the documents; None where no file says it.
-
-    That of a sweep's unit leaves out loading the model, that of the harness includes it.
-    """
-    spent, seen = 0.0, 0
-    for file in files:
-        unit = read_unit(file.parent)
-        told = read_json(file).get("total_evaluation_time_seconds")
-        if seconds := float(unit.seconds if unit else told or 0):
-            spent += seconds
-            seen += sum(each["effective"] for each in _sizes(file).values())
-    return spent / seen if seen else None
-
-
-def _sizes(file: Path) -> Mapping[str, Any]:
-    """Return how many documents each task of a results file has, and how many were evaluated."""
-    return as_mapping(read_json(file).get("n-samples"))
