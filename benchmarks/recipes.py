@@ -36,7 +36,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "act, repaired": [{"criterion": "act", "repair": "least_squares"}],
     "best": [{"recipe": "best"}],
     "best, sensitivity": [{"recipe": "best", "allocation": "sensitivity"}],
-    "sensitivity best": [{"allocation": "sensitivity", "criterion": "best"}],
 }
 
 

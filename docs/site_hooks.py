@@ -1,8 +1,7 @@
 """What ``mkdocs build`` cannot know by itself; ``mkdocs.yml`` names this file.
 
 - setup.cfg maps two folders of the repository into the package, so mkdocstrings is shown a
-  copy in which they are where an installation has them. It reads sources and runs nothing, so in
-  the copy the arguments of pruning stand where a decorator puts them.
+  copy in which they are where an installation has them.
 - The page of the command line is what its parsers print.
 - A page that would load anything from another host fails the build.
 """
@@ -44,22 +43,7 @@ def on_startup(**_):
         # Google's style has both names for the section; mkdocstrings knows the plural alone.
         source = path.read_text(encoding="utf-8")
         plural = re.sub(r"^( +)Example:$", r"\1Examples:", source, flags=re.MULTILINE)
-        path.write_text(with_prune_arguments(plural), encoding="utf-8")
-
-
-def with_prune_arguments(source: str) -> str:
-    """Return a module with the arguments of pruning spelled out where they are taken."""
-    from lm_eval_pruned.pruning.arguments import DECLARED, described
-
-    def parameters(head: re.Match[str]) -> str:
-        return head[0] + "".join(
-            f"{head[1]}{name}: {each.type} = {each.default!r},\n"
-            for name, each in DECLARED.items()
-        )
-
-    taken = r"@takes_prune_arguments\n *def \w+\((?:.*\n)*?( +)\*,\n"
-    source = re.sub(taken, parameters, source)
-    return described(source.replace("        **prune_arguments: Any,\n", ""))
+        path.write_text(plural, encoding="utf-8")
 
 
 def on_page_markdown(markdown, **_):

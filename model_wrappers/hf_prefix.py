@@ -1,4 +1,4 @@
-"""The model type ``hf-prefix``: the harness's ``hf`` with shared prefixes and refilled slots.
+"""The model type ``hf-prefix``: the harness's ``hf``, faster and with its energy measured.
 
 The arguments of all model types of this package are checked here. HFLM asserts some of them
 without a message, hands others to code that fails far from the cause, and takes any text for true:
@@ -13,6 +13,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 
 from lm_eval_pruned.checkpoints.configs import (
@@ -22,10 +23,17 @@ from lm_eval_pruned.checkpoints.configs import (
 )
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
+from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
+from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
 from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
+from lm_eval_pruned.model_wrappers.batching.generation import (
+    count_generated,
+    end_tokens,
+)
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.batching.tokenising import TokenisingMixin
+from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.mismatched_questions import (
     ARGUMENT,
     mismatched,
@@ -54,7 +62,9 @@ _DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
-class PrefixHFLM(TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM):
+class PrefixHFLM(
+    EnergyWindows, TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM
+):
     def __init__(
         self,
         pretrained: Any = None,
@@ -62,7 +72,7 @@ class PrefixHFLM(TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM):
         mismatched_questions: bool = False,
         **kwargs: Any,
     ) -> None:
-        """HFLM that computes what requests have in common once.
+        """HFLM that computes what requests have in common once, and measures its energy.
 
         Args:
             pretrained: As in HFLM. If omitted, SmolLM2-135M-Instruct.
@@ -70,8 +80,8 @@ class PrefixHFLM(TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM):
             mismatched_questions: Score each document's answers after the question of another
                 document of its task. The scores are a floor: what this model scores without
                 reading the question. `compare` takes such results for nothing else.
-            **kwargs: As in HFLM, ``prefix_sharing`` and ``slot_refilling``; see
-                `PrefixSharingMixin` and `SlotRefillingMixin`.
+            **kwargs: As in HFLM, and those of `EnergyWindows`, `PrefixSharingMixin` and
+                `SlotRefillingMixin`.
 
         Raises:
             ValueError: The name of an argument is misspelt, or its value cannot be used.
@@ -105,10 +115,84 @@ class PrefixHFLM(TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM):
             refuse_others(requests)
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
+    def begin_evaluation(self) -> None:
+        """Begin the records in the results anew."""
+        super().begin_evaluation()
+        self.answer_paths = AnswerPaths()
+
     def get_model_info(self) -> dict[str, Any]:
-        """Return HFLM's model information, and whether questions were exchanged."""
-        info = super().get_model_info()
+        """Return HFLM's model information, ``energy``, and whether questions were exchanged."""
+        info = super().get_model_info() | self.energy_info()
         return info | {ARGUMENT: True} if self._mismatched_questions else info
+
+    @property
+    def keeps_tokens(self) -> bool:  # type: ignore[override]
+        """Whether tokens go over to the next model, which spares it time and energy."""
+        return self._energy is None
+
+    def barrier(self) -> None:
+        """Wait for all processes, as the harness does after each type of request; end its windows."""
+        super().barrier()
+        if self._energy is not None and self.world_size > 1:
+            used = self.gather_object(self._energy.take(), dst=0)
+            if self.rank == 0:
+                self._energy.add(used)
+
+    def _runs_on_gpu(self) -> bool:
+        return bool(self._accelerators())
+
+    def _first_pass(self) -> None:
+        size = (1, min(WARM_UP_TOKENS, self.max_length))
+        tokens = torch.ones(size, dtype=torch.long, device=self.device)
+        decoded = tokens if is_encoder_decoder(self) else None
+        self._model_call(tokens, attn_mask=decoded, labels=decoded)
+
+    def _accelerators(self) -> set[torch.device]:
+        devices = {parameter.device for parameter in self.model.parameters()}
+        return {each for each in devices if each.type not in ("cpu", "meta")}
+
+    def _wait_for_accelerators(self) -> None:
+        for device in self._accelerators():
+            torch.accelerator.synchronize(device)
+
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        with self._set_up("batch_size_search"):
+            return super()._detect_batch_size(*args, **kwargs)
+
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
+    ) -> torch.Tensor:
+        # What an encoder reads; `_select_cont_toks` sees the decoder's part.
+        if self._energy is not None and attn_mask is not None:
+            self.token_counts.processed += int(attn_mask.sum())
+        return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
+
+    def _select_cont_toks(
+        self,
+        logits: torch.Tensor,
+        contlen: int | None = None,
+        inplen: int | None = None,
+    ) -> torch.Tensor:
+        # HFLM calls this once for each row that it sent through the model, with the
+        # row's length before padding (the decoder's, in an encoder-decoder model).
+        if self._energy is not None:
+            self.token_counts.processed += inplen or contlen or 0
+        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> torch.Tensor:
+        output = super()._model_generate(context, max_length, stop, **options)
+        if self._energy is not None:
+            mask = options.get("attention_mask")
+            prompt = context.numel() if mask is None else int(mask.sum())
+            start = 1 if is_encoder_decoder(self) else context.shape[1]
+            generated = count_generated(output[:, start:], end_tokens(self.model))
+            self.token_counts.prompt += prompt
+            self.token_counts.generated += generated
+            # The last token of a row is never fed back.
+            self.token_counts.processed += prompt + generated - context.shape[0]
+        return output
 
     @classmethod
     def argument_names(cls) -> set[str]:

@@ -1,4 +1,4 @@
-"""The model type ``pruned-hf``: the harness's ``hf`` with narrowed GLU-MLPs, and its energy."""
+"""The model type ``pruned-hf``: `PrefixHFLM` with narrowed GLU-MLPs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import logging
 import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, check_kept
 from lm_eval_pruned.checkpoints.configs import (
@@ -17,15 +15,8 @@ from lm_eval_pruned.checkpoints.configs import (
 )
 from lm_eval_pruned.checkpoints.load import check_divides, load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
-from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
-from lm_eval_pruned.model_wrappers.batching.generation import (
-    count_generated,
-    end_tokens,
-)
-from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM, check_arguments
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
 
 
@@ -38,80 +29,7 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
 
-class EnergyLoggingHFLM(EnergyWindows, PrefixHFLM):
-    """`PrefixHFLM` with the arguments ``energy...`` of `EnergyWindows`."""
-
-    @property
-    def keeps_tokens(self) -> bool:  # type: ignore[override]
-        """Whether tokens go over to the next model, which spares it time and energy."""
-        return self._energy is None
-
-    def barrier(self) -> None:
-        """Wait for all processes, as the harness does after each type of request; end its windows."""
-        super().barrier()
-        if self._energy is not None and self.world_size > 1:
-            used = self.gather_object(self._energy.take(), dst=0)
-            if self.rank == 0:
-                self._energy.add(used)
-
-    def _runs_on_gpu(self) -> bool:
-        return bool(self._accelerators())
-
-    def _first_pass(self) -> None:
-        size = (1, min(WARM_UP_TOKENS, self.max_length))
-        tokens = torch.ones(size, dtype=torch.long, device=self.device)
-        decoded = tokens if is_encoder_decoder(self) else None
-        self._model_call(tokens, attn_mask=decoded, labels=decoded)
-
-    def _accelerators(self) -> set[torch.device]:
-        devices = {parameter.device for parameter in self.model.parameters()}
-        return {each for each in devices if each.type not in ("cpu", "meta")}
-
-    def _wait_for_accelerators(self) -> None:
-        for device in self._accelerators():
-            torch.accelerator.synchronize(device)
-
-    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
-        with self._set_up("batch_size_search"):
-            return super()._detect_batch_size(*args, **kwargs)
-
-    def _model_call(
-        self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
-    ) -> torch.Tensor:
-        # What an encoder reads; `_select_cont_toks` sees the decoder's part.
-        if self._energy is not None and attn_mask is not None:
-            self.token_counts.processed += int(attn_mask.sum())
-        return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
-
-    def _select_cont_toks(
-        self,
-        logits: torch.Tensor,
-        contlen: int | None = None,
-        inplen: int | None = None,
-    ) -> torch.Tensor:
-        # HFLM calls this once for each row that it sent through the model, with the
-        # row's length before padding (the decoder's, in an encoder-decoder model).
-        if self._energy is not None:
-            self.token_counts.processed += inplen or contlen or 0
-        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
-    ) -> torch.Tensor:
-        output = super()._model_generate(context, max_length, stop, **options)
-        if self._energy is not None:
-            mask = options.get("attention_mask")
-            prompt = context.numel() if mask is None else int(mask.sum())
-            start = 1 if is_encoder_decoder(self) else context.shape[1]
-            generated = count_generated(output[:, start:], end_tokens(self.model))
-            self.token_counts.prompt += prompt
-            self.token_counts.generated += generated
-            # The last token of a row is never fed back.
-            self.token_counts.processed += prompt + generated - context.shape[0]
-        return output
-
-
-class PrunedHFLM(EnergyLoggingHFLM):
+class PrunedHFLM(PrefixHFLM):
     # HFLM's, which sets them in ways that a type checker does not follow.
     AUTO_MODEL_CLASS: Any
     _model: Any
@@ -119,7 +37,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
     _prune_record: PruneRecord
     _healing: dict[str, Any] | None = None
 
-    @takes_prune_arguments
     def __init__(
         self,
         pretrained: str | PreTrainedModel | None = None,
@@ -137,7 +54,6 @@ class PrunedHFLM(EnergyLoggingHFLM):
 
         Args:
             pretrained: As in HFLM. If omitted, SmolLM2-135M-Instruct.
-            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
             peft: As in HFLM.
             peft_stage: ``after`` (default): `peft` was trained on the pruned model and
                 is applied to it. ``before``: it was trained on the full model, is
@@ -146,8 +62,8 @@ class PrunedHFLM(EnergyLoggingHFLM):
                 transformers quantisation config. ``load_in_8bit``, ``load_in_4bit`` and
                 ``bnb_4bit_...`` work as well.
             known_scores: Scores that a sweep keeps from one of its models to the next.
-            **kwargs: Everything HFLM takes, ``prefix_sharing`` and ``slot_refilling`` of
-                `PrefixHFLM`, and the arguments ``energy...`` of `EnergyWindows`.
+            **kwargs: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`, and
+                everything `PrefixHFLM` takes.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
@@ -174,6 +90,11 @@ class PrunedHFLM(EnergyLoggingHFLM):
             self._world_size = accelerator.num_processes
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
+
+    @classmethod
+    def argument_names(cls) -> set[str]:
+        """Return the names of all arguments but those that HFLM hands on to transformers."""
+        return super().argument_names() | {*DECLARED}
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with argument_errors(), clear_errors(pretrained):
@@ -239,16 +160,11 @@ class PrunedHFLM(EnergyLoggingHFLM):
         self._prune_record = model.prune_record  # type: ignore[assignment]
         self._config = model.config
 
-    def begin_evaluation(self) -> None:
-        """Begin the records in the results anew."""
-        super().begin_evaluation()
-        self.answer_paths = AnswerPaths()
-
     def get_model_info(self) -> dict[str, Any]:
-        """Return HFLM's model information, ``energy``, ``pruning`` and ``healing``."""
-        info = {**super().get_model_info(), **self.energy_info()}
+        """Return that of `PrefixHFLM`, ``pruning`` and ``healing``."""
+        info = super().get_model_info()
         info["pruning"] = self._prune_record.as_dict()
         if self._healing is not None:
-            told = self._healing.items()
-            info["healing"] = {name: v for name, v in told if name != "pruning"}
+            training = self._healing.items()
+            info["healing"] = {k: v for k, v in training if k != "pruning"}
         return info

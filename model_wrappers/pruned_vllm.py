@@ -45,11 +45,7 @@ from lm_eval_pruned.model_wrappers.hf_prefix import (
     given_or_default,
 )
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_request
-from lm_eval_pruned.pruning.arguments import (
-    DECLARED,
-    PruneArguments,
-    takes_prune_arguments,
-)
+from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.record import PruneRecord
 
 
@@ -66,7 +62,6 @@ class PrunedVLLM(EnergyWindows, VLLM):
     engine_died = False
     check_values = staticmethod(check_values)
 
-    @takes_prune_arguments
     def __init__(
         self,
         pretrained: str | None = None,
@@ -78,10 +73,10 @@ class PrunedVLLM(EnergyWindows, VLLM):
 
         Args:
             pretrained: As in VLLM. If omitted, SmolLM2-135M-Instruct.
-            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
             known_scores: Not used: the processes of an engine score for themselves.
-            **kwargs: Everything VLLM takes, and the arguments ``energy...`` of
-                `EnergyWindows`. ``seed`` is that of the engine as well.
+            **kwargs: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`,
+                everything VLLM takes, and the arguments ``energy...`` of `EnergyWindows`.
+                ``seed`` is that of the engine as well.
 
         Raises:
             ValueError: A size, the criterion or the model cannot be pruned as asked.
@@ -148,7 +143,8 @@ class PrunedVLLM(EnergyWindows, VLLM):
     @classmethod
     def argument_names(cls) -> set[str]:
         """Return the names of all arguments, those of vLLM's engine among them."""
-        return argument_names(cls) | {each.name for each in fields(EngineArgs)}
+        names = {each.name for each in fields(EngineArgs)}
+        return argument_names(cls) | names | {*DECLARED}
 
     def _runs_on_gpu(self) -> bool:
         from vllm.platforms import current_platform

@@ -58,9 +58,9 @@ def model_card(
     source = f"{name} (revision {revision})" if revision else name
     loaded = f"pretrained={name}" + (f",revision={revision}" if revision else "")
     shards = shard_sizes(written)
-    criteria = " or ".join(f"`{each}`" for each in plan.criteria)
     ranked = (
-        f" In each layer, the neurons with the highest scores by {criteria} were kept."
+        f" In each layer, the neurons with the highest scores by `{plan.criterion}` were "
+        "kept."
     )
     body = f"""{_OURS} pruned {source}.{ranked * plan.prunes} {trained}
 

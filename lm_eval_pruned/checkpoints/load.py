@@ -22,7 +22,7 @@ from lm_eval_pruned.checkpoints.request import (
 from lm_eval_pruned.checkpoints.sensitivity import cached_losses
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import CalibrationText, tell_device
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.plan import PrunePlan
 
 
-@takes_prune_arguments
 def load_pruned(
     pretrained: str,
     *,
@@ -58,7 +57,7 @@ def load_pruned(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     auto_class: type | None = None,
-    **from_pretrained: Any,
+    **arguments: Any,
 ) -> PreTrainedModel:
     """Load a model whose GLU-MLPs are narrowed while its checkpoint is read.
 
@@ -76,7 +75,6 @@ def load_pruned(
 
     Args:
         pretrained: Folder or Hub name of the model.
-        ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
         tokenizer: What reads calibration text; default: the tokenizer of `pretrained`.
         device: Where to load to; default: the CPU. Scores of weights are computed on the CPU, and
             only the kept neurons go there, unless calibration text runs there.
@@ -84,7 +82,8 @@ def load_pruned(
             first tensor.
         auto_class: The transformers class to load with; default
             `AutoModelForCausalLM`.
-        **from_pretrained: Anything else ``from_pretrained`` takes.
+        **arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`, and anything else
+            that ``from_pretrained`` takes.
 
     Returns:
         The model, in evaluation mode. ``model.prune_record`` says what was done.
@@ -112,21 +111,21 @@ def load_pruned(
     """
     import transformers
 
-    prune_arguments = PruneArguments.taken_from(from_pretrained)
+    prune_arguments = PruneArguments.taken_from(arguments)
     if dtype is not None:
-        from_pretrained["dtype"] = dtype
+        arguments["dtype"] = dtype
     if device is not None:
-        if from_pretrained.get("device_map") is not None:
+        if arguments.get("device_map") is not None:
             raise ValueError(
-                f"device={device} and device_map={from_pretrained['device_map']} both say where "
-                "to load: pass one."
+                f"device={device} and device_map={arguments['device_map']} both say where to "
+                "load: pass one."
             )
-        from_pretrained["device_map"] = {"": device}
+        arguments["device_map"] = {"": device}
     request = LoadRequest.resolve(
         auto_class or transformers.AutoModelForCausalLM,
         pretrained,
         prune_arguments,
-        from_pretrained,
+        arguments,
     )
     return load_request(request, tokenizer)
 
@@ -198,7 +197,7 @@ class Stored(LoadedModel):
         plan = widths.plan(asked)
         request = dataclasses.replace(request, widths=widths, plan=plan)
         kept = plan.depth and plan.depth.kept
-        ways = (plan.criterion, plan.layer_criteria, plan.tried, plan.seed, kept)
+        ways = (plan.criterion, plan.seed, kept)
         samples: Any = asked.calibration_samples
         return cls(
             model,
@@ -270,9 +269,10 @@ def check_buildable(request: LoadRequest) -> None:
     if request.prune_arguments.drop_layers is not None:
         why = "drop_layers removes layers that an engine looks for in the checkpoint"
     elif plan.is_open:
-        asked = "criterion" if plan.allocation == UNIFORM else "allocation"
-        found = f"{asked}={getattr(plan, asked)} derives the widths from the weights"
-        why = f"{found}, but an engine needs them before it loads any"
+        why = (
+            f"allocation={plan.allocation} derives the widths from losses, but an engine needs "
+            "them before it loads any weight"
+        )
     if why is not None:
         raise UnsupportedModelError(
             f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "

@@ -58,7 +58,6 @@ class PlanRow:
         reduction: Share of the baseline's parameters that is removed, 0 to 1.
         checkpoint_bytes: Size of its weights in the config's dtype.
         layer_widths: Where layers differ, their kept widths, such as ``0:1200,1-29:900``.
-        layer_criteria: Where they differ in their criterion, likewise.
         layers_dropped: Layers that are left out, such as ``20-22``.
         equal_ratio: If only layers are dropped, the expansion ratio at which the model with all
             its layers has as many parameters, to within a neuron; empty if its MLPs have fewer.
@@ -71,7 +70,6 @@ class PlanRow:
     reduction: float
     checkpoint_bytes: int
     layer_widths: str = ""
-    layer_criteria: str = ""
     layers_dropped: str = ""
     equal_ratio: str = ""
 
@@ -129,8 +127,8 @@ def plan_rows(
         argument: ``ratio``, ``prune_percent``, ``widths`` or ``drop_layers``.
         values: One size, or depth, per row.
         **given: Those of `SOURCE_ARGUMENTS`, and others of
-            `lm_eval_pruned.pruning.arguments.PruneArguments`. An allocation that is not uniform,
-            and ``criterion=best``, look at weights or text.
+            `lm_eval_pruned.pruning.arguments.PruneArguments`. An allocation that is not uniform
+            looks at weights and text.
 
     Raises:
         ValueError: A size is out of range.
@@ -195,7 +193,6 @@ def _described(
         1 - after / before,
         after * (itemsize or 4),
         written_by_layer(plan.layer_widths or ()),
-        written_by_layer(plan.layer_criteria or ()),
         "" if plan.depth is None else written_layers(plan.depth.dropped),
     )
 
@@ -295,7 +292,6 @@ _COLUMNS = {
     "reduction": ".2%",
     "checkpoint bytes": ",",
     "widths by layer": "",
-    "criteria by layer": "",
     "layers dropped": "",
     "ratio of equal parameters": "",
 }

@@ -39,7 +39,6 @@ from lm_eval_pruned.pruning.layouts import (
     regions_by_parameter,
     text_config,
 )
-from lm_eval_pruned.pruning.repair import check_repairable
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
@@ -150,13 +149,12 @@ class LoadRequest:
         read_texts(asked.calibration, samples and int(samples))
         if plan.is_open:
             check_comparable(plan, self.widths)
-        if {*plan.criteria, *plan.tried} & {*CALIBRATED}:
+        if plan.criterion in CALIBRATED:
             # Layers that are cut one after the other show what their experts are given.
             alone = plan.criterion == OBS and not plan.is_open
             check_observable(self.widths.skeleton(), stacked=alone)
         if asked.layer_by_layer:
             layers_of(self.widths.skeleton())
-        check_repairable(self.widths.skeleton(), asked.repair)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer that belongs to the model.

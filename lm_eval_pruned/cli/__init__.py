@@ -18,11 +18,15 @@ COMMANDS = {
     "prune": "write a pruned model as an ordinary checkpoint",
     "heal": "train a pruned model again: an adapter, or all weights",
 }
-#: As in the metadata of the package.
-DOCUMENTATION = "https://lm-eval-pruned.github.io/lm-eval-pruned/"
 #: The extra that brings a package which not every command needs, by the name it is imported by.
 EXTRAS = {"altair": "report", "vl_convert": "report", "gguf": "demo"}
 EXTRAS |= {"ray": "ray", "vllm": "vllm"}
+#: Warnings of packages underneath that no user can act on: words of theirs, by the logger that gives them.
+NOISE = {
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "natively supported by",
+    "lm_eval.api.task": "Custom kwargs can be passed",
+}
 
 
 def parser():
@@ -58,7 +62,6 @@ def parser():
         prog="lm-eval-pruned",
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
-        epilog=f"Documentation: {DOCUMENTATION}",
     )
     every.add_argument(
         "--version", action=Version, nargs=0, help="show the version and exit"
@@ -67,10 +70,24 @@ def parser():
     for name, about in COMMANDS.items():
         module = import_module(f"lm_eval_pruned.cli.{name}")
         command = commands.add_parser(name, help=about, description=module.__doc__)
-        command.epilog = every.epilog
         add_options(command, module.OPTIONS)
+        command.add_argument(
+            "--verbose",
+            action="store_true",
+            help="show warnings of other packages that change no result, too",
+        )
         command.set_defaults(run=module.run)
     return every
+
+
+def hide_noise() -> None:
+    """Drop the warnings that `NOISE` names from the logs of this process."""
+    import logging
+
+    for name, words in NOISE.items():
+        logging.getLogger(name).addFilter(
+            lambda record, words=words: words not in str(record.msg)
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
             from lm_eval_pruned.util.atomic import check_writable
 
             check_writable(Path(output))
+        if not arguments.verbose:
+            hide_noise()
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -1,6 +1,5 @@
 """Print kept width, expansion ratio, parameters and checkpoint bytes at several sizes, and with
-fewer layers. Reads only the config of a model, unless an allocation or the choice of criteria needs
-its weights.
+fewer layers. Reads only the config of a model, unless an allocation needs its weights.
 """
 
 from itertools import product

@@ -8,16 +8,16 @@ from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.arguments import (
     CUTS,
     DECLARED,
-    EXCLUSIVE,
     SIZES,
     option_row,
 )
 from lm_eval_pruned.util.options import row
 
 
-_GROUPED = [name for names in EXCLUSIVE.values() for name in names[1:]]
+_EXCLUSIVE = SIZES, ("layers", "skip_layers")
+_GROUPED = [name for names in _EXCLUSIVE for name in names[1:]]
 # fmt: off
-_ROWS = {names[0]: [*map(option_row, names)] for names in EXCLUSIVE.values()} | {"recipe": row(
+_ROWS = {names[0]: [*map(option_row, names)] for names in _EXCLUSIVE} | {"recipe": row(
     "--recipe", "NAME",
     "recipe for the cut: study, fast or best (default: best, or fast if the model cannot run text)")}
 OPTIONS = (

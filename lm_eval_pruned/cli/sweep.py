@@ -24,6 +24,7 @@ def read(arguments, **needs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def run(arguments) -> int:
     """Run the sweep; return its exit code."""
     asked, how = read(arguments)
+    from lm_eval_pruned.sweeps.plan import plan_sweep
     from lm_eval_pruned.sweeps.run import run_sweep
 
-    return run_sweep(asked, **how)
+    return run_sweep(plan_sweep(asked), **how)

@@ -123,10 +123,6 @@ class HealingOptions(DeclaredOptions):
             ) from None
 
 
-#: The options by name.
-DECLARED = HealingOptions.declared()
-
-
 def written(arguments: Mapping[str, Any]) -> str:
     """Return arguments as the command line takes them."""
     return ",".join(f"{name}={value}" for name, value in arguments.items())

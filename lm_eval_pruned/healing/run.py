@@ -110,7 +110,7 @@ def heal(
     output: str | os.PathLike[str],
     options: HealingOptions,
     *,
-    resume: bool | None = False,
+    resume: bool = False,
     merge: bool = False,
     metered: bool = True,
 ) -> Healed:
@@ -123,7 +123,7 @@ def heal(
         model_args: ``pretrained``, arguments of pruning and what else ``from_pretrained`` takes.
         data: Text to train on, which must not contain text of a benchmark; see `texts_of`.
         output: Folder to write; it must not exist, or be empty.
-        resume: Continue from the last checkpoint of the same healing. None: if there is one.
+        resume: Continue from the last checkpoint of the same healing.
         merge: Also write the merged model, as a checkpoint in the folder ``merged`` below `output`.
         metered: Whether to measure the energy of the training.
 
@@ -213,10 +213,10 @@ def checkpoints_of(output: Path) -> Path:
     return output.resolve().with_name(f"{output.resolve().name}.checkpoints")
 
 
-def _checkpoint(folder: Path, resume: bool | None) -> Path | None:
+def _checkpoint(folder: Path, resume: bool) -> Path | None:
     """Return the last complete checkpoint to continue from; None to start."""
     found = [file.parent for file in folder.glob(f"checkpoint-*/{HEALING}")]
-    if resume is not None and resume is not bool(found):
+    if resume is not bool(found):
         raise ValueError(
             f"resume continues from a checkpoint, but {folder} holds none: leave it out to start."
             if resume

@@ -1,7 +1,7 @@
 """Allocation: how the neurons of a size are shared among the layers of a model.
 
 A uniform cut says how many neurons stay in all. An allocation keeps as many, but takes them
-where measured losses or scores say that they matter least. Every layer has a curve, the cost of
+where measured losses say that they matter least. Every layer has a curve, the cost of
 removing 0, 1, 2, ... of its neurons, and `allocate` finds the widths of least total cost.
 Costs are whole numbers, so the same curves give the same widths on every machine.
 
@@ -17,20 +17,14 @@ import logging
 import math
 from collections import Counter, defaultdict
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from lm_eval_pruned.pruning.argument_values import (
-    LEAST_SQUARES,
-    MEASURED,
-    NO_REPAIR,
-    UNIFORM,
-    written_by_layer,
-)
+from lm_eval_pruned.pruning.argument_values import NO_REPAIR, written_by_layer
 from lm_eval_pruned.pruning.calibration import check_observable, unless_cpu
-from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS
+from lm_eval_pruned.pruning.criteria import OBS
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
 from lm_eval_pruned.pruning.measuring import MEASURED_CUTS, LoadedModel
 
@@ -55,12 +49,11 @@ _IMPOSSIBLE = np.int64(1) << np.int64(61)
 
 
 def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
-    """Return `plan` with width and criterion of each layer that it prunes, if it `is_open`.
+    """Return `plan` with the width of each layer that it prunes, if it `is_open`.
 
-    `evidence` is the model of `widths`, and provides scores or losses.
+    `evidence` is the model of `widths`, whose losses it measures.
 
     Raises:
-        ValueError: The bounds leave more neurons than the size asks for.
         UnsupportedModelError: See `check_comparable`.
     """
     if not plan.is_open:
@@ -74,54 +67,31 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
             held[mlp.block].append(mlp.name)
     kept = {layer: targets[names[0]] for layer, names in held.items()}
     neurons, multiple = sum(kept.values()), plan.multiple_of
-    lowest: Any = plan.arguments.min_width
-    measured = plan.tried or plan.allocation in MEASURED
-    # A corrected bias hardly changes the loss.
-    repair = (
-        plan.arguments.repair if plan.arguments.repair == LEAST_SQUARES else NO_REPAIR
-    )
+    repair = plan.arguments.repair
     # Only curves of repaired cuts know the criterion that chooses layer after layer.
-    known = plan.criterion != OBS or (measured and repair != NO_REPAIR)
+    known = plan.criterion != OBS or repair != NO_REPAIR
     criterion = plan.criterion if known else "act"
-    if measured:
-        tried = plan.tried or (criterion,)
-        found = evidence.curves(tried, repair)
-
-        def cost(layer: int, criterion: str) -> Costs:
-            curve = found.curve(layer, criterion, plan.seed)
-            return costs_of_losses(own[layer], curve.widths, found.rises(curve))
-
-        by_criterion = {n: np.stack([cost(n, name) for name in tried]) for n in held}
-        costs = [each.min(axis=0) for each in by_criterion.values()]
-        text = {n: getattr(found, n) for n in ("file", "sha256", "texts", "tokens")}
-        text |= {"repair": repair} if repair != NO_REPAIR else {}
-        text |= unless_cpu(torch.device(found.device))
-        plan = dataclasses.replace(plan, measured_on=text)
-        if lowest is None:
-            # What is not known of layers narrower than measured is not relied on without need.
-            share = 1 - max(MEASURED_CUTS) / 100
-            needed = neurons // len(held) // multiple * multiple
-            lowest = min(math.ceil(min(own[layer] for layer in held) * share), needed)
-    else:
-        scores = evidence.scores(criterion)
-        costs = [costs_of_scores([scores[n] for n in each]) for each in held.values()]
-    if plan.allocation != UNIFORM:
-        shared = allocate(costs, neurons, min_width=lowest or 1, multiple_of=multiple)
-        kept = dict(zip(held, shared, strict=True))
-        plan = plan.with_layers(kept)
-        said = written_by_layer(kept.items())
-        logger.info(
-            "allocation=%s gives the layers these widths: %s.", plan.allocation, said
-        )
-    if plan.tried:
-        best = tuple(
-            (n, plan.tried[int(np.argmin(by_criterion[n][:, own[n] - width]))])
-            for n, width in kept.items()
-        )
-        plan = dataclasses.replace(plan, layer_criteria=best)
-        said = written_by_layer(best)
-        logger.info("criterion=best chose these criteria: %s.", said)
-    return plan
+    measured = evidence.curves(criterion, repair)
+    costs = []
+    for layer in held:
+        curve = measured.curve(layer, criterion, plan.seed)
+        rises = measured.rises(curve)
+        costs.append(costs_of_losses(own[layer], curve.widths, rises))
+    text = {n: getattr(measured, n) for n in ("file", "sha256", "texts", "tokens")}
+    text |= {"repair": repair} if repair != NO_REPAIR else {}
+    text |= unless_cpu(torch.device(measured.device))
+    # What is not known of layers narrower than measured is not relied on without need.
+    share = 1 - max(MEASURED_CUTS) / 100
+    needed = neurons // len(held) // multiple * multiple
+    fewest = min(math.ceil(min(own[layer] for layer in held) * share), needed) or 1
+    shared = allocate(costs, neurons, fewest=fewest, multiple_of=multiple)
+    kept = dict(zip(held, shared, strict=True))
+    logger.info(
+        "allocation=%s gives the layers these widths: %s.",
+        plan.allocation,
+        written_by_layer(kept.items()),
+    )
+    return dataclasses.replace(plan.with_layers(kept), measured_on=text)
 
 
 def check_comparable(plan: PrunePlan, widths: Widths) -> None:
@@ -129,16 +99,14 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
 
     Raises:
         UnsupportedModelError: An allocation would have to weigh layers against each other that
-            hold different MLPs, a criterion cannot be observed, or losses cannot be measured.
+            hold different MLPs, or losses cannot be measured.
     """
-    model, measured = widths.skeleton(), plan.allocation in MEASURED
-    if model.config.is_encoder_decoder and (measured or plan.tried):
-        check_observable(model, "allocation=global" if measured else "criterion=maw")
-    if {*plan.tried} & {*CALIBRATED}:
-        check_observable(model, "criteria_tried=maw+l2")
+    model = widths.skeleton()
+    if model.config.is_encoder_decoder:
+        check_observable(model, "allocation=uniform")
     held: dict[int, Counter[str]] = defaultdict(Counter)
     for mlp in widths.mlps:
-        if plan.allocation != UNIFORM and plan.includes_layer(mlp.block):
+        if plan.includes_layer(mlp.block):
             what = "expert" if mlp.kind == "expert" else f"{mlp.kind} MLP"
             held[mlp.block][what] += 1
     first = min(held, default=0)
@@ -155,21 +123,6 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
                 f"whose neurons allocation={plan.allocation} cannot weigh against each other: name "
                 "layers that are alike with layers, or leave it out."
             )
-
-
-def costs_of_scores(scores: Sequence[Any]) -> Costs:
-    """Return the cost of removing 0, 1, ... I neurons of a layer, shape (I + 1,), from scores.
-
-    Scores of different layers have different scales, so each layer's are standardised first:
-    ``(score - mean) / standard deviation``. Of several experts, whose scores are of shape (I,)
-    each, the mean of what they give up with their nth neuron counts.
-
-    Source: FLAP (arXiv 2312.11983), section 4.2.
-    """
-    each = np.mean([np.sort(np.asarray(e, dtype=np.float64)) for e in scores], axis=0)
-    standard = (each - each.mean()) / (each.std() or 1.0)
-    marginal = np.rint(standard / RESOLUTION).astype(np.int64)
-    return np.cumsum([0, *marginal], dtype=np.int64)
 
 
 def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> Costs:
@@ -203,7 +156,7 @@ def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> 
 
 
 def allocate(
-    curves: Sequence[Costs], neurons: int, *, min_width: int = 1, multiple_of: int = 1
+    curves: Sequence[Costs], neurons: int, *, fewest: int = 1, multiple_of: int = 1
 ) -> tuple[int, ...]:
     """Return the widths of least total cost that keep `neurons` neurons in all.
 
@@ -213,38 +166,28 @@ def allocate(
     Args:
         curves: The cost of removing 0, 1, ... I neurons of each layer, shape (I + 1,), int64.
         neurons: Neurons to keep in all; the most below that where no allowed widths keep as many.
-        min_width: Neurons to leave in each layer at least. A layer that has no more stays.
+        fewest: Neurons to leave in each layer at least. A layer that has no more stays.
         multiple_of: Widths are multiples of this. A layer that has fewer neurons stays.
-
-    Raises:
-        ValueError: The bounds leave more than `neurons`.
 
     Example:
         >>> flat, steep = (costs_of_losses(100, [25], [rise]) for rise in (0.0, 1.5))
-        >>> allocate([steep, flat], 150, min_width=20)
+        >>> allocate([steep, flat], 150, fewest=20)
         (100, 50)
-        >>> allocate([steep, flat], 150, min_width=60)
+        >>> allocate([steep, flat], 150, fewest=60)
         (90, 60)
     """
-    low = -(-min_width // multiple_of) * multiple_of
+    low = -(-fewest // multiple_of) * multiple_of
     widest, steps = [], []
     for width in (len(curve) - 1 for curve in curves):
         high = width // multiple_of * multiple_of
         widest.append(high if high >= low else width)
         # Of `multiple_of` neurons each, from the removed end of the curve on.
         steps.append(max(0, high - low) // multiple_of)
-    most, least = sum(widest), sum(widest) - multiple_of * sum(steps)
-    if neurons < least:
-        raise ValueError(
-            f"min_width={min_width} keeps {least} neurons in {len(curves)} layers, but the "
-            f"requested size keeps {neurons}: pass a min_width of at most "
-            f"{neurons // len(curves)}, or a larger size."
-        )
     costs = []
     for curve, high, count in zip(curves, widest, steps, strict=True):
         removed = len(curve) - 1 - high + multiple_of * np.arange(count + 1)
         costs.append(curve[removed] - curve[removed[0]])
-    wanted = max(0, -(-(most - neurons) // multiple_of))
+    wanted = max(0, -(-(sum(widest) - neurons) // multiple_of))
     convex = all(np.all(np.diff(each, 2) >= 0) for each in costs)
     taken = (_greedy if convex else _dynamic)(costs, min(wanted, sum(steps)))
     pairs = zip(widest, taken, strict=True)

@@ -16,8 +16,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.criteria import canonical_name
-
 
 if TYPE_CHECKING:
     Number = int | float | str | Fraction
@@ -27,14 +25,11 @@ if TYPE_CHECKING:
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.arguments")
 
-#: Every layer is cut alike; other allocations keep as many neurons in all.
-UNIFORM = "uniform"
-#: Allocations that go by the loss on calibration text with one layer cut at a time.
-MEASURED = ("sensitivity",)
-#: One ranking of the neurons of all layers, by standardised scores.
-GLOBAL = "global"
+#: Every layer is cut alike; or, with as many neurons in all, by the loss on calibration text with
+#: one layer cut at a time.
+ALLOCATIONS = UNIFORM, SENSITIVITY = "uniform", "sensitivity"
 #: What is done to the weights of the neurons that stay.
-REPAIRS = NO_REPAIR, BIAS, LEAST_SQUARES = "none", "bias", "least_squares"
+REPAIRS = NO_REPAIR, LEAST_SQUARES = "none", "least_squares"
 #: Above all seeds: with the number of the layer, one has to fit into 63 bits.
 SEEDS = 1 << 43
 
@@ -85,23 +80,6 @@ def seed_below_limit(name: str, value: Number) -> int:
             f"{name}={value} is too large for a seed: pass one below {SEEDS}."
         )
     return number
-
-
-def known_allocation(name: str, value: str) -> str:
-    known = (UNIFORM, *MEASURED, GLOBAL)
-    if value not in known:
-        raise ValueError(f"{name}={value} is unknown: pass one of {', '.join(known)}.")
-    return value
-
-
-def criterion_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    """Return the criteria that text such as ``maw+act`` names, each once."""
-    written = value if isinstance(value, str) else "+".join(value)
-    if not (names := re.findall(r"[^+,;\s]+", written)):
-        raise ValueError(
-            f"{name}={value} names no criterion: pass some such as {name}=maw+act."
-        )
-    return tuple(dict.fromkeys(map(canonical_name, names)))
 
 
 def layer_numbers(name: str, value: Layers) -> list[int]:

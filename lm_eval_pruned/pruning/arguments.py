@@ -6,38 +6,34 @@ Nothing here imports torch, transformers or the harness.
 
 from __future__ import annotations
 
-import inspect
 import re
-import textwrap
 from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from lm_eval_pruned.pruning.argument_values import (
-    BIAS,
+    ALLOCATIONS,
     LEAST_SQUARES,
-    MEASURED,
     NO_REPAIR,
     REPAIRS,
+    SENSITIVITY,
     UNIFORM,
-    criterion_names,
     dropped_layers,
-    known_allocation,
     percent,
     seed_below_limit,
     whole,
+    written_layers,
     written_source,
 )
-from lm_eval_pruned.pruning.criteria import BEST, CALIBRATED, OBS, canonical_name
+from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, canonical_name
 from lm_eval_pruned.util.options import DeclaredOptions, Row, option
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lm_eval_pruned.pruning.argument_values import Layers, Number
 
-    Function = TypeVar("Function", bound=Callable[..., Any])
     #: Kept widths by layer: a file, or what `lm_eval_pruned.pruning.argument_values` reads from one.
     LayerWidths = str | Path | Mapping[int, int] | Sequence[int | None]
 
@@ -48,7 +44,14 @@ CUTS = (*SIZES, "drop_layers")
 #: Those of which only one may be given, by what each of them does.
 EXCLUSIVE = {
     "sets the kept width": SIZES,
-    "says which layers to prune": ("layers", "skip_layers"),
+    "says which layers to prune": ("layers", "skip_layers", "widths"),
+    "decides layer by layer": ("drop_layers", "widths", "allocation"),
+}
+#: Those that have no effect without one of others.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "drop_by": ("drop_layers",),
+    **dict.fromkeys(("layers", "skip_layers", "allocation"), SIZES[:-1]),
+    "multiple_of": SIZES,
 }
 #: How a count of layers to drop chooses them: by their place, or by what they do to hidden states.
 LAST, BLOCK_INFLUENCE = "last", "block_influence"
@@ -73,8 +76,8 @@ def _depth_rule(name: str, value: str) -> str:
     return value
 
 
-# `several` names the option of commands that takes several values, one model each; `text` maps
-# values that need calibration text to the reason.
+# `several` names the option of commands that takes several values, one model each; `text` has the
+# values that need calibration text.
 @dataclass(frozen=True, kw_only=True)
 class PruneArguments(DeclaredOptions):
     """What a user asks for, checked as far as possible without a model.
@@ -103,11 +106,9 @@ class PruneArguments(DeclaredOptions):
             those before it; ``block_influence`` drops those that change the hidden states of
             `calibration` text least.
         allocation: How to distribute the cut over the layers. ``uniform`` removes the same
-            share from every layer;
-            ``sensitivity`` takes from those whose cut raises the loss on `calibration` least;
-            ``global`` ranks the neurons of all layers together. The total number of kept neurons is
-            that of ``uniform``. See `lm_eval_pruned.pruning.allocation`.
-        min_width: Fewest neurons to keep in a layer, if `allocation` is not uniform.
+            share from every layer; ``sensitivity`` takes as many neurons in all, from the layers
+            whose cut raises the loss on `calibration` least. See
+            `lm_eval_pruned.pruning.allocation`.
         recipe: Recipe for the cut: study, fast or best. It sets arguments that are not given:
             ``study`` sets ``criterion=maw``, as in arXiv 2512.22671; ``fast``, which reads no text,
             the same and ``skip_layers=0``; ``best`` sets ``criterion=obs`` and
@@ -115,18 +116,13 @@ class PruneArguments(DeclaredOptions):
         criterion: Importance score; default: maw, or that of the recipe. One of ``maw`` (alias
             ``ppm``), ``max_abs``, ``l1``, ``l2``, ``vow``, ``pon`` and ``random``, the calibrated
             ``maw_act``, ``act`` and ``obs``, or one that another package declares; see
-            `lm_eval_pruned.pruning.criteria`. ``best`` chooses, for each layer, the one of
-            `criteria_tried` whose cut raises the loss on `calibration` least.
-        criteria_tried: Criteria that ``criterion=best`` chooses among, such as maw+act, which is
-            the default.
-        repair: How to compensate for removed neurons: none, bias or least_squares; default: none,
+            `lm_eval_pruned.pruning.criteria`.
+        repair: How to compensate for removed neurons: none or least_squares; default: none,
             or that of the recipe. ``least_squares`` fits the down projections to the old output on
-            `calibration` text; ``bias`` corrects only its mean.
-            See `lm_eval_pruned.pruning.repair`.
+            `calibration` text. See `lm_eval_pruned.pruning.repair`.
         seed: Seed for the criterion random.
         calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
-            ``criterion=best``, ``allocation=sensitivity`` and ``drop_by=block_influence``;
-            default: text included in this package. See `lm_eval_pruned.pruning.calibration`.
+            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. See `lm_eval_pruned.pruning.calibration`.
         calibration_samples: Number of its texts to use, the first ones; default: all, or 16 where
             losses are measured.
 
@@ -153,15 +149,14 @@ class PruneArguments(DeclaredOptions):
     drop_by: str = option(
         *(object, LAST, "NAME"),
         check=_depth_rule,
-        text={BLOCK_INFLUENCE: "compares hidden states"},
+        text=(BLOCK_INFLUENCE,),
     )
     allocation: str = option(
         *(object, UNIFORM, "NAME"),
-        check=known_allocation,
+        choices=ALLOCATIONS,
         several="allocations",
-        text=dict.fromkeys(MEASURED, "measures losses"),
+        text=(SENSITIVITY,),
     )
-    min_width: Number | None = option(object, None, "N", check=whole)
     recipe: str = option(
         object, STUDY, "NAME", choices=tuple(RECIPES), several="recipes"
     )
@@ -169,17 +164,13 @@ class PruneArguments(DeclaredOptions):
         *(object, None, "NAME"),
         check=lambda _, value: canonical_name(value, chosen=True),
         several="criteria",
-        text=dict.fromkeys(CALIBRATED, "looks at activations")
-        | {BEST: "measures losses"},
-    )
-    criteria_tried: str | Iterable[str] | None = option(
-        object, None, "NAMES", check=criterion_names
+        text=CALIBRATED,
     )
     repair: str = option(
         *(object, None, "NAME"),
         choices=REPAIRS,
         several="repairs",
-        text=dict.fromkeys((BIAS, LEAST_SQUARES), "looks at activations"),
+        text=(LEAST_SQUARES,),
     )
     seed: Number = option(object, 0, "N", check=seed_below_limit, several="seeds")
     calibration: str | None = option(object, None, "FILE.jsonl")
@@ -191,25 +182,18 @@ class PruneArguments(DeclaredOptions):
         return cls(**take_prune_arguments(given))
 
     def __post_init__(self) -> None:
-        vars(self).update(settled(vars(self)))
+        self._settle(**with_recipe(vars(self)))
         super().__post_init__()
-        for _, sentence in _broken_rules(vars(self)):
+        for sentence in (*_conflicts(vars(self)), *_idle(vars(self)).values()):
             raise ValueError(sentence)
         if self.calibration is None and self.runs_text:
-            object.__setattr__(self, "calibration", str(OWN_TEXT))
+            self._settle(calibration=str(OWN_TEXT))
 
     @property
     def size(self) -> tuple[str, Number] | None:
         """Name and value of the argument that says how many neurons to keep, if any."""
         given = [(n, v) for n in SIZES if (v := getattr(self, n)) is not None]
         return given[0] if given else None
-
-    @property
-    def tried(self) -> tuple[str, ...]:
-        """The criteria among which the loss decides; empty unless criterion is best."""
-        named: Any = self.criteria_tried
-        chooses = self.criterion == BEST and self.size is not None
-        return (named or ("maw", "act")) if chooses else ()
 
     @property
     def layer_by_layer(self) -> bool:
@@ -222,7 +206,7 @@ class PruneArguments(DeclaredOptions):
     def runs_text(self) -> bool:
         """Whether calibration text is run through the model."""
         return self.measures_depth or (
-            self.size is not None and _why_text(vars(self)) is not None
+            self.size is not None and _needs_text(vars(self))
         )
 
     @property
@@ -241,40 +225,28 @@ SEVERAL: dict[str, str] = {
 SEVERAL_SIZES = {option: name for option, name in SEVERAL.items() if name in SIZES}
 
 
-#: Combinations that are refused. The words before the colon are arguments, or facts that
-#: `_broken_rules` finds; with a minus, those that are missing. The message follows.
-_RULES = """
-drop_by list: {drop_by} chooses layers to drop, but drop_layers already lists them: pass a count
-    such as drop_layers=4, or leave drop_by out
-drop_layers by_layer: drop_layers and {by_layer} were given together, but the first renumbers the
-    layers and the second decides layer by layer: pass one of them, or drop_layers with one of
-    {shared_sizes}
-best ranked: criterion=best and {ranked} were given together, but a ranking of all neurons needs
-    the scores of one criterion: name a criterion, or pass allocation={compared}
-widths shared: {shared} and {widths} were given together, but each of them decides layer by
-    layer: pass one, or {shared} with one of {shared_sizes}
-widths chosen: {chosen} and {widths} were given together, but widths already names the layers to
-    prune: leave out {chosen}
-drop_by -drop_layers: {drop_by} chooses layers to drop, but no count was given: pass a count such
-    as drop_layers=4, or leave it out
-calibration -why_text: {calibration} was given, but {criterion} reads only weights: leave
-    it out, or pass criterion={calibrated}
-calibration_samples -why_text: {calibration_samples} was given, but {criterion} reads only
-    weights: leave it out, or pass criterion={calibrated}
-criteria_tried -best: {criteria_tried} lists criteria to choose from, but {criterion} was
-    requested: pass criterion=best, or leave criteria_tried out
-min_width -allocation: {min_width} limits how far an allocation narrows a layer, but {allocation}
-    removes the same share from every layer: leave it out, or pass another allocation
-layers -size: layers selects the layers to prune, but no size was given: add one of {sizes}
-skip_layers -size: skip_layers selects the layers to prune, but no size was given: add one of
-    {sizes}
-allocation -size: {allocation} distributes the cut over the layers, but no size was given: add one
-    of {shared_sizes}
-multiple_of -size: {multiple_of} rounds the kept width, but no size was given: add one of {sizes}
-"""
+class PruneKeywords(TypedDict, total=False):
+    """The arguments of `PruneArguments`, for functions that take them by name."""
+
+    ratio: Number | None
+    prune_percent: Number | None
+    intermediate_size: Number | None
+    widths: LayerWidths | None
+    multiple_of: Number
+    layers: Layers | None
+    skip_layers: Layers | None
+    drop_layers: Layers | None
+    drop_by: str
+    allocation: str
+    recipe: str
+    criterion: str
+    repair: str
+    seed: Number
+    calibration: str | None
+    calibration_samples: Number | None
 
 
-def settled(given: Mapping[str, Any]) -> dict[str, Any]:
+def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments completed by their recipe; an unknown recipe sets nothing."""
     row = dict(RECIPES.get(str(given["recipe"]), {}))
     if given["widths"] is not None or given["layers"] is not None or _sizeless(given):
@@ -286,54 +258,59 @@ def _sizeless(given: Mapping[str, Any]) -> bool:
     return all(given[name] is None for name in SIZES)
 
 
-def _why_text(given: Mapping[str, Any]) -> str | None:
-    """Return why arguments need calibration text; None where they look only at weights."""
-    for name in ("criterion", "allocation", *DECLARED):
-        why = DECLARED[name].metadata.get("text", {}).get(str(given[name]))
-        if why and (name != "drop_by" or given["drop_layers"] is not None):
-            return f"{name}={given[name]} {why}"
-    return None
+def _needs_text(given: Mapping[str, Any]) -> bool:
+    """Return whether arguments look at more than weights."""
+    return any(
+        given[name] in declared.metadata.get("text", ())
+        for name, declared in DECLARED.items()
+        if name != "drop_by" or given["drop_layers"] is not None
+    )
 
 
-def _broken_rules(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the head and the message of each rule that the arguments break.
-
-    An argument in front of a minus has no effect without what follows it.
-    """
-    said = {name: f"{name}={value}" for name, value in given.items()}
-    said["widths"] = f"widths={written_source(given['widths'])}"
-    said["criteria_tried"] = "criteria_tried=" + "+".join(given["criteria_tried"] or ())
-    told = {
-        name: said[name]
-        for name, each in DECLARED.items()
-        if given[name] is not None
-        if each.default is None or given[name] != each.default
+def _written(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return those of some arguments that are not at their default, as ``name=value``."""
+    values = {
+        name: given[name]
+        for name, declared in DECLARED.items()
+        if given[name] not in (None, declared.default)
     }
+    if "widths" in values:
+        values["widths"] = written_source(values["widths"])
+    if isinstance(values.get("drop_layers"), tuple):
+        values["drop_layers"] = written_layers(values["drop_layers"])
+    return {name: f"{name}={value}" for name, value in values.items()}
+
+
+def _conflicts(given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence on each combination of arguments that do not go together."""
+    written = _written(given)
     for purpose, names in EXCLUSIVE.items():
-        if len(several := [told[name] for name in names if name in told]) > 1:
+        if len(several := [written[name] for name in names if name in written]) > 1:
             together = f"{' and '.join(several)} were given together"
-            yield "", f"{together}, but each of them {purpose}: pass one."
-    best = given["criterion"] == BEST and said["criterion"]
-    shared = told.get("allocation") or best
-    facts = told | {
-        "size": any(name in told for name in SIZES),
-        "sizes": ", ".join(SIZES),
-        "shared_sizes": ", ".join(SIZES[:-1]),
-        "compared": " or ".join((UNIFORM, *MEASURED)),
-        "calibrated": " or ".join(CALIBRATED),
-        "list": isinstance(given["drop_layers"], tuple),
-        "chosen": told.get("layers") or told.get("skip_layers"),
-        "why_text": _why_text(given),
-        "best": best,
-        "ranked": given["allocation"] not in MEASURED and told.get("allocation"),
-        "shared": shared,
-        "by_layer": told.get("widths") or shared,
-    }
-    for rule in re.split(r"\n(?! )", _RULES.strip()):
-        head, sentence = " ".join(rule.split()).split(": ", 1)
-        words = head.split()
-        if all(bool(facts.get(w.lstrip("-"))) != w.startswith("-") for w in words):
-            yield head, f"{sentence.format(**said | facts)}."
+            yield f"{together}, but each of them {purpose}: pass one."
+    if "drop_by" in written and isinstance(given["drop_layers"], tuple):
+        yield (
+            f"{written['drop_by']} chooses layers to drop, but {written['drop_layers']} lists them: "
+            "pass a count such as drop_layers=4, or leave drop_by out."
+        )
+
+
+def _idle(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return a sentence on each argument that has no effect beside the others, by its name."""
+    written, idle = _written(given), {}
+    for name, others in NEEDS.items():
+        if name in written and all(given[other] is None for other in others):
+            idle[name] = (
+                f"{written[name]} has no effect without {' or '.join(others)}: add one, or leave "
+                "it out."
+            )
+    for name in ("calibration", "calibration_samples"):
+        if name in written and not _needs_text(given):
+            idle[name] = (
+                f"{written[name]} was given, but criterion={given['criterion']} reads only "
+                f"weights: leave it out, or pass criterion={' or '.join(CALIBRATED)}."
+            )
+    return idle
 
 
 def without_idle(given: dict[str, Any]) -> dict[str, Any]:
@@ -349,10 +326,10 @@ def without_idle(given: dict[str, Any]) -> dict[str, Any]:
     if all(given.get(name) is None for name in SIZES):
         kept = (*CUTS, "drop_by", "calibration", "calibration_samples")
         told = {n: v for n, v in given.items() if n not in DECLARED or n in kept}
-    asked = settled(
-        {name: told.get(name, each.default) for name, each in DECLARED.items()}
+    defaults = {name: declared.default for name, declared in DECLARED.items()}
+    idle = _idle(
+        with_recipe({name: told.get(name, value) for name, value in defaults.items()})
     )
-    idle = {head.partition(" -")[0] for head, _ in _broken_rules(asked) if "-" in head}
     return {name: value for name, value in told.items() if name not in idle}
 
 
@@ -384,29 +361,3 @@ def help_of(name: str, *, several: bool = False) -> str:
     if several:
         return f"{PruneArguments.help_of(SEVERAL[name])}; one model each"
     return PruneArguments.help_of(name)
-
-
-def takes_prune_arguments(function: Function) -> Function:
-    """Show the arguments of pruning in the signature and the docstring of a function.
-
-    They replace ``**prune_arguments``, first of those that are passed by name, and the line
-    ``ratio, ...:``.
-    """
-    signature, named = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
-    taken = [
-        inspect.Parameter(name, named, default=each.default, annotation=each.type)
-        for name, each in DECLARED.items()
-    ]
-    own = [p for p in signature.parameters.values() if p.name != "prune_arguments"]
-    ordered = sorted([*taken, *own], key=lambda parameter: parameter.kind)
-    function.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
-    function.__doc__ = described(function.__doc__ or "")
-    return function
-
-
-def described(docstring: str) -> str:
-    """Return a docstring with the help of all arguments in place of its line ``ratio, ...:``."""
-    args = inspect.cleandoc(PruneArguments.__doc__ or "").partition("Args:\n")[2]
-    explained = textwrap.dedent(args.partition("\n\n")[0])
-    line = re.compile(r"^( *)ratio, \.\.\.:.*$", re.MULTILINE)
-    return line.sub(lambda found: textwrap.indent(explained, found[1]), docstring)

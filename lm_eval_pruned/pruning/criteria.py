@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 RANDOM = "random"
 #: Order by what a removal costs after repair; see `lm_eval_pruned.pruning.repair`.
 OBS = "obs"
-#: The name that has the criterion chosen layer by layer; see `lm_eval_pruned.pruning.allocation`.
-BEST = "best"
 ALIASES = {"ppm": "maw"}
 #: Entry-point group under which other packages declare criteria, name -> function.
 GROUP = "lm_eval_pruned.criteria"
@@ -208,7 +206,7 @@ def canonical_name(criterion: str, *, chosen: bool = False) -> str:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
     name = ALIASES.get(criterion, criterion)
-    own = [*CRITERIA, RANDOM, *([OBS, BEST] if chosen else [])]
+    own = [*CRITERIA, RANDOM, *([OBS] if chosen else [])]
     if name not in own and name not in (added := _declared_elsewhere()):
         known = ", ".join([*own, *ALIASES, *sorted(added)])
         raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")

@@ -258,17 +258,14 @@ class LoadedModel:
         file, samples = str(self.calibration), samples or self.samples
         return CalibrationText.of(self.model, self.tokenizer, file, samples, **bounds)
 
-    def curves(self, criteria: Sequence[str], repair: str = NO_REPAIR) -> Sensitivity:
-        """Return the losses with one layer cut at a time, by each of `criteria`; see `losses`."""
+    def curves(self, criterion: str, repair: str = NO_REPAIR) -> Sensitivity:
+        """Return the losses with one layer cut at a time by a criterion; see `losses`."""
         if repair not in self.known.curves:
             samples = samples_for_losses(str(self.calibration), self.samples)
             text = self.text(samples, longest=LENGTH, shortest=2)
             removed = [Fraction(str(share)) for share in MEASURED_CUTS]
-            found = [self.losses(text, each, removed, repair) for each in criteria]
-            curves = tuple(curve for each in found for curve in each.curves)
-            self.known.curves[repair] = dataclasses.replace(
-                found[0], curves=curves, **text.as_dict()
-            )
+            measured = self.losses(text, criterion, removed, repair)
+            self.known.curves[repair] = dataclasses.replace(measured, **text.as_dict())
         return self.known.curves[repair]
 
     def losses(

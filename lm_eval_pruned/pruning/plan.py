@@ -21,13 +21,15 @@ from lm_eval_pruned.pruning.argument_values import (
     written_layers,
     written_source,
 )
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import PruneArguments
 
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from lm_eval_pruned.pruning.arguments import Number
+    from typing_extensions import Unpack
+
+    from lm_eval_pruned.pruning.arguments import Number, PruneKeywords
     from lm_eval_pruned.pruning.depth import Depth
 
 
@@ -47,7 +49,6 @@ class PrunePlan:
             them; None for all.
         layer_widths: Where the layers differ, the number and kept width of each, ascending:
             of its experts if it has any, else of its MLP. Layers that are not named stay.
-        layer_criteria: Likewise the criterion of each layer, where not all have `criterion`.
         measured_on: The text whose losses settled the plan, as the results file describes it.
         depth: Which layers stay; None for all.
 
@@ -64,7 +65,6 @@ class PrunePlan:
     asked: dict[str, str]
     layers: tuple[int, ...] | None = None
     layer_widths: tuple[tuple[int, int], ...] | None = None
-    layer_criteria: tuple[tuple[int, str], ...] | None = None
     measured_on: Mapping[str, Any] | None = None
     depth: Depth | None = None
 
@@ -79,11 +79,6 @@ class PrunePlan:
         return self.arguments.allocation
 
     @property
-    def tried(self) -> tuple[str, ...]:
-        """The criteria among which ``criterion=best`` chooses; else none."""
-        return self.arguments.tried
-
-    @property
     def multiple_of(self) -> int:
         """The kept width was rounded down to a multiple of this."""
         return int(self.arguments.multiple_of)
@@ -96,9 +91,7 @@ class PrunePlan:
     @property
     def is_open(self) -> bool:
         """Whether weights or text have to be looked at before it says what each layer becomes."""
-        criteria = bool(self.tried) and self.layer_criteria is None
-        widths = self.allocation != UNIFORM and self.layer_widths is None
-        return self.prunes and (criteria or widths)
+        return self.prunes and self.allocation != UNIFORM and self.layer_widths is None
 
     @property
     def ratio(self) -> float:
@@ -120,12 +113,6 @@ class PrunePlan:
     def changes_model(self) -> bool:
         """Whether the model becomes another: neurons are removed, or layers are dropped."""
         return self.prunes or self.depth is not None
-
-    @property
-    def criteria(self) -> tuple[str, ...]:
-        """The criteria that score some layer, each once; `criterion` comes first."""
-        own = () if self.tried else (self.criterion,)
-        return tuple(dict.fromkeys([*own, *dict(self.layer_criteria or ()).values()]))
 
     def includes_layer(self, layer: int) -> bool:
         """Return whether the layer is to be pruned that has this number among those that stay."""
@@ -151,14 +138,13 @@ class PrunePlan:
         return min(own, int(unit * self.rounded(kept)))
 
     @classmethod
-    @takes_prune_arguments
     def from_arguments(
         cls,
         hidden_size: int,
         width_before: int,
         *,
         available_layers: Collection[int] | None = None,
-        **prune_arguments: Any,
+        **prune_arguments: Unpack[PruneKeywords],
     ) -> PrunePlan:
         """Resolve the user's arguments against a model's dimensions.
 
@@ -167,7 +153,7 @@ class PrunePlan:
             width_before: Intermediate size I, in neurons.
             available_layers: Numbers of the layers that have a GLU-MLP; a mapping says
                 their widths too, where these differ.
-            ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+            **prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
         Raises:
             ValueError: An argument is out of range or unknown, or does not go with another;

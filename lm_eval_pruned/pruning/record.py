@@ -134,22 +134,18 @@ class PruneRecord:
         }
         if plan.allocation != UNIFORM:
             record["allocation"] = plan.allocation
-            record["min_width"] = plan.arguments.min_width
         optional: dict[str, Any] = {
             "layers_pruned": plan.layers and written_layers(plan.layers),
-            "criteria_tried": list(plan.tried) or None,
             "measured_on": plan.measured_on and dict(plan.measured_on),
-            "layer_widths": plan.layer_widths,
-            "layer_criteria": plan.layer_criteria,
+            "layer_widths": plan.layer_widths
+            and {str(number): width for number, width in plan.layer_widths},
             "calibration": self.calibration and dict(self.calibration),
             "recipe": recipe if recipe != STUDY else None,
             "repair": repair if repair != NO_REPAIR and plan.prunes else None,
             "mlps_repaired": self.repaired,
-            "seed": plan.seed if RANDOM in plan.criteria else None,
+            "seed": plan.seed if plan.criterion == RANDOM else None,
         }
         record |= {k: value for k, value in optional.items() if value is not None}
-        for name in {"layer_widths", "layer_criteria"} & record.keys():
-            record[name] = {str(number): each for number, each in record[name]}
         return record
 
     def as_table(self) -> str:
@@ -166,9 +162,7 @@ class PruneRecord:
             ("parameters", self.parameters_before, self.parameters_after, "14,"),
         ]
         done = "nothing removed" if depth is None else "no neuron removed"
-        if plan.prunes and plan.layer_criteria is not None:
-            done = f"criteria by layer {written_by_layer(plan.layer_criteria)}"
-        elif plan.prunes:
+        if plan.prunes:
             done = f"criterion={plan.criterion}"
         if self.repaired is not None:
             done += f", repair={plan.arguments.repair}"

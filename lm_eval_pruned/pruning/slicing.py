@@ -7,7 +7,6 @@ import functools
 import itertools
 import logging
 import math
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import torch
 
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
-from lm_eval_pruned.pruning.arguments import PruneArguments, takes_prune_arguments
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import unless_cpu
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
@@ -39,7 +38,7 @@ from lm_eval_pruned.pruning.measuring import (
     depth_in_memory,
 )
 from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.repair import cut_layer_by_layer
+from lm_eval_pruned.pruning.repair import CutMlp, cut_layer_by_layer
 from lm_eval_pruned.pruning.stacked import refused_by_grouped_mm
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
@@ -49,7 +48,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
+    from lm_eval_pruned.pruning.arguments import PruneKeywords
     from lm_eval_pruned.pruning.plan import PrunePlan
 
 # Below the harness's logger, so that its verbosity applies.
@@ -60,12 +61,11 @@ logger = logging.getLogger("lm_eval.pruned.pruning")
 _CUDA_MULTIPLE = 8
 
 
-@takes_prune_arguments
 def prune_model(
     model: PreTrainedModel,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    **prune_arguments: Any,
+    **prune_arguments: Unpack[PruneKeywords],
 ) -> PreTrainedModel:
     """Prune the GLU-MLPs of a loaded model in place and return it.
 
@@ -82,7 +82,7 @@ def prune_model(
     Args:
         model: A model whose MLPs are in a known layout; see `lm_eval_pruned.pruning.layouts`.
         tokenizer: The model's tokenizer; needed for `calibration`.
-        ratio, ...: The arguments of `lm_eval_pruned.pruning.arguments.PruneArguments`.
+        **prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
     Returns:
         The same model. ``model.prune_record`` is the `PruneRecord` of what was done.
@@ -136,6 +136,7 @@ def carry_out(
     repaired: int | None = None
     kept: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
+    cut_mlps: Mapping[str, CutMlp] = {}
     # An error leaves the model whole: all is scored before the first MLP is narrowed.
     with contextlib.ExitStack() as on_error:
         if asked.calibration is not None:
@@ -146,14 +147,9 @@ def carry_out(
         plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
-            criteria = dict(plan.layer_criteria or ())
-            cut: dict[str, list[GluMlp]] = defaultdict(list)
-            for mlp in mlps:
-                if targets[mlp.name] < mlp.width:
-                    cut[criteria.get(mlp.block, plan.criterion)].append(mlp)
-            for criterion, of in cut.items():
-                if criterion != OBS:
-                    scores |= evidence.scores(criterion, of)
+            cut = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
+            if plan.criterion != OBS:
+                scores |= evidence.scores(plan.criterion, cut)
         if asked.calibration is None:
             check_weights(model, scores)
         if plan.prunes:
@@ -165,23 +161,22 @@ def carry_out(
             }
             if asked.layer_by_layer:
                 text, device = evidence.text(), evidence.device or model.device
-                own = [mlp for of in cut.values() for mlp in of]
-                chosen, done = cut_layer_by_layer(
-                    *(model, text.tokens, own, targets, scores, asked.repair),
-                    *(on_error, device),
+                cut_mlps = cut_layer_by_layer(
+                    model, text.tokens, cut, targets, scores, asked.repair, device
                 )
-                kept |= chosen
+                kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
                 if asked.repair != NO_REPAIR:
-                    repaired = done
+                    repaired = sum(mlp.repaired for mlp in cut_mlps.values())
                 calibration = text.as_dict() | unless_cpu(device)
-            elif {*plan.criteria} & {*CALIBRATED} and evidence.known.calibration:
+            elif plan.criterion in CALIBRATED and evidence.known.calibration:
                 calibration = evidence.known.calibration.measured_on
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
             together = [list(group) for _, group in by_path]
             # Copying holds no lock of the interpreter either: without threads, a load of a 1B
             # model takes two thirds longer on two cores.
             with ThreadPoolExecutor() as pool:
-                list(pool.map(_narrow_mlps, together, itertools.repeat(kept)))
+                todo = functools.partial(_narrow_mlps, kept=kept, cut=cut_mlps)
+                list(pool.map(todo, together))
             widths.copy_keys(widths.narrowed_config(targets), model.config)
             widths.describe_layers(model.config, targets)
         on_error.pop_all()
@@ -270,14 +265,24 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
     return narrowed
 
 
-def _narrow_mlps(mlps: Sequence[GluMlp], kept: Mapping[str, Tensor]) -> None:
-    """Narrow GLU-MLPs in place; those that share a parameter go together."""
+@torch.no_grad()
+def _narrow_mlps(
+    mlps: Sequence[GluMlp], kept: Mapping[str, Tensor], cut: Mapping[str, CutMlp]
+) -> None:
+    """Narrow GLU-MLPs in place, down as it was `cut`; those that share a parameter go together."""
     if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):
         return
     pieces = {}
     for mlp in mlps:
         for place in mlp.regions:
-            axis = NEURON_AXIS[place[0]] if place[1] == "weight" else 0
-            narrowed = narrow(mlp.weight(*place), kept[mlp.name], axis)
+            weight = mlp.weight(*place)
+            if place == ("down_proj", "weight") and mlp.name in cut:
+                narrowed = cut[mlp.name].down.to(weight.device)
+            else:
+                axis = NEURON_AXIS[place[0]] if place[1] == "weight" else 0
+                narrowed = narrow(weight, kept[mlp.name], axis)
             pieces[mlp.name, place[0], place[1]] = narrowed
     resize(mlps, pieces)
+    for mlp in mlps:
+        if mlp.name in cut and (bias := cut[mlp.name].bias) is not None:
+            mlp.projection("down_proj").bias.copy_(bias)

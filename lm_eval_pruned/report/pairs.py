@@ -1,4 +1,4 @@
-"""The sections of a report that set pruned models against each other: healed ones, random cuts."""
+"""The section of a report that sets pruned models against random cuts of their size."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from lm_eval_pruned.compare.judge import Case, judged
 from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.report.page import run_label
 from lm_eval_pruned.report.sections import compared_section
-from lm_eval_pruned.results.files import as_mapping
-from lm_eval_pruned.results.groups import healing_name, is_control, primary_metrics
-from lm_eval_pruned.util.pruning_record import left_of
+from lm_eval_pruned.results.groups import is_control, primary_metrics
 
 
 if TYPE_CHECKING:
@@ -32,48 +30,13 @@ _NOTHING: Known = MappingProxyType({})
 _PLACES = ("asked", "allocation", "layers_pruned", "layers_dropped", "hidden_size")
 
 
-def healing_section(
-    others: Sequence[Run], alpha: float, read: DocumentReader, known: Known = _NOTHING
-) -> Section | None:
-    """Each healed size against the run of the same weights before, and what the training took."""
-    healed = [run for run in others if run.healing]
-    cut = [run for run in others if not run.healing and run.pruning.get("kept_digest")]
-    before = {left_of(run.pruning): run for run in cut}
-    found = [(before.get(left_of(run.pruning)), run) for run in healed]
-    pairs = [(one, other) for one, other in found if one]
-    text = (
-        "Each size after healing, compared with the same size before it, paired by document. q: p "
-        "after Benjamini-Hochberg over the sizes of each task. Energy is that of the whole machine "
-        "during training; modelled energy is an estimate."
-    )
-    rows = compared_pairs(pairs, alpha, read, known)
-    costs = [f"{run_label(run)}: {_cost(run)}" for run in healed]
-    return compared_section(
-        "Healing, compared with no healing", text, rows, alpha, costs
-    )
-
-
-def _cost(run: Run) -> str:
-    record, energy = run.healing, as_mapping(run.healing.get("energy"))
-    joules = as_mapping(energy.get("joules")).get("total")
-    took = {
-        "text": as_mapping(record.get("data")).get("file"),
-        **{name: record.get(name) for name in ("steps", "tokens_seen", "seconds")},
-        "joules": "not measured" if joules is None else joules,
-        **as_mapping(energy.get("sources")),
-    }
-    parts = [f"{name} {value}" for name, value in took.items()]
-    return ", ".join([healing_name(run), *parts, *(energy.get("notes") or ())])
-
-
 def random_section(
     others: Sequence[Run], alpha: float, read: DocumentReader, known: Known = _NOTHING
 ) -> Section | None:
     """Each configuration against those whose neurons were removed at random in the same places."""
 
     def cut(run: Run) -> list[Any]:
-        trained = healing_name(run) if run.healing else None
-        return [*map(run.pruning.get, _PLACES), trained]
+        return [*map(run.pruning.get, _PLACES)]
 
     pruned = [run for run in others if run.pruning.get("criterion")]
     chosen = [run for run in pruned if not is_control(run)]

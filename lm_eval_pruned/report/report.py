@@ -71,7 +71,6 @@ def write_report(
         words.levels_section(base, comparable, alpha, read),
         words.differences_section(others, comparison),
         pairs.random_section(others, alpha, read, known),
-        pairs.healing_section(others, alpha, read, known),
         answers,
         truthfulness_section(runs, comparison),
         words.trends_section(comparison),

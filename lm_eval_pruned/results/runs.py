@@ -39,8 +39,6 @@ ERROR = "error.json"
 UNITS = "units"
 #: What the ids of configurations that know nothing start with.
 FLOOR = "floor-"
-#: Adapters of healed configurations, by configuration and what they were trained with.
-ADAPTERS = "adapters"
 #: Curves of single layers, as ``lm-eval-pruned sensitivity`` writes them.
 SENSITIVITY = "sensitivity.json"
 #: What tells models apart beside the pruning: arguments of the harness and commits.

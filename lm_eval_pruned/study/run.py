@@ -12,7 +12,7 @@ from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.estimate import estimate, missing, operations_per_second
 from lm_eval_pruned.study.preset import MARGIN, checked_families, options_of
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 
 
@@ -42,7 +42,7 @@ def run_study(
         Exit code: 0 where everything is done, 1 where something failed, 130 after Ctrl-C.
 
     Raises:
-        ValueError: A margin or a family is none, or see `options_of` and `Sweep`.
+        ValueError: A margin or a family is none, or see `options_of` and `plan_sweep`.
     """
     Margin("margin", margin)
     families = checked_families(families)
@@ -50,7 +50,7 @@ def run_study(
         print(line, file=sys.stderr)
     studies = options_of(models, given, kind, quick)
     # All are planned before one is run: what is wrong with the last is said at once.
-    sweeps = {name: Sweep(options) for name, options in studies.items()}
+    sweeps = {name: plan_sweep(options) for name, options in studies.items()}
     if dry_run:
         for name, sweep in sweeps.items():
             dtype = studies[name]["model_args"].get("dtype")
@@ -64,7 +64,7 @@ def run_study(
 
     code, found = 0, {}
     for sweep in sweeps.values():
-        code = max(code, run_sweep(sweep.options, sweep=sweep, **which))
+        code = max(code, run_sweep(sweep, **which))
         if code == 130:
             return code
     for name, options in studies.items():

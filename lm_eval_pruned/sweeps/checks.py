@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from transformers import PretrainedConfig
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from lm_eval_pruned.checkpoints.configs import not_found
 from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, PruneArguments
 from lm_eval_pruned.sweeps.plan import MODELS, SOURCES, find_misspelt, model_source
+
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
@@ -31,6 +37,8 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
             f"{near}?"
         )
     check_installed(model, where)
+    if "vllm" not in model:
+        check_quantiser(pretrained, {**source, **arguments}, where)
     if prunes:
         asked = PruneArguments.taken_from(dict(arguments))
         try:
@@ -50,6 +58,27 @@ def check_installed(model: str, where: str) -> None:
             f"{where} needs the package vllm, which is not installed: run `pip install "
             "'lm-eval-pruned[vllm]'`."
         )
+
+
+def check_quantiser(pretrained: str, arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse a quantised model whose package is not installed, as transformers says which it is.
+
+    The ValueError begins with `where`.
+    """
+    how = {n: arguments[n] for n in ("revision", "subfolder") if arguments.get(n)}
+    stored, _ = PretrainedConfig.get_config_dict(pretrained, **how)
+    bits = {n: True for n in ("load_in_8bit", "load_in_4bit") if arguments.get(n)}
+    asked = arguments.get("quantization_config") or (
+        {"quant_method": "bitsandbytes", **bits} if bits else None
+    )
+    config = asked or stored.get("quantization_config")
+    if not config:
+        return
+    try:
+        quantiser = AutoHfQuantizer.from_config(dict(config))
+        quantiser.validate_environment(device_map=None, pre_quantized=not asked)
+    except ImportError as error:
+        raise ValueError(f"{where} cannot be loaded: {error}") from None
 
 
 def check_files(model: str, arguments: dict[str, Any], where: str) -> None:

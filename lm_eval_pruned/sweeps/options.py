@@ -12,7 +12,6 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.healing.options import DECLARED as HEALING
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
 from lm_eval_pruned.results.files import MISMATCHED
 from lm_eval_pruned.util import options as declaring
@@ -110,9 +109,6 @@ GROUPS = {
         "floors": _option(_floors, "what", "WHICH",
             "also evaluate models that know nothing, whose scores are the floors of the tasks: true (default), "
             f"false, or {MISMATCHED}: also the unpruned model after other documents' questions"),
-        "heal": _option(_mapping, "what", _PAIRS,
-            "heal each pruned model, and evaluate it before and after: data=FILE and the options "
-            f"of lm-eval-pruned heal ({', '.join(HEALING)})"),
     },
     "evaluation, as in lm_eval run": {
         "tasks": _option(_texts, "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
@@ -260,12 +256,3 @@ def parse_number(text: str) -> int | float | str:
     except ValueError:
         return text
     return int(number) if number.is_integer() else number
-
-
-def refuse_ray(name: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError where Ray evaluates, which an option cannot have."""
-    if options.get("ray"):
-        raise ValueError(
-            f"{name} needs the sweep's folder in the one process that evaluates: leave out --ray "
-            f"or {name}, or split the sweep with --shard I/N."
-        )

@@ -12,7 +12,7 @@ import functools
 import itertools
 import operator
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,9 +30,8 @@ from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.results.files import MISMATCHED
-from lm_eval_pruned.results.runs import ADAPTERS, FLOOR
+from lm_eval_pruned.results.runs import FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
-from lm_eval_pruned.sweeps.healing import SweepHealing, training_arguments
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
 
 
@@ -68,7 +67,6 @@ class Configuration:
     Attributes:
         id: Readable and unique, such as ``ratio-2.4``.
         arguments: What prunes it, such as ``{"ratio": 2.4}``; empty for the baseline.
-        healed: Whether it is trained again before it is evaluated.
         floor: The type of a model that knows nothing, and is evaluated beside the sweep's.
     """
 
@@ -78,7 +76,6 @@ class Configuration:
     expansion_ratio: float = 0.0
     parameters: int = 0
     reduction: float = 0.0
-    healed: bool = False
     floor: str = ""
 
 
@@ -107,54 +104,45 @@ class Unit(NamedTuple):
         return self.configuration.id, self.task.name
 
 
+@dataclass(eq=False)
 class Sweep:
-    """A sweep as planned from `options.read_options`: nothing is loaded, nothing is evaluated.
+    """Configurations by tasks: nothing is loaded, nothing is evaluated.
 
-    The unpruned `baseline` is the first of the `configurations`. Behind each pruned one, where the
-    sweep has `healing`, is the same trained again.
+    Attributes:
+        options: As `options.read_options` returns them.
+        settings: What the harness and the model type read of them; see `harness_settings`.
+        configurations: Models of one type, `baseline` first.
+        floors: Models that know nothing, evaluated beside them.
+        keeps_earlier: Whether units of earlier commands in the folder stay part of it; see
+            `folder.with_earlier`.
+        shows_tracebacks: Whether the log says how a unit failed; ``error.json`` always does.
+        tasks: What every configuration is evaluated on.
 
     Raises:
-        ValueError: A size, criterion, model type, task or setting cannot be used.
-        OSError: The model's config cannot be read.
+        ValueError: A task cannot be used.
     """
 
-    #: Whether the log says how a unit failed; ``error.json`` always does.
-    shows_tracebacks = True
-    #: Whether units of earlier commands in the folder stay part of it; see `folder.with_earlier`.
-    keeps_earlier = True
+    options: dict[str, Any]
+    settings: EvaluatorConfig
+    configurations: Sequence[Configuration]
+    floors: Sequence[Configuration] = FLOORS
+    keeps_earlier: bool = True
+    shows_tracebacks: bool = True
+    tasks: list[of_tasks.SweepTask] = field(init=False)
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-        self.model: str = options.get("model", MODELS[0])
-        if self.model not in MODELS:
-            raise ValueError(
-                f"model={self.model} is not a model type that prunes: pass {' or '.join(MODELS)}."
-            )
-        arguments = dict(options.get("model_args") or {})
-        _check_names(arguments, self.model)
-        self.settings = harness_settings(options, self.model, arguments)
-        self._base = self.settings.model_args
-        self.configurations = _configurations(options, self._base)
-        self.baseline, *pruned = self.configurations
-        wanted = options.get("floors", True)
-        self.floors: Sequence[Configuration] = FLOORS if wanted else ()
-        if wanted == MISMATCHED:
-            if self.model != MODELS[0]:
-                raise ValueError(
-                    f"floors={MISMATCHED} needs the model type {MODELS[0]}, and this sweep has "
-                    f"model={self.model}: pass --floors true."
-                )
-            name, asked = f"{FLOOR}mismatched-questions", {MISMATCHED: True}
-            self.floors = (*FLOORS, replace(self.baseline, id=name, arguments=asked))
-        self.healing = SweepHealing(options, pruned) if "heal" in options else None
-        if self.healing is not None:
-            # What is wrong with one size is wrong with all that are asked for alike.
-            for each in {tuple(each.arguments): each for each in pruned}.values():
-                self.healing.check(self._trained(each), Path(options["output_path"]))
-            both = [(c, replace(c, id=f"{c.id}_healed", healed=True)) for c in pruned]
-            self.configurations[1:] = itertools.chain(*both)
+    def __post_init__(self) -> None:
         self._manager = of_tasks.index_tasks(self.settings.include_path)
-        self.tasks = of_tasks.resolve_tasks(options["tasks"], self._manager)
+        self.tasks = of_tasks.resolve_tasks(self.options["tasks"], self._manager)
+
+    @property
+    def model(self) -> str:
+        """The model type of the configurations."""
+        return self.settings.model
+
+    @property
+    def baseline(self) -> Configuration:
+        """What the other configurations are compared with."""
+        return self.configurations[0]
 
     def units(self, shard: tuple[int, int] | None = None) -> list[Unit]:
         """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""
@@ -174,24 +162,11 @@ class Sweep:
 
     def model_args(self, configuration: Configuration) -> dict[str, Any]:
         """Return the arguments that ``lm_eval --model_args`` would take."""
-        arguments = self._pruned(configuration)
-        if configuration.healed:
-            arguments["peft"] = str(self.adapter(configuration))
-        return arguments
-
-    def adapter(self, configuration: Configuration) -> Path:
-        """Return where the adapter of a healed configuration lies, once it was trained."""
-        definition = self.model_definition(configuration)
-        del definition["model"]
-        definition["model_args"] = self._described(self._trained(configuration))
-        folder = Path(self.options["output_path"], ADAPTERS, configuration.id)
-        return folder / of_tasks.fingerprint(definition)[:16]
-
-    def heal(self, configuration: Configuration) -> None:
-        """Train the adapter of a healed configuration, unless it is there."""
-        assert self.healing is not None
-        place = self.adapter(configuration)
-        self.healing.train(self._trained(configuration), place, self.settings.device)
+        if configuration.floor:
+            return configuration.arguments
+        return of_pruning.without_idle(
+            {**self.settings.model_args, **configuration.arguments}
+        )
 
     def task_manager(self, configuration: Configuration) -> TaskManager:
         """Return the harness's task manager as `lm_eval run` would make it."""
@@ -203,9 +178,9 @@ class Sweep:
     @functools.cached_property
     def sources(self) -> dict[str, dict[str, str | None]]:
         """What the model is made from: content hashes of folders, commits on the Hub."""
-        named = {**model_source(self._base), **self._base}
+        named = {**model_source(self.settings.model_args), **self.settings.model_args}
         return {
-            argument: _source(str(named[argument]), file, self._base)
+            argument: _source(str(named[argument]), file, self.settings.model_args)
             for argument, file in SOURCES.items()
             if named.get(argument)
         }
@@ -214,14 +189,11 @@ class Sweep:
         """Return everything that decides which model a configuration is."""
         if kind := configuration.floor:
             return {"model": kind, "model_args": configuration.arguments}
-        definition = {
+        return {
             "model": self.model,
-            "model_args": self._described(self._pruned(configuration)),
+            "model_args": self._described(self.model_args(configuration)),
             "sources": self.sources,
         }
-        if configuration.healed and self.healing is not None:
-            definition["healing"] = self.healing.definition()
-        return definition
 
     def definition(
         self, configuration: Configuration, task: of_tasks.SweepTask
@@ -261,15 +233,6 @@ class Sweep:
             "tasks": [each.name for each in self.tasks],
         }
 
-    def _pruned(self, configuration: Configuration) -> dict[str, Any]:
-        if configuration.floor:
-            return configuration.arguments
-        return of_pruning.without_idle({**self._base, **configuration.arguments})
-
-    def _trained(self, configuration: Configuration) -> dict[str, Any]:
-        arguments = {**model_source(self._base), **self._pruned(configuration)}
-        return training_arguments(self.model, arguments)
-
     def _described(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return arguments of the model without what decides nothing, files by their content."""
         copies = [k for k, source in self.sources.items() if "sha256" in source]
@@ -281,6 +244,35 @@ class Sweep:
         if text.is_file():
             described["calibration"] = {"sha256": of_tasks.hash_file(text)}
         return described
+
+
+def plan_sweep(options: dict[str, Any]) -> Sweep:
+    """Plan a sweep over sizes, whose baseline is the unpruned model.
+
+    Raises:
+        ValueError: A size, criterion, model type, task or setting cannot be used.
+        OSError: The model's config cannot be read.
+    """
+    model = options.get("model", MODELS[0])
+    if model not in MODELS:
+        raise ValueError(
+            f"model={model} is not a model type that prunes: pass {' or '.join(MODELS)}."
+        )
+    arguments = dict(options.get("model_args") or {})
+    _check_names(arguments, model)
+    settings = harness_settings(options, model, arguments)
+    configurations = _configurations(options, settings.model_args)
+    wanted = options.get("floors", True)
+    floors = FLOORS if wanted else ()
+    if wanted == MISMATCHED:
+        if model != MODELS[0]:
+            raise ValueError(
+                f"floors={MISMATCHED} needs the model type {MODELS[0]}, and this sweep has "
+                f"model={model}: pass --floors true."
+            )
+        name, exchanged = f"{FLOOR}mismatched-questions", {MISMATCHED: True}
+        floors += (replace(configurations[0], id=name, arguments=exchanged),)
+    return Sweep(options, settings, configurations, floors)
 
 
 def model_source(base: dict[str, Any]) -> dict[str, Any]:

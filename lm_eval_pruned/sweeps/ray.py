@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lm_eval.utils import setup_logging
 
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
-    from lm_eval_pruned.sweeps.plan import Unit
+    from lm_eval_pruned.sweeps.plan import Sweep, Unit
     from lm_eval_pruned.sweeps.unit import Ended
     from lm_eval_pruned.sweeps.waiting import Waiting
     from lm_eval_pruned.util.progress import Progress
@@ -171,7 +171,7 @@ class Worker:
             os.chdir(folder)
         setup_logging()
         torch.set_num_threads(threads)
-        sweep = Sweep(options)
+        sweep = plan_sweep(options)
         self._units = {unit.names: unit for unit in sweep.units()}
         self._runner = UnitRunner(sweep, part)
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.results import runs as layout
 from lm_eval_pruned.sweeps.checks import check_files, check_installed
 from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
-from lm_eval_pruned.sweeps.options import refuse_ray
 from lm_eval_pruned.sweeps.plan import Sweep, Unit, model_source
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
@@ -39,37 +38,38 @@ DONE, FAILED, TO_RUN = STATES = ("done", "failed", "to run")
 
 
 def run_sweep(
-    options: dict[str, Any],
+    sweep: Sweep,
     *,
     shard: tuple[int, int] | str | None = None,
     retry_failed: bool = False,
     dry_run: bool = False,
-    sweep: Sweep | None = None,
 ) -> int:
-    """Run the units of a sweep, or its shard, that its folder does not hold; see `options`.
+    """Run the units of a sweep, or of its shard, that its folder does not hold; see `options`.
 
-    `sweep` is the plan made from the options, if there is one already.
-    The shard ``next`` takes units
-    one by one that no other process of this kind has taken.
+    The shard ``next`` takes units one by one that no other process of this kind has taken.
 
     Returns:
         Exit code: 0 where every unit is done, or another process has it; 1 where one failed or
         could not be run, 130 after Ctrl-C.
 
     Raises:
-        ValueError: The sweep cannot be planned, or its folder is in use; OSError likewise.
+        ValueError: The sweep cannot run, or its folder is in use; OSError likewise.
     """
     if (size := os.environ.get("WORLD_SIZE") or "1") != "1":
         raise ValueError(
             f"WORLD_SIZE={size} announces several processes, but a sweep evaluates in one: start "
             "it without a launcher, and split it with --shard next or --ray."
         )
-    sweep = sweep or Sweep(options)
+    options = sweep.options
     fixed = shard if isinstance(shard, tuple) else None
     shared = shard == "next"
     name = f"shard{fixed[0]}of{fixed[1]}" if fixed else ""
     if shared:
-        refuse_ray("--shard next", options)
+        if options.get("ray"):
+            raise ValueError(
+                "--shard next needs the sweep's folder in the one process that evaluates: leave out "
+                "--ray or --shard next, or split the sweep with --shard I/N."
+            )
         name = f"shard_{os.environ.get('SLURM_ARRAY_TASK_ID') or uuid.uuid4().hex[:8]}"
     part = f"_{name}" if name else ""
     folder = SweepFolder(options["output_path"])

@@ -15,11 +15,10 @@ import operator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from huggingface_hub.utils.sha import sha_fileobj
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
-from lm_eval.tasks import _factory
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 
 
@@ -85,8 +84,7 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
                 f"--tasks has {name}, but no task, group or tag has that name: "
                 "`lm_eval ls tasks` lists them, and --include_path adds a folder of your own."
             )
-        with mock.patch.object(_factory, "ConfigurableTask", _inline):
-            found = [planned._load_spec(match) for match in sorted(matches)]
+        found = [planned._load_spec(match) for match in sorted(matches)]
         for task in _flat(found):
             if tasks.setdefault(task.name, task) != task:
                 raise ValueError(
@@ -125,13 +123,30 @@ class _Planning(TaskFactory):
         answers = all(task.offers_answers for task in leaves)
         return SweepTask(group_name, digest, build, metrics, answers)
 
+    def _build_group_members(
+        self, member_list, group_name, overrides, registry
+    ) -> list[Any]:
+        members: list[Any] = []
+        for item in member_list:
+            settings = item if isinstance(item, dict) else {"task": item}
+            task = None if "group" in settings else settings.get("task")
+            if not isinstance(task, str) or task in registry:
+                members += super()._build_group_members(
+                    [item], group_name, overrides, registry
+                )
+                continue
+            name = f"{group_name}::{task}"
+            config = {"metadata": {}, **(overrides or {}), **settings, "task": name}
+            members.append(_inline(config))
+        return members
+
 
 def _inline(config: dict[str, Any]) -> SweepTask:
     """Replace a task that a group defines in its own YAML."""
 
     def build(factory: TaskFactory) -> Any:
         metadata = config["metadata"] | factory._meta
-        return _factory.ConfigurableTask(config={**config, "metadata": metadata})
+        return ConfigurableTask(config={**config, "metadata": metadata})
 
     return _task(config, build)
 

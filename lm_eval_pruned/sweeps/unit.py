@@ -115,9 +115,6 @@ class UnitRunner:
             logger.info("Loading %s.", configuration.id)
             more = {name: getattr(sweep.settings, name) for name in OF_MODEL}
             try:
-                if configuration.healed:
-                    sweep.heal(configuration)
-                    release_memory()
                 kind = configuration.floor or sweep.model
                 if kind in MODELS:
                     more["known_scores"] = self._known_scores

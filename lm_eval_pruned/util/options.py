@@ -71,7 +71,7 @@ class DeclaredOptions:
             bounds, value = each.metadata, getattr(self, name)
             if "check" in bounds and (value, each.default) != (None, None):
                 value = bounds["check"](name, value)
-                object.__setattr__(self, name, value)
+                self._settle(**{name: value})
             for one in value if isinstance(value, tuple) else (value,):
                 if one not in bounds.get("choices", (one,)):
                     known = ", ".join(bounds["choices"])
@@ -80,6 +80,11 @@ class DeclaredOptions:
                     raise ValueError(
                         f"{name}={one} is too small: pass {bounds['least']} or more."
                     )
+
+    def _settle(self, **values: Any) -> None:
+        """Put values in their canonical form, while the dataclass, which may be frozen, is made."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def declared(cls) -> dict[str, Field[Any]]:

@@ -15,7 +15,6 @@ from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
-from lm_eval_pruned.sweeps.tasks import index_tasks, resolve_tasks
 from lm_eval_pruned.verdict.decision import (
     check_margins,
     check_measure,
@@ -34,43 +33,38 @@ TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm
 TASKS = ["pruned_demo", "pruned_demo_bias"]
 
 
-class OneModel(Sweep):
-    """A sweep of one model of `TYPES`, specified as ``TYPE,key=value,...``.
+def plan_model(name: str, text: str, options: Mapping[str, Any]) -> Sweep:
+    """Plan a sweep of one model of `TYPES`, specified as ``TYPE,key=value,...``.
 
-    It sets what `Sweep` plans, because that plans sizes and one model has none.
+    Raises:
+        ValueError: The model, an option or a task cannot be used.
     """
-
-    # The last line of a verdict gives the reason.
-    shows_tracebacks = False
-    # A verdict is on the tasks that were asked for.
-    keeps_earlier = False
-
-    def __init__(self, name: str, text: str, options: Mapping[str, Any]) -> None:
-        kind, _, given = text.partition(",")
-        if kind not in TYPES:
-            raise ValueError(
-                f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
-                f"model type ({', '.join(TYPES)}) with its arguments, such as hf,pretrained=NAME."
-            )
-        self.model, self._base = TYPES[kind], {}
-        if given:
-            self._base = read_mapping(given, f"The {name} {text}")
-        if self.model == "hf-prefix" and "quantization_config" in self._base:
-            # HFLM passes what its config says under this name, and would pass ours beside it.
-            self.model = "pruned-hf"
-        # Refused here, not once the base has been evaluated.
-        check_model(self.model, self._base, f"The {name} {text}")
-        which = {"model": self.model, "model_args": self._base, "log_samples": True}
-        self.options = {**options, **which}
-        self.settings = harness_settings(self.options, self.model, self._base)
-        self.healing = None
-        self.baseline = Configuration(name, {}, 0, 0.0, 0, 0.0)
-        self.configurations = [self.baseline]
-        # The base's tell what knowing nothing gives; the candidate answers the same documents.
-        wanted = name == "base" and options.get("floors", True)
-        self.floors = FLOORS if wanted else ()
-        self._manager = index_tasks(self.settings.include_path)
-        self.tasks = resolve_tasks(options["tasks"], self._manager)
+    kind, _, given = text.partition(",")
+    if kind not in TYPES:
+        raise ValueError(
+            f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
+            f"model type ({', '.join(TYPES)}) with its arguments, such as hf,pretrained=NAME."
+        )
+    model = TYPES[kind]
+    model_args = read_mapping(given, f"The {name} {text}") if given else {}
+    if model == "hf-prefix" and "quantization_config" in model_args:
+        # HFLM passes what its config says under this name, and would pass ours beside it.
+        model = "pruned-hf"
+    # Refused here, not once the base has been evaluated.
+    check_model(model, model_args, f"The {name} {text}")
+    which = {"model": model, "model_args": model_args, "log_samples": True}
+    # The base's tell what knowing nothing gives; the candidate answers the same documents.
+    has_floors = name == "base" and options.get("floors", True)
+    return Sweep(
+        options={**options, **which},
+        settings=harness_settings({**options, **which}, model, model_args),
+        configurations=[Configuration(name, {})],
+        floors=FLOORS if has_floors else (),
+        # A verdict is on the tasks that were asked for.
+        keeps_earlier=False,
+        # The last line of a verdict gives the reason.
+        shows_tracebacks=False,
+    )
 
 
 def both_runs(
@@ -82,7 +76,7 @@ def both_runs(
     measure: str | None = None,
     read: DocumentReader | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
-    """Return the results of both models and of models that know nothing, each a path of results or as `OneModel` takes it.
+    """Return the results of both models and of models that know nothing, each a path of results or as `plan_model` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
     `margins` and the `measure` are known to suit the tasks. `read` keeps what it reads of a finished
@@ -103,7 +97,7 @@ def both_runs(
     where = {name: str(output_path / name) for name in given}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
-        name: OneModel(name, text, {**asked, "output_path": where[name]})
+        name: plan_model(name, text, {**asked, "output_path": where[name]})
         for name, text in given.items()
         if not Path(text).exists()
     }
@@ -119,7 +113,7 @@ def both_runs(
     check_margins(margins, scored)
     for name, sweep in planned.items():
         print(f"The {name}: {given[name]}", flush=True)
-        if run_sweep(sweep.options, retry_failed=True, sweep=sweep) == 130:
+        if run_sweep(sweep, retry_failed=True) == 130:
             raise KeyboardInterrupt
         for failure in read_failures(where[name]):
             raise ResultsError(

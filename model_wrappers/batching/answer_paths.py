@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TokenCounts:
     """Running totals; padding is in none of them.
 
-    The fast paths add what they do, `EnergyLoggingHFLM` what `HFLM` does: each row of
+    The fast paths add what they do, and `PrefixHFLM` what `HFLM` does: each row of
     ``_loglikelihood_tokens``, and each call of ``_model_generate``.
 
     Attributes:

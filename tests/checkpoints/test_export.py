@@ -137,7 +137,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(
     [
         ({"ratio": 2}, True),
         # Only the loss tells how many neurons each layer keeps.
-        ({"ratio": 2, "criterion": "maw", "allocation": "global"}, False),
+        ({"ratio": 2, "criterion": "maw", "allocation": "sensitivity"}, False),
     ],
 )
 def test_a_full_disk_is_noticed_before_the_model_is_loaded_if_its_size_is_known(

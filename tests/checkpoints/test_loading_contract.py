@@ -239,10 +239,7 @@ def test_weights_are_ranked_as_they_are_stored_and_then_cast(
 
 OPEN = {
     **{criterion: {"criterion": criterion} for criterion in ACTIVITY},
-    "global": {"criterion": "vow", "allocation": "global"},
     "sensitivity": {"allocation": "sensitivity"},
-    "best": {"criterion": "best", "criteria_tried": "maw+act+random"},
-    "best and sensitivity": {"criterion": "best", "allocation": "sensitivity"},
     "influence": {"drop_layers": 1, "drop_by": "block_influence"},
 }
 
@@ -251,9 +248,7 @@ OPEN = {
 def test_what_weights_and_text_decide_is_decided_alike(way, tmp_path, text):
     """By every way to load, and in each dtype in which source and export are loaded."""
     source = Source(save_tiny(tmp_path / "source", num_hidden_layers=4))
-    asked = {"prune_percent": 30, **OPEN[way]}
-    if way != "global":
-        asked["calibration"] = text
+    asked = {"prune_percent": 30, "calibration": text, **OPEN[way]}
     state = source.load(**asked).state_dict()
     ways = ("in memory", "exported")
     record = assert_one_model(source, asked, state, tmp_path, ways)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
 from importlib import import_module
-from importlib.metadata import metadata, version
+from importlib.metadata import version
 from unittest.mock import MagicMock
 
 import pytest
@@ -49,12 +50,6 @@ def test_the_version_is_the_installed_one(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"lm-eval-pruned {version('lm-eval-pruned')}\n"
-
-
-def test_help_leads_to_the_documentation():
-    urls = metadata("lm-eval-pruned").get_all("Project-URL")
-    assert f"Documentation, {cli.DOCUMENTATION}" in urls
-    assert cli.DOCUMENTATION in cli.parser().epilog
 
 
 def test_another_module_that_is_missing_is_a_mistake_to_be_shown(monkeypatch):
@@ -223,3 +218,17 @@ def test_what_is_of_no_use_is_refused_in_one_line(words, message, embedded, caps
     (line,) = [each for each in told if "error" in each]
     assert message in line
     assert not any("was chosen" in each for each in told)
+
+
+def test_noise_of_other_packages_is_hidden_unless_verbose_and_nothing_else_is(
+    caplog, monkeypatch
+):
+    logger = logging.getLogger("lm_eval.api.task")
+    monkeypatch.setattr(logger, "filters", [])
+    for words in ([], ["--verbose"]):
+        assert cli.main(["check", "nowhere", "--baseline", "none.json", *words]) == 2
+        logger.warning("mine: Custom kwargs can be passed to `--metadata`")
+        logger.warning("mine: this task is deprecated")
+        logger.filters.clear()
+    said = [record.getMessage()[6:12] for record in caplog.records]
+    assert said == ["this t", "Custom", "this t"]

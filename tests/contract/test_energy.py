@@ -10,7 +10,6 @@ import threading
 import time
 from itertools import chain
 
-import make_study_energy as study
 import pytest
 from lm_eval.api.registry import get_model
 
@@ -47,12 +46,16 @@ def made(tmp_path_factory):
 def evaluated(tiny_llama, made):
     """Return a function that runs the stock command and returns its results file."""
 
-    def evaluated(folder, model_args, *words, tasks=TYPES, plain=True):
+    def evaluated(
+        folder, model_args, *words, tasks=TYPES, plain=True, model="pruned-hf"
+    ):
         if plain:
             model_args += ",prefix_sharing=false,slot_refilling=false"
+        if model == "pruned-hf":
+            model_args += ",ratio=2.0"
         done = lm_eval(
-            *("run", "--model", "pruned-hf", "--device", "cpu"),
-            *("--model_args", f"pretrained={tiny_llama},ratio=2.0,{model_args}"),
+            *("run", "--model", model, "--device", "cpu"),
+            *("--model_args", f"pretrained={tiny_llama},{model_args}"),
             *("--tasks", ",".join(tasks), "--include_path", made),
             *("--output_path", folder, "--batch_size", 2, "--log_samples", *words),
         )
@@ -256,12 +259,28 @@ def test_scores_are_those_of_a_run_that_measures_nothing(results, evaluated, tmp
             assert results["results"][task][name] == value
 
 
+def test_hf_prefix_measures_the_unpruned_model_with_the_same_arguments(
+    results, evaluated, tmp_path
+):
+    found = evaluated(tmp_path, WITH_ALL, model="hf-prefix")["config"]
+    ours, theirs = found["energy"], results["config"]["energy"]
+    assert "pruning" not in found
+    assert ours.keys() == theirs.keys()
+    scored, rolling, _ = TYPES.values()
+    for kind in (scored, rolling):
+        record, pruned_one = (e["request_types"][kind] for e in (ours, theirs))
+        for name in ("requests", "prompt_tokens", "processed_tokens"):
+            assert record[name] == pruned_one[name]
+    assert ours["total"]["joules"]["total"] > 0
+
+
 def test_slots_1_generates_one_answer_after_the_other(evaluated, tmp_path):
     tasks = ["tiny_generation"]
     found = evaluated(tmp_path, "energy=true,slots=1", tasks=tasks, plain=False)
     assert found["config"]["answer_paths"]["generate_until"]["slots"] == 1
 
 
+@pytest.mark.parametrize("model", ["pruned-hf", "hf-prefix"])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -272,9 +291,9 @@ def test_slots_1_generates_one_answer_after_the_other(evaluated, tmp_path):
         ("energy=maybe", "energy=.?maybe"),
     ],
 )
-def test_arguments_are_checked_before_the_model_loads(text, message):
+def test_arguments_are_checked_before_the_model_loads(text, message, model):
     with pytest.raises(ValueError, match=message):
-        get_model("pruned-hf").create_from_arg_string(f"pretrained=nowhere,{text}")
+        get_model(model).create_from_arg_string(f"pretrained=nowhere,{text}")
 
 
 # --- lm-eval-pruned profile
@@ -401,31 +420,3 @@ def test_ctrl_c_keeps_the_finished_passes(profiled, tmp_path):
     assert found["interrupted"]
     assert {cell["repeats"] for cell in found["cells"]} <= {1, 2}
     assert "**Interrupted**" in (folder / "profile.md").read_text()
-
-
-# --- the study's energy runs
-
-
-RUNS = study.read()
-
-
-def test_the_published_energy_is_emissions_less_a_constant_power():
-    taken_off = study.Subtraction.of(RUNS)
-    assert len(RUNS) == 126
-    assert taken_off.low == pytest.approx(0.34923, abs=5e-6)
-    assert taken_off.high == pytest.approx(taken_off.low, rel=1e-12)
-    for run in RUNS:
-        # Emissions taken for kWh, less the factor times the RAM energy, per token.
-        taken = 3.6e6 * run.raw - 1.582 * run.ram
-        assert taken / run.tokens == pytest.approx(run.published, rel=0.0043)
-        # The same in the unit that it should have: the carbon intensity cancels.
-        assert taken_off.low * taken_off.net(run) == pytest.approx(taken, rel=1e-3)
-
-
-def test_the_page_has_the_saving_gross_and_net_and_is_what_the_script_writes():
-    saving = {"published": -23.2, "net": -23.2, "gross": -7.7, "gpu": -13.7}
-    for key, expected in saving.items():
-        found = study.change(RUNS, "mmlu_latency_b1", key)
-        assert found == pytest.approx(expected, abs=0.05)
-    page = study.PAGE.read_text(encoding="utf-8")
-    assert page.partition(study.BEGIN)[2] == study.as_markdown() + "\n"

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
-from tests.contract.commands import pruned
+from tests.contract.commands import lm_eval, pruned
 from tests.helpers import evaluations
 from tests.helpers.layouts import logits
+from tests.helpers.sweeping import write_tasks
 from tests.helpers.ways_to_load import write_texts
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -119,6 +120,32 @@ def test_the_adapter_is_applied_and_merged(adapter, record, evaluated, tiny_llam
     torch.testing.assert_close(logits(merged), applied, atol=1e-4, rtol=1e-4)
     assert len(AutoTokenizer.from_pretrained(adapter / "merged")) == 259
     assert "was then trained on" in (adapter / "merged" / "README.md").read_text()
+
+
+def test_a_cut_is_compared_with_the_same_cut_after_training(
+    adapter, tiny_llama, tmp_path
+):
+    made = ("--include_path", write_tasks(tmp_path / "tasks"), "--device", "cpu")
+    swept = pruned(
+        *("sweep", "--model_args", f"pretrained={tiny_llama}"),
+        *("--prune_percents", 40, "--floors", "no", "--tasks", "tiny_choice", *made),
+        *("--output_path", tmp_path / "sweep"),
+    )
+    model_args = f"pretrained={tiny_llama},{SIZE},peft={adapter}"
+    after = lm_eval(
+        *("run", "--model", "pruned-hf", "--model_args", model_args, *made),
+        *("--tasks", "tiny_choice", "--log_samples", "--output_path", tmp_path / "b"),
+    )
+    assert (swept.code, after.code) == (0, 0)
+    for before in ("prune_percent-40", "baseline"):
+        unit = tmp_path / "sweep" / "units" / before
+        done = pruned("compare", unit, tmp_path / "b", "--format", "json")
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        (row,) = found["rows"]
+        assert (found["base"], row["documents"]) == (before, 4)
+        # The adapter moves the probabilities of answers.
+        assert row["answers"]["kl"] > 0
 
 
 def test_the_record_says_what_was_pruned_trained_and_spent(record, data, tiny_llama):

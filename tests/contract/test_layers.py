@@ -158,57 +158,52 @@ def test_the_entry_repair_says_what_was_measured(tiny, text, tmp_path):
 # Let the layers share a cut
 
 
-@pytest.mark.parametrize("allocation", ["sensitivity", "global"])
-def test_as_many_neurons_remain_as_after_the_uniform_cut(allocation, tiny, text):
-    asked = {"prune_percent": 40, "allocation": allocation}
-    more = {"criterion": "l2"} if allocation == "global" else {"calibration": text}
+@pytest.fixture
+def shared(text):
+    """Return arguments that share a cut of 40 % among the layers."""
+    return {
+        "prune_percent": 40,
+        "allocation": "sensitivity",
+        "calibration": text,
+    }
+
+
+def test_as_many_neurons_remain_as_after_the_uniform_cut(shared, tiny):
     uniform = widths_of(load_pruned(str(tiny), prune_percent=40))
-    widths = widths_of(load_pruned(str(tiny), **asked, **more))
+    widths = widths_of(load_pruned(str(tiny), **shared))
     assert sum(widths) == sum(uniform)
     assert len({*widths}) > 1
 
 
-def test_a_layer_keeps_an_eighth_unless_min_width_or_the_size_says_otherwise(
-    tiny, text
+@pytest.mark.parametrize(
+    ("size", "fewest"),
+    [({"prune_percent": 60}, WIDTH // 8), ({"intermediate_size": 9}, 9)],
+)
+def test_a_layer_keeps_an_eighth_unless_the_size_asks_for_less(
+    size, fewest, tiny, text
 ):
     asked = {"allocation": "sensitivity", "calibration": text}
-    for size, more, fewest in (
-        ({"prune_percent": 60}, {}, WIDTH // 8),
-        ({"prune_percent": 60}, {"min_width": 5}, 5),
-        ({"prune_percent": 60}, {"min_width": 20}, 20),
-        ({"intermediate_size": 9}, {}, 9),
-    ):
-        widths = widths_of(load_pruned(str(tiny), **size, **more, **asked))
-        assert min(widths) == fewest, (size, more)
+    assert min(widths_of(load_pruned(str(tiny), **size, **asked))) == fewest
 
 
-def test_each_width_is_a_multiple(tiny):
-    asked = {"prune_percent": 40, "allocation": "global", "multiple_of": 8}
-    widths = widths_of(load_pruned(str(tiny), **asked))
+def test_each_width_is_a_multiple(shared, tiny):
+    widths = widths_of(load_pruned(str(tiny), **shared, multiple_of=8))
     assert all(width % 8 == 0 for width in widths)
     assert sum(widths) == 3 * 48
 
 
 @pytest.mark.parametrize("more", [{"layers": "0+2"}, {"skip_layers": 1}])
-def test_a_cut_is_shared_among_some_layers_only(more, tiny):
-    asked = {"prune_percent": 40, "allocation": "global", **more}
-    widths = widths_of(load_pruned(str(tiny), **asked))
+def test_a_cut_is_shared_among_some_layers_only(more, shared, tiny):
+    widths = widths_of(load_pruned(str(tiny), **shared, **more))
     assert widths[1] == WIDTH
     assert widths[0] + widths[2] == 2 * 53
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
-def test_the_criterion_of_each_layer_is_chosen_by_loss(allocation, tiny, text):
-    asked = {"criterion": "best", "criteria_tried": "maw+act", "calibration": text}
-    model = load_pruned(str(tiny), ratio=1, allocation=allocation, **asked)
-    chosen = dict(model.prune_record.plan.layer_criteria)
-    assert {*chosen} == {0, 1, 2}
-    assert {*chosen.values()} <= {"maw", "act"}
-
-
 @pytest.mark.slow
-def test_plan_shows_the_width_of_each_layer_and_results_record_them(tiny, tmp_path):
-    asked = f"pretrained={tiny},prune_percent=40,allocation=global,criterion=vow"
+def test_plan_shows_the_width_of_each_layer_and_results_record_them(
+    shared, tiny, tmp_path
+):
+    asked = ",".join(f"{k}={v}" for k, v in {"pretrained": tiny, **shared}.items())
     done = pruned("plan", "--model_args", asked, "--format", "json")
     (row,) = json.loads(done.out)
     words = ["--model", "pruned-hf", "--model_args", asked, "--device", "cpu"]
@@ -216,8 +211,7 @@ def test_plan_shows_the_width_of_each_layer_and_results_record_them(tiny, tmp_pa
     words += ["--output_path", tmp_path / "out"]
     assert lm_eval(*words).code == 0
     record = results_in(tmp_path / "out")["config"]["pruning"]
-    cut = {"prune_percent": 40, "allocation": "global", "criterion": "vow"}
-    widths = widths_of(load_pruned(str(tiny), **cut))
+    widths = widths_of(load_pruned(str(tiny), **shared))
     assert record["layer_widths"] == {str(n): width for n, width in enumerate(widths)}
     assert row["layer_widths"] == ",".join(f"{n}:{w}" for n, w in enumerate(widths))
 

@@ -100,8 +100,7 @@ def test_with_a_size_the_layers_that_stay_are_narrowed_by_their_old_numbers(deep
     ("asked", "words"),
     [
         ({"widths": {0: 20}}, "widths"),
-        ({"ratio": 1, "allocation": "global"}, "allocation"),
-        ({"ratio": 1, "criterion": "best"}, "criterion=best"),
+        ({"ratio": 1, "allocation": "sensitivity"}, "allocation"),
     ],
 )
 def test_what_does_not_go_together_with_drop_layers(asked, words, deep):

@@ -120,19 +120,6 @@ def test_repair_works_with_any_criterion(criterion, folder, text):
     assert (record["criterion"], record["mlps_repaired"]) == (criterion, 3)
 
 
-def test_repair_of_a_bias_that_is_not_there_is_refused(folder, text, tmp_path):
-    given = ["--model_args", f"pretrained={folder}", "--prune_percent", 40]
-    given += [
-        "--repair",
-        "bias",
-        "--calibration",
-        text,
-        "--output_path",
-        tmp_path / "out",
-    ]
-    assert "pass repair=least_squares" in pruned("prune", *given).sentence
-
-
 def test_a_layer_that_sees_fewer_tokens_than_it_keeps_is_not_repaired_and_a_warning_says_so(
     folder, tmp_path, caplog
 ):

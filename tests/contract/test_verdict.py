@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.contract.commands import pruned
-from tests.helpers.checkpoints import save_tiny
+from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.results_files import answered, write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -516,3 +516,31 @@ def test_a_task_that_cannot_show_a_loss_is_no_part_of_a_mean(verdict):
     done = verdict(*tasks)
     assert "(piqa, arc): shown" in done.out
     assert "acc falls by less than 2 points on average over these 2 tasks" in done.out
+
+
+def test_a_package_that_the_candidate_needs_is_missed_before_the_base_is_evaluated(
+    tmp_path,
+):
+    made = write_tasks(tmp_path / "tasks")
+    words = "--tasks", "tiny_choice", "--include_path", made
+    tiny = save_tiny(tmp_path / "tiny")
+    edit_config(
+        save_tiny(tmp_path / "gptq"),
+        quantization_config={"quant_method": "gptq", "bits": 4},
+    )
+    for candidate, package in (
+        (f"hf,pretrained={tmp_path / 'gptq'}", "optimum"),
+        (f'hf,pretrained={tiny},quantization_config={{"quant_method": "hqq"}}', "HQQ"),
+    ):
+        done = pruned(
+            "verdict",
+            f"hf,pretrained={tiny}",
+            candidate,
+            *words,
+            "--output_path",
+            tmp_path / "out",
+        )
+        assert done.code == 2
+        assert "The candidate" in done.sentence
+        assert package in done.sentence
+        assert not (tmp_path / "out").exists()

@@ -83,8 +83,6 @@ CASES: dict[str, dict[str, Any]] = {
     "random": {"prune_percent": 40, "criterion": "random", "seed": 3},
     "act": {"prune_percent": 40, "criterion": "act", "calibration": TEXT},
     "maw_act": {"prune_percent": 40, "criterion": "maw_act", "calibration": TEXT},
-    "best": {"prune_percent": 40, "criterion": "best", "calibration": TEXT},
-    "global": {"prune_percent": 40, "allocation": "global", "min_width": 5},
     "sensitivity": {"prune_percent": 40, "allocation": "sensitivity", "calibration": TEXT},
     "dropped": {"drop_layers": 1},
     "named_dropped": {"drop_layers": [0], "prune_percent": 40},
@@ -92,7 +90,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"prune_percent": 40, "dtype": "bfloat16"},
 }  # fmt: skip
 #: Cases that are also exported by ``lm-eval-pruned prune``.
-EXPORTED = ("percent", "layers", "global", "act", "named_dropped")
+EXPORTED = ("percent", "layers", "act", "named_dropped")
 
 #: What a user may get wrong, and the sentence that says so.
 MISTAKES: tuple[dict[str, Any], ...] = (
@@ -121,19 +119,14 @@ MISTAKES: tuple[dict[str, Any], ...] = (
     {"prune_percent": 40, "criterion": "random", "seed": -1},
     {"prune_percent": 40, "criterion": "act", "calibration": "absent.jsonl"},
     {"prune_percent": 40, "calibration": TEXT},
-    {"prune_percent": 40, "criterion": "best", "calibration": TEXT, "criteria_tried": "maw+mow"},
-    {"prune_percent": 40, "criteria_tried": "maw+act"},
     {"prune_percent": 40, "allocation": "fair"},
-    {"allocation": "global"},
-    {"prune_percent": 40, "min_width": 4},
-    {"prune_percent": 40, "allocation": "global", "min_width": 80},
-    {"prune_percent": 40, "allocation": "global", "criterion": "best", "calibration": TEXT},
+    {"allocation": "sensitivity"},
     {"drop_layers": 9},
     {"drop_layers": [0, 1, 2]},
     {"drop_layers": 1, "drop_by": "first"},
     {"drop_by": "block_influence"},
     {"drop_layers": 1, "widths": {0: 30}},
-    {"drop_layers": 1, "prune_percent": 40, "allocation": "global"},
+    {"drop_layers": 1, "prune_percent": 40, "allocation": "sensitivity"},
 )  # fmt: skip
 
 

@@ -52,6 +52,25 @@ def test_a_relative_link_names_a_file_of_the_repository():
         assert not [to for to in links if not (path.parent / to).is_file()], path
 
 
+def test_only_the_metadata_says_where_the_repository_lives():
+    address = re.compile(r"lm-eval-pruned/lm-eval-pruned|lm-eval-pruned\.github\.io")
+    found = (
+        "*.*",
+        "docs/**/*.*",
+        "tasks/**/*.*",
+        ".github/**/*.*",
+        "lm_eval_pruned/**/*.py",
+    )
+    files = {path for pattern in found for path in ROOT.glob(pattern) if path.is_file()}
+    text = {".cff", ".cfg", ".ini", ".ipynb", ".md", ".py", ".toml", ".yaml", ".yml"}
+    named = {
+        path.name
+        for path in files
+        if path.suffix in text and address.search(path.read_text("utf-8"))
+    }
+    assert named == {"setup.cfg"}
+
+
 def test_runners_install_pytorch_for_the_processor():
     for name in ("action.yml", "docs/examples/pruning-gate.yml", "docs/verdict.md"):
         text = (ROOT / name).read_text("utf-8")

@@ -1,12 +1,10 @@
-"""Open plans: the width and the criterion of each layer, out of scores or losses."""
+"""Open plans: the width of each layer, out of losses."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
@@ -14,7 +12,7 @@ from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.slicing import widths_in_memory
-from tests.helpers import by_hand, checkpoints, layouts
+from tests.helpers import checkpoints, layouts
 from tests.helpers.checkpoints import byte_tokenizer
 from tests.helpers.ways_to_load import Source, write_texts
 
@@ -32,31 +30,16 @@ def widths_of(model) -> list[int]:
     return [*widths_in_memory(model).layers.values()]
 
 
-def test_global_keeps_the_highest_standard_scores_of_all_layers(tiny_llama):
-    loaded = load_pruned(str(tiny_llama), ratio=2, allocation="global")
-    widths = widths_of(loaded)
-    assert sum(widths) == 64 * len(widths)
-    assert dict(loaded.prune_record.plan.layer_widths) == dict(enumerate(widths))
-    standard = []
-    for layer in load_pruned(str(tiny_llama)).model.layers:
-        rows = (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight)
-        maw = by_hand.FORMULAS["maw"](*(w.detach().double().numpy() for w in rows))
-        standard.append((maw - maw.mean()) / maw.std())
-    threshold = np.sort(np.concatenate(standard))[-64 * len(widths)]
-    assert [int((each >= threshold).sum()) for each in standard] == widths
-
-
-@pytest.mark.parametrize(("criterion", "multiple_of"), [("maw", 1), ("act", 8)])
+@pytest.mark.parametrize("multiple_of", [1, 8])
 def test_layers_that_a_uniform_cut_leaves_alone_are_weighed_too(
-    tiny_llama, tmp_path, text, criterion, multiple_of
+    tiny_llama, tmp_path, text, multiple_of
 ):
     load_pruned(str(tiny_llama), widths={1: 43}).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    asked = {"intermediate_size": 64, "criterion": criterion}
-    asked |= {"multiple_of": multiple_of} | (text if criterion == "act" else {})
+    asked = {"intermediate_size": 64, "multiple_of": multiple_of}
     source = Source(tmp_path)
     assert widths_of(source.load(**asked)) == [64, 43, 64]
-    asked["allocation"] = "global"
+    asked |= {"allocation": "sensitivity", **text}
     loaded = source.load(**asked)
     # With multiples of 8 alone, no widths add up to 171.
     assert sum(widths_of(loaded)) == (168 if multiple_of == 8 else 171)
@@ -64,41 +47,16 @@ def test_layers_that_a_uniform_cut_leaves_alone_are_weighed_too(
     assert in_memory.prune_record.digest == loaded.prune_record.digest
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_the_best_criterion_of_each_layer_is_recorded_and_used(family, tmp_path, text):
-    layouts.save_family(tmp_path / "source", family, 24)
-    source = Source(tmp_path / "source")
-    tried = ["maw", "l2", "random"] + ["act"] * (family == "llama")
-    asked = {"criterion": "best", "criteria_tried": "+".join(tried), **text}
-    model = source.load(prune_percent=40, **asked)
-    widths, found = widths_in_memory(model), model.prune_record.as_dict()
-    assert found["criteria_tried"] == tried
-    assert found["measured_on"]["file"] == "texts.jsonl"
-    assert found["layer_criteria"].keys() == {*map(str, widths.layers)}
-    alone = {}
-    for name in tried:
-        given = text if name == "act" else {}
-        pruned = source.load(prune_percent=40, criterion=name, **given)
-        alone[name] = pruned.prune_record.kept
-    for number, mlp in enumerate(widths.mlps):
-        name = found["layer_criteria"][str(mlp.block)]
-        assert torch.equal(model.prune_record.kept[number], alone[name][number])
-
-
 class MadeUp:
-    """Scores of neurons and losses of cut layers that hypothesis makes up."""
+    """Losses of cut layers that hypothesis makes up."""
 
-    def __init__(self, losses, scores):
-        self._losses, self._scores = losses, scores
+    def __init__(self, losses):
+        self._losses = losses
 
-    def scores(self, criterion):
-        return self._scores
-
-    def curves(self, criteria, repair="none"):
+    def curves(self, criterion, repair):
         widths = tuple(sorted({WIDTH - math.floor(s / 100 * WIDTH) for s in (25, 50)}))
         curves = tuple(
-            LayerCurve(layer, WIDTH, name, None, widths, losses)
-            for name in criteria
+            LayerCurve(layer, WIDTH, criterion, None, widths, losses)
             for layer, losses in enumerate(self._losses)
         )
         return Sensitivity("m", 3.0, curves, "t.jsonl", "0" * 64, 2, 9)
@@ -116,22 +74,19 @@ def widths(request):
 
 
 @given(
-    allocation=st.sampled_from(["sensitivity", "global"]),
     percent=st.integers(5, 90),
     multiple=st.sampled_from([1, 4]),
     losses=st.lists(losses_of_a_layer, min_size=2, max_size=2),
-    seed=st.integers(0, 99),
 )
 def test_experts_of_a_layer_share_a_width_and_the_budget_is_exact(
-    widths, allocation, percent, multiple, losses, seed
+    widths, percent, multiple, losses
 ):
-    torch.manual_seed(seed)
-    scores = {mlp.name: torch.rand(mlp.width) for mlp in widths.mlps}
     asked = {"prune_percent": percent, "multiple_of": multiple}
     uniform = widths.plan(PruneArguments(**asked))
-    given = {"calibration": "t.jsonl"} if allocation == "sensitivity" else {}
-    plan = widths.plan(PruneArguments(**asked, allocation=allocation, **given))
-    plan = plan_layers(plan, widths, MadeUp(losses, scores))
+    by_loss = {"allocation": "sensitivity", "calibration": "t.jsonl"}
+    plan = plan_layers(
+        widths.plan(PruneArguments(**asked, **by_loss)), widths, MadeUp(losses)
+    )
     kept, targets = dict(plan.layer_widths), widths.targets(plan)
     assert sum(kept.values()) == uniform.width * len(kept)
     alike, difference = widths.targets(uniform), 0
@@ -146,11 +101,12 @@ def test_experts_of_a_layer_share_a_width_and_the_budget_is_exact(
 
 
 @pytest.mark.parametrize("layers", [{"layers": "1+2"}, {"skip_layers": 0}])
-def test_layers_that_are_left_alone_take_no_part(layers):
+def test_layers_that_are_left_alone_take_no_part(layers, text):
     """So the first, which is dense, need not be weighed against the experts of the others."""
     config = layouts.overrides("qwen3_moe", WIDTH) | {"num_hidden_layers": 3}
     model = checkpoints.tiny_model(checkpoints.tiny_config("qwen3_moe", **config))
-    pruned = prune_model(model, prune_percent=30, allocation="global", **layers)
+    asked = {"prune_percent": 30, "allocation": "sensitivity", **layers, **text}
+    pruned = prune_model(model, tokenizer=byte_tokenizer(), **asked)
     first, *others = widths_of(pruned)
     assert (first, sum(others)) == (3 * WIDTH, 2 * 28)
     assert 0 not in dict(pruned.prune_record.plan.layer_widths)

@@ -8,8 +8,7 @@ import pytest
 
 from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.compare.statistics import paired_difference
-from lm_eval_pruned.report.pairs import healing_section, random_section
+from lm_eval_pruned.report.pairs import random_section
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers.results_files import pruning, write_sweep
@@ -59,13 +58,6 @@ def set_healing(folder, names, healing):
         file.write_text(json.dumps(results))
 
 
-def healing_of(folder, *names):
-    """Return the section on these configurations, by default all."""
-    _, others = split_sweep(list(read_sweep(folder).runs), "")
-    chosen = [run for run in others if not names or run.name in names]
-    return healing_section(chosen, 0.05, DocumentReader())
-
-
 def cells(section, *titles):
     """Return the texts in these columns of a section's table."""
     places = [section.table.columns.index(title) for title in titles]
@@ -80,38 +72,6 @@ def test_healed_sizes_are_series_of_their_own(folder):
         "maw": ["base", "p20", "p40", "p60"],
         f"maw, healed by {BY}": ["base", *healed],
     }
-
-
-def test_the_cost(folder):
-    energy = {"joules": {"total": None}, "sources": None, "notes": ["no meter"]}
-    set_healing(folder, "p20_healed", {**HEALING, "energy": energy})
-    first, second, _ = healing_of(folder).notes
-    took = f"{BY}, text text.jsonl, steps 200, tokens_seen 819200, seconds 1234.5"
-    assert first == f"p20_healed (3.20): {took}, joules not measured, no meter"
-    end = "joules 51234.0, cpu modelled, gpu none, ram constant"
-    assert second == f"p40_healed (2.40): {took}, {end}"
-
-
-def test_after_is_tested_against_before(folder):
-    section = healing_of(folder)
-    names = ("run", "task", "base", "score", "difference", "verdict")
-    rows = cells(section, *names, "95% interval")
-    runs = [f"p{p}_healed ({4 - p / 25:.2f}) against p{p}" for p in (20, 40, 60)]
-    assert [row[0] for row in rows] == runs * 2
-    test = paired_difference(answers(0.3), answers(0.5))
-    interval = f"[{test.low:+.4f}, {test.high:+.4f}]"
-    assert rows[1][1:] == ["mmlu", "0.3000", "0.5000", "+0.2000", "better", interval]
-    assert {row[5] for row in rows[3:]} == {"not shown"}
-
-
-def test_what_is_missing_for_a_pair(folder):
-    section = healing_of(folder, "p20_healed")
-    assert (section.table, len(section.notes)) == (None, 1)
-    assert healing_of(folder, "p20") is None
-    (file,) = folder.glob("units/p20_healed/mmlu/samples_*")
-    file.unlink()
-    (row, *_) = cells(healing_of(folder), "verdict", "difference", "q", "95% interval")
-    assert row == ["not tested", "+0.1000", "-", "-"]
 
 
 def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):

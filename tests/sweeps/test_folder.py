@@ -11,6 +11,7 @@ from unittest.mock import DEFAULT, Mock
 import pytest
 
 from lm_eval_pruned.sweeps.folder import SweepFolder
+from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import forked
 
@@ -71,7 +72,7 @@ def test_a_folder_is_held_by_one_process_for_each_part(options):
             SweepFolder(folder).held("shard1of2"),
             pytest.raises(ValueError, match=f"{folder} is in use by another sweep"),
         ):
-            run_sweep(options, shard=shard)
+            run_sweep(plan_sweep(options), shard=shard)
     assert not (folder / "units").exists()
     other = SweepFolder(folder)
     with other.held("a"), other.new_unit() as files, SweepFolder(folder).held("b"):

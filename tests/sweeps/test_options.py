@@ -38,7 +38,7 @@ def read(*words):
         ("ray: true", [], True),
         ("num_fewshot: 0", ["0"], 0),
         ("trust_remote_code: true", [], True),
-        ("heal: {of: {a: true}}", ['{"of": {"a": true}}'], {"of": {"a": True}}),
+        ("metadata: {of: {a: true}}", ['{"of": {"a": true}}'], {"of": {"a": True}}),
     ],
 )
 def test_file_and_command_line_say_the_same(sweep_file, text, words, value):

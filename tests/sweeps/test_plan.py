@@ -7,16 +7,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from lm_eval.tasks._factory import TaskFactory
 
-from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, Unit
+from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Unit, plan_sweep
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.waiting import Waiting
-from tests.helpers.sweeping import change
+from tests.helpers.sweeping import change, write_tasks
 
 
 def prints(options, **more):
     """Return the fingerprint of each unit by its names."""
-    sweep = Sweep({**options, **more})
+    sweep = plan_sweep({**options, **more})
     return {unit.names: fingerprint(sweep.definition(*unit)) for unit in sweep.units()}
 
 
@@ -113,7 +114,7 @@ def test_texts_and_widths_are_known_by_their_content(options, tmp_path, files):
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
 def test_shards_are_a_partition(options, parts):
-    sweep = Sweep({**options, "ratios": ["2.5", "2", "1.5"], "floors": True})
+    sweep = plan_sweep({**options, "ratios": ["2.5", "2", "1.5"], "floors": True})
     shards = [sweep.units((part, parts)) for part in range(parts)]
     dealt = [unit.names for shard in shards for unit in shard]
     assert sorted(dealt) == sorted(unit.names for unit in sweep.units())
@@ -156,3 +157,39 @@ def test_a_worker_prefers_its_model_and_then_the_longest_unit(
     left.held |= held
     assert left.take("me") is units[chosen]
     assert len(left.units) == len(units) - 1
+
+
+INLINE = """\
+group: tiny_own
+num_fewshot: 1
+task:
+  - task: one
+    custom_dataset: !function utils.load
+    output_type: multiple_choice
+    test_split: test
+    doc_to_text: "{{question}}"
+    doc_to_target: answer
+    doc_to_choice: ["yes", "no"]
+    metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+    metadata: {version: 2.0}
+  - tiny_sentence
+"""
+
+
+def test_a_task_that_a_group_defines_in_its_own_yaml_is_a_task_like_others(
+    options, tmp_path
+):
+    folder = write_tasks(tmp_path / "tasks")
+    (folder / "own.yaml").write_text(INLINE)
+    asked = {**options, "include_path": str(folder), "tasks": ["tiny_own"]}
+    sweep = plan_sweep(asked)
+    own, other = sweep.tasks
+    assert (own.name, other.name) == ("tiny_own::one", "tiny_sentence")
+    assert (own.metrics, own.offers_answers) == (("acc",), True)
+    before = own.digest
+    change(folder, "own.yaml", "yes", "Yes")
+    assert plan_sweep(asked).tasks[0].digest != before
+    built = own.build(TaskFactory(meta={"seen": 1}))
+    assert built.config.num_fewshot == 1
+    assert built.config.metadata == {"version": 2.0, "seen": 1}
+    assert len(built.eval_docs) == 4

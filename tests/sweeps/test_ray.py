@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lm_eval_pruned.sweeps.plan import Sweep
+from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.ray import Worker
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import write_tasks
@@ -23,13 +23,13 @@ def options(options, tmp_path):
 def test_a_missing_package_is_named(options, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'lm-eval-pruned\[ray\]"):
-        run_sweep(options)
+        run_sweep(plan_sweep(options))
 
 
 def test_a_worker_sends_its_files_and_refuses_another_task(options, one_thread):
     worker = Worker(options, os.getcwd(), "_worker0", threads=2)
     assert torch.get_num_threads() == 2
-    (task,) = (t for t in Sweep(options).tasks if t.name == "tiny_choice")
+    (task,) = (t for t in plan_sweep(options).tasks if t.name == "tiny_choice")
     answer = worker.run("ratio-1.5", task.name, task.digest)
     assert (answer.failure, answer.usable) == (None, True)
     assert sorted(name[:7] for name in answer.files) == ["results", "samples"]

@@ -14,6 +14,7 @@ from lm_eval.loggers import EvaluationTracker
 
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning import measuring
+from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import (
     errors_of,
@@ -38,7 +39,7 @@ def folder(options):
 def undisturbed(tiny_llama, tasks, tmp_path_factory):
     """Folder of one sweep that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run_sweep(sweep_options(tiny_llama, tasks, folder)) == 0
+    assert run_sweep(plan_sweep(sweep_options(tiny_llama, tasks, folder))) == 0
     return folder
 
 
@@ -56,7 +57,7 @@ def test_outside_of_a_repository_git_does_not_complain(
     options, folder, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(tmp_path)
-    assert run_sweep(options) == 0
+    assert run_sweep(plan_sweep(options)) == 0
     assert "fatal" not in capfd.readouterr().err
     files = [json.loads(p.read_text()) for p in folder.glob("units/*/*/results_*")]
     assert [file["git_hash"] for file in files] == [None] * len(UNITS)
@@ -97,7 +98,7 @@ def test_a_model_is_loaded_once_and_one_that_cannot_be_fails_its_units(
     options, folder, calls
 ):
     calls.load.side_effect = [torch.OutOfMemoryError("no memory left"), DEFAULT]
-    assert run_sweep(options) == 1
+    assert run_sweep(plan_sweep(options)) == 1
     assert sorted(errors_of(folder)) == UNITS[:2]
     assert len(files_of(folder)) == 4
     assert ratios_of(calls.load) == [None, 1.5]
@@ -110,7 +111,7 @@ def test_an_engine_that_died_is_started_again(options, folder, calls, monkeypatc
         raise RuntimeError("the engine ended")
 
     monkeypatch.setattr(PrunedHFLM, "loglikelihood", dying)
-    assert run_sweep(options) == 1
+    assert run_sweep(plan_sweep(options)) == 1
     assert sorted(errors_of(folder)) == UNITS[::2]
     assert ratios_of(calls.load) == [None, None, 1.5, 1.5]
 
@@ -120,12 +121,14 @@ def test_neurons_are_scored_once_for_all_sizes(options, monkeypatch):
     score = Mock(wraps=measuring.score_neurons)
     monkeypatch.setattr(measuring, "score_neurons", score)
     sizes = {"ratios": ["1", "1.5"], "drop_layers": ["1"]}
-    assert run_sweep({**options, **sizes, "tasks": ["tiny_choice"]}) == 0
+    assert run_sweep(plan_sweep({**options, **sizes, "tasks": ["tiny_choice"]})) == 0
     scored = sorted(call.kwargs["name"] for call in score.call_args_list)
     assert scored == [f"model.layers.{layer}.mlp" for layer in range(3)]
 
 
 def test_a_full_disk_is_a_failure_and_not_a_result(options, folder, monkeypatch):
     monkeypatch.setattr(EvaluationTracker, "save_results_samples", Mock())
-    assert run_sweep({**options, "ratios": [], "tasks": ["tiny_choice"]}) == 1
+    assert (
+        run_sweep(plan_sweep({**options, "ratios": [], "tasks": ["tiny_choice"]})) == 1
+    )
     assert "0 of 4 samples" in errors_of(folder)[UNITS[0]]["message"]
