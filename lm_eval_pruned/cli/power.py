@@ -31,9 +31,8 @@ _FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", ",")
 def run(arguments) -> None:
     """Print the chances of a verdict."""
     from lm_eval_pruned.compare.comparison import read_comparands
-    from lm_eval_pruned.compare.power import DRAWS, MOST, chances
+    from lm_eval_pruned.compare.power import DRAWS, MOST, chances, pilots_of
     from lm_eval_pruned.util.tables import markdown_table
-    from lm_eval_pruned.verdict.decision import pilots_of
 
     base, runs = read_comparands(arguments.paths)
     tasks = arguments.task.split(",")

@@ -9,16 +9,58 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm_eval_pruned.compare.judge import Case, p_outside
+from lm_eval_pruned.compare.measures import PROBABILITIES
 from lm_eval_pruned.compare.pairing import paired_test
 from lm_eval_pruned.results.documents import Documents
 from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.groups import is_bias, is_share
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 #: A single task may lose so many times the margin of their mean.
 GUARD = 2.5
+
+
+def pools_of(cases: Iterable[Case]) -> list[list[Case]]:
+    """Return the cases that are claimed together: of one measure, with one margin in points."""
+    found: dict[object, list[Case]] = {}
+    for case in cases:
+        if can_be_pooled(case):
+            found.setdefault(kind_of(case), []).append(case)
+    return [pool for pool in found.values() if len(pool) > 1]
+
+
+def can_be_pooled(case: Case) -> bool:
+    """Whether a score is a mean between 0 and 1, more is better, and the margin is in points."""
+    scores = [score.value for score in case.scores]
+    return bool(
+        case.pair
+        and case.pair[0].transform == "mean"
+        and case.scores[0].higher_is_better
+        and case.margin_size
+        and case.margin
+        and case.margin.share is None
+        and not is_bias(case.key[1])
+        and is_share(case.key[1], scores)
+    )
+
+
+def kind_of(case: Case) -> tuple[str, float | None]:
+    """What a score measures, and its margin."""
+    name = case.key[1].partition(",")[0]
+    return PROBABILITIES[0] if name in PROBABILITIES else name, case.margin_size
+
+
+def claim_text(pool: Sequence[Case]) -> str:
+    """Return what is claimed of several tasks together, in a sentence without its end."""
+    size, name = 100 * (pool[0].margin_size or 0.0), pool[0].key[1].partition(",")[0]
+    what = "The probability of the right answer" if name in PROBABILITIES else name
+    return (
+        f"{what} falls by less than {size:g} points on average over these {len(pool)} tasks, and by "
+        f"less than {GUARD * size:g} in each"
+    )
 
 
 def mean_of(cases: Sequence[Case]) -> Case:

@@ -9,14 +9,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm_eval_pruned.compare.gaffke import POWER
-from lm_eval_pruned.compare.pooled import p_of_claim
+from lm_eval_pruned.compare.judge import Case
+from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.measures import (
+    check_measure,
+    judged_keys,
+    usual_margin,
+    with_choice_prob,
+)
+from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.pooled import can_be_pooled, kind_of, p_of_claim
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
+from lm_eval_pruned.results.files import ResultsError
+from lm_eval_pruned.results.groups import primary_metrics
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.judge import Case
     from lm_eval_pruned.results.files import Run
 
 ALIKE, SEEN = "no difference", "the difference seen"
@@ -96,6 +106,61 @@ class Pilot:
         score = float(TRANSFORMS[documents.transform].score(mean))
         known = run.scores[self.case.key]._replace(value=score)
         return replace(run, scores={self.case.key: known})
+
+
+def pilots_of(
+    base: Run,
+    run: Run,
+    tasks: Sequence[str],
+    margin: str | None = None,
+    measure: str | None = None,
+) -> list[list[Case]]:
+    """Return the cases of each claim that may be made on a task, or of the one on several.
+
+    Of a task, claims on `measure` or else on what a verdict judges and on the score that counts;
+    of several tasks, the claim on the mean of what it judges first.
+
+    ResultsError if results or samples of a task are missing; ValueError for a margin that cannot be
+    meant, and where there is no mean over the tasks.
+    """
+    read, found = DocumentReader(), []
+    for task in tasks:
+        if task not in {*base.tasks()} & {*run.tasks()}:
+            raise ResultsError(
+                f"{base.name} and its runs share no results of {task}: pass a task that both have "
+                f"({base.name} has {', '.join(base.tasks()) or 'none'}), or evaluate some of its documents."
+            )
+        one, other = (with_choice_prob(each, read, [task]) for each in (base, run))
+        check_measure(measure, (metric for of, metric in one.scores if of == task))
+        keys = [*judged_keys(one, measure, subtasks=True)]
+        if not measure:
+            keys += primary_metrics([one, other], subtasks=True)
+        keys = [key for key in dict.fromkeys(keys) if key[0] == task]
+        found.append([_pilot(one, other, key, margin, read) for key in keys])
+    if len(tasks) == 1:
+        return [[case] for case in found[0]]
+    first = [of[0] for of in found]
+    if len({kind_of(case) for case in first}) > 1 or not all(map(can_be_pooled, first)):
+        raise ValueError(
+            f"There is no mean over {', '.join(tasks)}, which takes scores between 0 and 1 of one "
+            "measure, with a margin in points: name one with --measure and --margin, or one task."
+        )
+    return [first]
+
+
+def _pilot(
+    base: Run, run: Run, key: tuple[str, str], margin: str | None, read: DocumentReader
+) -> Case:
+    pair = paired_documents(base, run, *key, read)
+    if pair is None:
+        raise ResultsError(
+            f"{key[0]} of {run.name} has no logged samples from which its score can be computed: "
+            "evaluate with --log_samples."
+        )
+    scores = [each.scores[key].value for each in (base, run)]
+    within = Margin("not_worse", margin or usual_margin(base, key, *scores))
+    within.check(*key, *scores)
+    return Case(base, run, key, pair, "", margin=within)
 
 
 def chances(

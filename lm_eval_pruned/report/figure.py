@@ -14,9 +14,12 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from lm_eval_pruned.compare.comparison_table import CORRELATIONS, DIFFERENCES
+from lm_eval_pruned.compare.comparison_table import (
+    CORRELATIONS,
+    DIFFERENCES,
+    table_of,
+)
 from lm_eval_pruned.report.page import Section
-from lm_eval_pruned.report.sections import declared_table
 from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.results.groups import (
     FAMILIES,
@@ -101,44 +104,67 @@ def figure_section(
 
     `levels` are chance and majority of the unpruned model, by task and metric.
     """
-    said = (
-        "One line for each task, from the unpruned model at the left to the smallest at the right. "
-        f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); open "
-        "points show no difference; crosses were not tested."
-    )
-    interval = f"{1 - comparison.alpha:.0%} intervals"
-    of_scores = (
-        f"Bands are {interval} of the paired difference."
-        + " Dash-dotted lines, in the colours of the tasks, are floors: the best scores without "
-        "knowledge." * bool(comparison.floors)
-    )
-    known = [each for each in comparison.floors if each.primary]
-    if low := [each.task for each in known if each.above_floor is False]:
-        of_scores += (
-            f" The unpruned model is not shown to be above that of {', '.join(low)}."
-        )
     plots = []
     controls = [run for run in runs if is_control(run)]
     for series, members in series_of(runs).items():
         beside = [] if is_control(members[-1]) else controls
-        points = points_of([*members, *beside], base, comparison, levels)
-        for measure, (name, title, _, more) in MEASURES.items():
-            drawn = points[points["measure"] == measure]
-            # Text alone has no share that is kept.
-            keeps = measure == "kept" and "%" in {*drawn["unit"]}
-            if not keeps:
-                drawn = drawn[drawn["control"] == ""]
-            if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
-                name, title = f"{name}-{slug(series)}", f"{title} ({series})"
-                chart = measure_chart(drawn, measure)
-                bands = f"Bands are {interval} of single tests." if keeps else of_scores
-                plots.append(Plot(name, title, f"{said} {bands} {more}", chart))
+        drawn = measure_plots(series, [*members, *beside], base, comparison, levels)
+        plots += drawn.values()
     scripts = [
         vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         files(__package__).joinpath("figure.js").read_text("utf-8"),
     ]
     heading = "What pruning takes, and what it leaves"
     return Section(heading, plots=plots, scripts=scripts) if plots else None
+
+
+def measure_plots(
+    name: str,
+    members: Sequence[Run],
+    base: Run,
+    comparison: Comparison,
+    levels: Mapping[tuple[str, str], Levels],
+    measures: Sequence[str] = tuple(MEASURES),
+) -> dict[str, Plot]:
+    """Return a plot of one series, or of one model, by measure; without those that have no points."""
+    found = {}
+    points = points_of(members, base, comparison, levels)
+    for measure in measures:
+        file, title, _, more = MEASURES[measure]
+        drawn = points[points["measure"] == measure]
+        # Text alone has no share that is kept.
+        keeps = measure == "kept" and "%" in {*drawn["unit"]}
+        if not keeps:
+            drawn = drawn[drawn["control"] == ""]
+        if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
+            text = f"{_caption(comparison, keeps)} {more}"
+            about = f"{file}-{slug(name)}", f"{title} ({name})", text
+            found[measure] = Plot(*about, measure_chart(drawn, measure))
+    return found
+
+
+def _caption(comparison: Comparison, keeps: bool) -> str:
+    text = (
+        "One line for each task, from the unpruned model at the left to the smallest at the right. "
+        f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); open "
+        "points show no difference; crosses were not tested. "
+        f"Bands are {1 - comparison.alpha:.0%} intervals of "
+    )
+    cut = "; they are cut off where they reach far beyond the lines."
+    if keeps:
+        return f"{text}single tests{cut}"
+    text += f"the paired difference{cut}"
+    if comparison.floors:
+        text += (
+            " Dash-dotted lines, in the colours of the tasks, are floors: the best scores without "
+            "knowledge."
+        )
+    known = [each for each in comparison.floors if each.primary]
+    if low := [each.task for each in known if each.above_floor is False]:
+        text += (
+            f" The unpruned model is not shown to be above that of {', '.join(low)}."
+        )
+    return text
 
 
 def slug(name: str) -> str:
@@ -201,7 +227,7 @@ def _point(row: Difference) -> dict[str, Any]:
     low, high = row.base_score + np.array([row.low, row.high], dtype=float)
     kept = row.floor and row.floor.kept
     share = (kept.share, kept.low, kept.high) if kept else (math.nan,) * 3
-    return {column.title: column.text(row) for column in DIFFERENCES} | {
+    return {column.title: column.cell(row).text for column in DIFFERENCES} | {
         "before": row.base_score,
         "after": row.score,
         "low": low,
@@ -253,8 +279,6 @@ def _kept(points: pd.DataFrame) -> pd.DataFrame:
         "unit": np.where(perplexity, NATS, np.where(text, NATS_OF_BYTES, "%")),
         "unpruned": np.where(text, 0, 100),
         "chance": np.where(text, math.nan, 0),
-        # Knowledge, instructions and truthfulness are lines of one panel.
-        "side": SIDES[0],
     }
     without = dict.fromkeys(("majority", FLOOR), math.nan)
     found = points.assign(measure="kept", **places, **levels, **without)
@@ -278,7 +302,7 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
         beside = every["control"] != ""
         rows, random = every[~beside], every[beside]
         here = [families[name] for name in families if name in set(rows["family"])]
-        scale = alt.Scale(type="log" if is_perplexity(unit) else "linear")
+        scale = alt.Scale(type="log") if is_perplexity(unit) else _around(every)
         y = alt.Y("value:Q", scale=scale, axis=alt.Axis(tickCount=6, format=".6~r"))
         y = y.title([", ".join(here), MEASURES[measure][2] if unit == "%" else unit])
         rules = [
@@ -295,9 +319,21 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
             thin = chart.mark_line(strokeWidth=0.7, point={"size": 12}, opacity=0.7)
             rules.append(thin.encode(detail="control:N", tooltip=TOLD))
         panels.append(alt.layer(*rules, drawn))
-    chart = alt.concat(*panels, columns=2)
-    one = data["unit"].nunique() == 1
-    return chart.resolve_scale(y="shared" if one else "independent")
+    return alt.concat(*panels, columns=2).resolve_scale(y="independent")
+
+
+def _around(points: pd.DataFrame) -> alt.Scale:
+    """Return an axis for all values and levels, which intervals extend at each end by as much at most.
+
+    One score with few documents would otherwise leave a flat line of all others.
+    """
+    levels = [level for level in _RULES if level in points]
+    values = points[["value", *levels]].to_numpy(float)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    reach = high - low or abs(high) / 2 or 1.0
+    ends = np.fmin(low, points["low"].min()), np.fmax(high, points["high"].max())
+    domain = max(low - reach, float(ends[0])), min(high + reach, float(ends[1]))
+    return alt.Scale(domain=domain, zero=False)
 
 
 def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section | None:
@@ -329,6 +365,6 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
         plots.append(Plot(f"knowledge-truthfulness-{slug(series)}", title, said, chart))
     heading = "Knowledge against truthfulness"
     said = "The interval treats sizes as independent draws, which steps of pruning are not."
-    table = declared_table(heading, CORRELATIONS, rows, comparison.alpha)
+    table = table_of(heading, CORRELATIONS, rows, comparison.alpha)
     section = Section(heading, [said], table=table if rows else None, plots=plots)
     return section if plots else None

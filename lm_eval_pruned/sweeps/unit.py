@@ -100,7 +100,9 @@ class UnitRunner:
         tasks = [task.build(manager._factory)]
         self._load(configuration)
         start, tracker = time.perf_counter(), EvaluationTracker()
-        results = self._evaluate(configuration, manager, tasks, tracker)
+        with sweep.observed(unit, self._lm, folder) as add_to:
+            results = self._evaluate(configuration, manager, tasks, tracker)
+            add_to(results)
         seconds = time.perf_counter() - start
         report(" ".join(unit.names), results, sweep.settings)
         write_results(results, tracker, folder)

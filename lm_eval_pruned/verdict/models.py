@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
+from lm_eval_pruned.compare.measures import check_measure, with_choice_prob
 from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.results.documents import CHOICE_PROB
+from lm_eval_pruned.results.documents import CHOICE_PROB, KL
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.runs import is_sweep, read_failures, read_sweep
 from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import read_mapping
-from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, Sweep, harness_settings
+from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
-from lm_eval_pruned.verdict.decision import (
-    check_margins,
-    check_measure,
-    judged_scores,
-    measured,
+from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.verdict.decision import check_margins, judged_scores
+from lm_eval_pruned.verdict.divergence import (
+    DEMO_TEXT,
+    NOT_MEASURED,
+    OF_FILE,
+    TEXTS,
+    WatchingSweep,
 )
 
 
@@ -33,7 +41,7 @@ TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm
 TASKS = ["pruned_demo", "pruned_demo_bias"]
 
 
-def plan_model(name: str, text: str, options: Mapping[str, Any]) -> Sweep:
+def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSweep:
     """Plan a sweep of one model of `TYPES`, specified as ``TYPE,key=value,...``.
 
     Raises:
@@ -55,7 +63,7 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> Sweep:
     which = {"model": model, "model_args": model_args, "log_samples": True}
     # The base's tell what knowing nothing gives; the candidate answers the same documents.
     has_floors = name == "base" and options.get("floors", True)
-    return Sweep(
+    return WatchingSweep(
         options={**options, **which},
         settings=harness_settings({**options, **which}, model, model_args),
         configurations=[Configuration(name, {})],
@@ -67,6 +75,31 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> Sweep:
     )
 
 
+def text_task(file: str, folder: Path) -> str:
+    """Write a task on the text of a file into a folder; return the task's path.
+
+    Raises:
+        ValueError: The file cannot be read as text.
+    """
+    try:
+        content = Path(file).read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"--text {file} cannot be read as text in UTF-8 ({error}): pass a file of plain text."
+        ) from None
+    if not content.strip():
+        raise ValueError(f"--text {file} is empty: pass a file of plain text.")
+    of_demo = files("lm_eval_pruned.tasks") / "demo" / f"{DEMO_TEXT}.yaml"
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    about = {"version": 1.0, "family": "language_modeling", "sha256": digest}
+    about["text_file"] = str(Path(file).resolve())
+    task = {"include": str(of_demo), "task": OF_FILE, "metadata": about}
+    place = folder / f"{OF_FILE}.yaml"
+    # JSON is YAML.
+    write_atomically(place, json.dumps(task, indent=2) + "\n")
+    return str(place)
+
+
 def both_runs(
     base: str,
     candidate: str,
@@ -75,37 +108,57 @@ def both_runs(
     margins: Sequence[str] = (),
     measure: str | None = None,
     read: DocumentReader | None = None,
+    text: str | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
     """Return the results of both models and of models that know nothing, each a path of results or as `plan_model` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
     `margins` and the `measure` are known to suit the tasks. `read` keeps what it reads of a finished
-    base.
+    base. The text of the file `text` takes the place of the demo's.
 
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
-    asked, given = {"tasks": TASKS, **options}, {"base": base, "candidate": candidate}
+    given = {"base": base, "candidate": candidate}
+    finished_ones = [path for path in given.values() if Path(path).exists()]
+    of_text = DEMO_TEXT
+    if text is not None:
+        if finished_ones:
+            raise ValueError(
+                f"--text {text} cannot be read by {finished_ones[0]}, which is finished results: pass "
+                "two models."
+            )
+        of_text = text_task(text, output_path)
+    asked = {"tasks": [*TASKS, of_text], **options}
+    if text is not None and "tasks" in options:
+        asked["tasks"] = [*options["tasks"], of_text]
     scored: Mapping[str, Mapping[str, Sequence[float]]] = {}
     if Path(base).exists():
         finished, _ = read_comparands([_results_of(base)] * 2)
         asked = {"tasks": finished.tasks(subtasks=False), **options}
-        finished = measured(finished, read or DocumentReader())
+        finished = with_choice_prob(finished, read or DocumentReader())
         check_measure(measure, (metric for _, metric in finished.scores))
-        scored = judged_scores(finished, measure=measure)
+        scored = judged_scores(finished, measure=measure, margins=margins)
     where = {name: str(output_path / name) for name in given}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
-        name: plan_model(name, text, {**asked, "output_path": where[name]})
-        for name, text in given.items()
-        if not Path(text).exists()
+        name: plan_model(name, model, {**asked, "output_path": where[name]})
+        for name, model in given.items()
+        if not Path(model).exists()
     }
+    if len(planned) == 2:
+        planned["candidate"].base = planned["base"]
     if "base" in planned:
         tasks = planned["base"].tasks
         scored = {
             each.name: dict.fromkeys(
-                [*each.metrics, *[CHOICE_PROB] * bool(each.metrics)], ()
+                [
+                    *each.metrics,
+                    *[CHOICE_PROB] * bool(each.metrics),
+                    *[KL] * (each.name in TEXTS),
+                ],
+                (),
             )
             for each in tasks
         }
@@ -134,7 +187,25 @@ def both_runs(
             f"The candidate {candidate} is a sweep of {len(runs)} pruned models: name one of them, "
             f"such as {candidate}/units/{runs[0].name}."
         )
-    return found, runs[0], floors
+    run = runs[0]
+    if why := _not_measured(found, run, bool(finished_ones)):
+        note = f"The divergence from the base (KL) was not measured, because {why}."
+        run = replace(run, notes=(*run.notes, note))
+    return found, run, floors
+
+
+def _not_measured(base: Run, candidate: Run, finished: bool) -> str:
+    """Return why text was evaluated without a divergence from the base; empty where it was not, or with one."""
+    texts = [task for task in TEXTS if (task, KL) not in candidate.scores]
+    if not {*texts} & {*base.tasks()} & {*candidate.tasks()}:
+        return ""
+    told = [run.config.get(NOT_MEASURED) for run in (base, candidate)]
+    usual = (
+        "one of the two is finished results"
+        if finished
+        else "the base has no samples of it"
+    )
+    return next(filter(None, told), usual)
 
 
 def _results_of(path: str) -> str:

@@ -102,12 +102,30 @@ def test_what_pruning_takes_is_next_to_what_it_leaves(drawn):
     ]
 
 
-def test_what_is_kept_of_all_sides_is_one_panel_and_text_has_its_own(drawn):
+def test_an_interval_extends_an_axis_by_as_much_as_the_lines_take_at_most(drawn):
+    """Truthfulness with few documents would leave a flat line of what it lost."""
+    wide = drawn[drawn["measure"] == "relative"].copy()
+    truth = wide["side"] == "truthfulness and instructions"
+    wide.loc[truth, ["low", "high"]] = [-900.0, 5000.0]
+    spec = measure_chart(wide, "relative").to_dict()
+    assert spec["resolve"]["scale"] == {"y": "independent"}
+    for panel, (_, rows) in zip(spec["concat"], wide.groupby("side"), strict=False):
+        layers = panel["layer"][-1]["layer"]
+        low, high = layers[-1]["encoding"]["y"]["scale"]["domain"]
+        assert low <= rows["value"].min() and rows["value"].max() <= high
+        assert high - low < 600
+        assert [e["mark"]["clip"] for e in layers if e["mark"]["type"] == "area"] == [
+            True
+        ]
+
+
+def test_what_is_kept_has_a_panel_for_each_side_and_text_is_in_nats(drawn):
     spec = measure_chart(drawn[drawn["measure"] == "kept"], "kept").to_dict()
     layers = [panel["layer"][-1]["layer"][-1] for panel in spec["concat"]]
     assert [layer["encoding"]["y"]["title"] for layer in layers] == [
-        ["Knowledge, Commonsense, The rest", MEASURES["kept"][2]],
+        ["Knowledge, Commonsense", MEASURES["kept"][2]],
         ["Language modelling", NATS],
+        ["The rest", MEASURES["kept"][2]],
     ]
 
 
