@@ -170,7 +170,11 @@ VERDICTS: list[tuple[str, str, MakeCases]] = [
             ("probability", "normal", probability("normal", 0.02)),
             ("probability", "normal, blocks of 4", probability("normal", 0.02, True)),
             ("probability", "exponential losses", probability("exponential", 0.02)),
-            ("probability", "4 % lose 0.5", probability("rare", 0.02)),
+            (
+                "probability",
+                "4 % more lose 0.5 than gain it",
+                probability("rare", 0.02),
+            ),
             ("kept", "ratio near 1", kept(5, 0.5)),
             ("kept", "noise as large as the lift", kept(5, 5)),
             ("kept", "base near its floor", kept(0.8, 0.5)),
@@ -182,7 +186,7 @@ VERDICTS: list[tuple[str, str, MakeCases]] = [
         ]
     ),
     ("mean of 3", "each loses the margin", pool(1, 1, 1)),
-    ("mean of 3", "each, 4 % lose 0.5", pool(1, 1, 1, form="rare")),
+    ("mean of 3", "each, 4 % more lose 0.5 than gain it", pool(1, 1, 1, form="rare")),
     ("mean of 3", "one loses three times the margin", pool(3, 0, 0)),
     (
         "mean of 3",
@@ -191,7 +195,11 @@ VERDICTS: list[tuple[str, str, MakeCases]] = [
     ),
     ("mean of 3", "the same, it has a third", pool(0, 3, 0, uneven=True, form="rare")),
     ("mean of 6", "one loses its guard", pool(2.5, 0, 0, 0, 0, 0)),
-    ("mean of 6", "the same, 10 % lose 0.5", pool(2.5, 0, 0, 0, 0, 0, form="rare")),
+    (
+        "mean of 6",
+        "the same, 10 % more lose 0.5 than gain it",
+        pool(2.5, 0, 0, 0, 0, 0, form="rare"),
+    ),
 ]
 
 
