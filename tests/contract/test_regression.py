@@ -60,6 +60,14 @@ SHOTS = {"tf": 5, "lambada": 0}
 TOO_FEW = "5 independent documents are too few to decide, which takes at least 10"
 
 
+@pytest.mark.parametrize("rule", ["absolute", "relative"])
+def test_what_leaves_a_tolerance_for_the_better_passes_and_is_named(gate, rule):
+    better = {"values": [each + 0.5 for each in LOSSES]}
+    after = {**one(answers(0.7)), "lambada": {"perplexity,none": PERPLEXITY | better}}
+    code, text = gate(BEFORE, after, rule=(f"--{rule}", "0.01"))
+    assert (code, text.count("Better than the baseline")) == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("rule", "before", "after", "code", "words"),
     [
