@@ -23,12 +23,13 @@ from lm_eval_pruned.sweeps.unit import UnitRunner
 from lm_eval_pruned.sweeps.waiting import Waiting
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.progress import Progress
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import Column, Table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
 
+    from lm_eval_pruned.sweeps.plan import Configuration
     from lm_eval_pruned.sweeps.unit import Ended
 
     #: A unit, its state, and what the folder held of it when the sweep was planned.
@@ -214,15 +215,25 @@ def _entries(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry
 def _plan_table(sweep: Sweep, entries: list[Entry], folder: Path) -> str:
     counts = Counter((unit.configuration.id, state) for unit, state, _ in entries)
     total = Counter(state for _, state, _ in entries)
-    columns = ("configuration", "kept width", "expansion ratio", "parameters")
-    rows = []
-    for each in (*sweep.floors, *sweep.configurations):
-        size = [f"{each.kept_width:,}", f"{each.expansion_ratio:.4f}"]
-        size += [f"{each.parameters:,}", f"{each.reduction:.2%}"]
-        states = [counts[each.id, state] for state in STATES]
-        rows.append([each.id, *("----" if each.floor else size), *states])
+
+    def size(name: str) -> Callable[[Configuration], Any]:
+        # What knows nothing has no size.
+        return lambda of: None if of.floor else getattr(of, name)
+
+    columns = [
+        Column("configuration", lambda of: of.id),
+        Column("kept width", size("kept_width"), ","),
+        Column("expansion ratio", size("expansion_ratio"), ".4f"),
+        Column("parameters", size("parameters"), ","),
+        Column("reduction", size("reduction"), ".2%"),
+    ]
+    columns += [
+        Column(state, lambda of, state=state: counts[of.id, state], "d")
+        for state in STATES
+    ]
+    table = Table("Plan", columns, [*sweep.floors, *sweep.configurations])
     return (
-        f"{markdown_table([*columns, 'reduction', *STATES], rows)}\n\n"
+        f"{table.markdown()}\n\n"
         f"Tasks: {', '.join(task.name for task in sweep.tasks)}\n"
         f"Units: {len(entries)}, {', '.join(f'{total[s]} {s}' for s in STATES)}, in {folder}\n"
     )
