@@ -136,16 +136,19 @@ def run_sweep(
 
 def _definition(sweep: Sweep, path: Path) -> dict[str, Any]:
     """Return the content of ``sweep.json``, and say what becomes of earlier units in the folder."""
-    own = sweep.as_dict()
+    present = sweep.as_dict()
     if not sweep.keeps_earlier or not layout.is_sweep(path):
-        return own
-    definition = with_earlier(own, *layout.read_definition(path), sweep.baseline.id)
-    asked = {each["id"]: each["units"] for each in own["configurations"]}
+        return present
+    definition = with_earlier(present, *layout.read_definition(path), sweep.baseline.id)
+    requested = {
+        configuration["id"]: configuration["units"]
+        for configuration in present["configurations"]
+    }
     added, listed = {}, []
-    for each in definition["configurations"]:
-        name, units = each["id"], each["units"]
+    for configuration in definition["configurations"]:
+        name, units = configuration["id"], configuration["units"]
         listed += [layout.unit_folder(path, name, task) for task in units]
-        if others := [task for task in units if task not in asked.get(name, ())]:
+        if others := [task for task in units if task not in requested.get(name, ())]:
             added[name] = others
     if added:
         names = layout.units_text(added)
@@ -216,11 +219,13 @@ def _plan_table(sweep: Sweep, entries: list[Entry], folder: Path) -> str:
     total = Counter(state for _, state, _ in entries)
     columns = ("configuration", "kept width", "expansion ratio", "parameters")
     rows = []
-    for each in (*sweep.floors, *sweep.configurations):
-        size = [f"{each.kept_width:,}", f"{each.expansion_ratio:.4f}"]
-        size += [f"{each.parameters:,}", f"{each.reduction:.2%}"]
-        states = [counts[each.id, state] for state in STATES]
-        rows.append([each.id, *("----" if each.floor else size), *states])
+    for configuration in (*sweep.floors, *sweep.configurations):
+        size = [f"{configuration.kept_width:,}", f"{configuration.expansion_ratio:.4f}"]
+        size += [f"{configuration.parameters:,}", f"{configuration.reduction:.2%}"]
+        states = [counts[configuration.id, state] for state in STATES]
+        rows.append(
+            [configuration.id, *("----" if configuration.floor else size), *states]
+        )
     return (
         f"{markdown_table([*columns, 'reduction', *STATES], rows)}\n\n"
         f"Tasks: {', '.join(task.name for task in sweep.tasks)}\n"

@@ -39,14 +39,14 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> Sweep:
     Raises:
         ValueError: The model, an option or a task cannot be used.
     """
-    kind, _, given = text.partition(",")
+    kind, _, arguments = text.partition(",")
     if kind not in TYPES:
         raise ValueError(
             f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
             f"model type ({', '.join(TYPES)}) with its arguments, such as hf,pretrained=NAME."
         )
     model = TYPES[kind]
-    model_args = read_mapping(given, f"The {name} {text}") if given else {}
+    model_args = read_mapping(arguments, f"The {name} {text}") if arguments else {}
     if model == "hf-prefix" and "quantization_config" in model_args:
         # HFLM passes what its config says under this name, and would pass ours beside it.
         model = "pruned-hf"
@@ -86,43 +86,44 @@ def both_runs(
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
-    asked, given = {"tasks": TASKS, **options}, {"base": base, "candidate": candidate}
+    settings = {"tasks": TASKS, **options}
+    paths = {"base": base, "candidate": candidate}
     scored: Mapping[str, Mapping[str, Sequence[float]]] = {}
     if Path(base).exists():
         finished, _ = read_comparands([_results_of(base)] * 2)
-        asked = {"tasks": finished.tasks(subtasks=False), **options}
+        settings = {"tasks": finished.tasks(subtasks=False), **options}
         finished = measured(finished, read or DocumentReader())
         check_measure(measure, (metric for _, metric in finished.scores))
         scored = judged_scores(finished, measure=measure)
-    where = {name: str(output_path / name) for name in given}
+    where = {name: str(output_path / name) for name in paths}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
-        name: plan_model(name, text, {**asked, "output_path": where[name]})
-        for name, text in given.items()
+        name: plan_model(name, text, {**settings, "output_path": where[name]})
+        for name, text in paths.items()
         if not Path(text).exists()
     }
     if "base" in planned:
         tasks = planned["base"].tasks
         scored = {
-            each.name: dict.fromkeys(
-                [*each.metrics, *[CHOICE_PROB] * bool(each.metrics)], ()
+            task.name: dict.fromkeys(
+                [*task.metrics, *[CHOICE_PROB] * bool(task.metrics)], ()
             )
-            for each in tasks
+            for task in tasks
         }
         check_measure(measure, itertools.chain(*scored.values()))
     check_margins(margins, scored)
     for name, sweep in planned.items():
-        print(f"The {name}: {given[name]}", flush=True)
+        print(f"The {name}: {paths[name]}", flush=True)
         if run_sweep(sweep, retry_failed=True) == 130:
             raise KeyboardInterrupt
         for failure in read_failures(where[name]):
             raise ResultsError(
-                f"{failure.task} failed on the {name} {given[name]} ({failure.message}): repeat "
+                f"{failure.task} failed on the {name} {paths[name]} ({failure.message}): repeat "
                 "the command to try it again; finished tasks are not evaluated again."
             )
-        given[name] = where[name]
-    floors = read_sweep(given["base"]).floors if is_sweep(given["base"]) else ()
-    found, runs = read_comparands([*map(_results_of, given.values())])
+        paths[name] = where[name]
+    floors = read_sweep(paths["base"]).floors if is_sweep(paths["base"]) else ()
+    base_run, runs = read_comparands([*map(_results_of, paths.values())])
     runs = [run for run in runs if not run.is_floor]
     if not runs:
         raise ResultsError(
@@ -134,7 +135,7 @@ def both_runs(
             f"The candidate {candidate} is a sweep of {len(runs)} pruned models: name one of them, "
             f"such as {candidate}/units/{runs[0].name}."
         )
-    return found, runs[0], floors
+    return base_run, runs[0], floors
 
 
 def _results_of(path: str) -> str:
