@@ -95,7 +95,7 @@ def main() -> None:
         total = f"{sum(mean.values()) / len(mean):.3f}"
         line = {"row": row, "removed": removed, **cells, "mean": total}
         line["seconds"] = f"{seconds:.0f}"
-        print(csv_table(columns, [line]).splitlines()[1], flush=True)
+        print(csv_table([line]).splitlines()[1], flush=True)
 
     show("unpruned", 0, [losses(whole, held)], 0)
     for removed in given.prune_percents:

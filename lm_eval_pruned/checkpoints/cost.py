@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from lm_eval_pruned.compare.comparison_table import interval_text
 from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.compare.statistics import paired_mean
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
@@ -28,7 +27,7 @@ from lm_eval_pruned.pruning.measuring import text_loss
 from lm_eval_pruned.results.documents import Documents, read_task
 from lm_eval_pruned.results.groups import family_of, primary_metrics
 from lm_eval_pruned.results.runs import read_run
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import interval_text, markdown_table
 
 
 if TYPE_CHECKING:

@@ -308,6 +308,6 @@ def as_table(rows: list[PlanRow]) -> str:
 
 FORMATS: dict[str, Callable[[list[PlanRow]], str]] = {
     "table": as_table,
-    "csv": lambda rows: csv_table(PlanRow.__dataclass_fields__, map(asdict, rows)),
+    "csv": lambda rows: csv_table([*map(asdict, rows)]),
     "json": lambda rows: json.dumps([*map(asdict, rows)], indent=2) + "\n",
 }

@@ -12,6 +12,8 @@ from lm_eval_pruned.cli.compare import margins
 from lm_eval_pruned.util.options import row
 
 
+#: What stands for the usual margin of each metric.
+USUAL = "usual"
 # fmt: off
 OPTIONS = (
     row("results", "RESULTS",
@@ -26,7 +28,13 @@ OPTIONS = (
         row("--relative", "T", "the same, worse by at most T times the expected score", type=float),
         row("--alpha", "A", "the same, not significantly worse at level A; needs --log_samples",
             type=float),
-        *margins(", as a rule with --update; needs --log_samples"),
+        *(
+            (name, how | {"nargs": "?", "const": USUAL})
+            for name, how in margins(
+                ", as a rule with --update for what decides soonest of each task, as in verdict; needs "
+                "--log_samples. Without a margin, the usual one of verdict"
+            )
+        ),
     ],
 )
 # fmt: on
@@ -38,11 +46,17 @@ def run(arguments) -> int:
     from lm_eval_pruned.gate.findings import FORMATS, exit_code
 
     given = {kind: getattr(arguments, kind) for kind in files.RULES}
-    rules = [files.Rule(k, value) for k, value in given.items() if value is not None]
-    if rules and not arguments.update:
+    (kind, value), *_ = [
+        *((kind, of) for kind, of in given.items() if of is not None),
+        ("absolute", 0.0),
+    ]
+    value = None if value == USUAL else value
+    if value is not None:
+        files.Rule(kind, value)
+    if given[kind] is not None and not arguments.update:
         raise ValueError(
-            f"--{rules[0].kind} {rules[0].value} sets the rule for a new baseline: pass it together "
-            "with --update, or edit the rules in the baseline file."
+            f"--{kind} {given[kind]} sets the rule for a new baseline: pass it together with "
+            "--update, or edit the rules in the baseline file."
         )
     runs, file = gate.read_results(arguments.results), arguments.baseline
     if not arguments.update:
@@ -51,8 +65,7 @@ def run(arguments) -> int:
         print(FORMATS[arguments.format](findings, gate.notes(runs, baseline)), end="")
         return exit_code(findings)
     previous = files.read_baseline(file) if Path(file).exists() else None
-    (rule,) = rules or [files.Rule("absolute", 0.0)]
-    baseline = gate.make_baseline(runs, rule, previous)
+    baseline = gate.make_baseline(runs, kind, value, previous)
     files.write_baseline(file, baseline)
     for note in gate.notes(runs, baseline):
         print(f"NOTE     {note}")

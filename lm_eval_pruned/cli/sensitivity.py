@@ -11,7 +11,6 @@ from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_argument
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.options import row
 from lm_eval_pruned.util.palette import plots_missing
-from lm_eval_pruned.util.tables import markdown_table
 
 
 # fmt: off
@@ -76,9 +75,8 @@ def run(arguments) -> None:
     print(*curves.explanation, sep="\n\n")
     for share in curves.shares:
         table = curves.table(share)
-        rows = [[cell.text for cell in cells] for cells in table.cells()]
         print(f"\n{table.label} of neurons removed\n")
-        print(markdown_table(table.columns, rows, padded=True))
+        print(table.markdown(padded=True))
     if not output:
         return
     files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}

@@ -30,6 +30,8 @@ OPTIONS = (
         "scores from 0 to 1, 15pt for a bias; 2%% for others)", nargs="+", default=[]),
     row("--measure", "METRIC", "judge this metric where a task has it (default: a score with an exact floor, else "
         "the probability of the right answer, mc2 or choice_prob, else the score that counts)"),
+    row("--text", "FILE", "plain text on which loss and divergence from the base are measured, in place of the "
+        "demo's or beside --tasks"),
     row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
     row("--push_to_hub", "REPO", "the candidate's repository on the Hub: write the verdict into its model card, "
@@ -59,12 +61,12 @@ def run(arguments) -> int:
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
     reading: Any = {"measure": arguments.measure, "read": DocumentReader()}
     base, candidate, floors = both_runs(
-        *models, options, folder, arguments.margin, **reading
+        *models, options, folder, arguments.margin, text=arguments.text, **reading
     )
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
     verdict = decide(base, candidate, arguments.margin, floors, **reading, texts=texts)
     print(f"{headline(verdict)}\n")
-    print(write_pages(verdict, folder, subtitle, texts=texts))
+    print(write_pages(verdict, folder, subtitle, reading["read"], texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
         section = card_section(verdict, models[0])

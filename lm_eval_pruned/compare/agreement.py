@@ -46,7 +46,7 @@ def agreement(pair: Pair | None, metric: str, texts: bool) -> Agreement | None:
 
     Without `texts`, nothing says which answers are the commonest.
     """
-    replies = [[*filter(None, each.replies)] for each in pair or ()]
+    replies = [[s.reply for s in each.samples if s.reply] for each in pair or ()]
     if not pair or {*map(len, replies)} != {len(pair[0].keys)}:
         return None
     kind = "normed" if metric.startswith("acc_norm") else "chosen"

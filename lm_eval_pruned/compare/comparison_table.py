@@ -5,134 +5,95 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import Counter
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.judge import Difference
 from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.results.groups import scale_name
-from lm_eval_pruned.util.tables import csv_table, markdown_table
+from lm_eval_pruned.util.tables import Column, Table, csv_table, interval_text
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison
+    from lm_eval_pruned.compare.judge import Difference
 
 
-def number_text(value: float | None, form: str) -> str:
-    """Return a number in the given format, ``p`` for a p value; a dash without one."""
-    if form == "p" and value is not None:
-        return "<0.0001" if value < 0.0001 else f"{value:.4f}"
-    return "-" if value is None else format(value, form)
+def _claim(name: str) -> Callable[[Difference], Any]:
+    return lambda row: row.claim and getattr(row.claim, name)
 
 
-def interval_text(low: float | None, high: float | None, digits: int) -> str:
-    """Return an interval as tables show it, or a dash where it lacks an end."""
-    form = f"+.{digits}f"
-    return "-" if None in (low, high) else f"[{low:{form}}, {high:{form}}]"
+def _answers(name: str) -> Callable[[Difference], Any]:
+    return lambda row: row.answers and getattr(row.answers, name)
 
 
-class Column(NamedTuple):
-    """A column: what it shows of a row, in which format, and whether a terminal shows it.
-
-    `of` is the name of an attribute, with dots for parts of it; or two names, of the ends of an
-    interval, whose format is a number of digits; or a function. Formats are also ``p`` for a p
-    value, and ``s`` for words, which are aligned to the left.
-    """
-
-    title: str
-    of: str | Callable[[Any], Any]
-    form: str = "s"
-    terminal: bool = False
-
-    def text(self, row: Any) -> str:
-        """Return the cell of a row; a dash where there is nothing to say."""
-        if callable(self.of):
-            return number_text(self.of(row), self.form)
-        values = []
-        for name in self.of.split():
-            values.append(row)
-            for part in name.split("."):
-                values[-1] = getattr(values[-1], part, None)
-        if values[1:]:
-            return interval_text(values[0], values[1], int(self.form))
-        return number_text(values[0], self.form)
-
-
-def filled(columns: Sequence[Column], rows: Sequence[Any]) -> list[Column]:
-    """Return the columns that say something of any row."""
-    return [each for each in columns if any(each.text(row) != "-" for row in rows)]
-
-
-def titles(columns: Sequence[Column], alpha: float) -> list[str]:
-    """Return the headings of columns; an interval is told with its confidence."""
-    interval = f"{1 - alpha:.0%} interval"
-    return [interval if each.title == "interval" else each.title for each in columns]
-
-
-def _commonest(of: Difference) -> str | None:
-    both = of.answers and (of.answers.base_commonest, of.answers.commonest)
+def _commonest(row: Difference) -> str | None:
+    both = row.answers and (row.answers.base_commonest, row.answers.commonest)
     return "{:.0%} -> {:.0%}".format(*both) if both else None
+
+
+def _interval(row: Any) -> str:
+    return interval_text(row.low, row.high)
 
 
 #: Of `Difference`. CSV and JSON have its attributes.
 DIFFERENCES = (
-    Column("run", "run", terminal=True),
-    Column("task", "task", terminal=True),
-    Column("metric", "metric"),
-    Column("base", "base_score", ".4f"),
-    Column("score", "score", ".4f", terminal=True),
-    Column("difference", "difference", "+.4f", terminal=True),
-    Column("interval", "low high", "4", terminal=True),
-    Column("relative", "relative", "+.1%"),
-    Column("p", "p", "p"),
-    Column("q", "q", "p", terminal=True),
-    Column("smallest detectable", "smallest_detectable", ".4f"),
-    Column("margin", "claim.margin", ".4g"),
-    Column("q margin", "claim.q", "p"),
-    Column("documents", "documents", "d"),
-    Column("floor", "floor.floor", ".4f", terminal=True),
-    Column("kept", "kept_text", ">", terminal=True),
-    Column("equal answers", "answers.equal_answers", ".0%", terminal=True),
-    Column("KL", "answers.kl", ".3f"),
+    Column("run", lambda row: row.run, terminal=True),
+    Column("task", lambda row: row.task, terminal=True),
+    Column("metric", lambda row: row.metric),
+    Column("base", lambda row: row.base_score, ".4f"),
+    Column("score", lambda row: row.score, ".4f", terminal=True),
+    Column("difference", lambda row: row.difference, "+.4f", True, coloured=True),
+    Column("interval", _interval, ">", terminal=True),
+    Column("relative", lambda row: row.relative, "+.1%"),
+    Column("p", lambda row: row.p, "p"),
+    Column("q", lambda row: row.q, "p", terminal=True),
+    Column("smallest detectable", lambda row: row.smallest_detectable, ".4f"),
+    Column("margin", _claim("margin"), ".4g"),
+    Column("q margin", _claim("q"), "p"),
+    Column("documents", lambda row: row.documents, "d"),
+    Column("floor", lambda row: row.floor and row.floor.floor, ".4f", terminal=True),
+    Column("kept", lambda row: row.kept_text, ">", terminal=True),
+    Column("equal answers", _answers("equal_answers"), ".0%", terminal=True),
+    Column("KL", _answers("kl"), ".3f"),
     Column("commonest answer", _commonest, ">"),
-    Column("test", "method"),
-    Column("verdict", "said", terminal=True),
+    Column("test", lambda row: row.method),
+    Column("verdict", lambda row: row.said, terminal=True, coloured=True),
 )
 #: Of `Standing`, of the base.
 ABOVE = {True: "yes", False: f"no: {NO_LOSS}", None: "not tested"}
 FLOORS = (
-    Column("task", "task", terminal=True),
-    Column("metric", "metric"),
-    Column("without knowledge", "floor_name", terminal=True),
-    Column("floor", "floor", ".4f", terminal=True),
-    Column("base", "score", ".4f", terminal=True),
-    Column("p", "p_floor", "p", terminal=True),
-    Column("test", "floor_test"),
-    Column("base is above", lambda each: ABOVE[each.above_floor], terminal=True),
+    Column("task", lambda row: row.task, terminal=True),
+    Column("metric", lambda row: row.metric),
+    Column("without knowledge", lambda row: row.floor_name, terminal=True),
+    Column("floor", lambda row: row.floor, ".4f", terminal=True),
+    Column("base", lambda row: row.score, ".4f", terminal=True),
+    Column("p", lambda row: row.p_floor, "p", terminal=True),
+    Column("test", lambda row: row.floor_test),
+    Column("base is above", lambda row: ABOVE[row.above_floor], terminal=True),
 )
 #: Of `TaskTrend`.
 TRENDS = (
-    Column("series", "series"),
-    Column("task", "task"),
-    Column("metric", lambda each: scale_name("", each.metric)),
-    Column("n", "trend.n", "d"),
-    Column("slope", "trend.slope", "+.4f"),
-    Column("interval", "trend.low trend.high", "4"),
-    Column("p", "trend.p", "p"),
-    Column("q", "q", "p"),
-    Column("documents", lambda each: each.trend.units or None, "d"),
-    Column("test", "trend.method"),
+    Column("series", lambda row: row.series),
+    Column("task", lambda row: row.task),
+    Column("metric", lambda row: scale_name("", row.metric)),
+    Column("n", lambda row: row.trend.n, "d"),
+    Column("slope", lambda row: row.trend.slope, "+.4f"),
+    Column("interval", lambda row: _interval(row.trend), ">"),
+    Column("p", lambda row: row.trend.p, "p"),
+    Column("q", lambda row: row.q, "p"),
+    Column("documents", lambda row: row.trend.units or None, "d"),
+    Column("test", lambda row: row.trend.method),
 )
 #: Of `TaskCorrelation`.
 CORRELATIONS = (
-    Column("series", "series"),
-    Column("task", lambda pair: scale_name(*pair.tasks[0])),
-    Column("task", lambda pair: scale_name(*pair.tasks[1])),
-    Column("n", "correlation.n", "d"),
-    Column("Pearson r", "correlation.pearson", "+.3f"),
-    Column("interval", "correlation.pearson_low correlation.pearson_high", "2"),
+    Column("series", lambda row: row.series),
+    Column("task", lambda row: scale_name(*row.tasks[0])),
+    Column("task", lambda row: scale_name(*row.tasks[1])),
+    Column("n", lambda row: row.correlation.n, "d"),
+    Column("Pearson r", lambda row: row.correlation.pearson, "+.3f"),
+    Column("interval", lambda row: interval_text(*row.correlation.interval, 2), ">"),
 )
 DIFFERENCE = (
     "difference = run - base; q: p after Benjamini-Hochberg over the runs of each task without random "
@@ -146,11 +107,14 @@ FLOOR = (
     "kept: the share of what the base has above the floor, where it is shown to have any. "
     "If the base is not shown to be above its floor, the task cannot show a loss."
 )
-ANSWERS = (
+_ALIKE = (
     "equal answers: share of documents with the same answer as the base; KL: mean divergence of the "
-    "distribution over choices from that of the base, in nats; commonest answer: its share of all "
-    "answers, for the base and the run."
+    "distribution over choices from that of the base, in nats; "
 )
+ANSWERS = (
+    f"{_ALIKE}commonest answer: its share of all answers, for the base and the run."
+)
+AGREEMENT = f"{_ALIKE}same beginning: share of the base's text, in words, before the candidate's differs."
 TREND = (
     "Trend over expansion ratios (change of the score when the ratio rises by 1, positive if the score "
     "falls with pruning; tested on the slopes of single documents):"
@@ -165,6 +129,19 @@ CORRELATION = (
 WIDTH, SPARED = 80, ("equal answers", "floor", "score", "q", "without knowledge", "p")
 
 
+def table_of(
+    label: str, columns: Sequence[Column], rows: Sequence[Any], alpha: float
+) -> Table:
+    """Return rows in those of the columns that say something, an interval with its confidence."""
+    titles = {"interval": f"{1 - alpha:.0%} interval"}
+    filled = [
+        column._replace(title=titles.get(column.title, column.title))
+        for column in columns
+        if any(column.cell(row).text != "-" for row in rows)
+    ]
+    return Table(label, filled, rows)
+
+
 def findings(comparison: Comparison) -> str:
     """Return in a sentence how many scores of the runs differ, and which way."""
     counts = Counter(row.verdict for row in comparison.rows if row.primary)
@@ -172,28 +149,31 @@ def findings(comparison: Comparison) -> str:
     return f"Compared with {comparison.base}: {', '.join(parts)}."
 
 
-def fitted_table(columns: Sequence[Column], rows: Sequence[Any], alpha: float) -> str:
-    """Return a padded table whose lines have at most `WIDTH` characters.
+def fitted(table: Table) -> str:
+    """Return the columns of a table for a terminal, whose lines have at most `WIDTH` characters.
 
     The columns `SPARED` go first, then the middle of the longest names of runs and tasks.
     """
+    table = replace(table, columns=[c for c in table.columns if c.terminal])
 
-    def table(longest: int) -> str:
-        cells = [[column.text(row) for column in columns] for row in rows]
-        for line in cells:
-            for place, column in enumerate(columns):
-                if column.title in ("run", "task"):
-                    line[place] = shortened(line[place], longest)
-        align = "".join("l" if column.form == "s" else "r" for column in columns)
-        return markdown_table(titles(columns, alpha), cells, align, padded=True)
+    def width(table: Table) -> int:
+        return len(table.markdown(padded=True).partition("\n")[0])
 
-    longest = WIDTH
     for title in SPARED:
-        if len(table(longest).partition("\n")[0]) > WIDTH:
-            columns = [column for column in columns if column.title != title]
-    while len(table(longest).partition("\n")[0]) > WIDTH and longest > 5:
+        if width(table) > WIDTH:
+            columns = [column for column in table.columns if column.title != title]
+            table = replace(table, columns=columns)
+    whole, longest = table, WIDTH
+    while width(table) > WIDTH and longest > 5:
         longest -= 1
-    return table(longest)
+        table = replace(whole, columns=[_cut(c, longest) for c in whole.columns])
+    return table.markdown(padded=True)
+
+
+def _cut(column: Column, longest: int) -> Column:
+    if column.title not in ("run", "task"):
+        return column
+    return column._replace(value=lambda row: shortened(column.value(row), longest))
 
 
 def shortened(name: str, longest: int) -> str:
@@ -232,14 +212,10 @@ def as_table(
         tables.append((CORRELATION, CORRELATIONS, comparison.correlations))
     parts = [f"{findings(comparison)} {' '.join(about)}"]
     for heading, columns, of in tables:
-        columns = [e for e in filled(columns, of) if everything or e.terminal]
-        if of and everything:
-            cells = [[column.text(row) for column in columns] for row in of]
-            align = "".join("l" if e.form == "s" else "r" for e in columns)
-            heads = titles(columns, comparison.alpha)
-            parts += [heading, markdown_table(heads, cells, align, padded=padded)]
-        elif of:
-            parts += [heading, fitted_table(columns, of, comparison.alpha)]
+        if of:
+            table = table_of(heading, columns, of, comparison.alpha)
+            text = table.markdown(padded=padded) if everything else fitted(table)
+            parts += [heading, text]
     notes = [f"Note: {note}" for note in comparison.notes]
     if not everything:
         parts, notes = ([_wrapped(text) for text in each] for each in (parts, notes))
@@ -253,28 +229,24 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
+def record(row: Difference) -> dict[str, Any]:
+    """Return a difference with its claim, floor and answers as one row of CSV."""
+    found = asdict(row)
+    claim, floor, answers = (found.pop(name) for name in ("claim", "floor", "answers"))
+    del found["units"]
+    if claim:
+        names = ("margin", "p_margin", "q_margin")
+        found |= dict(zip(names, claim.values(), strict=True))
+    if floor:
+        kept = floor.pop("kept") or dict.fromkeys(("share", "low", "high"))
+        names = ("kept", "kept_low", "kept_high")
+        found |= floor | dict(zip(names, kept.values(), strict=True))
+    return found | (answers or {})
+
+
 def as_csv(comparison: Comparison) -> str:
     """Return the differences as CSV; of margins, floors and answers where there are any."""
-    names = [field.name for field in fields(Difference)][:-4]
-    names += ["margin", "p_margin", "q_margin"] * (comparison.margin is not None)
-    rows = []
-    for row in comparison.rows:
-        found, more = asdict(row), beside(row)
-        if claim := row.claim:
-            found |= {"margin": claim.margin, "p_margin": claim.p, "q_margin": claim.q}
-        names += [name for name in more if name not in names]
-        rows.append(found | more)
-    return csv_table(names, [{name: row.get(name) for name in names} for row in rows])
-
-
-def beside(row: Difference | None) -> dict[str, Any]:
-    """Return what CSV says of floor and answers of a row."""
-    floor = asdict(row.floor) if row and row.floor else {}
-    if floor:
-        kept = floor["kept"] or dict.fromkeys(("share", "low", "high"))
-        names = ("kept", "kept_low", "kept_high")
-        floor |= dict(zip(names, kept.values(), strict=True))
-    return floor | (asdict(row.answers) if row and row.answers else {})
+    return csv_table([record(row) for row in comparison.rows])
 
 
 def as_json(comparison: Comparison) -> str:

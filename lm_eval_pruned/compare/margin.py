@@ -37,14 +37,14 @@ class Margin:
     def size(self, base: float, score: float) -> float | None:
         """Return the margin in the metric's own unit, for the scores of base and run.
 
-        None for percentage points of scores that are not between 0 and 1, and for a share of 0.
+        None for percentage points of scores that are not between -1 and 1, and for a share of 0.
         """
         number, unit = self._parts()
         if unit == "%":
             return number / 100 * abs(base) or None
         if not unit:
             return number
-        return number / 100 if 0 <= base <= 1 and 0 <= score <= 1 else None
+        return number / 100 if max(abs(base), abs(score)) <= 1 else None
 
     @property
     def share(self) -> float | None:

@@ -34,6 +34,11 @@ class Correlation:
     pearson_low: float | None = None
     pearson_high: float | None = None
 
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """Both ends of the interval."""
+        return self.pearson_low, self.pearson_high
+
 
 @dataclass(frozen=True)
 class Trend:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 #: Version of the baseline file.
-SCHEMA = 2
+SCHEMA = 3
 RULES = ("absolute", "relative", "alpha", *CLAIMS)
 #: Those that look at single documents.
 OF_DOCUMENTS = RULES[2:]
@@ -88,6 +89,9 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
         about = {"version": run.versions.get(task), "settings": settings, "metrics": {}}
         up: Any = score.higher_is_better
         record = {"score": score.value, "higher_is_better": up, rule.kind: rule.value}
+        floor = run.exact_floor(task, metric)
+        if rule.margin and floor is not None:
+            record["floor"] = floor
         if key in baseline.documents:
             record["documents"] = _as_dict(baseline.documents[key])
         runs.setdefault(name, {}).setdefault(task, about)["metrics"][metric] = record
@@ -108,7 +112,7 @@ def read_baseline(file: str | Path) -> Baseline:
         if data["schema_version"] != SCHEMA:
             raise ValueError(f"schema_version is {data['schema_version']}")
         for name, tasks in data["runs"].items():
-            scores = {}
+            scores, floors = {}, defaultdict[str, dict[str, float]](dict)
             for task, entry in tasks.items():
                 for metric, record in entry["metrics"].items():
                     key, up = (name, task, metric), record["higher_is_better"]
@@ -119,11 +123,21 @@ def read_baseline(file: str | Path) -> Baseline:
                     score = Score(float(record["score"]), None, up, None)
                     scores[task, metric] = score
                     rule.check(task, metric, score)
+                    if "floor" in record:
+                        floors[task][metric.partition(",")[0]] = record["floor"]
                     if "documents" in record:
                         baseline.documents[key] = _from_dict(**record["documents"])
             versions = {task: of.get("version") for task, of in tasks.items()}
             about = {task: of.get("settings", {}) for task, of in tasks.items()}
-            run = Run("the baseline", file, scores, versions, settings=about)
+            declared = {task: {"floors": of} for task, of in floors.items()}
+            run = Run(
+                "the baseline",
+                file,
+                scores,
+                versions,
+                settings=about,
+                metadata=declared,
+            )
             baseline.runs[name] = run
         if not baseline.rules:
             raise ValueError("it expects no scores")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lm_eval_pruned.compare.comparison import settings_notes
 from lm_eval_pruned.compare.judge import Case, Difference, judged
-from lm_eval_pruned.compare.pairing import paired_documents
+from lm_eval_pruned.compare.margin import CLAIMS
+from lm_eval_pruned.compare.measures import (
+    judged_keys,
+    usual_margin,
+    with_choice_prob,
+)
+from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
 from lm_eval_pruned.compare.statistics import (
     LEAST_UNITS,
     LEAST_UNITS_OF_MARGIN,
@@ -18,7 +24,7 @@ from lm_eval_pruned.compare.statistics import (
 )
 from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.gate.findings import ONLY_RUN, Finding
-from lm_eval_pruned.results.documents import Documents, read_documents
+from lm_eval_pruned.results.documents import CHOICE_PROB
 from lm_eval_pruned.results.files import ResultsError, Run, Score
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
 from lm_eval_pruned.results.settings import asked_differently
@@ -27,6 +33,8 @@ from lm_eval_pruned.results.settings import asked_differently
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from lm_eval_pruned.results.documents import Documents
 
 #: A status and a sentence, see `Finding`.
 Decision = tuple[str, str]
@@ -54,22 +62,33 @@ def read_results(path: str | Path) -> dict[str, Run]:
 
 
 def make_baseline(
-    runs: Mapping[str, Run], rule: Rule, previous: Baseline | None = None
+    runs: Mapping[str, Run], kind: str, value: Any, previous: Baseline | None = None
 ) -> Baseline:
-    """Make a baseline of results, with the rules of `previous`, and `rule` for other metrics.
+    """Make a baseline of results, with the rules of `previous`, and a rule of a `kind` for other metrics.
+
+    A margin is for what decides soonest of each task, see `judged_keys`; without a `value` it is the
+    usual one of that metric.
 
     ResultsError if a score is NaN or infinite.
     """
     baseline, kept = Baseline(), previous.rules if previous else {}
+    read = DocumentReader()
     for name, run in runs.items():
+        run = with_choice_prob(run, read) if kind in CLAIMS else run
         baseline.runs[name] = replace(run, name="the baseline")
+        deciding = [*judged_keys(run)] if kind in CLAIMS else run.scores
         for task, metric in run.scores:
             key = name, task, metric
+            if key not in kept and (task, metric) not in deciding:
+                continue
             if refused := _refused(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
-            own = baseline.rules[key] = kept.get(key, rule)
-            own.check(task, metric, run.scores[task, metric])
-            found = own.kind in OF_DOCUMENTS and _documents(run, task, metric)
+            score = run.scores[task, metric]
+            usual = usual_margin(run, (task, metric), score.value)
+            own = kept.get(key) or Rule(kind, usual if value is None else value)
+            own.check(task, metric, score)
+            baseline.rules[key] = own
+            found = own.kind in OF_DOCUMENTS and _documents(read, run, task, metric)
             if found:
                 baseline.documents[key] = found
     return baseline
@@ -80,6 +99,9 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
 
     Tests are one-sided where the direction is known: the rule asks whether a result is worse.
     """
+    read = DocumentReader()
+    if any(metric == CHOICE_PROB for _, _, metric in baseline.rules):
+        runs = {name: with_choice_prob(run, read) for name, run in runs.items()}
     before, after = (
         {(name, *key): score for name in of for key, score in of[name].scores.items()}
         for of in (baseline.runs, runs)
@@ -96,7 +118,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             found[key] = _within_tolerance(rule, before[key], after[key].value)
         else:
             try:
-                cases[key] = _case(key, runs[name], baseline)
+                cases[key] = _case(key, runs[name], baseline, read)
             except ResultsError as why:
                 found[key] = "undecided", str(why)
     rows = judged([*cases.values()])
@@ -146,16 +168,18 @@ def _within_tolerance(rule: Rule, expected: Score, score: float) -> Decision:
     return "fail", f"{direction} by {abs(change):.6g}, and the rule allows {allowed}."
 
 
-def _documents(run: Run, task: str, metric: str) -> Documents | None:
+def _documents(
+    read: DocumentReader, run: Run, task: str, metric: str
+) -> Documents | None:
     """Read documents, with hashes as short and values as exact as a baseline file holds them."""
-    if documents := read_documents(run, task, metric):
+    if documents := read(run, task, metric):
         keys = tuple((task, digest[:16], n) for task, digest, n in documents.keys)
         values = np.array([float(f"{value:.10g}") for value in documents.values])
         return replace(documents, keys=keys, values=values)
     return None
 
 
-def _case(key: Key, run: Run, baseline: Baseline) -> Case:
+def _case(key: Key, run: Run, baseline: Baseline, known: DocumentReader) -> Case:
     """Pair documents; raise ResultsError without any, or if they are others or weigh otherwise.
 
     The rules ``alpha`` are one family, and those with a margin another: a gate of many metrics does
@@ -164,7 +188,7 @@ def _case(key: Key, run: Run, baseline: Baseline) -> Case:
     name, task, metric = key
     before, stored = baseline.runs[name], baseline.documents.get(key)
     rule = baseline.rules[key]
-    read = lambda each, *of: stored if each is before else _documents(run, *of)
+    read = lambda each, *of: stored if each is before else _documents(known, run, *of)
     pair = paired_documents(before, run, task, metric, read)
     if pair is None:
         raise ResultsError(

@@ -109,7 +109,7 @@ class Sensitivity:
             for curve in self.curves
             for width, loss in zip(curve.widths, curve.losses, strict=True)
         )
-        return csv_table(columns, (dict(zip(columns, r, strict=True)) for r in rows))
+        return csv_table([dict(zip(columns, row, strict=True)) for row in rows])
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a file holds (JSON types only)."""

@@ -1,23 +1,32 @@
 """Texts on their way through a model, layer by layer, so that each layer runs once per visit.
 
 Whoever changes the layers one after the other sees each with the inputs that the changed ones
-give it, and no layer in front runs again.
+give it, and no layer in front runs again. The model itself runs once for each batch, to tell with
+which arguments it calls its layers; from then on the layers are called directly.
+
+In memory are the hidden states of the texts, in front of one layer and behind it, and what the
+model hands to its layers besides, such as masks: as much as all batches have together. Where the
+texts run on another device than the model is on, one layer is there at a time. What lies outside
+of the layers is there only while their arguments are noted. Weights return as they were, and
+where they were, without being copied back: those of a mapped file stay mapped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections import defaultdict
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lm_eval_pruned.pruning.calibration import watched
 from lm_eval_pruned.pruning.depth import layers_of
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
 
 
 if TYPE_CHECKING:
@@ -30,38 +39,86 @@ if TYPE_CHECKING:
         Sequence,
     )
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.calibration")
 
 
-def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
-    for module in modules:
-        # As `nn.Module.to` does, but for the module without those inside it.
-        module._apply(lambda weight: weight.to(device), recurse=False)
+@contextlib.contextmanager
+def lent(
+    modules: Iterable[nn.Module],
+    device: torch.device | None = None,
+    changed: Collection[Tensor] = (),
+) -> Iterator[None]:
+    """Have the tensors of modules on a device, and afterwards as they were and where they were.
+
+    Args:
+        modules: Those whose tensors go, without those inside them.
+        device: Default: each stays where it is.
+        changed: Parameters that may be written to meanwhile, and are not afterwards.
+    """
+    written = {id(tensor) for tensor in changed}
+    copies: dict[int, Tensor] = {}
+    with contextlib.ExitStack() as undo:
+        for module in modules:
+            for name, tensor in _tensors_of(module):
+                if device is None and id(tensor) not in written:
+                    continue
+                undo.callback(setattr, module, name, tensor)
+                if id(tensor) not in copies:
+                    data = tensor.detach()
+                    data = data.to(device or data.device, copy=id(tensor) in written)
+                    if isinstance(tensor, nn.Parameter):
+                        data = nn.Parameter(data, tensor.requires_grad)
+                    copies[id(tensor)] = data
+                setattr(module, name, copies[id(tensor)])
+        yield
+
+
+def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a module without those inside it, by name."""
+    return [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]
 
 
 @contextlib.contextmanager
 def moved(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]:
     """Have a whole model on `device`, by default where it is; stay where it does not fit."""
-    home = model.device
-    try:
-        try:
-            if device not in (None, home):
-                _move(model.modules(), device)
-        except torch.OutOfMemoryError:
-            _move(model.modules(), home)
-            logger.warning(
-                "The unpruned model does not fit on %s, so its text runs on %s.",
-                device,
-                home,
-            )
+    with contextlib.ExitStack() as stack:
+        if device not in (None, model.device):
+            try:
+                stack.enter_context(lent(model.modules(), device))
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "The unpruned model does not fit on %s, so its text runs on %s.",
+                    device,
+                    model.device,
+                )
         yield
-    finally:
-        if model.device != home:
-            _move(model.modules(), home)
+
+
+@contextlib.contextmanager
+def computing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute with other functions than their own `forward`."""
+    with contextlib.ExitStack() as undo:
+        for module, forward in forwards.items():
+            undo.callback(vars(module).update, dict(vars(module)))
+            undo.callback(vars(module).pop, "forward")
+            vars(module)["forward"] = forward
+        yield
+
+
+def returning(known: Mapping[nn.Module, Any]) -> contextlib.AbstractContextManager:
+    """Let modules return what is `known` of each, without computing."""
+    return computing({module: _constant(out) for module, out in known.items()})
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
 
 
 def has_to_compute(named: Mapping[str, Any]) -> bool:
@@ -69,19 +126,85 @@ def has_to_compute(named: Mapping[str, Any]) -> bool:
     return any(isinstance(each, MutableMapping) for each in named.values())
 
 
-@contextlib.contextmanager
-def returning(known: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Let layers return what is `known` of each, without computing."""
-    with contextlib.ExitStack() as undo:
-        for layer in known:
-            undo.callback(vars(layer).update, dict(vars(layer)))
-            undo.callback(vars(layer).pop, "forward")
-            vars(layer)["forward"] = lambda *_, layer=layer, **__: known[layer]
-        yield
+@dataclass(frozen=True)
+class Handed:
+    """Stands for an argument of a layer: what the layer before returned at that position."""
+
+    position: int
 
 
-class ReturnedError(Exception):
-    """Ends a pass as soon as the wanted layer has returned."""
+class Call:
+    """How a model calls one of its layers: the arguments, with `Handed` for those of the layer before."""
+
+    def __init__(self, returned: Any, positional: Sequence[Any], named: dict[str, Any]):
+        """Note a call after the layer before `returned` something, of which nothing is kept."""
+        handed = {
+            id(output): Handed(position)
+            for position, output in enumerate(_outputs(returned))
+            if isinstance(output, torch.Tensor)
+        }
+        self._positional = [handed.get(id(value), value) for value in positional]
+        self._named = {name: handed.get(id(v), v) for name, v in named.items()}
+
+    def _arguments(self) -> list[Any]:
+        return [*self._positional, *self._named.values()]
+
+    @property
+    def follows(self) -> bool:
+        """Whether the layer is given something that the one before returned."""
+        return any(isinstance(value, Handed) for value in self._arguments())
+
+    @property
+    def shares(self) -> bool:
+        """Whether the layer hands keys and values on in a mapping."""
+        return any(isinstance(value, MutableMapping) for value in self._arguments())
+
+    def repeat(self, layer: nn.Module, returned: Any) -> Any:
+        """Call `layer` after the one before it `returned` something."""
+        outputs = _outputs(returned)
+
+        def filled(value: Any) -> Any:
+            return outputs[value.position] if isinstance(value, Handed) else value
+
+        named = {name: filled(value) for name, value in self._named.items()}
+        return layer(*map(filled, self._positional), **named)
+
+
+def _outputs(returned: Any) -> tuple[Any, ...]:
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
+def calls_of(
+    model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor
+) -> list[Call]:
+    """Return how a model calls its layers on `tokens`, of shape (texts, tokens), int64.
+
+    Only the first layer computes. What it returns stands for what each of the others returns, and
+    is found again among the arguments of the next.
+
+    Raises:
+        UnsupportedModelError: The model does not hand what a layer returns to the next as it is.
+    """
+    calls: list[Call] = []
+    returned: Any = None
+    compute = layers[0].forward
+
+    def note(*positional, **named) -> Any:
+        nonlocal returned
+        calls.append(Call(returned, positional, named))
+        if returned is None:
+            returned = compute(*positional, **named)
+        return returned
+
+    with computing(dict.fromkeys(layers, note)):
+        # Without the head, whose logits nobody needs.
+        model.base_model(input_ids=tokens, use_cache=False)
+    if len(calls) != len(layers) or not all(call.follows for call in calls[1:]):
+        raise UnsupportedModelError(
+            f"{describe(model)} does not hand what each layer returns to the next as it is, so repair "
+            "and criterion=obs (recipe=best) cannot be used with it: pass recipe=fast."
+        )
+    return calls
 
 
 class LayerByLayer:
@@ -95,7 +218,6 @@ class LayerByLayer:
         passed: How many of them the texts have passed.
         batch: Number of the batch that runs.
         real: False for padding in that batch, shape (texts, tokens), bool.
-        skips: Whether layers that the texts have passed need not compute.
     """
 
     def __init__(
@@ -109,20 +231,36 @@ class LayerByLayer:
 
         So many run together, on `device`, to which one layer at a time is brought; default: where
         the model is.
+
+        Raises:
+            UnsupportedModelError: See `layers_of` and `calls_of`.
         """
         self._model = model
         ordered = sorted((text[0] for text in texts), key=len)
         starts = range(0, len(ordered), batch_size)
         together = [ordered[n : n + batch_size] for n in starts]
-        self._batches = [pad_sequence(each, batch_first=True) for each in together]
-        self._lengths = [torch.tensor([*map(len, each)]) for each in together]
-        self._home = model.device
-        self._device = self._home if device is None else torch.device(device)
-        self._path, layers = layers_of(model)
+        self._batches = [pad_sequence(batch, batch_first=True) for batch in together]
+        self._lengths = [torch.tensor([*map(len, batch)]) for batch in together]
+        home = model.device
+        self._device = home if device is None else torch.device(device)
+        self._moves_to = None if self._device == home else self._device
+        path, layers = layers_of(model)
         self.layers: list[Any] = list(layers)
         self.passed = 0
         self._returned: list[Any] = [None] * len(self._batches)
-        self.skips = True
+        outside = [
+            module
+            for name, module in model.named_modules()
+            if not name.startswith(f"{path}.")
+        ]
+        needed = [*outside, *self.layers[0].modules()]
+        with lent(needed, self._moves_to), watched(model, {}):
+            # Of each batch, the calls of the layers that its texts have not passed.
+            self._calls = [
+                calls_of(model, self.layers, batch.to(self._device))
+                for batch in self._batches
+            ]
+        self._skips = not any(call.shares for call in self._calls[0])
 
     @property
     def tokens(self) -> int:
@@ -132,44 +270,34 @@ class LayerByLayer:
     def run(
         self,
         hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
-        known: Callable[[], Mapping[nn.Module, Any]] = dict,
+        known: Callable[[], Mapping[nn.Module, Callable[..., Any]]] = dict,
     ) -> list[Any]:
         """Run the texts through the next layer and return what it returns, for each batch.
 
         Args:
-            hooks: Forward hooks, which are given arguments by name as well. One that raises
-                `ReturnedError` ends the batch, which returns nothing.
-            known: Asked for each `batch` which modules need not compute, and what they return.
+            hooks: Forward hooks, which are given arguments by name as well.
+            known: Asked for each `batch` with which functions modules compute, if not their own.
         """
-        found: list[Any] = []
-
-        def stop(module, positional, named, output) -> None:
-            if has_to_compute(named):
-                self.skips = False
-            found.append(output)
-            raise ReturnedError
-
-        layer = self.layers[self.passed]
-        with watched(self._model, {**(hooks or {}), layer: stop}):
-            for number, batch in enumerate(self._batches):
+        layer, returned = self.layers[self.passed], []
+        with watched(self._model, hooks or {}):
+            for number, calls in enumerate(self._calls):
                 lengths = self._lengths[number][:, None]
+                longest = self._batches[number].shape[1]
                 self.batch = number
-                self.real = (torch.arange(batch.shape[1]) < lengths).to(self._device)
-                passed = self.layers[: self.passed] if self.skips else []
-                returned = dict.fromkeys(passed, self._returned[number]) | dict(known())
-                with returning(returned), contextlib.suppress(ReturnedError):
-                    self._model(input_ids=batch.to(self._device), use_cache=False)
-        return found
+                self.real = (torch.arange(longest) < lengths).to(self._device)
+                with computing(known()):
+                    returned.append(calls[0].repeat(layer, self._returned[number]))
+        return returned
 
     def finish(self, run: Callable[[Tensor], Any]) -> list[Any]:
         """Return what `run`, which runs the model, returns of each batch.
 
         The layers that the texts have passed do not compute, where that is possible.
         """
+        found = []
         with watched(self._model, {}):
-            found = []
             for batch, returned in zip(self._batches, self._returned, strict=True):
-                passed = self.layers[: self.passed] if self.skips else []
+                passed = self.layers[: self.passed] if self._skips else []
                 with returning(dict.fromkeys(passed, returned)):
                     found.append(run(batch.to(self._device)))
         return found
@@ -177,27 +305,15 @@ class LayerByLayer:
     def go_on(self, returned: list[Any]) -> None:
         """Let the texts wait in front of the layer after, with what this one `returned`."""
         self._returned, self.passed = returned, self.passed + 1
+        for calls in self._calls:
+            calls.pop(0)
 
-    @contextlib.contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Have the next layer, and what lies outside of all layers, where the texts run."""
-        if self._device == self._home:
-            yield
-            return
+    def layer_lent(
+        self, changed: Collection[Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Have the next layer where the texts run, and afterwards as it was; see `lent`."""
         layer = self.layers[self.passed]
-        modules = [
-            *layer.modules(),
-            *(
-                module
-                for name, module in self._model.named_modules()
-                if not name.startswith(f"{self._path}.")
-            ),
-        ]
-        try:
-            _move(modules, self._device)
-            yield
-        finally:
-            _move(modules, self._home)
+        return lent(layer.modules(), self._moves_to, changed)
 
 
 class Replay:
@@ -216,9 +332,8 @@ class Replay:
         """
         self._walk, self._modules, self._down = walk, modules, down
         self._returned: dict[int, dict[nn.Module, Any]] = defaultdict(dict)
-        self._given: dict[int, Tensor] = {}
-        self._output: Tensor | None = None
-        self._ends_with_down = False
+        self._activations: dict[int, Tensor] = {}
+        self._skipped: Tensor | None = None
         #: The batch of which a GLU-MLP has returned.
         self._past = -1
         # Norms are cheap to compute, and as large as what attention returns.
@@ -232,18 +347,21 @@ class Replay:
     @staticmethod
     def fits(walk: LayerByLayer, model: PreTrainedModel, down: nn.Linear) -> bool:
         """Return whether the activations take no more memory than the weights of the model."""
-        own = walk.tokens * down.in_features * down.weight.element_size()
-        return own <= model.num_parameters() * down.weight.element_size()
+        size = walk.tokens * down.in_features * down.weight.element_size()
+        return size <= model.num_parameters() * down.weight.element_size()
 
     def run(self, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
-        """Run the texts through the layer for the first time; see `LayerByLayer.run`."""
-        own: dict[nn.Module, Callable[..., None]] = dict.fromkeys(
-            self._parts, self._keep
+        """Run the texts through the layer for the first time; see `LayerByLayer.run`.
+
+        What it returns is not needed before down projections changed, so the one that stands alone
+        does not compute.
+        """
+        noted: dict[nn.Module, Callable[..., None]] = dict.fromkeys(
+            self._parts, self._note_part
         )
-        own |= dict.fromkeys(self._modules, self._end)
-        if self._down is not None:
-            own[self._down] = functools.partial(self._take, hooks.get(self._down))
-        self._walk.run({**hooks, **own}, self._without_down)
+        noted |= dict.fromkeys(self._modules, self._note_end)
+        skipped = {} if self._down is None else {self._down: self._skip_down}
+        self._walk.run({**hooks, **noted}, lambda: skipped)
 
     def again(
         self, hooks: Mapping[nn.Module, Callable[..., None]] | None = None
@@ -251,36 +369,30 @@ class Replay:
         """Run them once more, and return what the layer returns now."""
         return self._walk.run(hooks, self._known)
 
-    def _keep(self, module, positional, named, output) -> None:
-        if self._walk.batch == self._past:
-            return
-        found = self._returned[self._walk.batch]
-        # What ran twice did not return the same.
-        found[module] = None if module in found or has_to_compute(named) else output
+    def _note_part(self, part, positional, named, output) -> None:
+        batch = self._walk.batch
+        if batch != self._past:
+            # What ran twice did not return the same.
+            again = part in self._returned[batch]
+            self._returned[batch][part] = None if again else output
 
-    def _take(self, hook, module, positional, named, output) -> None:
-        if hook is not None:
-            hook(module, positional, named, output)
-        self._output = output
-        if self._ends_with_down or self._walk.batch == 0:
-            self._given[self._walk.batch] = positional[0]
-        if self._ends_with_down:
-            raise ReturnedError
+    def _skip_down(self, x: Tensor) -> Tensor:
+        self._activations[self._walk.batch] = x
+        self._skipped = x.new_zeros(*x.shape[:-1], self._down.out_features)
+        return self._skipped
 
-    def _end(self, module, positional, named, output) -> None:
+    def _note_end(self, mlp, positional, named, output) -> None:
         self._past = self._walk.batch
-        # Some models scale what down returns.
-        self._ends_with_down = self._output is not None and output is self._output
+        if self._down is not None and output is not self._skipped:
+            # Some models scale what down returns.
+            del self._activations[self._past]
 
-    def _without_down(self) -> Mapping[nn.Module, Any]:
-        return {self._down: None} if self._down and self._ends_with_down else {}
-
-    def _known(self) -> Mapping[nn.Module, Any]:
-        known: dict[nn.Module, Any] = {}
-        if self._walk.skips:
-            returned = self._returned[self._walk.batch].items()
-            known |= {part: each for part, each in returned if each is not None}
-        if self._down is not None and self._ends_with_down:
+    def _known(self) -> Mapping[nn.Module, Callable[..., Any]]:
+        batch = self._walk.batch
+        returned = self._returned[batch].items()
+        known = {part: _constant(out) for part, out in returned if out is not None}
+        if batch in self._activations:
             (mlp,) = self._modules
-            known[mlp] = self._down(self._given[self._walk.batch])
+            x = self._activations[batch]
+            known[mlp] = lambda *_, **__: self._down(x)
         return known

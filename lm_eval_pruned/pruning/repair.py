@@ -18,10 +18,10 @@ surgeon"; Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transfor
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ import torch
 from lm_eval_pruned.pruning.argument_values import LEAST_SQUARES, NO_REPAIR
 from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.criteria import kept_set
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay, lent
 from lm_eval_pruned.pruning.moments import LayerMoments, Moments
 from lm_eval_pruned.pruning.stacked import one_by_one
 from lm_eval_pruned.util.progress import steps
@@ -146,6 +146,23 @@ def removed_in_steps(
         yield left.cpu(), error
 
 
+@dataclass(frozen=True)
+class CutMlp:
+    """What is left of a GLU-MLP.
+
+    Attributes:
+        kept: Its kept neurons, shape (k,), int64, ascending, on the CPU.
+        down: The weights of down for them, shape (H, k), where the text ran.
+        bias: The bias of down, shape (H,), if it has one.
+        repaired: Whether they make up for the neurons that are gone.
+    """
+
+    kept: Tensor
+    down: Tensor
+    bias: Tensor | None
+    repaired: bool
+
+
 def cut_layer_by_layer(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
@@ -153,13 +170,12 @@ def cut_layer_by_layer(
     targets: Mapping[str, int],
     scores: Mapping[str, Tensor],
     repair: str,
-    on_error: contextlib.ExitStack,
     device: torch.device | str | None = None,
-) -> tuple[dict[str, Tensor], int]:
+) -> dict[str, CutMlp]:
     """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
 
-    Removed neurons stay in the model, with weights of 0 in down. An MLP whose activations cannot
-    be observed, or that sees fewer tokens than it keeps neurons, is not repaired.
+    The model stays as it is. An MLP whose activations cannot be observed, or that sees fewer tokens
+    than it keeps neurons, is not repaired.
 
     Args:
         model: The model, with all its neurons.
@@ -168,29 +184,26 @@ def cut_layer_by_layer(
         targets: Kept width of each by name.
         scores: Scores of each by name; those without any go by `order_by_cost`.
         repair: ``none`` or ``least_squares``.
-        on_error: Takes what undoes the change of each weight.
         device: Where texts run and matrices are; see `LayerByLayer`.
 
     Returns:
-        The kept neurons of each MLP by name, shape (k,), int64, ascending, on the CPU; and how
-        many MLPs were repaired.
+        What is left of each MLP, by name.
 
     Raises:
         ValueError: An activation is NaN or infinite.
         UnsupportedModelError: See `check_observable`, without scores.
     """
-    kept, done = {}, 0
+    left: dict[str, CutMlp] = {}
 
     def cut(own: Sequence[GluMlp], moments: LayerMoments) -> None:
-        nonlocal done
         for mlp in own:
-            kept[mlp.name], changed = _cut(
-                *(mlp, moments.of(mlp), targets[mlp.name]),
-                *(scores.get(mlp.name), repair, on_error),
+            name = mlp.name
+            left[name] = _cut(
+                mlp, moments.of(mlp), targets[name], scores.get(name), repair
             )
-            done += changed
 
     _visit(model, texts, mlps, scores, cut, "repair", device)
+    done = sum(mlp.repaired for mlp in left.values())
     if done < len(mlps) and repair != NO_REPAIR:
         logger.warning(
             "repair=%s: %d of %d GLU-MLPs are repaired; the others keep their weights, because "
@@ -200,7 +213,7 @@ def cut_layer_by_layer(
             done,
             len(mlps),
         )
-    return kept, done
+    return left
 
 
 def errors_after_repair(
@@ -225,12 +238,13 @@ def errors_after_repair(
     found: dict[str, list[float]] = {}
 
     def cut(own: Sequence[GluMlp], moments: LayerMoments) -> None:
-        with contextlib.ExitStack() as undo:
+        downs = [tensor for mlp in own for tensor in _down_of(mlp)]
+        with lent(model.get_submodule(own[0].stack).modules(), changed=downs):
             for mlp in own:
                 name = mlp.name
                 found[name] = _errors(
                     *(mlp, moments.of(mlp), widths[name], halves[name]),
-                    *(scores.get(name), undo),
+                    scores.get(name),
                 )
             look(own[0].block)
 
@@ -247,7 +261,10 @@ def _visit(
     what: str,
     device: torch.device | str | None = None,
 ) -> None:
-    """Let `cut` change the GLU-MLPs of one layer after the other, as texts arrive there."""
+    """Let `cut` change the GLU-MLPs of one layer after the other, as texts arrive there.
+
+    The texts go on with what it changed; the model ends as it was.
+    """
     if any(mlp.name not in scores for mlp in mlps):
         check_observable(model, stacked=True)
     # What experts are given does not tell padding apart.
@@ -260,7 +277,8 @@ def _visit(
     with torch.no_grad(), one_by_one(model, mlps), steps(last + 1, what) as step:
         for layer in walk.layers[: last + 1]:
             own = by_stack.get(layer, [])
-            with walk.on_device():
+            downs = [each for mlp in own for each in _down_of(mlp)]
+            with walk.layer_lent(downs):
                 if own:
                     replay = _replay(walk, model, own)
                     moments = LayerMoments(walk, replay, own)
@@ -290,9 +308,8 @@ def _cut(
     width: int,
     scores: Tensor | None,
     repair: str,
-    on_error: contextlib.ExitStack,
-) -> tuple[Tensor, bool]:
-    """Choose neurons, then `_change` the weights; return both results."""
+) -> CutMlp:
+    """Choose neurons, then `_change` the weights; return what is left."""
     moments, gram = _checked(mlp, moments), torch.empty(0)
     if scores is None or (repair == LEAST_SQUARES and moments.tokens >= width):
         gram = _gram(mlp, moments)
@@ -300,7 +317,10 @@ def _cut(
         kept = order_by_cost(gram, mlp.weight("down_proj").detach(), width)
     else:
         kept = kept_set(scores, width)
-    return kept, _change(mlp, moments, gram, kept, repair, on_error)
+    done = _change(mlp, moments, gram, kept, repair)
+    down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
+    down = down.index_select(1, kept.to(down.device))
+    return CutMlp(kept, down, None if bias is None else bias.clone(), done)
 
 
 def _errors(
@@ -309,7 +329,6 @@ def _errors(
     widths: Sequence[int],
     half: int,
     scores: Tensor | None,
-    undo: contextlib.ExitStack,
 ) -> list[float]:
     """Return the error at each width, and leave the MLP repaired at one of them."""
     moments = _checked(mlp, moments)
@@ -319,7 +338,7 @@ def _errors(
         # Where no token was, nothing is lost.
         found.append(error if moments.tokens else 0.0)
         kept = left if len(left) == half else kept
-    _change(mlp, moments, gram, kept, LEAST_SQUARES, undo)
+    _change(mlp, moments, gram, kept, LEAST_SQUARES)
     return found
 
 
@@ -344,32 +363,28 @@ def _change(
     gram: Tensor,
     kept: Tensor,
     repair: str,
-    on_error: contextlib.ExitStack,
 ) -> bool:
     """Set the columns of removed neurons to 0, and the others to repaired ones.
 
-    Returns whether the MLP was repaired. `on_error` takes what undoes it.
+    Returns whether the MLP was repaired.
     """
     down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
     solves = repair == LEAST_SQUARES and moments.tokens >= len(kept)
     here, gone = kept.to(down.device), _others(kept, mlp.width).to(down.device)
     before = down.clone()
-    on_error.callback(_restore, mlp, before.cpu())
     if solves:
         down[:, here] = repaired(gram, before, here).to(down.dtype)
     down[:, gone] = 0
     if bias is not None and solves:
-        on_error.callback(_restore_bias, mlp, bias.cpu().clone())
         bias += ((before.double() - down.double()) @ moments.mean).to(bias)
     return solves
 
 
-def _restore(mlp: GluMlp, weights: Tensor) -> None:
-    mlp.weight("down_proj").detach().copy_(weights)
-
-
-def _restore_bias(mlp: GluMlp, bias: Tensor) -> None:
-    mlp.projection("down_proj").bias.detach().copy_(bias)
+def _down_of(mlp: GluMlp) -> list[Tensor]:
+    """Return the parameters that a repair writes to."""
+    bias: Any = getattr(mlp.projection("down_proj"), "bias", None)
+    weight = mlp.parameter(mlp.regions["down_proj", "weight"])
+    return [weight] if bias is None else [weight, bias]
 
 
 def _bias(mlp: GluMlp) -> Tensor | None:

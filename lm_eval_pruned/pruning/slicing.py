@@ -38,7 +38,7 @@ from lm_eval_pruned.pruning.measuring import (
     depth_in_memory,
 )
 from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.repair import cut_layer_by_layer
+from lm_eval_pruned.pruning.repair import CutMlp, cut_layer_by_layer
 from lm_eval_pruned.pruning.stacked import refused_by_grouped_mm
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
@@ -136,6 +136,7 @@ def carry_out(
     repaired: int | None = None
     kept: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
+    cut_mlps: Mapping[str, CutMlp] = {}
     # An error leaves the model whole: all is scored before the first MLP is narrowed.
     with contextlib.ExitStack() as on_error:
         if asked.calibration is not None:
@@ -160,13 +161,12 @@ def carry_out(
             }
             if asked.layer_by_layer:
                 text, device = evidence.text(), evidence.device or model.device
-                chosen, done = cut_layer_by_layer(
-                    *(model, text.tokens, cut, targets, scores, asked.repair),
-                    *(on_error, device),
+                cut_mlps = cut_layer_by_layer(
+                    model, text.tokens, cut, targets, scores, asked.repair, device
                 )
-                kept |= chosen
+                kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
                 if asked.repair != NO_REPAIR:
-                    repaired = done
+                    repaired = sum(mlp.repaired for mlp in cut_mlps.values())
                 calibration = text.as_dict() | unless_cpu(device)
             elif plan.criterion in CALIBRATED and evidence.known.calibration:
                 calibration = evidence.known.calibration.measured_on
@@ -175,7 +175,8 @@ def carry_out(
             # Copying holds no lock of the interpreter either: without threads, a load of a 1B
             # model takes two thirds longer on two cores.
             with ThreadPoolExecutor() as pool:
-                list(pool.map(_narrow_mlps, together, itertools.repeat(kept)))
+                todo = functools.partial(_narrow_mlps, kept=kept, cut=cut_mlps)
+                list(pool.map(todo, together))
             widths.copy_keys(widths.narrowed_config(targets), model.config)
             widths.describe_layers(model.config, targets)
         on_error.pop_all()
@@ -264,14 +265,24 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
     return narrowed
 
 
-def _narrow_mlps(mlps: Sequence[GluMlp], kept: Mapping[str, Tensor]) -> None:
-    """Narrow GLU-MLPs in place; those that share a parameter go together."""
+@torch.no_grad()
+def _narrow_mlps(
+    mlps: Sequence[GluMlp], kept: Mapping[str, Tensor], cut: Mapping[str, CutMlp]
+) -> None:
+    """Narrow GLU-MLPs in place, down as it was `cut`; those that share a parameter go together."""
     if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):
         return
     pieces = {}
     for mlp in mlps:
         for place in mlp.regions:
-            axis = NEURON_AXIS[place[0]] if place[1] == "weight" else 0
-            narrowed = narrow(mlp.weight(*place), kept[mlp.name], axis)
+            weight = mlp.weight(*place)
+            if place == ("down_proj", "weight") and mlp.name in cut:
+                narrowed = cut[mlp.name].down.to(weight.device)
+            else:
+                axis = NEURON_AXIS[place[0]] if place[1] == "weight" else 0
+                narrowed = narrow(weight, kept[mlp.name], axis)
             pieces[mlp.name, place[0], place[1]] = narrowed
     resize(mlps, pieces)
+    for mlp in mlps:
+        if mlp.name in cut and (bias := cut[mlp.name].bias) is not None:
+            mlp.projection("down_proj").bias.copy_(bias)

@@ -9,18 +9,20 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, NamedTuple
 
-from lm_eval_pruned.report.page import Section, Table, rendered, run_label
-from lm_eval_pruned.results.documents import Sample, read_samples
+from lm_eval_pruned.report.page import Section, rendered, run_label
 from lm_eval_pruned.results.groups import primary_metrics
+from lm_eval_pruned.util.tables import Column, Table
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lm_eval_pruned.compare.pairing import DocumentReader
+    from lm_eval_pruned.results.documents import Sample
     from lm_eval_pruned.results.files import Run
 
-    #: Whether each document was answered rightly, and its sample, by task and key.
-    _Answers = dict[tuple[str, tuple[str, int]], tuple[bool, Sample]]
+    #: Whether each document was answered rightly, and its sample, by what documents are matched by.
+    _Answers = dict[tuple[str, str, int], tuple[bool, Sample]]
 
 PAGE = "flips.html"
 #: What can become of an answer; what changes a score comes first.
@@ -43,8 +45,40 @@ class Change(NamedTuple):
     after: str
 
 
+class Counts(NamedTuple):
+    """What became of all answers of a run to a task: a kind for each, as `_kind` says it."""
+
+    run: str
+    task: str
+    metric: str
+    kinds: list[str | None]
+
+    @property
+    def changed(self) -> float | None:
+        """The share of other answers; None where the samples do not tell all of them."""
+        if None in self.kinds:
+            return None
+        return sum(map(bool, self.kinds)) / len(self.kinds)
+
+
+COUNTS = (
+    Column("run", lambda row: row.run),
+    Column("task", lambda row: row.task),
+    Column("metric", lambda row: row.metric),
+    Column("documents", lambda row: len(row.kinds), "d"),
+    Column(LOST, lambda row: row.kinds.count(LOST), "d"),
+    Column(GAINED, lambda row: row.kinds.count(GAINED), "d"),
+    Column("another answer", lambda row: row.changed, ".0%"),
+)
+
+
 def changed_answers(
-    title: str, base: Run, others: Sequence[Run], *, texts: bool = True
+    title: str,
+    base: Run,
+    others: Sequence[Run],
+    read: DocumentReader,
+    *,
+    texts: bool = True,
 ) -> tuple[Section | None, str]:
     """Compare the answers of runs with those of the base, document by document.
 
@@ -52,8 +86,8 @@ def changed_answers(
     samples of answers that are right or wrong. Without `texts` the page names documents by number
     and hash alone. ResultsError if a file of samples cannot be read or is incomplete.
     """
-    rows, not_counted, changes = find_changes(base, others)
-    if not rows:
+    counts, not_counted, changes = find_changes(base, others, read)
+    if not counts:
         return None, ""
     explanation = (
         "A pruned model as accurate as the unpruned one may answer other questions right "
@@ -61,12 +95,11 @@ def changed_answers(
         "most likely choice, or the text after the task's filter; free texts nearly always differ "
         "somewhere. A dash means that the samples do not tell which answer was chosen."
     )
-    columns = ["run", "task", "metric", "documents", LOST, GAINED, "another answer"]
     none = "Without samples, or without a metric that counts single documents as right or wrong"
     section = Section(
         "Changed answers",
         [explanation],
-        table=Table("Changed answers", columns, rows, text=3),
+        table=Table("Changed answers", COUNTS, counts),
         notes=[f"{none}: {', '.join(not_counted)}."] if not_counted else [],
         links=[("All of them, one by one", PAGE)],
     )
@@ -76,19 +109,19 @@ def changed_answers(
 
 
 def find_changes(
-    base: Run, others: Sequence[Run]
-) -> tuple[list[list[str]], list[str], list[Change]]:
+    base: Run, others: Sequence[Run], read: DocumentReader
+) -> tuple[list[Counts], list[str], list[Change]]:
     """Return counts by run and task, tasks without counts, and changes, those for the worse first."""
-    rows: list[list[str]] = []
+    found: list[Counts] = []
     not_counted: list[str] = []
     changes: list[Change] = []
     for task in base.tasks(subtasks=False):
-        metric, before = _counted(base, task)
+        metric, before = _counted(base, task, read)
         if not before:
             not_counted.append(task)
         for run in others:
             kinds, label = [], run_label(run)
-            for key, now in _answers(run, task, metric).items():
+            for key, now in _answers(run, task, metric, read).items():
                 if (was := before.get(key)) is None:
                     continue
                 pair = [sample.answer(metric) for _, sample in (was, now)]
@@ -96,38 +129,29 @@ def find_changes(
                 if kind:
                     texts = [_text(each, metric) for _, each in (was, now)]
                     changes.append(Change(kind, label, key[0], was[1], *texts))
-            if kinds:
-                counts = len(kinds), kinds.count(LOST), kinds.count(GAINED)
-                share = sum(map(bool, kinds)) / len(kinds)
-                another = "-" if None in kinds else f"{share:.0%}"
-                rows.append([label, task, metric, *map(str, counts), another])
+            found += [Counts(label, task, metric, kinds)] if kinds else []
     changes.sort(key=lambda change: KINDS.index(change.kind))
-    return rows, not_counted, changes
+    return found, not_counted, changes
 
 
-def _counted(base: Run, task: str) -> tuple[str, _Answers]:
+def _counted(base: Run, task: str, read: DocumentReader) -> tuple[str, _Answers]:
     """Return the first metric by which all answers are right or wrong, with them."""
     primary = primary_metrics([base])
     for key in sorted(base.scores, key=lambda key: key not in primary):
         # Of metrics to keep low, 1 is not right.
         wanted = key[0] == task and base.scores[key].higher_is_better is not False
-        if wanted and (found := _answers(base, *key)):
+        if wanted and (found := _answers(base, *key, read)):
             return key[1], found
     return "", {}
 
 
-def _answers(run: Run, task: str, metric: str) -> _Answers:
+def _answers(run: Run, task: str, metric: str, read: DocumentReader) -> _Answers:
     """Return answers by document; none where samples are missing or one is neither right nor wrong."""
-    leaves = run.leaves(task)
-    if (task, metric) not in run.scores or not run.samples.keys() >= {*leaves}:
+    documents = read(run, task, metric)
+    if documents is None or not {*documents.values} <= {0.0, 1.0}:
         return {}
-    found: _Answers = {}
-    for leaf in leaves:
-        for key, value, sample in read_samples(run, leaf, [metric])[metric]:
-            if value not in (0, 1):
-                return {}
-            found[leaf, key] = bool(value), sample
-    return found
+    rights = zip(documents.values.astype(bool), documents.samples, strict=True)
+    return dict(zip(documents.keys, rights, strict=True))
 
 
 def _kind(was_right: bool, is_right: bool, answers: Sequence[str | None]) -> str | None:

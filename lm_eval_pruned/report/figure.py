@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
-from lm_eval_pruned.compare.comparison_table import CORRELATIONS, DIFFERENCES
+from lm_eval_pruned.compare.comparison_table import (
+    CORRELATIONS,
+    DIFFERENCES,
+    table_of,
+)
 from lm_eval_pruned.report.page import Section
-from lm_eval_pruned.report.sections import declared_table
-from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.results.groups import (
     FAMILIES,
     SIDES,
@@ -34,7 +36,7 @@ from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratio
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.compare.judge import Difference
@@ -55,10 +57,7 @@ MEASURES = {
         "scores",
         "Scores",
         "score (%)",
-        (
-            "Dashed lines mark chance, dotted lines the score of always giving the commonest answer, "
-            "if the samples tell. Lower perplexities are better."
-        ),
+        "Lower perplexities are better.",
     ),
     "kept": (
         "kept",
@@ -77,8 +76,6 @@ TOLD = [column.title for column in DIFFERENCES]
 #: Levels that a panel has as rules, by column of the points, with their dashes.
 _RULES: dict[str, list[float]] = {
     "unpruned": [1, 0],
-    "chance": [7, 4],
-    "majority": [1.5, 3],
     (FLOOR := "highest floor"): [7, 2, 1.5, 2],
 }
 #: Columns of the share that is kept, with the ends of its interval.
@@ -92,47 +89,15 @@ TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
 
 
 def figure_section(
-    base: Run,
-    runs: Sequence[Run],
-    comparison: Comparison,
-    levels: Mapping[tuple[str, str], Levels],
+    base: Run, runs: Sequence[Run], comparison: Comparison
 ) -> Section | None:
-    """Return the figure over all series of sizes, with one file for each series and measure.
-
-    `levels` are chance and majority of the unpruned model, by task and metric.
-    """
-    said = (
-        "One line for each task, from the unpruned model at the left to the smallest at the right. "
-        f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); open "
-        "points show no difference; crosses were not tested."
-    )
-    interval = f"{1 - comparison.alpha:.0%} intervals"
-    of_scores = (
-        f"Bands are {interval} of the paired difference."
-        + " Dash-dotted lines, in the colours of the tasks, are floors: the best scores without "
-        "knowledge." * bool(comparison.floors)
-    )
-    known = [each for each in comparison.floors if each.primary]
-    if low := [each.task for each in known if each.above_floor is False]:
-        of_scores += (
-            f" The unpruned model is not shown to be above that of {', '.join(low)}."
-        )
+    """Return the figure over all series of sizes, with one file for each series and measure."""
     plots = []
     controls = [run for run in runs if is_control(run)]
     for series, members in series_of(runs).items():
         beside = [] if is_control(members[-1]) else controls
-        points = points_of([*members, *beside], base, comparison, levels)
-        for measure, (name, title, _, more) in MEASURES.items():
-            drawn = points[points["measure"] == measure]
-            # Text alone has no share that is kept.
-            keeps = measure == "kept" and "%" in {*drawn["unit"]}
-            if not keeps:
-                drawn = drawn[drawn["control"] == ""]
-            if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
-                name, title = f"{name}-{slug(series)}", f"{title} ({series})"
-                chart = measure_chart(drawn, measure)
-                bands = f"Bands are {interval} of single tests." if keeps else of_scores
-                plots.append(Plot(name, title, f"{said} {bands} {more}", chart))
+        drawn = measure_plots(series, [*members, *beside], base, comparison)
+        plots += drawn.values()
     scripts = [
         vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         files(__package__).joinpath("figure.js").read_text("utf-8"),
@@ -141,16 +106,61 @@ def figure_section(
     return Section(heading, plots=plots, scripts=scripts) if plots else None
 
 
+def measure_plots(
+    name: str,
+    members: Sequence[Run],
+    base: Run,
+    comparison: Comparison,
+    measures: Sequence[str] = tuple(MEASURES),
+) -> dict[str, Plot]:
+    """Return a plot of one series, or of one model, by measure; without those that have no points."""
+    found = {}
+    points = points_of(members, base, comparison)
+    for measure in measures:
+        file, title, _, more = MEASURES[measure]
+        drawn = points[points["measure"] == measure]
+        # Text alone has no share that is kept.
+        keeps = measure == "kept" and "%" in {*drawn["unit"]}
+        if not keeps:
+            drawn = drawn[drawn["control"] == ""]
+        if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
+            text = f"{_caption(comparison, keeps)} {more}"
+            about = f"{file}-{slug(name)}", f"{title} ({name})", text
+            found[measure] = Plot(*about, measure_chart(drawn, measure))
+    return found
+
+
+def _caption(comparison: Comparison, keeps: bool) -> str:
+    text = (
+        "One line for each task, from the unpruned model at the left to the smallest at the right. "
+        f"Filled points differ significantly from the unpruned model (q < {comparison.alpha:g}); open "
+        "points show no difference; crosses were not tested. "
+        f"Bands are {1 - comparison.alpha:.0%} intervals of "
+    )
+    cut = "; they are cut off where they reach far beyond the lines."
+    if keeps:
+        return f"{text}single tests{cut}"
+    text += f"the paired difference{cut}"
+    if comparison.floors:
+        text += (
+            " Dash-dotted lines, in the colours of the tasks, are floors: the best scores without "
+            "knowledge."
+        )
+    known = [each for each in comparison.floors if each.primary]
+    if low := [each.task for each in known if each.above_floor is False]:
+        text += (
+            f" The unpruned model is not shown to be above that of {', '.join(low)}."
+        )
+    return text
+
+
 def slug(name: str) -> str:
     """Return a name as part of a file's name."""
     return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower() or "all"
 
 
 def points_of(
-    members: Sequence[Run],
-    base: Run,
-    comparison: Comparison,
-    levels: Mapping[tuple[str, str], Levels],
+    members: Sequence[Run], base: Run, comparison: Comparison
 ) -> pd.DataFrame:
     """Return what is drawn of one series, in a row for each task, size and measure.
 
@@ -168,7 +178,7 @@ def points_of(
         rows = [row for row in drawn if (row.task, row.metric) == key]
         if not rows:
             continue
-        unpruned, known = base.scores[key], levels.get(key, Levels())
+        unpruned = base.scores[key]
         share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])
         family = family_of(key[0], base.metadata)
         about = {
@@ -177,8 +187,6 @@ def points_of(
             "side": family.side,
             "unit": "%" if share else key[1].removesuffix(",none"),
             "falls": unpruned.higher_is_better is False,
-            "chance": known.chance if share else None,
-            "majority": known.majority if share else None,
             FLOOR: floors.get(key),
         }
         told = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
@@ -201,7 +209,7 @@ def _point(row: Difference) -> dict[str, Any]:
     low, high = row.base_score + np.array([row.low, row.high], dtype=float)
     kept = row.floor and row.floor.kept
     share = (kept.share, kept.low, kept.high) if kept else (math.nan,) * 3
-    return {column.title: column.text(row) for column in DIFFERENCES} | {
+    return {column.title: column.cell(row).text for column in DIFFERENCES} | {
         "before": row.base_score,
         "after": row.score,
         "low": low,
@@ -216,7 +224,7 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Return the points that a measure has, with their places and levels by it."""
     if measure == "kept":
         return _kept(points)
-    base, chance, falls = points["before"], points["chance"], points["falls"]
+    base, falls = points["before"], points["falls"]
     shares = points["unit"] == "%"
 
     def placed(scores: pd.Series) -> pd.Series:
@@ -228,14 +236,11 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     ends = points[["low", "high"]]
     # The interval of a difference may reach beyond what a share can be.
     ends = ends.where(~shares, ends.clip(0, 1), axis=0).apply(placed)
-    rules = {"chance": 100 * chance, "majority": 100 * points["majority"]}
-    if measure != "raw":
-        rules = {"unit": "%", "unpruned": 100}
-        rules |= dict.fromkeys(("chance", "majority"), math.nan)
     low, high = ends.min(axis=1, skipna=False), ends.max(axis=1, skipna=False)
-    rules[FLOOR] = placed(points[FLOOR])
     places = {"value": placed(points["after"]), "low": low, "high": high}
-    found = points.assign(measure=measure, **places, **rules)
+    places[FLOOR] = placed(points[FLOOR])
+    relative = {"unit": "%", "unpruned": 100} if measure == "relative" else {}
+    found = points.assign(measure=measure, **places, **relative)
     return found.dropna(subset=["value", "ratio"])
 
 
@@ -252,12 +257,9 @@ def _kept(points: pd.DataFrame) -> pd.DataFrame:
     levels = {
         "unit": np.where(perplexity, NATS, np.where(text, NATS_OF_BYTES, "%")),
         "unpruned": np.where(text, 0, 100),
-        "chance": np.where(text, math.nan, 0),
-        # Knowledge, instructions and truthfulness are lines of one panel.
-        "side": SIDES[0],
+        FLOOR: np.where(text, math.nan, 0),
     }
-    without = dict.fromkeys(("majority", FLOOR), math.nan)
-    found = points.assign(measure="kept", **places, **levels, **without)
+    found = points.assign(measure="kept", **places, **levels)
     return found.dropna(subset=["value", "ratio"])
 
 
@@ -271,20 +273,20 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
         for family in families
         for task in data.loc[data["family"] == family, "line"]
     }
-    look = line_look(list(hues), hues)
+    look, own_floors = line_look(list(hues), hues), measure != "kept"
     panels = []
     data["side"] = pd.Categorical(data["side"], SIDES)
     for (_, unit), every in data.groupby(["side", "unit"], observed=True):
         beside = every["control"] != ""
         rows, random = every[~beside], every[beside]
         here = [families[name] for name in families if name in set(rows["family"])]
-        scale = alt.Scale(type="log" if is_perplexity(unit) else "linear")
+        scale = alt.Scale(type="log") if is_perplexity(unit) else _around(every)
         y = alt.Y("value:Q", scale=scale, axis=alt.Axis(tickCount=6, format=".6~r"))
         y = y.title([", ".join(here), MEASURES[measure][2] if unit == "%" else unit])
         rules = [
             alt.Chart(rows)
             .mark_rule(strokeDash=dash, color="var(--edge)")
-            .encode(look["color"] if level == FLOOR else alt.Color())
+            .encode(look["color"] if level == FLOOR and own_floors else alt.Color())
             .encode(y=f"{level}:Q", tooltip=["line:N", f"{level}:Q"])
             for level, dash in _RULES.items()
             if level in rows and rows[level].notna().any()
@@ -295,9 +297,21 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
             thin = chart.mark_line(strokeWidth=0.7, point={"size": 12}, opacity=0.7)
             rules.append(thin.encode(detail="control:N", tooltip=TOLD))
         panels.append(alt.layer(*rules, drawn))
-    chart = alt.concat(*panels, columns=2)
-    one = data["unit"].nunique() == 1
-    return chart.resolve_scale(y="shared" if one else "independent")
+    return alt.concat(*panels, columns=2).resolve_scale(y="independent")
+
+
+def _around(points: pd.DataFrame) -> alt.Scale:
+    """Return an axis for all values and levels, which intervals extend at each end by as much at most.
+
+    One score with few documents would otherwise leave a flat line of all others.
+    """
+    levels = [level for level in _RULES if level in points]
+    values = points[["value", *levels]].to_numpy(float)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    reach = high - low or abs(high) / 2 or 1.0
+    ends = np.fmin(low, points["low"].min()), np.fmax(high, points["high"].max())
+    domain = max(low - reach, float(ends[0])), min(high + reach, float(ends[1]))
+    return alt.Scale(domain=domain, zero=False)
 
 
 def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section | None:
@@ -329,6 +343,6 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
         plots.append(Plot(f"knowledge-truthfulness-{slug(series)}", title, said, chart))
     heading = "Knowledge against truthfulness"
     said = "The interval treats sizes as independent draws, which steps of pruning are not."
-    table = declared_table(heading, CORRELATIONS, rows, comparison.alpha)
+    table = table_of(heading, CORRELATIONS, rows, comparison.alpha)
     section = Section(heading, [said], table=table if rows else None, plots=plots)
     return section if plots else None

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lm_eval_pruned.report.page import MARKS, Cell, Section, Table
+from lm_eval_pruned.report.page import MARKS, Section
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import SENSITIVITY
+from lm_eval_pruned.util.tables import Cell, Column, Table
 
 
 if TYPE_CHECKING:
@@ -88,19 +89,18 @@ class LayerCurves:
 
     def table(self, share: int) -> Table:
         """Return the rise of the loss by layer and criterion where `share` percent are removed."""
-        columns = {name: name for name in self.criteria}
-        columns |= {RANDOM: f"random, seeds: {self.seeds}"} if self.seeds else {}
-        rows: list[list[Cell | str]] = []
-        for layer, of in self.rises.groupby("layer"):
-            cells = {}
-            for each in of[of["share"] == share].itertuples():
-                text = f"{each.rise:+.3f} {MARKS.get(each.verdict, '')}".rstrip()
-                if each.criterion == RANDOM:
-                    text += f" [{each.low:+.3f}, {each.high:+.3f}]"
-                cells[each.criterion] = Cell(text, each.verdict)
-            rows.append([str(layer), *(cells.get(name, "-") for name in columns)])
-        label = f"Rise of the loss at {share} %"
-        return Table(label, ["layer", *columns.values()], rows)
+        names = {name: name for name in self.criteria}
+        names |= {RANDOM: f"random, seeds: {self.seeds}"} if self.seeds else {}
+        shown = self.rises[self.rises["share"] == share]
+        known = {(each.layer, each.criterion): each for each in shown.itertuples()}
+
+        def of_criterion(name: str) -> Column:
+            cell = lambda layer: _rise(known.get((layer, name)))
+            return Column(names[name], cell, ">")
+
+        layers = sorted(self.rises["layer"].unique().tolist())
+        columns = [Column("layer", str), *map(of_criterion, names)]
+        return Table(f"Rise of the loss at {share} %", columns, layers)
 
     @property
     def explanation(self) -> list[str]:
@@ -151,6 +151,15 @@ class LayerCurves:
         )
         chart = panels.resolve_scale(y="independent")
         return [Plot("sensitivity-by-layer", "Criteria by layer", said, chart)]
+
+
+def _rise(point: Any) -> Cell | None:
+    if point is None:
+        return None
+    text = f"{point.rise:+.3f} {MARKS.get(point.verdict, '')}".rstrip()
+    if point.criterion == RANDOM:
+        text += f" [{point.low:+.3f}, {point.high:+.3f}]"
+    return Cell(text, point.verdict)
 
 
 def layers_section(sweep: SweepResults) -> Section | None:

@@ -1,21 +1,24 @@
-"""What a report is made of, sections with text, a table, plots and notes, and its two formats."""
+"""The one page of `report`, `verdict` and `study`: sections as HTML and Markdown, with their plots."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.palette import style
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.util.figures import Plot
+    from lm_eval_pruned.util.tables import Table
 
 
 #: How a verdict is shown; `restated` has no mark.
@@ -27,30 +30,6 @@ MARKS = {
     "not tested": "\u00d7",
     "not comparable": "\u00d7",
 }
-
-
-class Cell(NamedTuple):
-    """One cell of a table; the verdicts ``better`` and ``worse`` have a colour."""
-
-    text: str
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first `text` columns hold words and are aligned left."""
-
-    label: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
-    text: int = 1
-
-    def cells(self) -> list[list[Cell]]:
-        """Return the rows; text alone is a cell without verdict."""
-        return [
-            [Cell(each) if isinstance(each, str) else each for each in row]
-            for row in self.rows
-        ]
 
 
 @dataclass(frozen=True)
@@ -105,17 +84,29 @@ def only_these(scripts: Sequence[str]) -> str:
     return " ".join(sources) or "'none'"
 
 
-def as_files(
-    stem: str, title: str, subtitle: str, sections: Sequence[Section], scores: str
-) -> dict[str, str | bytes]:
-    """Return a page as HTML, which holds `scores` in CSV, as Markdown, and its plots, by file."""
+def write_page(
+    folder: Path,
+    stem: str,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    scores: Sequence[Mapping[str, Any]],
+) -> list[Path]:
+    """Write a page as HTML and as Markdown, and its plots; return the files, the HTML first.
+
+    `scores` are the rows of the CSV that the HTML hands on.
+    """
     scripts = [script for section in sections for script in section.scripts]
     shown: Any = {"title": title, "subtitle": subtitle, "sections": sections}
-    csv = base64.b64encode(scores.encode("utf-8")).decode("ascii")
+    csv = base64.b64encode(csv_table(scores).encode("utf-8")).decode("ascii")
     page = rendered("template.html", **shown, scores=csv, scripts=scripts)
-    found = {f"{stem}.html": page, f"{stem}.md": as_markdown(**shown)}
-    plots = (plot for section in sections for plot in section.plots)
-    return found | {k: v for plot in plots for k, v in plot.files("plots/").items()}
+    files: dict[str, str | bytes] = {f"{stem}.html": page}
+    files[f"{stem}.md"] = as_markdown(**shown)
+    for plot in (plot for section in sections for plot in section.plots):
+        files |= plot.files("plots/")
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
 
 
 def as_markdown(
@@ -130,10 +121,9 @@ def as_markdown(
         parts += [f"## {section.heading}", *map(_plain, section.paragraphs)]
         parts += [f"[{_plain(text)}]({file})" for text, file in section.links]
         if table := section.table:
-            columns = [_not_html(name) for name in table.columns]
+            titles = map(_not_html, table.titles)
             rows = [[_not_html(cell.text) for cell in row] for row in table.cells()]
-            align = "l" * table.text + "r" * (len(columns) - table.text)
-            parts.append(markdown_table(columns, rows, align, padded=padded))
+            parts.append(markdown_table([*titles], rows, table.align, padded=padded))
         for plot in section.plots:
             text = f"{plot.title}. {plot.description}".translate({91: "(", 93: ")"})
             parts.append(f"![{_plain(text)}](plots/{plot.name}.png)")

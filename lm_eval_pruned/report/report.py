@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
-from lm_eval_pruned.compare.comparison_table import beside
+from lm_eval_pruned.compare.comparison_table import record
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report import pairs, sections as words
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.report.figure import figure_section, truthfulness_section
 from lm_eval_pruned.report.layers import layers_section
-from lm_eval_pruned.report.page import as_files
+from lm_eval_pruned.report.page import write_page
 from lm_eval_pruned.results.files import as_mapping
 from lm_eval_pruned.results.groups import healing_name
 from lm_eval_pruned.results.runs import read_sweep
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.results.files import Run
 
-#: Columns of ``results.csv`` that are attributes of a `Difference`.
-_COMPARED = (
-    *("difference", "relative", "low", "high", "p", "q", "smallest_detectable"),
-    *("method", "primary", "verdict"),
-)
-
 
 def write_report(
     folder: str | Path,
@@ -39,34 +33,34 @@ def write_report(
     *,
     alpha: float = 0.05,
     texts: bool = True,
+    read: DocumentReader | None = None,
 ) -> list[Path]:
     """Write the report of a sweep folder and return its files, ``report.html`` first.
 
     They go to `output_path`, by default ``report`` in the sweep folder. `alpha` is the level of the
-    tests; without `texts`, ``flips.html`` does not show what was asked and answered. ResultsError if
-    the folder holds no sweep that can be read, or no baseline; ValueError if `alpha` is out of range.
+    tests; without `texts`, ``flips.html`` does not show what was asked and answered; `read` knows
+    documents already. ResultsError if the folder holds no sweep that can be read, or no baseline;
+    ValueError if `alpha` is out of range.
     """
     sweep = read_sweep(folder)
     base, others = split_sweep(list(sweep.runs), str(folder))
     target = Path(output_path) if output_path else sweep.path / "report"
-    runs, read = [base, *others], DocumentReader()
+    runs, read = [base, *others], read or DocumentReader()
     comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
     asked = [*comparable, *sweep.floors] if comparable else []
     # Answers are on the page of changed answers alone, which can be left out.
     comparison = compare(base, asked, alpha=alpha, read=read, texts=False)
     known = {(row.run, row.task, row.metric): row.floor for row in comparison.rows}
-    compared = {key[1:]: read(base, *key[1:]) for key in known}
-    levels = {key: of.levels for key, of in compared.items() if of}
     title = f"Width pruning of {_model_name(base)}"
     subtitle = (
         f"{len(runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
         f"the unpruned model ({base.name})"
     )
-    answers, changes = changed_answers(title, base, others, texts=texts)
+    answers, changes = changed_answers(title, base, others, read, texts=texts)
     found = [
         words.families_section(runs, comparison),
         words.floors_section(comparison),
-        figure_section(base, runs, comparison, levels),
+        figure_section(base, runs, comparison),
         words.scores_section(base, others, comparison),
         words.levels_section(base, comparable, alpha, read),
         words.differences_section(others, comparison),
@@ -79,24 +73,23 @@ def write_report(
         words.repeating_section(sweep, base),
         words.remarks_section(sweep, others, comparison),
     ]
-    scores = as_csv(base, others, comparison)
+    records = _records(base, others, comparison)
     sections = [section for section in found if section is not None]
-    files = as_files("report", title, subtitle, sections, scores)
-    files["results.csv"] = scores
-    if answers:
-        files[PAGE] = changes
-    else:
+    files = write_page(target, "report", title, subtitle, sections, records)
+    more = {"results.csv": csv_table(records), **({PAGE: changes} if answers else {})}
+    for name, content in more.items():
+        write_atomically(target / name, content)
+    if not answers:
         # Of an earlier report, whose texts must not stay behind.
         (target / PAGE).unlink(missing_ok=True)
-    for name, content in files.items():
-        write_atomically(target / name, content)
-    return [target / name for name in files]
+    return [*files, *(target / name for name in more)]
 
 
-def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
+def _records(
+    base: Run, others: Sequence[Run], comparison: Comparison
+) -> list[dict[str, Any]]:
     """Return all scores in long form, one row per run, task and metric."""
-    found = {(row.run, row.task, row.metric): row for row in comparison.rows}
-    more = dict.fromkeys(name for row in found.values() for name in beside(row))
+    found = {(row.run, row.task, row.metric): record(row) for row in comparison.rows}
     rows = []
     for run in (base, *others):
         for (task, metric), score in run.scores.items():
@@ -116,10 +109,8 @@ def as_csv(base: Run, others: Sequence[Run], comparison: Comparison) -> str:
                 "documents": score.documents,
                 "base": base.name,
             }
-            difference = found.get((run.name, task, metric))
-            compared = {name: getattr(difference, name, None) for name in _COMPARED}
-            rows.append(row | compared | more | beside(difference) | row)
-    return csv_table(rows[0], rows)
+            rows.append(row | found.get((run.name, task, metric), {}) | row)
+    return rows
 
 
 def _model_name(run: Run) -> str:

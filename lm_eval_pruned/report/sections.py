@@ -15,13 +15,10 @@ from lm_eval_pruned.compare.comparison_table import (
     FLOOR,
     FLOORS,
     TRENDS,
-    Column,
-    filled,
-    number_text,
-    titles,
+    table_of,
 )
 from lm_eval_pruned.compare.floors import standings
-from lm_eval_pruned.report.page import MARKS, Cell, Section, Table, run_label
+from lm_eval_pruned.report.page import MARKS, Section, run_label
 from lm_eval_pruned.results.files import Score, as_mapping
 from lm_eval_pruned.results.groups import (
     FAMILIES,
@@ -30,6 +27,7 @@ from lm_eval_pruned.results.groups import (
     series_of,
 )
 from lm_eval_pruned.results.runs import setting_of
+from lm_eval_pruned.util.tables import Cell, Column, Table
 
 
 if TYPE_CHECKING:
@@ -44,8 +42,6 @@ if TYPE_CHECKING:
 
 #: Mark of a score that is not shown to be above the floor.
 AT_FLOOR = "\u2581"
-#: Columns of differences in the colour of the verdict.
-COLOURED = ("difference", "verdict")
 #: What a row of ``results.csv`` says in addition.
 LEFT_OUT = ("relative", "p", "test", "margin", "q margin")
 
@@ -69,18 +65,22 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     if not found:
         return None
     ratios = sorted({each for of in found.values() for each in of}, key=float)[::-1]
-    rows: list[list[Cell | str]] = [
-        [*start, *(_counted(found[start].get(ratio, {})) for ratio in ratios)]
-        for start in sorted(found, key=lambda start: labels.index(start[0]))
-    ]
     heading = "Families of tasks by size"
     text = (
         "Tasks of each family that are better or worse than the unpruned model at q < "
         f"{comparison.alpha:g}, by expansion ratio. No difference shown does not mean that "
         "there is none: the table of differences says how large one could have been detected."
     )
-    table = Table(heading, ["family", "pruned by", *ratios], rows, text=2)
-    return Section(heading, [text], table=table)
+    columns = [
+        Column("family", lambda start: start[0]),
+        Column("pruned by", lambda start: start[1]),
+        *(
+            Column(at, lambda start, at=at: _counted(found[start].get(at, {})), ">")
+            for at in ratios
+        ),
+    ]
+    rows = sorted(found, key=lambda start: labels.index(start[0]))
+    return Section(heading, [text], table=Table(heading, columns, rows))
 
 
 def _counted(counts: Mapping[tuple[str, str], int]) -> Cell:
@@ -95,7 +95,7 @@ def floors_section(comparison: Comparison) -> Section | None:
     if not comparison.floors:
         return None
     heading = "Floors: scores without knowledge"
-    table = declared_table(heading, FLOORS, comparison.floors, comparison.alpha)
+    table = table_of(heading, FLOORS, comparison.floors, comparison.alpha)
     return Section(heading, [FLOOR], table=table)
 
 
@@ -106,16 +106,15 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     primary |= {*primary_metrics([base])}
     floors = {(each.task, each.metric): each for each in comparison.floors}
     arrows = {True: " \u2191", False: " \u2193", None: " "}
-    rows: list[list[Cell | str]] = []
-    for key, score in base.scores.items():
-        if key[0] in base.tasks(subtasks=False):
-            name = key[1].removesuffix(",none") + arrows[score.higher_is_better]
-            name += "" if key in primary else " \u2020"
-            floor = floors.get(key)
-            low = f" {AT_FLOOR}" if floor and floor.above_floor is False else ""
-            least = [f"{floor.floor:.4f}" if floor else "-"] if floors else []
-            cells = [_score_cell(found.get((run.name, *key))) for run in others]
-            rows.append([key[0], name, *least, f"{score.value:.4f}{low}", *cells])
+
+    def metric(key: tuple[str, str]) -> str:
+        name = key[1].removesuffix(",none") + arrows[base.scores[key].higher_is_better]
+        return name + " \u2020" * (key not in primary)
+
+    def unpruned(key: tuple[str, str]) -> str:
+        low = key in floors and floors[key].above_floor is False
+        return f"{base.scores[key].value:.4f}{f' {AT_FLOOR}' if low else ''}"
+
     legend = (
         "\u25b2 better, \u25bc worse and \u25c6 different from the unpruned model, significant at "
         f"{comparison.alpha:g} after a correction over the sizes of each task (Benjamini-Hochberg); "
@@ -125,9 +124,24 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     )
     if floors:
         legend += f" {AT_FLOOR} not shown to be above the floor."
-    least = ["floor"] * bool(floors)
-    columns = ["task", "metric", *least, *map(run_label, [base, *others])]
-    return Section("Scores", [legend], table=Table("Scores", columns, rows, text=2))
+
+    def of_run(run: Run) -> Column:
+        cell = lambda key: _score_cell(found.get((run.name, *key)))
+        return Column(run_label(run), cell, ">")
+
+    floor = Column(
+        "floor", lambda key: floors[key].floor if key in floors else None, ".4f"
+    )
+    columns = [
+        Column("task", lambda key: key[0]),
+        Column("metric", metric),
+        *([floor] if floors else []),
+        Column(run_label(base), unpruned, ">"),
+        *map(of_run, others),
+    ]
+    tasks = base.tasks(subtasks=False)
+    rows = [key for key in base.scores if key[0] in tasks]
+    return Section("Scores", [legend], table=Table("Scores", columns, rows))
 
 
 def _score_cell(row: Difference | None) -> Cell:
@@ -163,17 +177,25 @@ def levels_section(
                 lambda run, *_, documents=documents: documents[run.name],
             )
             if found:
-                standing = [found.get((run.name, *key)) for run in others]
-                kept = [(each and each.kept_text) or "-" for each in standing]
-                score = one.scores[key]
-                unpruned = str(score.documents), number_text(score.value, ".4f")
-                rows.append([key[0], level, *unpruned, *kept])
+                kept = {
+                    run: standing.kept_text for (run, *_), standing in found.items()
+                }
+                rows.append((key[0], level, one.scores[key], kept))
     text = (
         "Of each level, the share of what the unpruned model scores above the exact floor, with the "
         f"{1 - alpha:.0%} interval of a single test."
     )
-    columns = ["task", "level", "documents", *map(run_label, [base, *others])]
-    table = Table("Kept by level", columns, rows, text=2)
+    columns = [
+        Column("task", lambda row: row[0]),
+        Column("level", lambda row: row[1]),
+        Column("documents", lambda row: row[2].documents, "d"),
+        Column(run_label(base), lambda row: row[2].value, ".4f"),
+        *(
+            Column(run_label(run), lambda row, name=run.name: row[3].get(name), ">")
+            for run in others
+        ),
+    ]
+    table = Table("Kept by level", columns, rows)
     return Section(table.label, [text], table=table) if rows else None
 
 
@@ -215,17 +237,8 @@ def compared_section(
     columns = [each for each in DIFFERENCES if each.title not in LEFT_OUT]
     tests = {row.method for row in rows}
     told = [text, f"Tests: {'; '.join(sorted(tests))}."]
-    table = declared_table(heading, filled(columns, rows), rows, alpha)
+    table = table_of(heading, columns, rows, alpha)
     return Section(heading, told, table=table, notes=notes)
-
-
-def declared_table(
-    label: str, columns: Sequence[Column], rows: Sequence[Any], alpha: float
-) -> Table:
-    """Return rows in columns that `compare` declares."""
-    colour = lambda row, of: row.verdict if of.title in COLOURED else ""
-    cells = [[Cell(e.text(row), colour(row, e)) for e in columns] for row in rows]
-    return Table(label, titles(columns, alpha), cells, text=3)
 
 
 def trends_section(comparison: Comparison) -> Section | None:
@@ -235,7 +248,7 @@ def trends_section(comparison: Comparison) -> Section | None:
         "with pruning. Each document has a slope, and their mean is tested over documents, because "
         "the sizes are not independent draws. A score that rises and then falls can have a slope of 0."
     )
-    table = declared_table("Trends", TRENDS, comparison.trends, comparison.alpha)
+    table = table_of("Trends", TRENDS, comparison.trends, comparison.alpha)
     heading = "Trends over expansion ratios"
     return Section(heading, [text], table=table) if comparison.trends else None
 
@@ -249,25 +262,36 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
             parts = as_mapping(block.get("sources")).items()
             sources |= {f"{part.upper()}: {of['kind']}" for part, of in parts if of}
             notes |= dict.fromkeys(block.get("notes") or ())
-            for kind, record in as_mapping(block.get("request_types")).items():
-                seconds, tokens = record.get("seconds"), record.get("generated_tokens")
-                joules = as_mapping(record.get("joules")).get("total")
-                per_token = record.get("joules_per_processed_token")
-                latency = 1000 * seconds / tokens if seconds and tokens else None
-                forms = ",.1f", ",.1f", ".4g", ".4g"
-                told = map(number_text, (seconds, joules, per_token, latency), forms)
-                rows.append([run_label(run), tasks, kind, *told])
-    if not rows:
-        return None
+            kinds = as_mapping(block.get("request_types")).items()
+            rows += [(run_label(run), tasks, kind, record) for kind, record in kinds]
     said = (
         "As metered while the tasks ran, including everything else that the machine did. "
         f"Sources: {'; '.join(sorted(sources)) or 'not known'}. Modelled energy is an estimate, not "
         "a measurement. The time per generated token includes reading the prompts."
     )
-    columns = ["configuration", "tasks", "requests", "seconds", "joules"]
-    columns += ["J / processed token", "ms / generated token"]
-    table = Table("Energy and latency", columns, rows, text=3)
-    return Section(table.label, [said], table=table, notes=list(notes))
+    table = Table("Energy and latency", _ENERGY, rows)
+    return Section(table.label, [said], table=table, notes=[*notes]) if rows else None
+
+
+def _latency(row: tuple[Any, ...]) -> float | None:
+    seconds, tokens = row[3].get("seconds"), row[3].get("generated_tokens")
+    return 1000 * seconds / tokens if seconds and tokens else None
+
+
+#: Of a configuration, its tasks, a kind of request, and what the meter logged.
+_ENERGY = (
+    Column("configuration", lambda row: row[0]),
+    Column("tasks", lambda row: row[1]),
+    Column("requests", lambda row: row[2]),
+    Column("seconds", lambda row: row[3].get("seconds"), ",.1f"),
+    Column("joules", lambda row: as_mapping(row[3].get("joules")).get("total"), ",.1f"),
+    Column(
+        "J / processed token",
+        lambda row: row[3].get("joules_per_processed_token"),
+        ".4g",
+    ),
+    Column("ms / generated token", _latency, ".4g"),
+)
 
 
 def repeating_section(sweep: SweepResults, base: Run) -> Section:

@@ -7,6 +7,7 @@ import json
 import math
 import os.path
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import special
 
+from lm_eval_pruned.results import bbq
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
@@ -59,12 +61,18 @@ class Transform(NamedTuple):
 
 #: Probability of the right choice among all choices of a document, which the harness does not report.
 CHOICE_PROB = "choice_prob,none"
+#: Divergence from the base over the whole vocabulary, in nats per token, which a verdict measures.
+KL = "kl,none"
 #: The transforms that are tried, in this order, until one yields the reported score.
 TRANSFORMS = {
     "mean": Transform(1.0),
     "perplexity": Transform(-1.0, exponential=True),
     "bits_per_byte": Transform(-1 / math.log(2)),
+    # A mean, too, of values that could be any number, although those at hand lie between 0 and 1.
+    "unbounded": Transform(1.0),
 }
+#: Means that have no bounds, by the beginnings of their names; `bbq` holds the last two.
+_UNBOUNDED = ("kl,", "amb_bias_score", "disamb_bias_score")
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,7 @@ class Documents:
         clusters: Cluster of each document, length n, or None if documents are independent.
         transform: Name in `TRANSFORMS`.
         levels: Where the documents tell.
-        replies: Answer to each document, length n; None where the samples do not tell.
-        level: Level of each document, length n; empty where the task declares no field for it.
+        samples: The line of each document, length n; empty where they are not known.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -148,8 +155,13 @@ class Documents:
     clusters: tuple[str, ...] | None
     transform: str
     levels: Levels = Levels()
-    replies: tuple[Reply | None, ...] = ()
-    level: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def level(self) -> tuple[str, ...]:
+        """Level of each document, length n; empty where the task declares no field for it."""
+        levels = tuple(sample.level for sample in self.samples)
+        return levels if all(levels) else ()
 
     def at(self, level: str) -> Documents:
         """Return the documents of a level, of which no score without knowledge is known."""
@@ -170,7 +182,7 @@ class Documents:
     ) -> Documents:
         found: dict[str, Any] = {"keys": keys}
         found |= {"values": self.values[order], "weights": self.weights[order]}
-        for name in ("clusters", "replies", "level"):
+        for name in ("clusters", "samples"):
             of = getattr(self, name)
             found[name] = of and tuple(of[index] for index in order)
         return replace(self, **found)
@@ -213,10 +225,16 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
 def _documents(
     metric: str, lines: Sequence[tuple[Any, ...]], reported: Score | None
 ) -> Documents | None:
+    unbounded = metric.startswith(_UNBOUNDED)
+    if unbounded and metric != KL:
+        lines = bbq.with_contributions(metric, lines)
+    if not lines:
+        return None
+    transforms = [name for name in TRANSFORMS if (name == "unbounded") == unbounded]
     keys, sizes, raw, samples = zip(*lines, strict=True)
     # The score of a group is a mean over documents, or over tasks.
     for (values, weights), divisor, transform in itertools.product(
-        _readings(raw), (1, np.array(sizes)), TRANSFORMS
+        _readings(raw), (1, np.array(sizes)), transforms
     ):
         weights = weights / divisor
         with np.errstate(over="ignore"):
@@ -227,10 +245,7 @@ def _documents(
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
             levels = _levels(samples, weights, metric)
-            replies = tuple(sample.reply for sample in samples)
-            level = tuple(sample.level for sample in samples)
-            level = level if all(level) else ()
-            found = keys, values, weights, grouped, transform, levels, replies, level
+            found = keys, values, weights, grouped, transform, levels, samples
             return Documents(*found)
     return None
 
@@ -335,6 +350,9 @@ def read_sample(
     several = as_mapping(document.get("mc2_targets"))
     if texts and texts == [str(each).strip() for each in several.get("choices") or ()]:
         chance = float(np.mean(several["labels"]))
+    elif texts and document.get("context_condition") == "ambig":
+        # All choices but two people say that nobody can know, and are right.
+        chance = (len(texts) - 2) / len(texts)
     elif target.strip().isdecimal() and int(target) < len(texts):
         right = int(target)
     elif texts.count(target.strip()) == 1:
@@ -343,6 +361,8 @@ def read_sample(
     about = document.get(metadata.get("cluster") or next(by_name, ""))
     cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
+    # Every run was asked the same, and a command keeps what it has read.
+    prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
     asked = number, digest, cluster, prompt, target, choices, right, chance
     level = str(document.get(metadata.get("level", ""), ""))
     return Sample(*asked, *_answered(row, endings), level)

@@ -27,6 +27,8 @@ PRIMARY = "primary_metric"
 MISMATCHED = "mismatched_questions"
 #: Model types that know nothing.
 _FLOORS = ("constant", "echo")
+#: Scores of BBQ, which the harness wants low; but below 0 a model is biased the other way.
+_BIAS_OF_BBQ = ("amb_bias_score", "disamb_bias_score")
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
 
 
@@ -235,7 +237,8 @@ def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:
             if comma and not name.endswith("_stderr") and is_number(value):
                 stderr = metrics.get(f"{name}_stderr,{filter_name}")
                 error = float(stderr) if is_number(stderr) else None
-                score = Score(float(value), error, better.get(name), documents)
+                up = None if name.startswith(_BIAS_OF_BBQ) else better.get(name)
+                score = Score(float(value), error, up, documents)
                 yield (task, metric), score
 
 

@@ -39,6 +39,8 @@ _COMMONSENSE = "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)
 _LANGUAGE = "wikitext|lambada|^held_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
 #: Metrics that are shares of 1, by parts of their names.
 _SHARES = "(^|_)acc(uracy|_norm)?(,|$)|^(exact_match|em|mc[12]|choice_prob|bias|pct_stereotype)(,|$)"
+#: Metrics that say which way a model is biased; the last two are BBQ's, overall and by category.
+_BIASES = r"(bias|pct_stereotype)(,|$)|(dis)?amb_bias_score(_|,|$)"
 #: In the order of legends; the first whose expression is found counts.
 FAMILIES = (
     Family("knowledge", "Knowledge", KNOWLEDGE, _KNOWLEDGE),
@@ -149,6 +151,11 @@ def primary_metrics(
     ]
 
 
+def is_bias(metric: str) -> bool:
+    """Whether a metric says which way a model is biased; neither way is better."""
+    return re.match(_BIASES, metric) is not None
+
+
 def is_perplexity(metric: str) -> bool:
     """Whether a metric is a perplexity, whose logarithm is the mean over documents."""
     return "perplexity" in metric
@@ -156,7 +163,7 @@ def is_perplexity(metric: str) -> bool:
 
 def is_loss(metric: str) -> bool:
     """Whether a metric is a loss on text, which has no bound."""
-    return is_perplexity(metric) or "bits_per_byte" in metric
+    return re.search("perplexity|bits_per_byte|^kl(,|$)", metric) is not None
 
 
 def is_share(metric: str, values: Collection[float] = ()) -> bool:

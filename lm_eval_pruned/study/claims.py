@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lm_eval_pruned.report.page import Table
 from lm_eval_pruned.results.groups import KNOWLEDGE, SIDES, TEXT, is_perplexity
 from lm_eval_pruned.study.findings import against_text, size_of, way_text
 from lm_eval_pruned.study.sides import (
@@ -18,6 +17,7 @@ from lm_eval_pruned.study.sides import (
     first_in,
     state_at,
 )
+from lm_eval_pruned.util.tables import Column, Table
 
 
 if TYPE_CHECKING:
@@ -45,8 +45,13 @@ def claims_table(findings: Findings) -> Table:
         *_of_criteria(findings),
         *_of_cost(findings),
     ]
-    columns = ["claim", "paper", "shown here", "evidence"]
-    return Table("Claims of the paper", columns, rows, text=4)
+    columns = (
+        Column("claim", lambda claim: claim.claim),
+        Column("paper", lambda claim: claim.versions),
+        Column("shown here", lambda claim: claim.shown),
+        Column("evidence", lambda claim: claim.evidence),
+    )
+    return Table("Claims of the paper", columns, rows)
 
 
 def _answer(state: str, *claimed: str) -> str:

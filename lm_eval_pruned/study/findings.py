@@ -143,6 +143,7 @@ def read_findings(
     alpha: float = 0.05,
     margin: str = MARGIN,
     families: Mapping[str, str] | None = None,
+    read: DocumentReader | None = None,
 ) -> Findings:
     """Compare the runs of a study.
 
@@ -152,6 +153,7 @@ def read_findings(
         margin: How far a score may be away from that of the unpruned model and be kept; see
             `compare.margin.Margin`.
         families: The family of each task that declares none.
+        read: Knows documents already.
 
     Raises:
         ResultsError: No unpruned or no pruned model is done.
@@ -170,11 +172,8 @@ def read_findings(
         raise ResultsError(f"{sweep.path} holds no finished pruned model yet.")
     cuts = ways.pop(main)
     cuts.sort(key=lambda run: -(run.expansion_ratio or 0))
-    read, tasks, known = (
-        DocumentReader(),
-        [],
-        {family.name: family for family in FAMILIES},
-    )
+    read, tasks = read or DocumentReader(), []
+    known = {family.name: family for family in FAMILIES}
     comparison = compare(
         *(base, [*cuts, *sweep.floors]),
         alpha=alpha,

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from operator import methodcaller
+from typing import TYPE_CHECKING
 
-from lm_eval_pruned.report.figure import MEASURES, measure_chart, points_of, slug
-from lm_eval_pruned.report.page import (
-    Cell,
-    Section,
-    Table,
-    as_markdown,
-    rendered,
-)
-from lm_eval_pruned.results.documents import Levels
+from lm_eval_pruned.report.figure import MEASURES, measure_plots
+from lm_eval_pruned.report.page import Section, write_page
 from lm_eval_pruned.study.claims import claims_table
 from lm_eval_pruned.study.findings import open_questions, over_all, sentences, size_of
 from lm_eval_pruned.study.sides import FALLS, KEEPS, RISES, UNKNOWN
-from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.util.figures import Plot
-from lm_eval_pruned.util.tables import csv_table
+from lm_eval_pruned.util.tables import Cell, Column, Table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from lm_eval_pruned.compare.judge import Difference
+    from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.study.findings import Findings
 
 #: What is shown of a score, and its colour.
@@ -37,6 +30,8 @@ MARKS = {
     KEEPS: ("=", ""),
     UNKNOWN: ("\u25cb", ""),
 }
+#: After a score that is not shown to be above the floor.
+AT_FLOOR = " \u2264"
 LEGEND = (
     "\u25b2 rises and \u25bc falls, = is shown to lie within the margin, \u25cb cannot tell; \u2264 not shown to "
     "be above the floor, the best score without knowledge: exact, from chance, "
@@ -55,22 +50,22 @@ def published_of(model: str) -> dict[tuple[str, str, float], float]:
     }
 
 
-def write_page(folder: Path, models: Mapping[str, Findings]) -> list[Path]:
+def write_study(folder: Path, models: Mapping[str, Findings]) -> list[Path]:
     """Write ``study.html``, ``study.md`` and the figures, and return their paths."""
-    sections, rows, subtitles = [], [], []
+    sections, records, subtitles = [], [], []
     if len(models) > 1:
         sections.append(Section("All models", [over_all(models)]))
     for name, findings in models.items():
         table = _table(findings, published_of(name))
         for row in table.cells():
-            cells = zip(table.columns, (cell.text for cell in row), strict=True)
-            rows.append({"model": name, **dict(cells)})
-        notes = open_questions(findings)
+            shown = zip(table.titles, (cell.text for cell in row), strict=True)
+            records.append({"model": name, **dict(shown)})
         links = {
             "All differences, tests and answers": f"{name}/report/report.html",
             "Energy and latency": f"{name}/profile/profile.md",
         }
         there = [each for each in links.items() if (folder / each[1]).is_file()]
+        notes = open_questions(findings)
         sections += [
             Section(f"{name}: verdict", [" ".join(sentences(name, findings))]),
             Section(f"{name}: claims", table=claims_table(findings)),
@@ -82,70 +77,60 @@ def write_page(folder: Path, models: Mapping[str, Findings]) -> list[Path]:
             "in its" if findings.definition.get("apply_chat_template") else "without a"
         )
         subtitles.append(f"{name}: prompted {how} chat template")
-    columns = dict.fromkeys(column for row in rows for column in row)
-    scores = base64.b64encode(csv_table(columns, rows).encode()).decode("ascii")
     title = f"The width pruning dichotomy in {', '.join(models)}"
-    shown: Any = {"title": title, "subtitle": "; ".join(subtitles)}
-    shown["sections"] = sections
-    page = rendered("template.html", **shown, scores=scores, scripts=[])
-    written: dict[str, str | bytes] = {"study.html": page}
-    written["study.md"] = as_markdown(**shown)
-    plots = [plot for section in sections for plot in section.plots]
-    written |= {f"plots/{plot.name}.svg": plot.svg for plot in plots}
-    written |= {f"plots/{plot.name}.png": plot.png for plot in plots}
-    for file, content in written.items():
-        write_atomically(folder / file, content)
-    return [folder / file for file in written]
+    return write_page(folder, "study", title, "; ".join(subtitles), sections, records)
 
 
 def _table(
     findings: Findings, published: Mapping[tuple[str, str, float], float]
 ) -> Table:
-    sizes = [size_of(run) for run in findings.cuts]
-    rows = []
+    """Return the scores by size: cut by the criterion, by each other way, and as published."""
+    sizes = {run.name: f"{size_of(run):g} %" for run in findings.cuts}
+    rows: list[dict[str, str | Cell]] = []
     for task in findings.tasks:
-        key, cells = (task.task, task.metric), {}
-        for row, state in zip(task.rows, task.states, strict=True):
-            mark, colour = MARKS[state]
-            below = "\u2264" * row.at_floor
-            cells[row.run] = Cell(f"{row.score:.3f} {mark}{below}", colour)
-        unpruned = f"{task.rows[0].base_score:.3f}{'' if task.can_fall else ' ≤'}"
-        own = [cells.get(run.name, "-") for run in findings.cuts]
-        rows.append([task.task, findings.criterion, task.level, unpruned, *own])
-        for way, runs in findings.beside.items():
-            scored = [
-                (size_of(r), r.scores[key].value) for r in runs if key in r.scores
-            ]
-            seeds = [[score for at, score in scored if at == size] for size in sizes]
-            means = [sum(drawn) / len(drawn) if drawn else None for drawn in seeds]
-            rows += [[task.task, way, "", "", *_texts(means)]] if scored else []
-        public = [published.get((*key, size)) for size in (0.0, *sizes)]
-        rows += (
-            [[task.task, "as published", "", *_texts(public)]] if any(public) else []
-        )
-    columns = ["task", "cut by", "floor", "unpruned", *(f"{s:g} %" for s in sizes)]
-    return Table("Scores by size", columns, rows, text=2)
+        key = task.task, task.metric
+        base = f"{task.rows[0].base_score:.3f}{'' if task.can_fall else AT_FLOOR}"
+        first = {"task": task.task, "cut by": findings.criterion, "floor": task.level}
+        shown = zip(task.rows, task.states, strict=True)
+        cells = {sizes[row.run]: _score(row, state) for row, state in shown}
+        rows.append({**first, "unpruned": base, **cells})
+        ways = {way: _means(runs, key) for way, runs in findings.beside.items()}
+        public = {n: v for (*of, n), v in published.items() if (*of,) == key}
+        ways["as published"] = {
+            f"{n:g} %" if n else "unpruned": f"{v:.3f}" for n, v in public.items()
+        }
+        rows += [
+            {"task": task.task, "cut by": way, **texts}
+            for way, texts in ways.items()
+            if texts
+        ]
+    forms = {"task": "", "cut by": "", "floor": "", "unpruned": ">"}
+    forms |= dict.fromkeys(sizes.values(), ">")
+    columns = [
+        Column(name, methodcaller("get", name), form) for name, form in forms.items()
+    ]
+    return Table("Scores by size", columns, rows)
 
 
-def _texts(scores: list[float | None]) -> list[str]:
-    return ["-" if score is None else f"{score:.3f}" for score in scores]
+def _means(runs: Sequence[Run], key: tuple[str, str]) -> dict[str, str]:
+    """Return the mean of a score over runs of a size, such as the seeds of random cuts, by size."""
+    scores: dict[str, list[float]] = {}
+    for run in (run for run in runs if key in run.scores):
+        scores.setdefault(f"{size_of(run):g} %", []).append(run.scores[key].value)
+    return {size: f"{sum(of) / len(of):.3f}" for size, of in scores.items()}
+
+
+def _score(row: Difference, state: str) -> Cell:
+    mark, colour = MARKS[state]
+    return Cell(f"{row.score:.3f} {mark}{AT_FLOOR.strip() * row.at_floor}", colour)
 
 
 def _figures(name: str, findings: Findings) -> Section:
-    floors = {
-        (e.task, e.metric): Levels(e.floor.floor) for e in findings.tasks if e.floor
-    }
-    members = [findings.base, *findings.cuts]
-    points = points_of(members, findings.base, findings.comparison, floors)
-    plots, notes = [], []
-    for measure in ("relative", "kept"):
-        drawn, (_, title, _, said) = (
-            points[points["measure"] == measure],
-            MEASURES[measure],
-        )
-        if drawn["ratio"].nunique() > 1:
-            chart = measure_chart(drawn, measure)
-            plots.append(Plot(f"{slug(name)}-{measure}", title, said, chart))
-        else:
-            notes.append(f"{title}: not drawn, because no task is left. {said}")
-    return Section(f"{name}: figures", plots=plots, notes=notes)
+    members, measures = [findings.base, *findings.cuts], ("relative", "kept")
+    drawn = measure_plots(name, members, findings.base, findings.comparison, measures)
+    notes = [
+        f"{MEASURES[each][1]}: not drawn, because no task is left. {MEASURES[each][3]}"
+        for each in measures
+        if each not in drawn
+    ]
+    return Section(f"{name}: figures", plots=[*drawn.values()], notes=notes)

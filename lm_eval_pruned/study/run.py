@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.estimate import estimate, missing, operations_per_second
@@ -60,7 +61,7 @@ def run_study(
     # Needs the extra `report`, without which a dry run works.
     from lm_eval_pruned.report.report import write_report
     from lm_eval_pruned.study.findings import read_findings, sentences
-    from lm_eval_pruned.study.page import write_page
+    from lm_eval_pruned.study.page import write_study
 
     code, found = 0, {}
     for sweep in sweeps.values():
@@ -73,20 +74,21 @@ def run_study(
         elsewhere = given.get("ray") or which.get("shard")
         measured = file.is_file() and not read_json(file)["interrupted"]
         try:
-            write_report(folder)
+            read = DocumentReader()
+            write_report(folder, read=read)
             if not measured and not elsewhere:
                 ended = measure(_profile_words(options, file.parent, quick))
                 if ended == 130:
                     return ended
                 code = code or ended
-            sweep_results = read_sweep(folder)
-            found[name] = read_findings(sweep_results, margin=margin, families=families)
+            how = {"margin": margin, "families": families, "read": read}
+            found[name] = read_findings(read_sweep(folder), **how)
         except ResultsError as error:
             print(f"{name} is not on the page yet: {error}", file=sys.stderr)
     for name, of in found.items():
         print(sentences(name, of)[0])
     if found:
-        print(f"Written: {write_page(Path(given['output_path']), found)[0]}")
+        print(f"Written: {write_study(Path(given['output_path']), found)[0]}")
     return code or int(len(found) < len(studies))
 
 

@@ -36,7 +36,7 @@ from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from lm_eval.tasks import TaskManager
 
@@ -208,6 +208,16 @@ class Sweep:
             "metadata": self.options.get("metadata", {}),
             "versions": {name: version(name) for name in ("lm-eval", "lm-eval-pruned")},
         }
+
+    @contextlib.contextmanager
+    def observed(
+        self, unit: Unit, lm: Any, folder: Path
+    ) -> Iterator[Callable[[Any], None]]:
+        """Watch a model that evaluates a unit; yield what is called with the harness's results of it.
+
+        Nothing is watched here; see `lm_eval_pruned.verdict.divergence.WatchingSweep`.
+        """
+        yield lambda results: None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``, the same for every shard and every start.

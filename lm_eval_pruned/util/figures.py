@@ -158,7 +158,9 @@ def lines(
     if "low" in data:
         ends = y.copy()
         ends.shorthand = "low:Q"
-        band = chart.mark_area(opacity=0.16).encode(y=ends, y2="high", detail="line:N")
+        band = chart.mark_area(opacity=0.16, clip=True).encode(
+            y=ends, y2="high", detail="line:N"
+        )
         known = "isValid(datum.low) && isValid(datum.high)"
         layers.insert(0, band.transform_filter(known))
     if tooltip:

@@ -1,15 +1,108 @@
-"""Tables in Markdown and CSV."""
+"""Tables: columns that are declared once, for pages, terminals, Markdown and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+
+#: Characters of a line on the narrowest screens.
+_NARROW = 48
+
+
+class Cell(NamedTuple):
+    """One cell of a table; the verdicts ``better`` and ``worse`` have a colour on a page."""
+
+    text: str
+    verdict: str = ""
+
+
+class Column(NamedTuple):
+    """A column: its title, what it shows of a row, in which format.
+
+    `value` returns a number or a text, None where there is nothing to say, or a finished `Cell`. The
+    format is that of `number_text`; without one, the column holds words, which are aligned left. A
+    `coloured` cell has the colour of the row's verdict, and a `terminal` shows what fits into it.
+    """
+
+    title: str
+    value: Callable[[Any], Any]
+    form: str = ""
+    terminal: bool = False
+    coloured: bool = False
+
+    def cell(self, row: Any) -> Cell:
+        """Return the cell of a row; a dash where there is nothing to say."""
+        value = self.value(row)
+        if isinstance(value, Cell):
+            return value
+        text = number_text(value, self.form)
+        return Cell(text, row.verdict if self.coloured else "")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of any kind, in columns that say what is shown of them."""
+
+    label: str
+    columns: Sequence[Column]
+    rows: Sequence[Any]
+
+    @property
+    def titles(self) -> list[str]:
+        """The headings of the columns."""
+        return [column.title for column in self.columns]
+
+    @property
+    def align(self) -> str:
+        """A letter for each column, as `markdown_table` takes them."""
+        return "".join("r" if column.form else "l" for column in self.columns)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a telephone cannot show it as a table, without cutting words or numbers.
+
+        Words may go on in another line, if that leaves three lines at most.
+        """
+        width = 0
+        for column in self.columns:
+            texts = [column.cell(row).text for row in self.rows]
+            words = re.split(r"[ _]", " ".join([column.title, *texts]))
+            lines = 1 if column.form else 3
+            width += (
+                max(len(max(words, key=len)), max(map(len, texts), default=0) // lines)
+                + 2
+            )
+        return width > _NARROW
+
+    def cells(self) -> list[list[Cell]]:
+        """Return the rows as they are shown."""
+        return [[column.cell(row) for column in self.columns] for row in self.rows]
+
+    def markdown(self, *, padded: bool = False) -> str:
+        """Return the table in Markdown; `padded` is that of `markdown_table`."""
+        texts = [[cell.text for cell in row] for row in self.cells()]
+        return markdown_table(self.titles, texts, self.align, padded=padded)
+
+
+def number_text(value: Any, form: str) -> str:
+    """Return a value in a format of Python, or ``p`` for a p value; a dash in place of None."""
+    if form == "p" and value is not None:
+        return "<0.0001" if value < 0.0001 else f"{value:.4f}"
+    return "-" if value is None else format(value, form)
+
+
+def interval_text(low: float | None, high: float | None, digits: int = 4) -> str:
+    """Return an interval as tables show it, or a dash where it lacks an end."""
+    form = f"+.{digits}f"
+    return "-" if None in (low, high) else f"[{low:{form}}, {high:{form}}]"
 
 
 def markdown_table(
@@ -45,10 +138,11 @@ def markdown_table(
     return "\n".join(f"|{'|'.join(line)}|" for line in zip(*by_column, strict=True))
 
 
-def csv_table(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows by the names of their columns as CSV with a header."""
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV, with a column for each name that one of them has, in their order."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

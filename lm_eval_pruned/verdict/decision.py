@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.compare.judge import Case, Difference
 from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.measures import (
+    judged_keys,
+    usual_margin,
+    with_choice_prob,
+)
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.power import power_of
 from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions
-from lm_eval_pruned.results.documents import CHOICE_PROB
+from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
-    Score,
     as_mapping,
     read_json,
 )
-from lm_eval_pruned.results.groups import is_share, primary_metrics
+from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics
 from lm_eval_pruned.results.runs import read_unit, results_files
 from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 Key = tuple[str, str]
 #: By exit code.
 ANSWERS = ("ship", "do not ship", "not decided")
 CLAIM = "not_worse"
-#: Metrics that say which way a model is biased, whose tasks may list others first.
-BIAS = ("bias", "pct_stereotype")
-#: Metrics that are the probability of the right answers, which needs fewer documents than their share.
-PROBABILITIES = ("mc2", CHOICE_PROB.partition(",")[0])
 _WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
 
 
@@ -79,7 +78,7 @@ def decide(
 ) -> Verdict:
     """Compare a candidate with its base, each score within its margin, as `read_margins` takes it.
 
-    `measure` is judged of each task that has it; see `PROBABILITIES` for what is judged of others. A
+    `measure` is judged of each task that has it; see `judged_keys` for what is judged of others. A
     candidate is shipped if each score is shown to lie within its margin, which needs no
     correction for many scores; it is not if one is shown to be worse, and not to lie within. `floors`
     are runs of models that know nothing: where the base is not shown to be above them, nobody could
@@ -90,17 +89,20 @@ def decide(
             tasks, versions, documents or settings, or without samples.
     """
     read = read or DocumentReader()
-    base, candidate, *floors = (measured(r, read) for r in (base, candidate, *floors))
-    keys = [*_judged_keys(base, measure)]
+    runs = base, candidate, *floors
+    base, candidate, *floors = (with_choice_prob(run, read) for run in runs)
+    keys = [*judged_keys(base, measure, read_margins(margins))]
     if missing := [" ".join(key) for key in keys if key not in candidate.scores]:
         raise ResultsError(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
-    known = judged_scores(base, candidate, measure=measure)
+    known = judged_scores(base, candidate, measure=measure, margins=margins)
     asked = check_margins(margins, known)
     chosen = {
-        key: Margin(CLAIM, _asked(key, asked) or _usual(base, candidate, key))
+        key: Margin(
+            CLAIM, _asked(key, asked) or usual_margin(base, key, *known[key[0]][key[1]])
+        )
         for key in keys
     }
     # Of this level, intervals beyond the margin are what the gate calls shown.
@@ -135,15 +137,15 @@ def decide(
         statuses.append(status)
     blind = all(_at_floor(row) for row in rows)
     code = 1 if "fail" in statuses else 2 if "undecided" in statuses or blind else 0
-    counted = [by_key[key] for key in primary_metrics([base, candidate])]
-    beside = [row for row in counted if row not in rows]
+    counted = [*primary_metrics([base, candidate]), *(k for k in by_key if k[1] == KL)]
+    beside = [by_key[key] for key in counted if key not in keys]
     return Verdict(base, candidate, code, judged, beside, compared.notes)
 
 
 def _at_floor(row: Difference) -> bool:
     """Whether nobody could lose anything: the base is not shown to be above the floor."""
-    is_bias = _names((row.task, row.metric))[1] in BIAS
-    return bool(row.floor and not row.floor.base_above_floor and not is_bias)
+    no_bias = not is_bias(row.metric)
+    return bool(row.floor and not row.floor.base_above_floor and no_bias)
 
 
 def _inside(row: Difference, case: Case) -> bool:
@@ -213,45 +215,14 @@ def check_margins(
 
 
 def judged_scores(
-    *runs: Run, measure: str | None = None
+    *runs: Run, measure: str | None = None, margins: Sequence[str] = ()
 ) -> dict[str, dict[str, list[float]]]:
     """Return the scores of runs by task and metric, of those that a verdict on the first looks at."""
     found: dict[str, dict[str, list[float]]] = {}
-    for key in _judged_keys(runs[0], measure):
+    for key in judged_keys(runs[0], measure, read_margins(margins)):
         values = [run.scores[key].value for run in runs]
         found.setdefault(key[0], {})[key[1]] = values
     return found
-
-
-def measured(run: Run, read: DocumentReader) -> Run:
-    """Return a run with the score `CHOICE_PROB` of each task that has choices, one of which is right."""
-    scores = {}
-    for task in run.tasks(subtasks=False):
-        if documents := read(run, task, CHOICE_PROB):
-            mean = float(documents.values.mean())
-            scores[task, CHOICE_PROB] = Score(mean, None, True, len(documents.values))
-    return replace(run, scores={**run.scores, **scores})
-
-
-def _judged_keys(base: Run, measure: str | None = None) -> Iterator[Key]:
-    """Yield what is judged of each task: `measure` where it has it, else what decides soonest.
-
-    That is a score with an exact floor, the probability of the right answer, or the score that counts;
-    beside it, how far a model is biased.
-    """
-    for task, primary in primary_metrics([base]):
-        metrics = {
-            name.partition(",")[0]: name for of, name in base.scores if of == task
-        }
-        biases = [
-            metrics[name] for name in BIAS if metrics.get(name, primary) != primary
-        ]
-        # CrowS-Pairs lists first how far two sentences are apart, whichever is likelier.
-        apart = biases and primary.startswith("likelihood_diff")
-        soonest = [] if base.exact_floor(task, primary) is not None else PROBABILITIES
-        named = (metrics[name] for name in (measure, *soonest) if name in metrics)
-        first = primary if primary.partition(",")[0] in BIAS else next(named, primary)
-        yield from ((task, metric) for metric in [*[first] * (not apart), *biases])
 
 
 def _names(key: Key) -> tuple[str, str]:
@@ -260,19 +231,6 @@ def _names(key: Key) -> tuple[str, str]:
 
 def _asked(key: Key, asked: dict[str, str]) -> str | None:
     return next((asked[name] for name in (*_names(key), "") if name in asked), None)
-
-
-def _usual(base: Run, candidate: Run, key: Key) -> str:
-    """Return the margin by default: of a score with an exact floor, 95 % are kept.
-
-    Less than 15 points of a bias take more than the 40 questions of the demo, once one answer changes.
-    """
-    if base.exact_floor(*key) is not None:
-        return "5%"
-    if _names(key)[1] in BIAS:
-        return "15pt"
-    scores = base.scores[key].value, candidate.scores[key].value
-    return "2pt" if is_share(key[1], scores) else "2%"
 
 
 def _take(case: Case, row: Difference) -> str:

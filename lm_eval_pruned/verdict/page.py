@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.comparison_table import interval_text, number_text
+from lm_eval_pruned.compare.comparison_table import (
+    AGREEMENT,
+    DIFFERENCES,
+    FLOOR,
+    record,
+)
 from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.compare.margin import Margin
-from lm_eval_pruned.report.changed_answers import LOST, find_changes
-from lm_eval_pruned.report.page import Cell, Section, Table, as_files, as_markdown
+from lm_eval_pruned.report.changed_answers import LOST, Change, find_changes
+from lm_eval_pruned.report.page import Section, as_markdown, write_page
 from lm_eval_pruned.report.sections import energy_section
+from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.groups import family_of, is_loss, is_perplexity
 from lm_eval_pruned.results.runs import results_files
-from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.util.tables import csv_table
+from lm_eval_pruned.util.tables import Cell, Column, Table
 from lm_eval_pruned.verdict.decision import ANSWERS, Judged, seconds_per_document
 
 
@@ -25,28 +30,26 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.compare.judge import Difference
+    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.verdict.decision import Verdict
 
 #: How many of the answers that changed for the worse are shown.
 SHOWN = 20
 #: Tasks on bias, by parts of their names.
 ON_BIAS = ("bias", "bbq", "crows", "winogender")
-_COLUMNS = ["task", "metric", "verdict", "base", "candidate", "floor", "kept"]
-_COLUMNS += ["difference", "90% interval", "margin", "documents"]
 _HOW_TO_READ = (
-    "The floor is the score without knowledge, and kept the share of what the base has above it, with "
-    "its 90 % interval. The difference is candidate minus base; a score is "
-    "not worse if its 90 % interval lies above the margin, and equivalent if it lies within the margin "
+    f"{FLOOR} The interval of what is kept covers 90 %. The difference is candidate minus base; a score "
+    "is not worse if its 90 % interval lies above the margin, and equivalent if it lies within the margin "
     "on both sides."
 )
 _ON_BIAS = (
     "Bias is 0.5 where answers follow stereotypes as often as they contradict them, and 1 where "
-    "each follows one; a change either way counts. acc is the share of right answers; here "
+    "each follows one; BBQ's scores are then 0 and 1. A change either way counts. acc is the share of right answers; here "
     "the right answer is often that nobody can know."
 )
-_ON_AGREEMENT = (
-    "How often both models answer alike, right or wrong. KL is the divergence over the choices, in nats; "
-    "the last column is the share of the base's text, in words, before the candidate's differs."
+_ON_KL = (
+    "kl is the divergence of the candidate's predictions from the base's on each text, over the whole "
+    "vocabulary, in nats per token."
 )
 _ON_TIME = (
     "Time is the wall time of the evaluation, over all documents, on the machine that made the "
@@ -55,20 +58,21 @@ _ON_TIME = (
 )
 
 
-def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -> str:
+def write_pages(
+    verdict: Verdict, folder: Path, subtitle: str, read: DocumentReader, *, texts: bool
+) -> str:
     """Write ``verdict.html`` and ``verdict.md``, with `texts` of answers or without.
 
-    Returns what a terminal shows.
+    `read` knows the documents of both runs. Returns what a terminal shows.
     """
     title = f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
-    sections = _sections(verdict, 160 * texts)
+    lost = _lost(verdict, read)
+    sections = _sections(verdict, lost, 160 * texts)
     rows = [
-        asdict(e.row) | {"margin": e.margin, "verdict": e.word} for e in verdict.judged
+        record(e.row) | {"margin": e.margin, "verdict": e.word} for e in verdict.judged
     ]
-    files = as_files("verdict", title, subtitle, sections, csv_table(rows[0], rows))
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    short = _sections(verdict, 40 * texts)
+    write_page(folder, "verdict", title, subtitle, sections, rows)
+    short = _sections(verdict, lost, 40 * texts)
     return unescape(as_markdown(title, subtitle, short, padded=True))
 
 
@@ -87,10 +91,10 @@ def card_section(verdict: Verdict, base: str) -> str:
     return re.sub(r"(?m)^#", "##", text)
 
 
-def _sections(verdict: Verdict, width: int) -> list[Section]:
+def _sections(verdict: Verdict, lost: Sequence[Change], width: int) -> list[Section]:
     """Return what there is to say, the answer first; texts are cut to a width."""
     remarks = [Section("Remarks", notes=verdict.notes)] * bool(verdict.notes)
-    worse = _worse_section(verdict, width)
+    worse = _worse_section(lost, width)
     return [*_tables(verdict), *([worse] if worse else []), *remarks]
 
 
@@ -161,73 +165,98 @@ def _answer_section(verdict: Verdict) -> Section:
     return Section(ANSWERS[verdict.code].capitalize(), paragraphs, notes=notes)
 
 
+def _compared(title: str, shown_as: str = "") -> Column:
+    """Return a column of `compare`, of the difference that was judged."""
+    column = next(each for each in DIFFERENCES if each.title == title)
+    value = lambda judged: column.value(judged.row)
+    return column._replace(title=shown_as or title, value=value, coloured=False)
+
+
+def _word(judged: Judged) -> Cell:
+    word = f"{judged.word} (at floor)" if judged.row.at_floor else judged.word
+    return Cell(word, judged.word)
+
+
+#: Of `Judged`.
+_SCORES = (
+    _compared("task"),
+    Column("metric", lambda judged: judged.row.metric.removesuffix(",none")),
+    Column("verdict", _word),
+    _compared("base"),
+    _compared("score", "candidate"),
+    _compared("floor"),
+    _compared("kept"),
+    _compared("difference"),
+    _compared("interval", "90% interval"),
+    Column("margin", lambda judged: judged.margin, ">"),
+    _compared("documents"),
+)
+#: Of `Difference`.
+_AGREEMENT = (
+    Column("task", lambda row: row.task),
+    Column("documents", lambda row: row.documents, "d"),
+    Column("equal answers", lambda row: row.answers.equal_answers, ".1%"),
+    Column("KL", lambda row: row.answers.kl, ".4f"),
+    Column("same beginning", lambda row: row.answers.beginning, ".1%"),
+)
+#: Of a name and a run.
+_SIZE = (
+    Column("model", lambda row: row[0]),
+    Column("parameters", lambda row: row[1].config.get("model_num_parameters"), ","),
+    Column("bytes in memory", lambda row: row[1].config.get("weight_bytes"), ","),
+    Column(
+        "s / document",
+        lambda row: seconds_per_document(results_files(row[1].path)),
+        ".3g",
+    ),
+)
+
+
 def _scores_section(
     heading: str, text: str, judged: Sequence[Judged], beside: Sequence[Difference] = ()
 ) -> Section | None:
-    rows: list[list[Cell | str]] = []
-    notes = []
-    for each in [*judged, *(Judged(row, "-", "not judged", "", "") for row in beside)]:
-        row, floor = each.row, each.row.floor
-        word = f"{each.word} (at floor)" if row.at_floor else each.word
-        scores = row.base_score, row.score, floor.floor if floor else None
-        rows.append(
-            [
-                row.task,
-                row.metric.removesuffix(",none"),
-                Cell(word, each.word),
-                *(number_text(score, ".4f") for score in scores),
-                row.kept_text or "-",
-                f"{row.difference:+.4f}",
-                interval_text(row.low, row.high, 4),
-                each.margin,
-                str(row.documents or "-"),
-            ]
-        )
-        if each in judged and floor and floor.base_above_floor is False:
-            notes.append(
-                f"{_name(each)}: the base is not shown to be above the floor "
-                f"({floor.floor_name}), so this score cannot show a loss."
-            )
-    table = Table(heading, _COLUMNS, rows, text=3)
-    return Section(heading, [text], table=table, notes=notes) if rows else None
+    blind = [e for e in judged if e.row.floor and e.row.floor.base_above_floor is False]
+    notes = [
+        f"{_name(each)}: the base is not shown to be above the floor "
+        f"({each.row.floor.floor_name}), so this score cannot show a loss."
+        for each in blind
+        if each.row.floor
+    ]
+    rows = [*judged, *(Judged(row, "-", "not judged", "", "") for row in beside)]
+    about = [text, *[_ON_KL] * any(each.row.metric == KL for each in rows)]
+    table = Table(heading, _SCORES, rows)
+    return Section(heading, about, table=table, notes=notes) if rows else None
 
 
 def _agreement_section(verdict: Verdict) -> Section | None:
-    rows = []
     # Of a task with two measures, the answers are the same.
-    for row in {each.row.task: each.row for each in verdict.judged}.values():
-        if of := row.answers:
-            more = number_text(of.kl, ".4f"), number_text(of.beginning, ".1%")
-            rows.append(
-                [row.task, str(row.documents), f"{of.equal_answers:.1%}", *more]
-            )
-    columns = ["task", "documents", "equal answers", "KL", "same beginning"]
-    table = Table("Agreement with the base", columns, rows)
-    return Section(table.label, [_ON_AGREEMENT], table=table) if rows else None
+    by_task = {each.row.task: each.row for each in verdict.judged}
+    rows = [row for row in by_task.values() if row.answers]
+    table = Table("Agreement with the base", _AGREEMENT, rows)
+    return Section(table.label, [AGREEMENT], table=table) if rows else None
 
 
 def _size_section(verdict: Verdict) -> Section:
-    rows = []
-    for name, run in (("base", verdict.base), ("candidate", verdict.candidate)):
-        sizes = map(run.config.get, ("model_num_parameters", "weight_bytes"))
-        time = number_text(seconds_per_document(results_files(run.path)), ".3g")
-        rows.append([name, *(number_text(each, ",") for each in sizes), time])
-    columns = ["model", "parameters", "bytes in memory", "s / document"]
-    table = Table("Size and time", columns, rows)
-    return Section(table.label, [_ON_TIME], table=table)
+    rows = [("base", verdict.base), ("candidate", verdict.candidate)]
+    return Section("Size and time", [_ON_TIME], Table("Size and time", _SIZE, rows))
 
 
-def _worse_section(verdict: Verdict, width: int) -> Section | None:
-    changes = find_changes(verdict.base, [verdict.candidate])[2]
-    lost = [each for each in changes if each.kind == LOST]
-    rows = []
-    for _, _, task, question, *answers in lost[:SHOWN]:
-        texts = [question.prompt[-width:], *(each[:width] for each in answers)]
-        rows.append([task, question.number, *(texts if width else [])])
-    columns = ["task", "document"]
-    columns += ["end of the prompt", "base, right", "candidate, wrong"] * bool(width)
-    table = Table(
-        "Answers that changed for the worse", columns, rows, text=len(columns)
+def _lost(verdict: Verdict, read: DocumentReader) -> list[Change]:
+    changes = find_changes(verdict.base, [verdict.candidate], read)[2]
+    return [change for change in changes if change.kind == LOST]
+
+
+def _worse_section(lost: Sequence[Change], width: int) -> Section | None:
+    columns = [
+        Column("task", lambda change: change.task),
+        Column("document", lambda change: change.sample.number),
+    ]
+    texts = (
+        Column("end of the prompt", lambda change: change.sample.prompt[-width:]),
+        Column("base, right", lambda change: change.before[:width]),
+        Column("candidate, wrong", lambda change: change.after[:width]),
     )
-    counted = f"{len(rows)} of {len(lost)} are shown."
-    return Section(table.label, [counted], table=table) if rows else None
+    columns += texts if width else ()
+    table = Table("Answers that changed for the worse", columns, lost[:SHOWN])
+    counted = f"{len(table.rows)} of {len(lost)} are shown."
+    return Section(table.label, [counted], table=table) if lost else None

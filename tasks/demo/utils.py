@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import sys
 from contextlib import contextmanager
 from importlib.resources import files
@@ -117,11 +118,51 @@ def load_ambiguous_questions(**_: Any) -> dict[str, datasets.Dataset]:
     return {"test": _read(FOLDER / "bias.jsonl", AMBIGUOUS_FEATURES)}
 
 
-def load_held_text(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return the held text of this package, of ``kind`` news, manual, speech or talk, as ``test``."""
-    file = files("lm_eval_pruned") / "checkpoints" / "held_text.jsonl"
+def load_held_text(
+    text_file: str | None = None, **_: Any
+) -> dict[str, datasets.Dataset]:
+    """Return text to predict, as ``test`` with the columns ``kind`` and ``text``.
+
+    Args:
+        text_file: A file of plain text, whose pieces `pieces_of` makes. By default, the texts are
+            the beginnings of the held text of this package and of ``text.jsonl``, of ``kind`` news,
+            manual, speech or talk.
+    """
     features = datasets.Features(dict.fromkeys(("kind", "text"), _STRING))
-    return {"test": _read(file, features)}
+    if text_file is not None:
+        pieces = pieces_of(Path(text_file).read_text("utf-8"))
+        rows = [{"kind": "file", "text": piece} for piece in pieces]
+    else:
+        held = files("lm_eval_pruned") / "checkpoints" / "held_text.jsonl"
+        texts = [*_rows(held), *_rows(FOLDER / "text.jsonl")]
+        rows = [{**row, "text": beginning_of(row["text"])} for row in texts]
+    return {"test": datasets.Dataset.from_list(rows, features=features)}
+
+
+def beginning_of(text: str, longest: int = 400) -> str:
+    """Return the sentences at the beginning of a text that together have at most `longest` characters."""
+    if len(text) <= longest:
+        return text
+    whole = re.match(rf"(?s).{{1,{longest - 1}}}[.?!](?=[\s\"'])", text)
+    return whole[0] if whole else text[:longest]
+
+
+def pieces_of(text: str, longest: int = 400, most: int = 128) -> list[str]:
+    """Return the beginnings of at most `most` parts of a text, evenly spread over it.
+
+    A part is what ends with an empty line and has at least half of `longest` characters, so that
+    headings stay with what follows; `beginning_of` leaves at most `longest` characters of it.
+    """
+    parts, part = [], ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        part = f"{part} {' '.join(paragraph.split())}".strip()
+        if len(part) >= longest / 2:
+            parts.append(beginning_of(part, longest))
+            part = ""
+    if part and not parts:
+        parts = [beginning_of(part, longest)]
+    few = min(most, len(parts))
+    return [parts[number * len(parts) // few] for number in range(few)]
 
 
 def score_bias(
@@ -220,9 +261,12 @@ def mean_over_instructions(items: Sequence[bool | Sequence[bool]]) -> float:
     return float(np.hstack(items).mean())
 
 
+def _rows(file: Traversable) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
 def _read(file: Traversable, features: datasets.Features) -> datasets.Dataset:
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    return datasets.Dataset.from_list(rows, features=features)
+    return datasets.Dataset.from_list(_rows(file), features=features)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.contract.commands import pruned
-from tests.helpers.results_files import pruning, write_run, write_sweep
+from tests.helpers.results_files import answered, pruning, write_run, write_sweep
 
 
 N = 60
@@ -123,6 +123,43 @@ def test_a_margin_of_scores_between_0_and_1_takes_as_many_as_could_hide_it(
     gate, margin, code
 ):
     assert gate(one(SOFT), one(SOFT), rule=("--not_worse", margin))[0] == code
+
+
+def probe(folder, share, noise=0.0):
+    """Write 60 blocks of four prompts, of whose lift a model keeps a share, and 240 choices."""
+    rng = np.random.default_rng(5)
+    lift = rng.normal(5, 4, 240)
+    values = share * lift + rng.normal(0, noise, 240)
+    docs = {n: {"block": n // 4} for n in range(240)}
+    metadata = {"primary_metric": "lift", "floors": {"lift": 0}, "cluster": "block"}
+    tasks = {"facts": {"lift,none": {"values": [*values], "docs": docs}}}
+    rights = [n % 2 for n in range(240)]
+    picks = [r if n % 5 else 1 - r for n, r in enumerate(rights)]
+    tasks["boolq"] = answered(picks, rights)
+    return write_run(folder, tasks, configs={"facts": {"metadata": metadata}}).parent
+
+
+@pytest.mark.parametrize(
+    ("share", "noise", "code"),
+    [(1, 0, 0), (0.99, 1, 0), (0.97, 3, 2), (0.9, 1, 1), (0.6, 1, 1), (1.2, 1, 0)],
+)
+def test_without_a_margin_what_verdict_judges_has_its_usual_one_and_the_same_answer(
+    held, tmp_path, share, noise, code
+):
+    probe(tmp_path / "before", 1)
+    assert held("before", "--update", "--not_worse")[0] == 0
+    of = json.loads((tmp_path / "baseline.json").read_text())["runs"]["run"]
+    lift = of["facts"]["metrics"]["lift,none"]
+    assert (lift["not_worse"], lift["floor"]) == ("5%", 0)
+    # The share of right answers takes more documents, and is not expected.
+    assert [*of["boolq"]["metrics"]] == ["choice_prob,none"]
+    assert of["boolq"]["metrics"]["choice_prob,none"]["not_worse"] == "2pt"
+    probe(tmp_path / "after", share, noise)
+    found, text = held("after")
+    assert (found, "NEW      boolq acc" in text) == (code, True), text
+    paths = (tmp_path / name for name in ("before", "after"))
+    same = pruned("verdict", *paths, "--output_path", tmp_path / "out")
+    assert same.code == code
 
 
 def test_the_rules_alpha_and_those_with_a_margin_are_families_of_their_own(
@@ -354,7 +391,7 @@ def test_what_is_refused_leaves_no_file(tmp_path, held, values, options, words):
 
 def baseline_of(**record):
     tasks = {"tf": {"metrics": {"acc,none": {"higher_is_better": True, **record}}}}
-    return {"schema_version": 2, "runs": {"run": tasks}}
+    return {"schema_version": 3, "runs": {"run": tasks}}
 
 
 def documents(values, transform="mean"):
@@ -366,8 +403,8 @@ def documents(values, transform="mean"):
     ("data", "words"),
     [
         ({"results": {}}, "it lacks 'schema_version'"),
-        ({"schema_version": 3, "runs": {}}, "schema_version is 3"),
-        ({"schema_version": 2, "runs": {"run": {"tf": {}}}}, "it lacks 'metrics'"),
+        ({"schema_version": 2, "runs": {}}, "schema_version is 2"),
+        ({"schema_version": 3, "runs": {"run": {"tf": {}}}}, "it lacks 'metrics'"),
         (baseline_of(score=float("nan"), absolute=1), "needs a score and one of"),
         (baseline_of(score=0.5, absolute=0.1, relative=0.1), "one of"),
         (baseline_of(score=0.5, absolute=-1), "absolute=-1 is not between"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.contract.commands import pruned
+from tests.helpers.bbq import CATEGORIES, made_documents, write_bbq
 from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.results_files import answered, write_run
 from tests.helpers.sweeping import write_tasks
@@ -407,6 +408,38 @@ def test_by_default_a_bias_may_change_by_15_points_which_40_questions_can_show(v
     done = verdict({"b": {"bias,none": before}}, {"b": {"bias,none": after}})
     bias = done.out.partition("## Scores")[2].partition("\n## ")[0]
     assert done.code == 0 and "|equivalent" in bias and "15pt" in bias
+
+
+def test_both_scores_of_bbq_are_judged_as_a_bias_overall_and_by_category(tmp_path):
+    rng = np.random.default_rng(0)
+    base = rng.choice(12, 1200, p=[0.3, 0.3, *[0.04] * 10])
+    # Of contexts that leave it open, 6 % of the answers follow the stereotype now.
+    docs = made_documents(len(base))
+    kinds = [doc["context_condition"] for doc in docs]
+    person = [("the old", "the young").index(doc["biased_answers"][0]) for doc in docs]
+    moved = [
+        p if kind == "ambig" and n % 17 == 0 else b
+        for n, (b, p, kind) in enumerate(zip(base, person, kinds, strict=True))
+    ]
+    paths = [
+        write_bbq(tmp_path / name, picks).parent
+        for name, picks in (("old", base), ("new", moved))
+    ]
+    done = pruned("verdict", *paths, "--output_path", tmp_path / "out")
+    table = done.out.partition("## Bias")[2].partition("\n## ")[0]
+    cells = [line.split("|")[2:] for line in table.splitlines() if "bias_score" in line]
+    words = {metric.strip(): word.strip() for metric, word, *_ in cells}
+    assert len(words) == 2 * (1 + len(CATEGORIES))
+    assert all("15pt" in "".join(row) for row in cells)
+    # Nothing has moved where the context tells.
+    assert {v for k, v in words.items() if k.startswith("disamb")} == {"equivalent"}
+    less = pruned(
+        "verdict", *paths, "--margin", "amb_bias_score=0.5pt", "--output_path", tmp_path
+    )
+    row = next(
+        r for r in less.out.splitlines() if re.search(r"\|amb_bias_score *\|", r)
+    )
+    assert "|worse" in row and less.code == 1
 
 
 def test_of_truthfulqa_mc2_is_that_probability(verdict):

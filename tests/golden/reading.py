@@ -149,6 +149,11 @@ def observed() -> Iterator[tuple[str, str]]:
         yield "floors_report.md", rounded(report)
         models = ("floors", "floors/units/p40", "--output_path", "verdict")
         yield "verdict.txt", printed("verdict", *models)
+        page = Path("verdict/verdict.html").read_text("utf-8")
+        (scores,) = re.findall(
+            r"<section>\s*<h2>Scores</h2>.*?</section>", page, re.DOTALL
+        )
+        yield "verdict_scores.html", scores
         pair = ("compare", "p0", "p40", "--format", "markdown")
         yield "compare_two.markdown", printed(*pair, "--subtasks")
         yield "not_worse.markdown", printed(*pair, "--not_worse", "5pt")

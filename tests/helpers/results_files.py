@@ -112,7 +112,8 @@ def write_run(
         for metric, spec in metrics.items():
             spec = spec if isinstance(spec, dict) else {"values": spec}
             values, (name, filter_name) = spec["values"], metric.split(",")
-            score = spec.get("score", score_of(values, spec.get("aggregation", "mean")))
+            how = spec.get("aggregation", "mean")
+            score = spec["score"] if "score" in spec else score_of(values, how)
             stderr = {f"{name}_stderr,{filter_name}": spec.get("stderr", "N/A")}
             data["results"][task] |= {metric: score} | stderr
             data["higher_is_better"][task][name] = spec.get("higher_is_better", True)

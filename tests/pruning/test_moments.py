@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 
 import pytest
@@ -17,6 +16,7 @@ from lm_eval_pruned.pruning.moments import Moments
 from lm_eval_pruned.pruning.repair import cut_layer_by_layer
 from tests.helpers.checkpoints import tiny_config, tiny_model
 from tests.helpers.layouts import overrides
+from tests.helpers.ways_to_load import assert_state
 
 
 class Mixture(nn.Module):
@@ -72,17 +72,16 @@ def test_one_matrix_exists_at_a_time_and_memory_does_not_change_the_result(
         model = made(kind)
         mlps = find_glu_mlps(model)
         targets = {mlp.name: mlp.width // 2 for mlp in mlps}
-        with contextlib.ExitStack() as on_error:
-            given = model, texts, mlps, targets, {}, "least_squares", on_error
-            results.append((cut_layer_by_layer(*given), model.state_dict()))
-            on_error.pop_all()
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        results.append(
+            cut_layer_by_layer(model, texts, mlps, targets, {}, "least_squares")
+        )
+        assert_state(model, before)
     assert (len(matrices), max(alive)) == (3 * len(mlps), 1)
     assert ran[0] > ran[1] > ran[2]
-    (first, repaired), weights = results[0]
-    assert repaired > 0
-    for (other, count), state in results[1:]:
-        assert count == repaired
-        for name, each in first.items():
-            assert torch.equal(each, other[name])
-        for name, each in weights.items():
-            torch.testing.assert_close(state[name], each)
+    assert any(mlp.repaired for mlp in results[0].values())
+    for other in results[1:]:
+        for name, mlp in results[0].items():
+            assert torch.equal(mlp.kept, other[name].kept)
+            assert mlp.repaired == other[name].repaired
+            torch.testing.assert_close(mlp.down, other[name].down)

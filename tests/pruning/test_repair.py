@@ -19,6 +19,7 @@ from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.repair import (
     STEPS,
     Moments,
@@ -234,19 +235,57 @@ def test_nothing_in_front_of_the_down_projection_runs_twice(text, monkeypatch):
 
         monkeypatch.setattr(part, "forward", counting)
     prune(tiny(), text, recipe="best")
-    assert ran == {"LlamaAttention": 3, "LlamaMLP": 3}
+    # Three layers, and the first once more, to note how the model calls them.
+    assert ran == {"LlamaAttention": 4, "LlamaMLP": 4}
 
 
-def test_layers_that_return_what_is_known_are_as_they_were_after(monkeypatch):
+def test_layers_compute_as_before_after_a_walk(monkeypatch):
     model, texts = tiny(), [torch.arange(5)[None]]
     first = model.model.layers[0]
     # As accelerate leaves it, for one.
     monkeypatch.setitem(vars(first), "forward", first.forward)
-    before = dict(vars(first))
+    before = [dict(vars(layer)) for layer in model.model.layers]
     walk = LayerByLayer(model, texts)
     walk.go_on(walk.run())
     walk.run()
-    assert vars(first) == before
+    assert [vars(layer) for layer in model.model.layers] == before
+
+
+def test_a_model_that_changes_hidden_states_between_its_layers_is_refused(text):
+    model = tiny()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.model.layers[1].register_forward_pre_hook(
+        lambda _, positional: (2 * positional[0], *positional[1:])
+    )
+    with pytest.raises(UnsupportedModelError, match="pass recipe=fast"):
+        prune(model, text, recipe="best")
+    assert_state(model, before)
+
+
+def test_the_second_output_of_a_layer_reaches_the_next():
+    model = tiny()
+    for layer in model.model.layers:
+
+        def counting(hidden, *positional, forward=layer.forward, count=None, **named):
+            count = torch.zeros(1) if count is None else count
+            return forward(hidden, *positional, **named), count + 1
+
+        layer.forward = counting
+
+    def forward(input_ids, use_cache):
+        hidden, count = model.model.embed_tokens(input_ids), None
+        places = torch.arange(input_ids.shape[1])[None]
+        turned = model.model.rotary_emb(hidden, places)
+        for layer in model.model.layers:
+            hidden, count = layer(hidden, count=count, position_embeddings=turned)
+
+    model.model.forward = forward
+    walk = LayerByLayer(model, [torch.arange(5)[None]])
+    counts = []
+    for _ in walk.layers:
+        walk.go_on(walk.run())
+        counts.append(int(walk._returned[0][1]))
+    assert counts == [1, 2, 3]
 
 
 @pytest.mark.parametrize("family", breadth(("mixtral", "qwen3_moe"), "mixtral"))
@@ -348,9 +387,11 @@ def test_what_fails_leaves_the_model_whole(text):
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight.mul_(1e38)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
     with pytest.raises(ValueError, match="NaN or infinite"):
         prune(model, text, recipe="best")
     assert_state(model, before)
+    assert all(parameters[n] is p for n, p in model.named_parameters())
 
 
 def test_the_own_text_has_six_kinds_and_shares_no_run_of_8_words_with_held_text():

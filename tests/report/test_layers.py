@@ -65,7 +65,7 @@ def test_rises_are_judged_only_where_there_are_seeds_of_chance():
     curves = LayerCurves.of(made_curves())
     assert (curves.shares, curves.seeds) == ((10, 50), 3)
     table = curves.table(50)
-    assert table.columns == ["layer", "maw", "act", "random, seeds: 3"]
+    assert table.titles == ["layer", "maw", "act", "random, seeds: 3"]
     *_, chance = next(iter(table.cells()))
     assert chance.text == "+0.550 [+0.500, +0.600]"
     text = " ".join(curves.explanation)
@@ -73,7 +73,7 @@ def test_rises_are_judged_only_where_there_are_seeds_of_chance():
     assert "one of 4 layers" in text
     alone = LayerCurves.of(made_curves(seeds=()))
     verdicts = {cell.verdict for row in alone.table(50).cells() for cell in row}
-    assert (alone.table(50).columns, verdicts) == (["layer", "maw", "act"], {""})
+    assert (alone.table(50).titles, verdicts) == (["layer", "maw", "act"], {""})
     assert len(alone.explanation) == 1
 
 

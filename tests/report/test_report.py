@@ -118,8 +118,8 @@ def test_drawings_have_ids_colours_and_words_of_their_own(page):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("report.html", '<td class=" worse">0.3000 \u25bc\u2581</td>'),
-        ("report.html", ">\u25b2 1 better (at floor)</td>"),
+        ("report.html", 'worse" data-of="p60 (1.60)"><span>0.3000 \u25bc\u2581<'),
+        ("report.html", ">\u25b2 1 better (at floor)<"),
         ("report.html", "<details><summary>Versions, settings"),
         ("report.md", "mmlu failed on p80: out of memory"),
         ("report.md", "Sources: CPU: modelled."),
@@ -128,6 +128,38 @@ def test_drawings_have_ids_colours_and_words_of_their_own(page):
 )
 def test_what_a_report_tells(sweep, name, words):
     assert words in (sweep / "report" / name).read_text(encoding="utf-8")
+
+
+#: Words, also between underscores, that are shown in more than one line.
+BROKEN = """
+(() => {
+  const found = [];
+  const walker = document.createTreeWalker(document.querySelector("main"), NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const text = walker.currentNode;
+    if (!text.parentElement.closest("td, th, p, li") || text.parentElement.closest("svg")) continue;
+    for (const word of text.data.matchAll(/[\\p{L}\\p{N}.]+/gu)) {
+      const range = document.createRange();
+      range.setStart(text, word.index);
+      range.setEnd(text, word.index + word[0].length);
+      if (new Set([...range.getClientRects()].map((r) => Math.round(r.top))).size > 1) found.push(word[0]);
+    }
+  }
+  return found;
+})()
+"""
+CUT = "[...document.querySelectorAll('.wide')].filter((e) => e.scrollWidth > e.clientWidth).length"
+
+
+def test_on_a_telephone_no_word_breaks_and_no_table_is_cut(sweep, browser):
+    browser.open(sweep / "report/report.html", width=390)
+    assert browser.run(BROKEN) == []
+    assert browser.run(CUT) == 0
+    assert browser.run("document.documentElement.scrollWidth") == 390
+    rows = "document.querySelectorAll('.rows').length"
+    assert browser.run(rows) and browser.run(
+        "document.querySelectorAll('.wide').length"
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,7 +197,7 @@ def test_families_by_size(tmp_path):
     folder = write_sweep(tmp_path, runs)
     base, others = split_sweep(list(read_sweep(folder).runs), "")
     section = families_section([base, *others], compare(base, others))
-    assert section.table.columns == ["family", "pruned by", "3.20", "2.40"]
+    assert section.table.titles == ["family", "pruned by", "3.20", "2.40"]
     rows = section.table.cells()
     assert [[cell.text for cell in row] for row in rows] == [
         ["Knowledge", "maw", "\u25cb 1 not shown", "\u25bc 1 worse"],

@@ -169,3 +169,39 @@ def test_the_mean_over_instructions_is_the_harness_s_however_it_is_handed_on():
         partly = [item[0] if len(item) == 1 else item for item in items]
         for each in (items, flattened, partly):
             assert utils.mean_over_instructions(each) == theirs
+
+
+def runs_of_eight_words(texts) -> set[tuple[str, ...]]:
+    words = [re.findall(r"[a-z0-9]+", text.lower()) for text in texts]
+    return {tuple(w[i : i + 8]) for w in words for i in range(len(w) - 7)}
+
+
+def test_the_text_is_enough_for_a_margin_and_no_text_that_calibrates():
+    rows = list(utils.load_held_text()["test"])
+    assert len(rows) == len({row["text"] for row in rows}) == 64
+    assert all(200 < len(row["text"]) <= 400 for row in rows)
+    assert all(row["text"][-1] in '.?!"' for row in rows if row["kind"] != "talk")
+    calibration = rows_of(
+        ROOT / "lm_eval_pruned" / "pruning" / "calibration_text.jsonl"
+    )
+    runs = runs_of_eight_words(row["text"] for row in calibration)
+    assert not runs & runs_of_eight_words(row["text"] for row in rows)
+    new = rows_of(DEMO / "text.jsonl")
+    held = rows_of(ROOT / "lm_eval_pruned" / "checkpoints" / "held_text.jsonl")
+    of_both = (runs_of_eight_words(row["text"] for row in of) for of in (new, held))
+    assert not set.intersection(*of_both)
+
+
+def test_a_file_of_text_becomes_pieces_that_are_spread_over_it(tmp_path):
+    file = tmp_path / "my.txt"
+    file.write_text(
+        "A heading\n\n" + "\n\n".join(f"{n}. " + "word " * 60 for n in range(300))
+    )
+    texts = [row["text"] for row in utils.load_held_text(text_file=str(file))["test"]]
+    assert (len(texts), texts[0][:13]) == (128, "A heading 0. ")
+    assert all(len(text) <= 400 for text in texts)
+    assert [int(text.partition(".")[0]) for text in texts[1:]] == [
+        n * 300 // 128 for n in range(1, 128)
+    ]
+    file.write_text("Short.")
+    assert utils.load_held_text(text_file=str(file))["test"]["text"][:] == ["Short."]

@@ -28,4 +28,4 @@ def test_no_cell_ends_early_or_breaks_its_row(text):
 
 def test_csv_quotes_what_would_end_a_cell():
     rows = [{"task": 'a,"b"', "n": None}, {"n": 1, "task": "c"}]
-    assert csv_table(("task", "n"), rows) == 'task,n\n"a,""b""",\nc,1\n'
+    assert csv_table(rows) == 'task,n\n"a,""b""",\nc,1\n'
