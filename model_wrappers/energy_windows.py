@@ -52,10 +52,10 @@ class Usage:
     @classmethod
     def sum(cls, usages: list[Usage], *, at_once: bool = False) -> Usage:
         """Add what was used one after the other, or (`at_once`) by processes side by side."""
-        readings = [each.reading for each in usages if each.reading is not None]
+        readings = [usage.reading for usage in usages if usage.reading is not None]
         return cls(
-            sum(each.requests for each in usages),
-            sum((each.tokens for each in usages), TokenCounts()),
+            sum(usage.requests for usage in usages),
+            sum((usage.tokens for usage in usages), TokenCounts()),
             add_up(readings, at_once=at_once) if readings else None,
         )
 
@@ -74,10 +74,14 @@ class Usage:
         }
 
 
-def _merged(each: Sequence[Windows], *, at_once: bool = False) -> Windows:
-    keys = dict.fromkeys(chain(*each))
-    of = {key: [windows[key] for windows in each if key in windows] for key in keys}
-    return {key: Usage.sum(usages, at_once=at_once) for key, usages in of.items()}
+def _merged(parts: Sequence[Windows], *, at_once: bool = False) -> Windows:
+    keys = dict.fromkeys(chain(*parts))
+    usages_by_key = {
+        key: [windows[key] for windows in parts if key in windows] for key in keys
+    }
+    return {
+        key: Usage.sum(usages, at_once=at_once) for key, usages in usages_by_key.items()
+    }
 
 
 class EnergyLog:
@@ -136,8 +140,8 @@ class EnergyLog:
 
     def take(self) -> Windows:
         """Return what this process used since the last call."""
-        own, self._own = self._own, {}
-        return own
+        used, self._own = self._own, {}
+        return used
 
     def add(self, processes: list[Windows]) -> None:
         """Add what all processes, side by side, used since they last met."""
@@ -155,13 +159,15 @@ class EnergyLog:
         cached = windows.pop(_CACHED, Usage()).requests
         types = [usage for key, usage in windows.items() if key[0] == "request_types"]
         total = Usage.sum(types or [Usage(reading=EnergyReading(0.0))])
-        noted = [each.notes for each in (total.reading, idle) if each is not None]
+        noted = [
+            reading.notes for reading in (total.reading, idle) if reading is not None
+        ]
         notes = [*dict.fromkeys(chain(self.monitor.failures, *noted))]
         meter = self.monitor.describe()
         block: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "status": ("partial" if notes else "ok") if meter else "not measured",
-            **{each.name: None for each in fields(MeterDescription)},
+            **{entry.name: None for entry in fields(MeterDescription)},
             **(asdict(meter) if meter else {}),
             "machines": self._machines,
             "cached_answers": cached,
@@ -314,12 +320,14 @@ class EnergyWindows(TemplateLM):
             tasks: dict[str, dict[int, Any]] = {}
             for number, request in enumerate(requests):
                 tasks.setdefault(str(request.task_name), {})[number] = request
-            found: dict[int, Any] = {}
+            answers_by_number: dict[int, Any] = {}
             for task, part in tasks.items():
                 names = ("tasks", task, request_type)
                 with energy.window(*names, lm=self, requests=len(part)):
-                    found |= zip(part, answer([*part.values()]), strict=True)
-            return [found[number] for number in range(count)]
+                    answers_by_number |= zip(
+                        part, answer([*part.values()]), strict=True
+                    )
+            return [answers_by_number[number] for number in range(count)]
 
     @contextlib.contextmanager
     def _set_up(self, purpose: str) -> Iterator[None]:

@@ -196,7 +196,7 @@ class PrefixHFLM(EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM):
         check_values(given)
 
 
-def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
+def check_arguments(model_type: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse misspelt names, and values that the harness's model would stumble over.
 
     Raises:
@@ -204,13 +204,15 @@ def check_arguments(model_type: Any, given: Mapping[str, Any]) -> None:
             `model_type`, or a value cannot be used.
     """
     with argument_errors():
-        found = misspelt(given, model_type.argument_names(), lambda: _config(given))
-        if found is not None:
-            name, near = found
+        misspelling = misspelt(
+            arguments, model_type.argument_names(), lambda: _config(arguments)
+        )
+        if misspelling is not None:
+            name, near = misspelling
             raise ValueError(
-                f"{name}={given[name]} is not understood: did you mean {near}?"
+                f"{name}={arguments[name]} is not understood: did you mean {near}?"
             )
-        model_type.check_values(given)
+        model_type.check_values(arguments)
 
 
 def check_values(given: Mapping[str, Any]) -> None:
@@ -266,11 +268,11 @@ def given_or_default(pretrained: Any) -> Any:
     return default.pretrained
 
 
-def _config(given: Mapping[str, Any]) -> Any:
+def _config(arguments: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    pretrained = given.get("pretrained")
+    pretrained = arguments.get("pretrained")
     if not isinstance(pretrained, (str, os.PathLike)):
         return getattr(pretrained, "config", None)
-    source = {n: given[n] for n in SOURCE_ARGUMENTS if given.get(n)}
+    source = {n: arguments[n] for n in SOURCE_ARGUMENTS if arguments.get(n)}
     return AutoConfig.from_pretrained(pretrained, **source)

@@ -149,8 +149,8 @@ class PrunedHFLM(PrefixHFLM):
             self._prune_in_memory()
 
     def _prune_in_memory(self) -> None:
-        asked = self._prune_arguments
-        self._note_pruning(prune_loaded(self._model, asked, self.tokenizer))
+        arguments = self._prune_arguments
+        self._note_pruning(prune_loaded(self._model, arguments, self.tokenizer))
 
     def _note_pruning(self, model: PreTrainedModel) -> None:
         self._prune_record = model.prune_record  # type: ignore[assignment]

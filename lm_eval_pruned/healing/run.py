@@ -74,17 +74,17 @@ def prepare(
                 f"model_args has {name}={model_args[name]}, which heal does not accept: leave it "
                 f"out; {advice}."
             )
-    given = dict(model_args)
-    pretrained = str(given.pop("pretrained"))
-    asked = PruneArguments.taken_from(given)
-    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, given)
+    loading = dict(model_args)
+    pretrained = str(loading.pop("pretrained"))
+    pruning = PruneArguments.taken_from(loading)
+    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, pruning, loading)
     original = request.widths.original
     if original.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{pretrained} is an encoder-decoder model, and plain text has no targets for its decoder: "
             "pass a decoder-only model."
         )
-    if options.teacher_weight and asked.size is None:
+    if options.teacher_weight and pruning.size is None:
         raise ValueError(
             f"teacher_weight={options.teacher_weight} takes the unpruned model as teacher, but no "
             "size was given, so that it would teach itself: add one such as prune_percent=40 to "
@@ -141,8 +141,9 @@ def heal(
         )
     last = _checkpoint(checkpoints, resume)
     texts, length = texts_of(data), options.max_length
-    given = (model_args, data, texts, options, checkpoints)
-    arguments, adapter, request, tokenizer = prepare(*given)
+    arguments, adapter, request, tokenizer = prepare(
+        model_args, data, texts, options, checkpoints
+    )
     blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
     text = {"file": Path(data).name, "sha256": digest_of(data), "texts": len(texts)}
     record = {
@@ -181,7 +182,7 @@ def heal(
             options,
             model=model,
             args=arguments,
-            train_dataset=[{"input_ids": each, "labels": each} for each in blocks],
+            train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
             callbacks=[checkpointing],
         )
         if teacher is not None:
@@ -215,15 +216,17 @@ def checkpoints_of(output: Path) -> Path:
 
 def _checkpoint(folder: Path, resume: bool) -> Path | None:
     """Return the last complete checkpoint to continue from; None to start."""
-    found = [file.parent for file in folder.glob(f"checkpoint-*/{HEALING}")]
-    if resume is not bool(found):
+    complete = [file.parent for file in folder.glob(f"checkpoint-*/{HEALING}")]
+    if resume is not bool(complete):
         raise ValueError(
             f"resume continues from a checkpoint, but {folder} holds none: leave it out to start."
             if resume
             else f"{folder} holds checkpoints of a healing: add --resume to continue from the last, or "
             "delete the folder."
         )
-    return max(found, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
+    return max(
+        complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None
+    )
 
 
 def _left(pruning: dict[str, Any]) -> dict[str, Any]:
@@ -252,14 +255,14 @@ def _write(
     name, revision = request.pretrained, request.model_arguments.get("revision")
     origin = (name, revision, source_folder(name, request.model_arguments), pruned)
     method, text = record["method"], record["data"]
-    told = (
+    trained = (
         f"The {'pruned ' * pruned.plan.prunes}model was then trained on {record['tokens_seen']:,} "
         f"tokens of {text['file']} (SHA-256 {text['sha256']}) with method={method}."
     )
     if method != "full":
         model.save_pretrained(folder)
         # In place of peft's, an empty template that names a folder of this machine.
-        card = adapter_card(*origin, method, told)
+        card = adapter_card(*origin, method, trained)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if not merge:
             return
@@ -269,5 +272,5 @@ def _write(
     model.config.use_cache = True
     save_loaded(model, request, origin[2], folder)
     if pruned.plan.prunes:
-        card = model_card(*origin, folder, told)
+        card = model_card(*origin, folder, trained)
         (folder / "README.md").write_text(card, encoding="utf-8")

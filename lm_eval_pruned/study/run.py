@@ -63,7 +63,7 @@ def run_study(
     from lm_eval_pruned.study.findings import read_findings, sentences
     from lm_eval_pruned.study.page import write_study
 
-    code, found = 0, {}
+    code, findings = 0, {}
     for sweep in sweeps.values():
         code = max(code, run_sweep(sweep, **which))
         if code == 130:
@@ -81,15 +81,16 @@ def run_study(
                 if ended == 130:
                     return ended
                 code = code or ended
-            how = {"margin": margin, "families": families, "read": read}
-            found[name] = read_findings(read_sweep(folder), **how)
+            findings[name] = read_findings(
+                read_sweep(folder), margin=margin, families=families, read=read
+            )
         except ResultsError as error:
             print(f"{name} is not on the page yet: {error}", file=sys.stderr)
-    for name, of in found.items():
-        print(sentences(name, of)[0])
-    if found:
-        print(f"Written: {write_study(Path(given['output_path']), found)[0]}")
-    return code or int(len(found) < len(studies))
+    for name, of_model in findings.items():
+        print(sentences(name, of_model)[0])
+    if findings:
+        print(f"Written: {write_study(Path(given['output_path']), findings)[0]}")
+    return code or int(len(findings) < len(studies))
 
 
 def _profile_words(options: Mapping[str, Any], folder: Path, quick: bool) -> list[str]:

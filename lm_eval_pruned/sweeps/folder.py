@@ -127,14 +127,19 @@ def with_earlier(
         earlier: What `lm_eval_pruned.results.runs.read_definition` read, with the `units` listed.
         base: The id of the unpruned model.
     """
-    own = {each["id"]: each for each in now["configurations"]}
-    before = {each["id"]: each for each in earlier["configurations"]}
-    if before.get(base, {}).get("fingerprint") != own[base]["fingerprint"]:
+    present = {
+        configuration["id"]: configuration for configuration in now["configurations"]
+    }
+    before = {
+        configuration["id"]: configuration
+        for configuration in earlier["configurations"]
+    }
+    if before.get(base, {}).get("fingerprint") != present[base]["fingerprint"]:
         return dict(now)
-    of_base = own[base]["units"]
-    for name, each in before.items():
-        here = own.get(name, {**each, "units": {}})
-        if here["fingerprint"] != each.get("fingerprint"):
+    of_base = present[base]["units"]
+    for name, configuration in before.items():
+        here = present.get(name, {**configuration, "units": {}})
+        if here["fingerprint"] != configuration.get("fingerprint"):
             continue
         kept = {
             task: digest
@@ -142,10 +147,12 @@ def with_earlier(
             if of_base.get(task) in (None, units[base].get(task))
         }
         if kept:
-            own[name] = {**here, "units": {**kept, **here["units"]}}
-    names = [name for name in dict.fromkeys([*before, *own]) if name in own]
-    tasks = dict.fromkeys(task for each in own.values() for task in each["units"])
-    return {**now, "configurations": [own[n] for n in names], "tasks": [*tasks]}
+            present[name] = {**here, "units": {**kept, **here["units"]}}
+    names = [name for name in dict.fromkeys([*before, *present]) if name in present]
+    tasks = dict.fromkeys(
+        task for configuration in present.values() for task in configuration["units"]
+    )
+    return {**now, "configurations": [present[n] for n in names], "tasks": [*tasks]}
 
 
 def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:

@@ -148,15 +148,15 @@ class Sweep:
         """Return the units, those of one configuration together; of part I of N for ``(I, N)``."""
         part, parts = shard or (0, 1)
         kinds = self.floors, self.configurations
-        order = [each.id for kind in kinds for each in kind]
+        order = [configuration.id for kind in kinds for configuration in kind]
         # Dealt out task by task: N parts of N configurations get one model each.
         dealt = [
-            Unit(each, task)
+            Unit(configuration, task)
             for kind in kinds
             for task in self.tasks
-            for each in kind
+            for configuration in kind
             # Without given answers, there is nothing to score after another question.
-            if task.offers_answers or MISMATCHED not in each.arguments
+            if task.offers_answers or MISMATCHED not in configuration.arguments
         ]
         return sorted(dealt[part::parts], key=lambda unit: order.index(unit[0].id))
 
@@ -232,15 +232,16 @@ class Sweep:
             "sources": self.sources,
             "configurations": [
                 {
-                    **vars(each),
-                    "fingerprint": digest(self.model_definition(each)),
+                    **vars(configuration),
+                    "fingerprint": digest(self.model_definition(configuration)),
                     "units": {
-                        t.name: digest(self.definition(each, t)) for t in self.tasks
+                        t.name: digest(self.definition(configuration, t))
+                        for t in self.tasks
                     },
                 }
-                for each in (*self.floors, *self.configurations)
+                for configuration in (*self.floors, *self.configurations)
             ],
-            "tasks": [each.name for each in self.tasks],
+            "tasks": [task.name for task in self.tasks],
         }
 
     def _described(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -317,11 +318,11 @@ def harness_settings(
         seeds = [part.strip() for part in read["seed"].split(",")]
         read["seed"] = [None if part.lower() == "none" else part for part in seeds]
     settings = EvaluatorConfig.from_cli(Namespace(**read))
-    told = {name: getattr(settings, name) for name in OF_MODEL}
+    run_options = {name: getattr(settings, name) for name in OF_MODEL}
     # The workers of Ray may have vLLM where this machine has none.
     with contextlib.suppress(ImportError):
         check = getattr(get_model(model), "check_values", lambda values: None)
-        check({**arguments, **told})
+        check({**arguments, **run_options})
     return settings
 
 
@@ -333,8 +334,8 @@ def _check_names(arguments: dict[str, Any], model: str) -> None:
             f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
             f"configurations: use --{instead[name]}."
         )
-    if found := find_misspelt(arguments, model, DECLARED):
-        name, near = found
+    if misspelling := find_misspelt(arguments, model, DECLARED):
+        name, near = misspelling
         raise ValueError(
             f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
             f"{f'--{instead[near]}' if near in instead else near}?"
@@ -363,7 +364,7 @@ def _configurations(
     """Return the baseline, each size by each allocation, criterion and seed, and each depth."""
     plan = functools.partial(plan_rows, **model_source(base))
     (whole,) = plan(argument="prune_percent", values=["0"])
-    found = {"baseline": Configuration("baseline", {}, *_size(whole))}
+    configurations = {"baseline": Configuration("baseline", {}, *_size(whole))}
     variants = [*_variants(options)]
     shared = {name: base[name] for name in _WITH_SIZES if base.get(name) is not None}
     for option, argument in SEVERAL.items():
@@ -373,16 +374,16 @@ def _configurations(
         if argument != "widths":
             values = [*map(parse_number, values)]
         rows = plan(argument=argument, values=values, **shared if is_size else {})
-        sizes = [each for each in zip(values, rows, strict=True) if each[1].reduction]
+        sizes = [size for size in zip(values, rows, strict=True) if size[1].reduction]
         combined = itertools.product(sizes, variants if is_size else [{}])
         for (value, row), variant in combined:
             arguments = {argument: value, **variant}
             # Refused here, not once the baseline has been evaluated.
-            asked = of_pruning.without_idle({**base, **arguments})
-            of_pruning.PruneArguments.taken_from(asked)
+            merged = of_pruning.without_idle({**base, **arguments})
+            of_pruning.PruneArguments.taken_from(merged)
             name = _id(arguments)
-            found[name] = Configuration(name, arguments, *_size(row))
-    return [*found.values()]
+            configurations[name] = Configuration(name, arguments, *_size(row))
+    return [*configurations.values()]
 
 
 def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -403,14 +404,14 @@ def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         [{argument: value} for value in options.get(option) or [None]]
         for option, argument in (("allocations", "allocation"), ("repairs", "repair"))
     ]
-    usual = {name: each.default for name, each in DECLARED.items()}
+    usual = {name: option.default for name, option in DECLARED.items()}
     usual |= of_pruning.RECIPES[of_pruning.STUDY]
     for parts in itertools.product(*several, chosen):
-        given = functools.reduce(operator.or_, parts)
-        silent = {} if "recipe" in given else usual
-        told = {n: v for n, v in given.items() if v and v != silent.get(n)}
-        drawn = seeds if given.get("criterion") == "random" else []
-        yield from [{**told, "seed": seed} for seed in drawn] or [told]
+        arguments = functools.reduce(operator.or_, parts)
+        silent = {} if "recipe" in arguments else usual
+        named = {n: v for n, v in arguments.items() if v and v != silent.get(n)}
+        drawn = seeds if arguments.get("criterion") == "random" else []
+        yield from [{**named, "seed": seed} for seed in drawn] or [named]
 
 
 def _id(arguments: dict[str, Any]) -> str:

@@ -137,16 +137,19 @@ def run_sweep(
 
 def _definition(sweep: Sweep, path: Path) -> dict[str, Any]:
     """Return the content of ``sweep.json``, and say what becomes of earlier units in the folder."""
-    own = sweep.as_dict()
+    present = sweep.as_dict()
     if not sweep.keeps_earlier or not layout.is_sweep(path):
-        return own
-    definition = with_earlier(own, *layout.read_definition(path), sweep.baseline.id)
-    asked = {each["id"]: each["units"] for each in own["configurations"]}
+        return present
+    definition = with_earlier(present, *layout.read_definition(path), sweep.baseline.id)
+    requested = {
+        configuration["id"]: configuration["units"]
+        for configuration in present["configurations"]
+    }
     added, listed = {}, []
-    for each in definition["configurations"]:
-        name, units = each["id"], each["units"]
+    for configuration in definition["configurations"]:
+        name, units = configuration["id"], configuration["units"]
         listed += [layout.unit_folder(path, name, task) for task in units]
-        if others := [task for task in units if task not in asked.get(name, ())]:
+        if others := [task for task in units if task not in requested.get(name, ())]:
             added[name] = others
     if added:
         names = layout.units_text(added)
@@ -218,17 +221,17 @@ def _plan_table(sweep: Sweep, entries: list[Entry], folder: Path) -> str:
 
     def size(name: str) -> Callable[[Configuration], Any]:
         # What knows nothing has no size.
-        return lambda of: None if of.floor else getattr(of, name)
+        return lambda row: None if row.floor else getattr(row, name)
 
     columns = [
-        Column("configuration", lambda of: of.id),
+        Column("configuration", lambda row: row.id),
         Column("kept width", size("kept_width"), ","),
         Column("expansion ratio", size("expansion_ratio"), ".4f"),
         Column("parameters", size("parameters"), ","),
         Column("reduction", size("reduction"), ".2%"),
     ]
     columns += [
-        Column(state, lambda of, state=state: counts[of.id, state], "d")
+        Column(state, lambda row, state=state: counts[row.id, state], "d")
         for state in STATES
     ]
     table = Table("Plan", columns, [*sweep.floors, *sweep.configurations])

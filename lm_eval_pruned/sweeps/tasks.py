@@ -84,8 +84,8 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
                 f"--tasks has {name}, but no task, group or tag has that name: "
                 "`lm_eval ls tasks` lists them, and --include_path adds a folder of your own."
             )
-        found = [planned._load_spec(match) for match in sorted(matches)]
-        for task in _flat(found):
+        built = [planned._load_spec(match) for match in sorted(matches)]
+        for task in _flat(built):
             if tasks.setdefault(task.name, task) != task:
                 raise ValueError(
                     f"the task {task.name} is requested twice, with different settings: "
@@ -107,17 +107,17 @@ class _Planning(TaskFactory):
         return _task(config, build)
 
     def _build_group(self, group_name, raw_cfg, overrides, registry) -> Any:
-        own = {k: v for k, v in raw_cfg.items() if k not in GROUP_FIELD_NAMES}
+        settings = {k: v for k, v in raw_cfg.items() if k not in GROUP_FIELD_NAMES}
         listed = raw_cfg["task"] if isinstance(raw_cfg.get("task"), list) else []
-        given = own | (overrides or {})
-        members = self._build_group_members(listed, group_name, given, registry)
+        shared = settings | (overrides or {})
+        members = self._build_group_members(listed, group_name, shared, registry)
         if not raw_cfg.get("aggregate_metric_list"):
             return members
         leaves = _flat(members)
         below = [(task.name, task.digest) for task in leaves]
-        asked = group_name, raw_cfg, overrides, self._index
-        build = operator.methodcaller("_build_group", *asked)
-        digest = fingerprint(_described([raw_cfg, given, below]))
+        arguments = group_name, raw_cfg, overrides, self._index
+        build = operator.methodcaller("_build_group", *arguments)
+        digest = fingerprint(_described([raw_cfg, shared, below]))
         listed = raw_cfg["aggregate_metric_list"]
         metrics = _metric_names(listed if isinstance(listed, list) else [listed])
         answers = all(task.offers_answers for task in leaves)
@@ -161,14 +161,14 @@ def _task(config: dict[str, Any], build: Callable[[TaskFactory], Any]) -> SweepT
 
 
 def _metric_names(listed: list[dict[str, Any]]) -> tuple[str, ...]:
-    found = [each["metric"] for each in listed]
-    return tuple(getattr(each, "__name__", str(each)) for each in found)
+    names = [metric["metric"] for metric in listed]
+    return tuple(getattr(metric, "__name__", str(metric)) for metric in names)
 
 
-def _flat(found: Any) -> list[SweepTask]:
-    if isinstance(found, SweepTask):
-        return [found]
-    return [task for each in found for task in _flat(each)]
+def _flat(built: Any) -> list[SweepTask]:
+    if isinstance(built, SweepTask):
+        return [built]
+    return [task for member in built for task in _flat(member)]
 
 
 def _described(value: Any, key: str = "") -> Any:

@@ -88,14 +88,14 @@ class UnitRunner:
         except Exception as error:
             shown = self._sweep.shows_tracebacks
             logger.error("%s / %s failed.", *unit.names, exc_info=shown)
-            told = describe_error(error)
+            description = describe_error(error)
         seconds = time.perf_counter() - start
-        self.device_failed = re.search(_OF_DEVICE, told["traceback"]) is not None
+        self.device_failed = re.search(_OF_DEVICE, description["traceback"]) is not None
         if getattr(self._lm, "engine_died", False):
             self.release()
         elif not self.device_failed:
             release_memory()
-        return seconds, told
+        return seconds, description
 
     def release(self) -> None:
         """Free the model's memory."""
