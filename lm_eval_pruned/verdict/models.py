@@ -25,6 +25,7 @@ from lm_eval_pruned.verdict.decision import (
     check_margins,
     check_measure,
     judged_scores,
+    read_margins,
 )
 from lm_eval_pruned.verdict.divergence import (
     DEMO_TEXT,
@@ -194,6 +195,8 @@ def both_runs(
     run = runs[0]
     if why := _not_measured(found, run, bool(finished_ones)):
         note = f"The divergence from the base (KL) was not measured, because {why}."
+        if KL.partition(",")[0] in read_margins(margins):
+            raise ResultsError(f"{note[:-1]}: leave out its margin.")
         run = replace(run, notes=(*run.notes, note))
     return found, run, floors
 
