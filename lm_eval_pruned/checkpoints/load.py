@@ -6,7 +6,6 @@ Engines that build models by themselves ask here which widths they can have, and
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +18,10 @@ from lm_eval_pruned.checkpoints.request import (
     stamp,
     stored_once,
 )
-from lm_eval_pruned.checkpoints.sensitivity import cached_losses
 from lm_eval_pruned.pruning.allocation import plan_layers
-from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
+from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.calibration import CalibrationText, tell_device
-from lm_eval_pruned.pruning.criteria import RANDOM
+from lm_eval_pruned.pruning.calibration import tell_device
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.measuring import (
     LoadedModel,
@@ -38,14 +35,12 @@ from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
-    from fractions import Fraction
 
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.request import Rounded
-    from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.pruning.measuring import KnownScores
     from lm_eval_pruned.pruning.plan import PrunePlan
 
@@ -190,12 +185,15 @@ class Stored(LoadedModel):
         model, widths, rounded = request.load_stored()
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
-        if asked.drop_layers is not None:
-            decides = (tokenizer, known("influence"), device)
-            depth = depth_in_memory(model, asked, *decides)
-            widths = widths.without_layers(depth)
-        plan = widths.plan(asked)
-        request = dataclasses.replace(request, widths=widths, plan=plan)
+        if widths is not request.widths.whole or asked.measures_depth:
+            # The tensors, or the text, say something else than the config.
+            if asked.drop_layers is not None:
+                decides = (tokenizer, known("influence"), device)
+                depth = depth_in_memory(model, asked, *decides)
+                widths = widths.without_layers(depth)
+            plan = widths.plan(asked)
+            request = dataclasses.replace(request, widths=widths, plan=plan)
+        plan = request.plan
         kept = plan.depth and plan.depth.kept
         ways = (plan.criterion, plan.seed, kept)
         samples: Any = asked.calibration_samples
@@ -230,26 +228,6 @@ class Stored(LoadedModel):
         widths = self.request.widths
         model = self.request.placed(self.narrowed(), widths, self.rounded)
         return finished(model, widths)
-
-    def losses(
-        self,
-        text: CalibrationText,
-        criterion: str,
-        removed: Sequence[Fraction],
-        repair: str = NO_REPAIR,
-    ) -> Sensitivity:
-        """Return the losses with one layer cut at a time, looked up in the user's cache."""
-        given = (self.model, self.tokenizer, str(self.calibration), self.samples)
-        return cached_losses(
-            self.request,
-            lambda: super(Stored, self).losses(text, criterion, removed, repair),
-            functools.partial(CalibrationText.of, *given),
-            text,
-            criterion,
-            self.seed if criterion == RANDOM else None,
-            removed,
-            repair,
-        )
 
 
 def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

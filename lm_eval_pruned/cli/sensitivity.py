@@ -1,6 +1,6 @@
-"""Measure the loss on calibration text with one layer cut at a time, at a few widths and by several
-criteria, with random cuts as reference. Prints the curves; with --output_path also
-JSON, CSV and plots.
+"""Show by how much the loss on calibration text rises when one layer is cut, at a few widths and by
+several criteria, with random cuts as reference. Prints the curves; with --output_path also JSON,
+CSV and plots.
 """
 
 import sys
@@ -17,16 +17,13 @@ from lm_eval_pruned.util.palette import plots_missing
 #: Options that `measure_sensitivity` takes, and checks, under the same names.
 _MEASURING = (
     row("--calibration", "FILE.jsonl",
-        'text to measure the loss on, one {"text": ...} per line; it must not contain text from a '
+        'text on which the loss rises, one {"text": ...} per line; it must not contain text from a '
         "benchmark (default: text included in this package)"),
     row("--calibration_samples", "N",
-        "number of its texts to use (default: the first 16)"),
-    row("--calibration_tokens", "N",
-        "number of tokens of each text to measure the loss on (default: 128)"),
+        "number of its texts to use, from the first on (default: all)"),
     row("--criteria", "NAME", "criteria to compare (default: maw act random)", nargs="+"),
     row("--repair", "NAME",
-        "none, or least_squares to repair each layer after its cut; then obs is a criterion too "
-        "(default: none)"),
+        "none, or least_squares to repair each layer after its cut (default: none)"),
     row("--seeds", "N", "seeds for the criterion random (default: 0 1 2)", nargs="+"),
     row("--prune_percents", "P", "shares of a layer to remove, in percent (default: 10 25 50)",
         nargs="+"),

@@ -1,13 +1,10 @@
 """Allocation: how the neurons of a size are shared among the layers of a model.
 
-A uniform cut says how many neurons stay in all. An allocation keeps as many, but takes them
-where measured losses say that they matter least. Every layer has a curve, the cost of
-removing 0, 1, 2, ... of its neurons, and `allocate` finds the widths of least total cost.
-Costs are whole numbers, so the same curves give the same widths on every machine.
-
-Where every curve is convex, taking the cheapest next neuron is optimal (Fox 1966, "Discrete
-Optimization via Marginal Analysis", Management Science 13(3)). Elsewhere a dynamic program over
-the layers is exact, as in SPDY (Frantar & Alistarh 2022, arXiv 2201.13096).
+A uniform cut says how many neurons stay in all. An allocation keeps as many, but takes them where
+the loss rises least. Every layer has a curve, the rise after removing 0, 1, 2, ... of its neurons,
+of which the convex hull counts: `allocate` takes the cheapest next neuron until the size is
+reached, which costs least in all (Fox 1966, "Discrete Optimization via Marginal Analysis",
+Management Science 13(3)).
 """
 
 from __future__ import annotations
@@ -22,11 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lm_eval_pruned.pruning.argument_values import NO_REPAIR, written_by_layer
+from lm_eval_pruned.pruning.argument_values import written_by_layer
 from lm_eval_pruned.pruning.calibration import check_observable, unless_cpu
-from lm_eval_pruned.pruning.criteria import OBS
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
-from lm_eval_pruned.pruning.measuring import MEASURED_CUTS, LoadedModel
+from lm_eval_pruned.pruning.measuring import CUTS, LoadedModel
 
 
 if TYPE_CHECKING:
@@ -37,21 +33,16 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.widths import Widths
 
-    Costs = NDArray[np.int64]
+    Costs = NDArray[np.float64]
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.allocation")
-
-#: Costs are whole numbers of this, in nats or whatever a curve is measured in.
-RESOLUTION = 1e-12
-#: Larger than any total of costs, and small enough to be added to one without overflow.
-_IMPOSSIBLE = np.int64(1) << np.int64(61)
 
 
 def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
     """Return `plan` with the width of each layer that it prunes, if it `is_open`.
 
-    `evidence` is the model of `widths`, whose losses it measures.
+    `evidence` is the model of `widths`, and says what cuts of its layers cost.
 
     Raises:
         UnsupportedModelError: See `check_comparable`.
@@ -59,31 +50,23 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
     if not plan.is_open:
         return plan
     check_comparable(plan, widths)
-    own, targets = widths.layers, widths.targets(plan)
+    before, targets = widths.layers, widths.targets(plan)
     # The MLPs to which the size of a layer refers.
-    held: dict[int, list[str]] = {n: [] for n in own if plan.includes_layer(n)}
+    held: dict[int, list[str]] = {n: [] for n in before if plan.includes_layer(n)}
     for mlp in widths.mlps:
-        if mlp.block in held and widths.actual[mlp.name] == own[mlp.block]:
+        if mlp.block in held and widths.actual[mlp.name] == before[mlp.block]:
             held[mlp.block].append(mlp.name)
     kept = {layer: targets[names[0]] for layer, names in held.items()}
     neurons, multiple = sum(kept.values()), plan.multiple_of
-    repair = plan.arguments.repair
-    # Only curves of repaired cuts know the criterion that chooses layer after layer.
-    known = plan.criterion != OBS or repair != NO_REPAIR
-    criterion = plan.criterion if known else "act"
-    measured = evidence.curves(criterion, repair)
-    costs = []
-    for layer in held:
-        curve = measured.curve(layer, criterion, plan.seed)
-        rises = measured.rises(curve)
-        costs.append(costs_of_losses(own[layer], curve.widths, rises))
-    text = {n: getattr(measured, n) for n in ("file", "sha256", "texts", "tokens")}
-    text |= {"repair": repair} if repair != NO_REPAIR else {}
-    text |= unless_cpu(torch.device(measured.device))
-    # What is not known of layers narrower than measured is not relied on without need.
-    share = 1 - max(MEASURED_CUTS) / 100
+    known = evidence.curves([(plan.criterion, plan.seed)], CUTS, plan.arguments.repair)
+    curves = {curve.layer: curve for curve in known.curves}
+    costs = [marginal_costs(before[n], curves[n].widths, curves[n].rises) for n in held]
+    text = {n: getattr(known, n) for n in ("file", "sha256", "texts", "tokens")}
+    text |= unless_cpu(torch.device(known.device))
+    # What is not known of narrower layers is not relied on without need.
+    share = 1 - max(CUTS) / 100
     needed = neurons // len(held) // multiple * multiple
-    fewest = min(math.ceil(min(own[layer] for layer in held) * share), needed) or 1
+    fewest = min(math.ceil(min(before[layer] for layer in held) * share), needed) or 1
     shared = allocate(costs, neurons, fewest=fewest, multiple_of=multiple)
     kept = dict(zip(held, shared, strict=True))
     logger.info(
@@ -99,24 +82,23 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
 
     Raises:
         UnsupportedModelError: An allocation would have to weigh layers against each other that
-            hold different MLPs, or losses cannot be measured.
+            hold different MLPs, or their activations cannot be observed.
     """
     model = widths.skeleton()
-    if model.config.is_encoder_decoder:
-        check_observable(model, "allocation=uniform")
+    check_observable(model, "allocation=uniform", stacked=True)
     held: dict[int, Counter[str]] = defaultdict(Counter)
     for mlp in widths.mlps:
         if plan.includes_layer(mlp.block):
             what = "expert" if mlp.kind == "expert" else f"{mlp.kind} MLP"
             held[mlp.block][what] += 1
     first = min(held, default=0)
-    for layer, own in held.items():
-        if own != held[first]:
+    for layer, mlps in held.items():
+        if mlps != held[first]:
             has = [
                 " and ".join(
                     f"{n} {what}{'s' if n > 1 else ''}" for what, n in each.items()
                 )
-                for each in (held[first], own)
+                for each in (held[first], mlps)
             ]
             raise UnsupportedModelError(
                 f"{describe(model)} has {has[0]} in layer {first} and {has[1]} in layer {layer}, "
@@ -125,124 +107,72 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
             )
 
 
-def costs_of_losses(width: int, kept: Sequence[int], rises: Sequence[float]) -> Costs:
-    """Return the cost of removing 0, 1, ... I neurons, shape (I + 1,), from measured losses.
+def marginal_costs(width: int, kept: Sequence[int], rises: Sequence[float]) -> Costs:
+    """Return what removing the first, second, ... neuron of a layer costs, shape (I,), ascending.
 
-    Measured points are noisy: a layer that is cut further may seem to do better. They are
-    replaced by the closest ones, in the sense of least squares, that neither fall nor are
-    below 0 (isotonic regression; Barlow et al. 1972), and joined by straight lines. Below
-    the smallest measured width the curve goes on as steeply as it has been anywhere.
+    These are the slopes of the greatest convex curve that starts at 0 and nowhere exceeds the
+    `rises`. Below the smallest of the widths it goes on as steeply as before.
 
     Args:
         width: The layer's width I before, in neurons.
-        kept: Measured widths, in neurons, ascending, each below `width`.
-        rises: By how much the loss rose at each of them, in nats.
+        kept: Some smaller widths, in neurons, ascending.
+        rises: By how much the loss rises at each of them, in nats per token; 0 or more.
 
     Example:
-        >>> costs = costs_of_losses(4, kept=[2, 3], rises=[4e-12, 1e-12])
-        >>> costs.tolist()
-        [0, 1, 4, 7, 10]
+        >>> marginal_costs(4, kept=[2, 3], rises=[4.0, 1.0]).tolist()
+        [1.0, 3.0, 3.0, 3.0]
+        >>> marginal_costs(4, kept=[2, 3], rises=[4.0, 3.0]).tolist()
+        [2.0, 2.0, 2.0, 2.0]
     """
-    from scipy.optimize import isotonic_regression
+    points = [(0, 0.0)]
+    removed = [width - each for each in kept]
+    for x, y in sorted(zip(removed, rises, strict=True)):
+        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(
+            points[-1], (x, y)
+        ):
+            points.pop()
+        points.append((x, y))
+    ends = [*(x for x, _ in points[1:-1]), width]
+    slopes = [_slope(*each) for each in pairwise(points)]
+    return np.repeat(slopes, np.diff([0, *ends]))
 
-    removed = [0, *(width - each for each in reversed(kept))]
-    # Fitting first and cutting off at 0 then is the closest of all that are 0 or more.
-    fitted = np.maximum(isotonic_regression(list(reversed(rises))).x, 0.0)
-    values = np.concatenate([[0.0], fitted]) / RESOLUTION
-    slopes = np.rint(np.diff(values) / np.diff(removed)).astype(np.int64)
-    lengths = [*np.diff(removed), width - removed[-1]]
-    marginal = np.repeat([*slopes, max(slopes, default=0)], lengths)
-    return np.cumsum([0, *marginal], dtype=np.int64)
+
+def _slope(one: tuple[int, float], other: tuple[int, float]) -> float:
+    return (other[1] - one[1]) / (other[0] - one[0])
 
 
 def allocate(
-    curves: Sequence[Costs], neurons: int, *, fewest: int = 1, multiple_of: int = 1
+    costs: Sequence[Costs], neurons: int, *, fewest: int = 1, multiple_of: int = 1
 ) -> tuple[int, ...]:
     """Return the widths of least total cost that keep `neurons` neurons in all.
 
-    Of equally good allocations, it is the one in which the last layer gives the least, then the
-    last but one, and so on.
+    Of equally cheap neurons, those of the first layers go.
 
     Args:
-        curves: The cost of removing 0, 1, ... I neurons of each layer, shape (I + 1,), int64.
+        costs: Of each layer the `marginal_costs`, shape (I,), ascending.
         neurons: Neurons to keep in all; the most below that where no allowed widths keep as many.
         fewest: Neurons to leave in each layer at least. A layer that has no more stays.
         multiple_of: Widths are multiples of this. A layer that has fewer neurons stays.
 
     Example:
-        >>> flat, steep = (costs_of_losses(100, [25], [rise]) for rise in (0.0, 1.5))
+        >>> flat, steep = (marginal_costs(100, [25], [rise]) for rise in (0.0, 1.5))
         >>> allocate([steep, flat], 150, fewest=20)
         (100, 50)
         >>> allocate([steep, flat], 150, fewest=60)
         (90, 60)
     """
     low = -(-fewest // multiple_of) * multiple_of
-    widest, steps = [], []
-    for width in (len(curve) - 1 for curve in curves):
+    widest, blocks = [], []
+    for curve in costs:
+        width = len(curve)
         high = width // multiple_of * multiple_of
         widest.append(high if high >= low else width)
-        # Of `multiple_of` neurons each, from the removed end of the curve on.
-        steps.append(max(0, high - low) // multiple_of)
-    costs = []
-    for curve, high, count in zip(curves, widest, steps, strict=True):
-        removed = len(curve) - 1 - high + multiple_of * np.arange(count + 1)
-        costs.append(curve[removed] - curve[removed[0]])
+        # What removing so many at a time costs, from the removed end on.
+        ended = curve[width - high : width - low if high >= low else width - high]
+        blocks.append(ended.reshape(-1, multiple_of).sum(1))
     wanted = max(0, -(-(sum(widest) - neurons) // multiple_of))
-    convex = all(np.all(np.diff(each, 2) >= 0) for each in costs)
-    taken = (_greedy if convex else _dynamic)(costs, min(wanted, sum(steps)))
+    layer = np.repeat(np.arange(len(costs)), [len(each) for each in blocks])
+    cheapest = np.argsort(np.concatenate(blocks), kind="stable")[:wanted]
+    taken = np.bincount(layer[cheapest], minlength=len(costs)).tolist()
     pairs = zip(widest, taken, strict=True)
     return tuple(high - multiple_of * each for high, each in pairs)
-
-
-def _greedy(costs: Sequence[Costs], steps: int) -> list[int]:
-    """Return how many of `steps` each layer takes; ``costs[l][j]`` of j in layer l is convex."""
-    marginal = np.concatenate([np.diff(each) for each in costs])
-    owner = np.repeat(np.arange(len(costs)), [len(each) - 1 for each in costs])
-    chosen = owner[np.argsort(marginal, kind="stable")[:steps]]
-    return np.bincount(chosen, minlength=len(costs)).tolist()
-
-
-def _dynamic(costs: Sequence[Costs], steps: int) -> list[int]:
-    """Do the same for costs of any shape: one layer after the other, for every total."""
-    reached = np.full(steps + 1, _IMPOSSIBLE)
-    reached[0] = 0
-    before = []
-    for each in costs:
-        before.append(reached)
-        reached = _added(reached, each)
-    taken = []
-    for each, earlier in zip(reversed(costs), reversed(before), strict=True):
-        most = min(steps, len(each) - 1)
-        # Of equal ones the first: the later layer gives as little as it can.
-        totals = each[: most + 1] + earlier[steps - most : steps + 1][::-1]
-        taken.append(int(np.argmin(totals)))
-        steps -= taken[-1]
-    return taken[::-1]
-
-
-def _added(reached: Costs, costs: Costs) -> Costs:
-    """Return the least cost of every total once one more layer may take steps.
-
-    It is the minimum over j of ``reached[t - j] + costs[j]``. Over each straight piece of
-    `costs` that is the minimum of a sliding window, so that the time grows with the number of
-    pieces, not with that of neurons.
-    """
-    from scipy.ndimage import minimum_filter1d
-
-    result, totals = reached.copy(), np.arange(len(reached))
-    slopes = np.diff(costs)
-    corners = [0, *(np.flatnonzero(np.diff(slopes)) + 1), len(slopes)]
-    for first, last in pairwise(corners[: len(slopes) + 1]):
-        level = reached - slopes[first] * totals
-        # Of each value and the `last - first` before it.
-        least = minimum_filter1d(
-            level,
-            last - first + 1,
-            origin=(last - first) // 2,
-            mode="constant",
-            cval=_IMPOSSIBLE,
-        )
-        here = totals[first:]
-        line = costs[first] + slopes[first] * (here - first)
-        np.minimum(result[first:], least[: len(here)] + line, out=result[first:])
-    return np.minimum(result, _IMPOSSIBLE)

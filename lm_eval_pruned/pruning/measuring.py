@@ -1,11 +1,7 @@
-"""What a model in memory says of its layers: block influence, and losses with one layer cut.
-
-Both come from ordinary forward passes over calibration text, which hooks watch.
-"""
+"""What a model in memory says of its neurons and layers: scores, block influence, costs of cuts."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections import defaultdict
@@ -18,11 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from lm_eval_pruned.pruning.argument_values import NO_REPAIR
 from lm_eval_pruned.pruning.calibration import (
     CalibrationText,
     calibrate,
-    read_texts,
     run_texts,
     unless_cpu,
 )
@@ -31,39 +25,33 @@ from lm_eval_pruned.pruning.criteria import (
     OBS,
     RANDOM,
     check_finite,
-    kept_set,
     score_neurons,
 )
+from lm_eval_pruned.pruning.curvature import Curvature, curvature, enough
 from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
 from lm_eval_pruned.pruning.depth import Depth, layers_of
-from lm_eval_pruned.pruning.layer_by_layer import (
-    LayerByLayer,
-    has_to_compute,
-    moved,
-    returning,
-)
+from lm_eval_pruned.pruning.layer_by_layer import moved
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     find_glu_mlps,
     regions_by_parameter,
 )
-from lm_eval_pruned.pruning.repair import errors_after_repair
+from lm_eval_pruned.pruning.repair import STEPS, errors_of_cuts
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.pruning.arguments import PruneArguments
+    from lm_eval_pruned.pruning.arguments import Number, PruneArguments
     from lm_eval_pruned.pruning.calibration import Calibration
     from lm_eval_pruned.pruning.layouts import GluMlp
 
-#: Shares of a layer's neurons to remove when its loss is measured, in percent.
-MEASURED_CUTS = (25, 50, 75, 87.5)
-#: The loss is measured on this many tokens of so many texts by default.
-LENGTH, SAMPLES = 128, 16
+#: Shares of a layer's neurons at which an allocation asks what removing them costs, in percent: up to
+#: seven eighths, in as many steps as neurons are removed in.
+CUTS = tuple(Fraction(175, 2) * n / STEPS for n in range(1, STEPS + 1))
 
 
 @dataclass
@@ -73,13 +61,15 @@ class ScoreTable:
     Attributes:
         scores: By criterion, seed and name of the GLU-MLP, shape (I,), float32, on the CPU.
         calibration: The activity of neurons, for criteria that need it.
-        curves: The losses with one layer cut at a time, by the repair after it.
+        curvature: What errors in the outputs of layers cost.
+        curves: The rises of the loss with one layer cut at a time, by what was asked for.
         influence: Block influence of each layer, and what the results file says of its text.
     """
 
     scores: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)
     calibration: Calibration | None = None
-    curves: dict[str, Sensitivity] = field(default_factory=dict)
+    curvature: Curvature | None = None
+    curves: dict[Hashable, Sensitivity] = field(default_factory=dict)
     influence: tuple[Sequence[float], Mapping[str, Any]] | None = None
 
 
@@ -184,11 +174,6 @@ def text_loss(model: PreTrainedModel, tokens: Tensor) -> float:
     return float(losses.double().sum())
 
 
-def samples_for_losses(file: str, samples: int | None) -> int:
-    """Return on how many texts of a file losses are measured: by default at most `SAMPLES`."""
-    return samples or min(SAMPLES, len(read_texts(file)))
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """What an unpruned model in memory says of its neurons and layers, each thing measured once.
@@ -253,59 +238,77 @@ class LoadedModel:
                 known.calibration = calibrate(self.model, *given)
         return known.calibration
 
-    def text(self, samples: int | None = None, **bounds: int) -> CalibrationText:
-        """Return calibration text, by default all that was asked for; see `CalibrationText.of`."""
-        file, samples = str(self.calibration), samples or self.samples
-        return CalibrationText.of(self.model, self.tokenizer, file, samples, **bounds)
+    def text(self) -> CalibrationText:
+        """Return the calibration text that was asked for; see `CalibrationText.of`."""
+        given = (self.model, self.tokenizer, str(self.calibration), self.samples)
+        return CalibrationText.of(*given)
 
-    def curves(self, criterion: str, repair: str = NO_REPAIR) -> Sensitivity:
-        """Return the losses with one layer cut at a time by a criterion; see `losses`."""
-        if repair not in self.known.curves:
-            samples = samples_for_losses(str(self.calibration), self.samples)
-            text = self.text(samples, longest=LENGTH, shortest=2)
-            removed = [Fraction(str(share)) for share in MEASURED_CUTS]
-            measured = self.losses(text, criterion, removed, repair)
-            self.known.curves[repair] = dataclasses.replace(measured, **text.as_dict())
-        return self.known.curves[repair]
+    def curvature(self) -> Curvature:
+        """Return what an error in the output of each GLU-MLP costs."""
+        known, model = self.known, self.model
+        if known.curvature is None:
+            mlps = find_glu_mlps(model)
+            with moved(model, self.device):
+                texts = enough(self.text().tokens, mlps)
+                known.curvature = curvature(model, texts, mlps)
+        return known.curvature
 
-    def losses(
-        self,
-        text: CalibrationText,
-        criterion: str,
-        removed: Sequence[Fraction],
-        repair: str = NO_REPAIR,
+    def curves(
+        self, ways: Sequence[tuple[str, int]], shares: Sequence[Number], repair: str
     ) -> Sensitivity:
-        """Measure the loss with a single layer cut by a criterion, for each layer and width.
+        """Return by how much the loss rises when one layer is cut, for each layer and width.
 
-        Up to the layer that is cut, such a model is the unpruned one. So for every text the
-        layers in front of it return what they returned in the unpruned model, and only the
-        others compute. The loss of a token is float32, its sum float64. `removed` are shares of
-        neurons, in percent. With `repair`, see `_repaired`.
+        Args:
+            ways: Criteria that choose the neurons, each with a seed, which counts for ``random``.
+            shares: Shares of neurons to remove, in percent.
+            repair: What follows a cut: none or least_squares.
         """
+        key = (*ways, *shares, repair)
+        if key not in self.known.curves:
+            self.known.curves[key] = self._curves(ways, shares, repair)
+        return self.known.curves[key]
+
+    def _curves(
+        self, ways: Sequence[tuple[str, int]], shares: Sequence[Number], repair: str
+    ) -> Sensitivity:
         model, held = self.model, self._held()
-        before = {n: mlps[0].width for n, mlps in held.items()}
+        mlps = [mlp for own in held.values() for mlp in own]
+        before = {n: own[0].width for n, own in held.items()}
         widths = {
             n: sorted(
-                {width - math.floor(s / 100 * width) for s in removed} - {0, width}
+                {width - math.floor(s / 100 * width) for s in shares} - {0, width},
+                reverse=True,
             )
             for n, width in before.items()
         }
-        count = sum(tokens.numel() - 1 for tokens in text.tokens)
-        measure = self._sums if repair == NO_REPAIR else self._repaired
-        with moved(model, self.device):
-            sums, ran_on = measure(text, criterion, held, widths), str(model.device)
-        seed = self.seed if criterion == RANDOM else None
-        curves = []
-        for n, kept in widths.items():
-            means = tuple(sums[n, width] / count for width in kept)
-            own = n, before[n], criterion, seed, tuple(kept), means
-            curves.append(LayerCurve(*own))
-        name = str(model.config.name_or_path)
+        # Other MLPs of a layer are cut in the same proportion.
+        narrowed = {
+            mlp.name: [math.ceil(Fraction(k * mlp.width, before[n])) for k in widths[n]]
+            for n, own in held.items()
+            for mlp in own
+        }
+        scores = [
+            {} if name == OBS else dataclasses.replace(self, seed=seed).scores(name)
+            for name, seed in ways
+        ]
+        minded, text = self.curvature(), self.text()
+        errors = errors_of_cuts(
+            *(model, text.tokens, mlps, narrowed, scores, minded.roots),
+            *(repair, self.device),
+        )
+        curves, tokens = [], sum(each.numel() for each in text.tokens)
+        for way, (name, seed) in enumerate(ways):
+            for n, kept in widths.items():
+                each = zip(*(errors[mlp.name][way] for mlp in held[n]), strict=True)
+                # Half the squared error of a token, on average: the second-order term.
+                rises = [sum(some) / 2 / tokens for some in each]
+                own = (n, before[n], name, seed if name == RANDOM else None)
+                curves.append(LayerCurve(*own, tuple(kept[::-1]), tuple(rises[::-1])))
         return Sensitivity(
-            *(name, sums[None] / count, tuple(curves)),
+            *(str(model.config.name_or_path), minded.loss, tuple(curves)),
             **text.as_dict(),
             repair=repair,
-            device=ran_on,
+            device=str(self.device or model.device),
         )
 
     def _held(self) -> dict[int, list[GluMlp]]:
@@ -315,114 +318,3 @@ class LoadedModel:
         for mlp in sorted(found, key=lambda mlp: (mlp.block, mlp.kind != "expert")):
             held[mlp.block].append(mlp)
         return held
-
-    def _sums(
-        self,
-        text: CalibrationText,
-        criterion: str,
-        held: Mapping[int, Sequence[GluMlp]],
-        widths: Mapping[int, Sequence[int]],
-    ) -> dict[tuple[int, int] | None, float]:
-        """Return the loss of all tokens by layer and width, and under None that of the whole model."""
-        model, scores = self.model, self.scores(criterion)
-        before = {n: mlps[0].width for n, mlps in held.items()}
-        stacks = {n: model.get_submodule(mlps[0].stack) for n, mlps in held.items()}
-        sums: dict[tuple[int, int] | None, float] = defaultdict(float)
-        outputs: dict[nn.Module, Any] = {}
-
-        def record(module, positional, named, output) -> None:
-            if not has_to_compute(named):
-                outputs[module] = output
-
-        def measure(tokens: Tensor) -> None:
-            sums[None] += text_loss(model, tokens)
-            order = list(outputs.items())
-            for number, mlps in held.items():
-                calls = [module for module, _ in order]
-                cut = stacks[number]
-                in_front = dict(order[: calls.index(cut)] if cut in calls else ())
-                for width in widths[number]:
-                    with _cut(mlps, Fraction(width, before[number]), scores, in_front):
-                        sums[number, width] += text_loss(model, tokens)
-
-        seed = self.seed if criterion == RANDOM else None
-        named = criterion if seed is None else f"{criterion}, seed {seed}"
-        hooks = dict.fromkeys(stacks.values(), record)
-        run_texts(model, text.tokens, f"sensitivity by {named}", hooks, measure)
-        return sums
-
-    def _repaired(
-        self,
-        text: CalibrationText,
-        criterion: str,
-        held: Mapping[int, Sequence[GluMlp]],
-        widths: Mapping[int, Sequence[int]],
-    ) -> dict[tuple[int, int] | None, float]:
-        """Return what `_sums` returns, with each layer repaired by least squares after its cut.
-
-        The rise of the loss is measured with half of a layer's neurons. At other widths it is taken
-        to be in proportion to the squared error of the layer's output.
-        """
-        model = self.model
-        scores = {} if criterion == OBS else self.scores(criterion)
-        walk = LayerByLayer(model, text.tokens)
-        rises: dict[int, float] = {}
-
-        def total() -> float:
-            return sum(walk.finish(lambda tokens: text_loss(model, tokens)))
-
-        whole = total()
-
-        def look(number: int) -> None:
-            stack = model.get_submodule(held[number][0].stack)
-            while walk.layers[walk.passed] is not stack:
-                walk.go_on(walk.run())
-            rises[number] = total() - whole
-
-        mlps = [mlp for own in held.values() for mlp in own]
-        steps: dict[int, list[int]] = {}
-        own_steps, halves = {}, {}
-        for number, own in held.items():
-            before = own[0].width
-            half = before - before // 2
-            steps[number] = sorted({*widths[number], half}, reverse=True)
-            for mlp in own:
-                share = Fraction(mlp.width, before)
-                own_steps[mlp.name] = [math.ceil(k * share) for k in steps[number]]
-                halves[mlp.name] = math.ceil(half * share)
-        texts = self.text().tokens
-        errors = errors_after_repair(
-            model, texts, mlps, own_steps, halves, scores, look
-        )
-        sums: dict[tuple[int, int] | None, float] = {None: whole}
-        for number, own in held.items():
-            each = zip(*(errors[mlp.name] for mlp in own), strict=True)
-            error = dict(zip(steps[number], map(sum, each), strict=True))
-            known = error[own[0].width - own[0].width // 2]
-            scale = max(rises[number], 0.0) / known if known else 0.0
-            for width in widths[number]:
-                sums[number, width] = whole + scale * error[width]
-        return sums
-
-
-@contextlib.contextmanager
-def _cut(
-    mlps: Sequence[GluMlp],
-    share: Fraction,
-    scores: Mapping[str, Tensor],
-    returned: Mapping[nn.Module, Any],
-) -> Iterator[None]:
-    """Let GLU-MLPs compute as if they kept a share of their neurons, with columns of down at zero.
-
-    Layers of which is known what they `returned` do so without computing.
-    """
-    with contextlib.ExitStack() as undo:
-        for mlp in mlps:
-            gone = torch.ones(mlp.width, dtype=torch.bool, device="cpu")
-            gone[kept_set(scores[mlp.name], math.ceil(mlp.width * share))] = False
-            down = mlp.weight("down_proj").detach()
-            columns = gone.nonzero().flatten().to(down.device)
-            undo.callback(down.index_copy_, 1, columns, down[:, columns])
-            down.index_fill_(1, columns, 0)
-        undo.enter_context(returning(returned))
-        yield

@@ -38,7 +38,11 @@ from lm_eval_pruned.pruning.measuring import (
     depth_in_memory,
 )
 from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.repair import CutMlp, cut_layer_by_layer
+from lm_eval_pruned.pruning.repair import (
+    CutMlp,
+    cut_layer_by_layer,
+    tokens_per_neuron,
+)
 from lm_eval_pruned.pruning.stacked import refused_by_grouped_mm
 from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
@@ -161,13 +165,17 @@ def carry_out(
             }
             if asked.layer_by_layer:
                 text, device = evidence.text(), evidence.device or model.device
+                few = tokens_per_neuron(model, text.tokens, cut, targets)
+                minds = evidence.curvature().roots if plan.criterion == OBS else {}
                 cut_mlps = cut_layer_by_layer(
-                    model, text.tokens, cut, targets, scores, asked.repair, device
+                    *(model, text.tokens, cut, targets, scores, asked.repair),
+                    *(minds, device),
                 )
                 kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
                 if asked.repair != NO_REPAIR:
                     repaired = sum(mlp.repaired for mlp in cut_mlps.values())
                 calibration = text.as_dict() | unless_cpu(device)
+                calibration["tokens_per_neuron"] = few
             elif plan.criterion in CALIBRATED and evidence.known.calibration:
                 calibration = evidence.known.calibration.measured_on
             by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)

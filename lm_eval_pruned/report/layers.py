@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: The control, whose seeds are the range of chance.
 RANDOM = "random"
 #: Of the file's entries.
-VERSION = 1
+VERSION = 2
 #: The table of a report is of the share that is nearest to this one, in percent.
 _SHOWN = 25
 #: Rises below this, in nats per token, are drawn on a linear scale, greater ones on a
@@ -65,10 +65,10 @@ class LayerCurves:
                 raise ValueError(f"version {data['version']}, not {VERSION}")
             loss, every = float(data["loss"]), pd.DataFrame(data["curves"])
             text = f"{loss:.3f} unpruned, on {data['texts']} texts with {data['tokens']:,} tokens"
-            every = every.explode(["widths", "losses"]).astype({"layer": int})
+            every = every.explode(["widths", "rises"]).astype({"layer": int})
             removed = 1 - every["widths"].astype(float) / every["width_before"]
             every["share"] = (100 * removed).round().astype(int)
-            every["rise"] = every["losses"].astype(float) - loss
+            every["rise"] = every["rises"].astype(float)
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(
                 f"{source} holds no readable sensitivity curves ({error}): measure them "
@@ -106,18 +106,15 @@ class LayerCurves:
     def explanation(self) -> list[str]:
         """How the numbers are to be read."""
         first = (
-            "Each number is the rise of the loss, in nats per token, when only that layer is cut. The "
-            f"loss is {self.text}."
+            "Each number is the rise of the loss, in nats per token, when only that layer is cut, to second "
+            f"order in the error of its output. The loss is {self.text}."
         )
         chance = (
             f"The reference is the criterion random, seeds: {self.seeds}; \u25bc worse and \u25b2 better "
             "than every seed. A criterion only as good as chance is worse than every seed in one of "
             f"{self.seeds + 1} layers."
         )
-        repaired = (
-            f"The layer is repaired after its cut (repair={self.repair}). Its loss is measured with "
-            "half of its neurons; at other widths it follows from the error of the layer's output."
-        )
+        repaired = f"The layer is repaired after its cut (repair={self.repair})."
         said = [repaired] * (self.repair != "none")
         return [first, *said, *[chance] * bool(self.seeds)]
 

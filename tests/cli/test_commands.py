@@ -186,7 +186,7 @@ def test_a_terminal_sees_which_layer_a_cut_is_at(tiny_llama, tmp_path, monkeypat
     curves = ["--repair", "least_squares", "--criteria", "maw"]
     for words, label in (
         (["prune", "--ratio", "2", "--output_path", str(tmp_path / "x")], "repair"),
-        (["sensitivity", *curves], "errors after repair"),
+        (["sensitivity", *curves], "costs of cuts"),
     ):
         monkeypatch.setattr(sys, "stderr", Terminal())
         assert cli.main([*words, *model]) == 0

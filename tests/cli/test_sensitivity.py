@@ -7,8 +7,7 @@ from lm_eval_pruned.checkpoints.request import LoadRequest
 
 
 @pytest.fixture
-def command(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def command(tiny_llama, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "The first, of some tokens."}\n{"text": "Another!"}\n')
     words = ["sensitivity", "--model_args", f"pretrained={tiny_llama}"]

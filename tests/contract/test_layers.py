@@ -24,12 +24,6 @@ from tests.helpers.results_files import write_sweep
 WIDTH = 88
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "lm-eval-pruned" / "sensitivity"
-
-
 @pytest.fixture
 def text(tmp_path):
     lines = ("The tide comes in twice a day.", "A loaf rises.", "Bridges expand.")
@@ -66,7 +60,7 @@ def tiny(tiny_llama, tmp_path):
 
 
 def test_sensitivity_writes_and_prints_a_curve_for_each_layer_criterion_and_seed(
-    tiny, text, tmp_path, cache
+    tiny, text, tmp_path
 ):
     pytest.importorskip("altair", reason="plots need the extra `report`")
     out = tmp_path / "out"
@@ -93,7 +87,6 @@ def test_sensitivity_writes_and_prints_a_curve_for_each_layer_criterion_and_seed
     assert ways == {(layer, *way) for layer in range(3) for way in ranked}
     with (out / "sensitivity.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3 * len(ranked) * 2
-    assert [*cache.iterdir()], "curves are cached"
     assert pruned(*words).out == done.out
 
 
@@ -109,20 +102,20 @@ def test_a_mark_says_worse_or_better_than_every_seed_and_a_report_shows_the_tabl
     words += ["--prune_percents", 25, 50, "--output_path", sweep]
     done = pruned(*words)
     assert done.code == 0, done.err
-    losses = defaultdict(list)
+    rises = defaultdict(list)
     for curve in json.loads((sweep / "sensitivity.json").read_text())["curves"]:
-        for width, loss in zip(curve["widths"], curve["losses"], strict=True):
-            losses[curve["layer"], curve["criterion"], width].append(loss)
+        for width, rise in zip(curve["widths"], curve["rises"], strict=True):
+            rises[curve["layer"], curve["criterion"], width].append(rise)
     marks, tables = set(), done.out.split("|layer|")[1:]
     for table, width in zip(tables, (66, 44), strict=True):
         rows = [
             row.split("|")[1:-1] for row in table.splitlines() if row[1:2].isdigit()
         ]
         for layer, row in enumerate(rows):
-            chance = losses[layer, "random", width]
+            chance = rises[layer, "random", width]
             for criterion, cell in zip(("maw", "act", "l2"), row[1:], strict=False):
-                (loss,) = losses[layer, criterion, width]
-                mark = "▼" * (loss > max(chance)) + "▲" * (loss < min(chance))
+                (rise,) = rises[layer, criterion, width]
+                mark = "▼" * (rise > max(chance)) + "▲" * (rise < min(chance))
                 assert re.sub(r"[-+.\d\s]", "", cell) == mark
                 marks.add(mark)
     assert {"▼", "▲"} <= marks
@@ -135,12 +128,12 @@ def test_a_mark_says_worse_or_better_than_every_seed_and_a_report_shows_the_tabl
     assert [*(sweep / "report").glob("plots/sensitivity-by-layer.*")]
 
 
-def test_sensitivity_uses_16_texts_of_the_package_by_default(tiny):
+def test_sensitivity_uses_the_texts_of_the_package_by_default(tiny):
     words = ["sensitivity", "--model_args", f"pretrained={tiny}"]
-    words += ["--criteria", "maw", "--prune_percents", 50]
+    words += ["--criteria", "maw", "--prune_percents", 50, "--calibration_samples", 3]
     done = pruned(*words)
     assert done.code == 0, done.err
-    assert "on 16 texts" in done.out
+    assert "on 3 texts" in done.out
     text = ROOT / "lm_eval_pruned" / "pruning" / "calibration_text.jsonl"
     assert pruned(*words, "--calibration", text).out == done.out
 

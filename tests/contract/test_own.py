@@ -114,7 +114,9 @@ def test_the_criterion_of_the_page_works_in_all_commands(install, tiny_llama):
     loaded = load_pruned(str(tiny_llama), ratio=2, criterion="disagreement")
     assert loaded.config.intermediate_size == 64
     model = ["--model_args", f"pretrained={tiny_llama}"]
-    measured = pruned("sensitivity", *model, "--criteria", "disagreement")
+    measured = pruned(
+        "sensitivity", *model, "--criteria", "disagreement", "--calibration_samples", 2
+    )
     assert measured.code == 0
     assert "disagreement" in measured.out
     planned = pruned("plan", *model[:1], f"{model[1]},criterion=disagreement,ratio=2")

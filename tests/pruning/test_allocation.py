@@ -6,90 +6,89 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import given, strategies as st
 
-from lm_eval_pruned.pruning.allocation import (
-    RESOLUTION,
-    allocate,
-    costs_of_losses,
-)
+from lm_eval_pruned.pruning.allocation import allocate, marginal_costs
 
 
-def full(curve) -> int:
-    """Return the width of the layer before."""
-    return len(curve) - 1
+def total(costs, widths) -> float:
+    return sum(float(c[: len(c) - w].sum()) for c, w in zip(costs, widths, strict=True))
 
 
-def at(curve, width) -> float:
-    """Return the cost of leaving a width."""
-    return float(curve[full(curve) - width]) * RESOLUTION
+def allowed(costs, fewest, multiple_of) -> list[list[int]]:
+    """Return the widths that the bounds allow each layer, by the rules as the docs state them."""
+    multiples = (range(multiple_of, len(each) + 1, multiple_of) for each in costs)
+    return [
+        [n for n in some if n >= fewest] or [len(curve)]
+        for curve, some in zip(costs, multiples, strict=True)
+    ]
 
 
-def total(curves, widths) -> int:
-    return sum(int(c[full(c) - w]) for c, w in zip(curves, widths, strict=True))
-
-
-def allowed(curves, neurons, fewest, multiple_of):
-    """Return every allocation that the bounds allow, by the rules as the docs state them."""
-    choices = []
-    for curve in curves:
-        multiples = range(multiple_of, full(curve) + 1, multiple_of)
-        choices.append([n for n in multiples if n >= fewest] or [full(curve)])
+def closest(choices, neurons) -> list[tuple[int, ...]]:
+    """Return every allocation that keeps `neurons` neurons, or the most below."""
     found = [each for each in itertools.product(*choices) if sum(each) <= neurons]
     most = max(map(sum, found), default=None)
     return [each for each in found if sum(each) == most]
 
 
-any_steps = st.lists(st.integers(0, 6), min_size=1, max_size=7)
-any_curve = any_steps.map(lambda each: np.cumsum([0, *each], dtype=np.int64))
-any_curves = st.lists(any_curve, min_size=1, max_size=4)
-
-
-@given(any_curves, st.data(), st.integers(1, 3), st.integers(1, 3))
-def test_no_allocation_costs_less(curves, data, fewest, multiple_of):
-    neurons = data.draw(st.integers(1, sum(map(full, curves))))
-    every = allowed(curves, neurons, fewest, multiple_of)
-    assume(every)
-    widths = allocate(curves, neurons, fewest=fewest, multiple_of=multiple_of)
-    assert widths in every
-    least = min(total(curves, each) for each in every)
-    assert total(curves, widths) == least
-    # Of equally good ones, that in which the last layer gives the least.
-    best = [each for each in every if total(curves, each) == least]
-    assert widths == max(best, key=lambda each: each[::-1])
-
-
-def test_a_layer_that_is_spoilt_by_the_first_cut_is_given_up_or_left_alone():
-    """A concave curve is not the average of its ends: the dynamic program sees that."""
-    spoilt = costs_of_losses(100, kept=[25, 75], rises=[2.1, 2.0])
-    steady = costs_of_losses(100, kept=[25, 75], rises=[1.8, 0.5])
-    assert allocate([spoilt, steady], 150) == (100, 50)
-    assert allocate([spoilt, steady], 75, fewest=10) == (25, 50)
-
-
-@given(
-    st.lists(st.floats(-1, 20), min_size=1, max_size=6),
-    st.integers(20, 3000),
-    st.data(),
+any_costs = st.lists(st.integers(0, 6), min_size=1, max_size=7).map(
+    lambda each: np.array(sorted(each), dtype=float)
 )
-def test_a_measured_curve_starts_at_nothing_and_never_falls(rises, width, data):
-    sizes = {"min_size": len(rises), "max_size": len(rises)}
-    kept = sorted(data.draw(st.sets(st.integers(1, width - 1), **sizes)))
-    curve = costs_of_losses(width, kept, rises)
-    assert (len(curve), curve[0]) == (width + 1, 0)
-    assert np.all(np.diff(curve) >= 0)
-    descending = sorted((max(rise, 0) for rise in rises), reverse=True)
-    if list(rises) == descending:
-        # Slopes are rounded, by at most half a step for every neuron.
-        for place, rise in zip(kept, rises, strict=True):
-            assert at(curve, place) == pytest.approx(rise, abs=width * 1e-12)
+several = st.lists(any_costs, min_size=1, max_size=4)
 
 
-def test_noise_is_averaged():
-    curve = costs_of_losses(100, kept=[20, 40, 60, 80], rises=[1, 2, 0.2, -0.1])
-    assert [at(curve, w) for w in (80, 60, 40, 20)] == pytest.approx([0, 0.2, 1.5, 1.5])
+@given(several, st.data(), st.integers(1, 3), st.integers(1, 3))
+def test_no_allocation_costs_less(costs, data, fewest, multiple_of):
+    neurons = data.draw(st.integers(1, sum(map(len, costs))))
+    choices = allowed(costs, fewest, multiple_of)
+    every = closest(choices, neurons)
+    widths = allocate(costs, neurons, fewest=fewest, multiple_of=multiple_of)
+    if every:
+        assert widths in every
+        assert total(costs, widths) == min(total(costs, each) for each in every)
+    else:
+        # The bounds leave more than the size: each layer is as narrow as they allow.
+        assert widths == tuple(min(each) for each in choices)
 
 
-def test_below_the_smallest_measured_width_a_curve_is_as_steep_as_ever():
-    curve = costs_of_losses(100, kept=[50, 90], rises=[1.4, 1.0])
-    assert at(curve, 40) == pytest.approx(1.4 + 10 * 0.1)
+@st.composite
+def curves(draw):
+    width = draw(st.integers(20, 3000))
+    kept = sorted(draw(st.sets(st.integers(1, width - 1), min_size=1, max_size=6)))
+    sizes = {"min_size": len(kept), "max_size": len(kept)}
+    return width, kept, draw(st.lists(st.floats(0, 20), **sizes))
+
+
+@given(curves())
+def test_a_hull_is_convex_and_the_greatest_below_the_curve(curve):
+    width, kept, rises = curve
+    costs = marginal_costs(*curve)
+    assert len(costs) == width and np.all(np.diff(costs) >= 0) and costs[0] >= 0
+    hull = np.concatenate([[0.0], np.cumsum(costs)])
+    gaps = [rise - hull[width - n] for n, rise in zip(kept, rises, strict=True)]
+    # Each of at most 3,000 terms of a sum is rounded.
+    assert min(gaps) > -1e-9
+    # It bends only where it touches, and reaches the narrowest point.
+    assert gaps[0] == pytest.approx(0, abs=1e-9)
+    bends = np.flatnonzero(np.diff(costs) > 1e-9) + 1
+    touched = {width - n for n, gap in zip(kept, gaps, strict=True) if gap < 1e-9}
+    assert {*bends.tolist()} <= touched
+
+
+@given(st.lists(curves(), min_size=2, max_size=5), st.data(), st.sampled_from([1, 4]))
+def test_another_unit_of_the_loss_changes_no_width_and_the_budget_is_exact(
+    curves, data, multiple_of
+):
+    neurons = data.draw(st.integers(len(curves), sum(width for width, *_ in curves)))
+    plain = [marginal_costs(*each) for each in curves]
+    scaled = [marginal_costs(w, k, [8 * rise for rise in r]) for w, k, r in curves]
+    widths = allocate(plain, neurons, multiple_of=multiple_of)
+    assert widths == allocate(scaled, neurons, multiple_of=multiple_of)
+    if multiple_of == 1:
+        assert sum(widths) == neurons
+
+
+def test_below_the_narrowest_known_width_a_curve_is_as_steep_as_before():
+    costs = marginal_costs(100, kept=[50, 90], rises=[1.4, 0.2])
+    assert costs[:10] == pytest.approx(0.02)
+    assert costs[10:] == pytest.approx(0.03)

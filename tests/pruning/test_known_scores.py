@@ -17,8 +17,7 @@ from tests.helpers.ways_to_load import assert_same_model, write_texts
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def text(tmp_path):
     return {"calibration": write_texts(tmp_path / "texts.jsonl")}
 
 
@@ -30,7 +29,8 @@ def work(monkeypatch):
         (measuring, "score_neurons"),
         (measuring, "calibrate"),
         (measuring, "block_influence"),
-        (measuring.LoadedModel, "losses"),
+        (measuring, "curvature"),
+        (measuring, "errors_of_cuts"),
     ):
         original = getattr(module, name)
 
@@ -81,7 +81,7 @@ LOADS = [
     ),
     (
         [SHARED, SHARED | {"repair": "least_squares"}],
-        {"score_neurons": 3, "losses": 2},
+        {"score_neurons": 3, "curvature": 1, "errors_of_cuts": 2},
     ),
 ]
 
@@ -102,7 +102,8 @@ def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, text, work
     assert work == ["block_influence"]
     sizes = (str(tiny_llama), "prune_percent", [20, 40])
     rows = plan_rows(*sizes, criterion="act", allocation="sensitivity", **text)
-    assert (work.count("calibrate"), work.count("losses")) == (1, 1)
+    passes = ("calibrate", "curvature", "errors_of_cuts")
+    assert [work.count(name) for name in passes] == [1, 1, 1]
     assert all(row.layer_widths for row in rows)
     alike = [row.parameters for row in plan_rows(*sizes)]
     assert [row.parameters for row in rows] == alike

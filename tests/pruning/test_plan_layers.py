@@ -1,4 +1,4 @@
-"""Open plans: the width of each layer, out of losses."""
+"""Open plans: the width of each layer, out of what cutting it costs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ WIDTH = 40
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def text(tmp_path):
     return {"calibration": write_texts(tmp_path / "texts.jsonl")}
 
 
@@ -48,22 +47,23 @@ def test_layers_that_a_uniform_cut_leaves_alone_are_weighed_too(
 
 
 class MadeUp:
-    """Losses of cut layers that hypothesis makes up."""
+    """Costs of cut layers that hypothesis makes up."""
 
-    def __init__(self, losses):
-        self._losses = losses
+    def __init__(self, rises):
+        self._rises = rises
 
-    def curves(self, criterion, repair):
+    def curves(self, ways, shares, repair):
+        ((criterion, _),) = ways
         widths = tuple(sorted({WIDTH - math.floor(s / 100 * WIDTH) for s in (25, 50)}))
         curves = tuple(
-            LayerCurve(layer, WIDTH, criterion, None, widths, losses)
-            for layer, losses in enumerate(self._losses)
+            LayerCurve(layer, WIDTH, criterion, None, widths, rises)
+            for layer, rises in enumerate(self._rises)
         )
         return Sensitivity("m", 3.0, curves, "t.jsonl", "0" * 64, 2, 9)
 
 
 FAMILIES = ("mixtral", "qwen2_moe", "olmoe", "gpt_oss", "granitemoeshared")
-losses_of_a_layer = st.tuples(st.floats(2, 9), st.floats(2, 9))
+rises_of_a_layer = st.tuples(st.floats(0, 9), st.floats(0, 9))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -76,16 +76,16 @@ def widths(request):
 @given(
     percent=st.integers(5, 90),
     multiple=st.sampled_from([1, 4]),
-    losses=st.lists(losses_of_a_layer, min_size=2, max_size=2),
+    rises=st.lists(rises_of_a_layer, min_size=2, max_size=2),
 )
 def test_experts_of_a_layer_share_a_width_and_the_budget_is_exact(
-    widths, percent, multiple, losses
+    widths, percent, multiple, rises
 ):
     asked = {"prune_percent": percent, "multiple_of": multiple}
     uniform = widths.plan(PruneArguments(**asked))
-    by_loss = {"allocation": "sensitivity", "calibration": "t.jsonl"}
+    by_cost = {"allocation": "sensitivity", "calibration": "t.jsonl"}
     plan = plan_layers(
-        widths.plan(PruneArguments(**asked, **by_loss)), widths, MadeUp(losses)
+        widths.plan(PruneArguments(**asked, **by_cost)), widths, MadeUp(rises)
     )
     kept, targets = dict(plan.layer_widths), widths.targets(plan)
     assert sum(kept.values()) == uniform.width * len(kept)

@@ -234,7 +234,7 @@ def test_nothing_in_front_of_the_down_projection_runs_twice(text, monkeypatch):
             return forward(self, *given, **named)
 
         monkeypatch.setattr(part, "forward", counting)
-    prune(tiny(), text, recipe="best")
+    prune(tiny(), text, repair="least_squares")
     # Three layers, and the first once more, to note how the model calls them.
     assert ran == {"LlamaAttention": 4, "LlamaMLP": 4}
 
@@ -305,6 +305,25 @@ def test_stacked_experts_are_repaired_and_err_less(family, text, tmp_path, caplo
     assert (best - whole).norm() < (plain - whole).norm()
     assert record.as_dict()["mlps_repaired"] == len(record.kept)
     assert "keep their weights" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_record_says_how_many_tokens_a_kept_neuron_has(
+    family, text, tmp_path, caplog
+):
+    model = made(tmp_path, family)
+    config, share = model.config, 1.0
+    if family == "mixtral":
+        share = config.num_experts_per_tok / config.num_local_experts
+        assert share < 1
+    pruned = prune(model, text, repair="least_squares")
+    record = pruned.prune_record.as_dict()["calibration"]
+    expected = record["tokens"] * share / len(pruned.prune_record.kept[0])
+    assert record["tokens_per_neuron"] == round(expected, 1) > 5
+    assert "tokens for each kept neuron" not in caplog.text
+    few = {"calibration": write_texts(tmp_path / "few.jsonl", [TEXTS[0][:40]])}
+    prune(tiny(), few, repair="least_squares")
+    assert "1.0 tokens for each kept neuron" in caplog.text
 
 
 @pytest.mark.parametrize("criterion", ["maw", "act", "obs", "random"])

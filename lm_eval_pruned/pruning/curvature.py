@@ -1,0 +1,174 @@
+"""How much the loss minds an error in what a layer returns, from one backward pass over text.
+
+Let g be the gradient of the loss of a text at what a GLU-MLP returns for one of its tokens, and
+B the mean of g g' over the tokens. An error e of that output then raises the loss by about
+e' B e / 2, in nats: the second-order term of its Taylor series, with the Fisher information on the
+text in place of the Hessian, as K-FAC has it for the outputs of a layer. So errors of different
+layers are on one scale, on which they add up.
+
+Source: Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
+Curvature", arXiv 1503.05671, section 3; with it, Wang et al. 2019, "EigenDamage", arXiv 1905.05934,
+and Kurtic et al. 2022, "The Optimal BERT Surgeon", arXiv 2203.07259, prune.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from lm_eval_pruned.pruning.depth import layers_of
+from lm_eval_pruned.pruning.stacked import runnable
+from lm_eval_pruned.util.progress import steps
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from lm_eval_pruned.pruning.layouts import GluMlp
+
+#: Tokens for each hidden dimension after which more of them hardly change B.
+_TOKENS_PER_HIDDEN = 16
+#: What a pass with gradients keeps of each token and layer, in hidden sizes H and widths I: what
+#: goes into projections, norms and products.
+_KEPT_HIDDEN, _KEPT_WIDTHS = 10, 4
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What an error in the outputs of GLU-MLPs costs on some text.
+
+    Attributes:
+        loss: Mean loss of the model, in nats per token.
+        roots: By name of the MLP a matrix R of shape (H, H), float32, with R' R = B, on the CPU.
+            Experts share that of the output of their layer.
+    """
+
+    loss: float
+    roots: Mapping[str, Tensor]
+
+
+def weighted(root: Tensor, down: Tensor) -> Tensor:
+    """Return weights of down whose errors count as the loss minds them: R W, (H, I), float64."""
+    return root.to(down.device).double() @ down.double()
+
+
+def enough(texts: Sequence[Tensor], mlps: Sequence[GluMlp]) -> Sequence[Tensor]:
+    """Return as many texts, spread over all, as it takes to tell what directions the loss minds."""
+    hidden = max(mlp.hidden_size for mlp in mlps)
+    tokens = sum(text.numel() for text in texts)
+    return texts[:: max(1, tokens // (_TOKENS_PER_HIDDEN * hidden))]
+
+
+def curvature(
+    model: PreTrainedModel, texts: Sequence[Tensor], mlps: Sequence[GluMlp]
+) -> Curvature:
+    """Run texts, each of shape (1, tokens), int64, through a model and back, where it is.
+
+    The loss is the sum over the tokens of a text, in nats. Only activations get gradients. Of a text
+    whose activations take more memory than the weights, each layer computes twice.
+
+    Raises:
+        ValueError: A gradient is NaN or infinite.
+    """
+    places = {mlp.name: _output_of(model, mlp) for mlp in mlps}
+    hidden = {places[mlp.name]: mlp.hidden_size for mlp in mlps}
+    sums = {n: torch.zeros(h, h, device=model.device) for n, h in hidden.items()}
+    total, predicted = 0.0, 0
+
+    def add(module: nn.Module, gradient: Tensor) -> None:
+        rows = gradient.flatten(0, -2).float()
+        sums[module].addmm_(rows.T, rows)
+
+    watch = functools.partial(_watch, add)
+    with (
+        _differentiable(model, {*places.values()}, watch),
+        steps(len(texts), "curvature") as step,
+    ):
+        for text in texts:
+            tokens = text.to(model.device)
+            again = _takes_much(model, mlps, text.numel())
+            with _computing_twice(model) if again else contextlib.nullcontext():
+                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+                loss = cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")
+                loss.backward()
+            total, predicted = total + float(loss.detach()), predicted + len(logits)
+            step(1)
+    seen = sum(text.numel() for text in texts)
+    roots = {module: _root(each / seen, module) for module, each in sums.items()}
+    named = {name: roots[place] for name, place in places.items()}
+    return Curvature(total / max(predicted, 1), named)
+
+
+def _output_of(model: PreTrainedModel, mlp: GluMlp) -> nn.Module:
+    """Return the module that returns what the MLP does, or, of experts, their layer."""
+    down: Any = mlp.projection("down_proj")
+    return down if mlp.kind == "dense" else model.get_submodule(mlp.stack)
+
+
+def _watch(add: Callable[..., None], module: nn.Module, _given, output) -> None:
+    """Have `add` called with the gradient at what a module returns."""
+    returned = output[0] if isinstance(output, tuple) else output
+    if not returned.requires_grad:
+        # No parameter requires a gradient, so nothing before the first such module does.
+        returned.requires_grad_()
+    returned.register_hook(functools.partial(add, module))
+
+
+def _root(curvature: Tensor, module: nn.Module) -> Tensor:
+    if not curvature.isfinite().all():
+        raise ValueError(
+            f"The calibration text gives the output of {module} NaN or infinite gradients: use "
+            "another dtype, such as dtype=float32, or other text."
+        )
+    values, vectors = torch.linalg.eigh(curvature.double())
+    return (values.clamp(min=0).sqrt()[:, None] * vectors.T).float().cpu()
+
+
+def _takes_much(model: PreTrainedModel, mlps: Sequence[GluMlp], tokens: int) -> bool:
+    dense = {mlp.stack: mlp for mlp in mlps}.values()
+    a_token = sum(
+        _KEPT_HIDDEN * mlp.hidden_size + _KEPT_WIDTHS * mlp.width for mlp in dense
+    )
+    return tokens * a_token > model.num_parameters()
+
+
+@contextlib.contextmanager
+def _differentiable(
+    model: PreTrainedModel, modules: Collection[nn.Module], watch: Callable[..., None]
+) -> Iterator[None]:
+    """Have a model in evaluation mode whose activations alone get gradients, with forward hooks."""
+    before = {each: each.requires_grad for each in model.parameters()}
+    training = model.training
+    model.eval().requires_grad_(False)
+    handles = [module.register_forward_hook(watch) for module in modules]
+    try:
+        with torch.enable_grad(), runnable(model):
+            yield
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+
+
+@contextlib.contextmanager
+def _computing_twice(model: PreTrainedModel) -> Iterator[None]:
+    """Have layers keep only what they are given, and compute the rest again for the gradients."""
+    with contextlib.ExitStack() as undo:
+        for layer in layers_of(model)[1]:
+            undo.callback(vars(layer).update, dict(vars(layer)))
+            undo.callback(vars(layer).pop, "forward")
+            vars(layer)["forward"] = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False
+            )
+        yield
