@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from coverage_of_verdicts import COLUMNS, verdicts
 from scipy import stats
 from tqdm import tqdm
 
 from lm_eval_pruned.compare import statistics, trends
 from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import csv_table, markdown_table
 
 
 if TYPE_CHECKING:
@@ -43,22 +44,6 @@ def gains(noise: Callable[[np.random.Generator, int], np.ndarray]) -> Draw:
         return paired_difference(base, base + shift + noise(rng, units))
 
     return draw
-
-
-def soft(noise: Callable[[np.random.Generator, int], np.ndarray]) -> Draw:
-    """Scores between 0 and 1, whose differences have a noise of mean 0."""
-
-    def draw(rng: np.random.Generator, units: int, shift: float) -> PairedTest:
-        run = 0.5 + shift + noise(rng, units)
-        return paired_difference(np.full(units, 0.5), run)
-
-    return draw
-
-
-def rare(rng: np.random.Generator, units: int) -> np.ndarray:
-    """4 % of documents lose nearly 0.5, the others differ by almost nothing."""
-    lost = np.where(rng.random(units) < 0.04, 0.46, 0.0)
-    return 0.04 * 0.46 - lost + rng.normal(0, 1e-3, units)
 
 
 def changes(share: float) -> Draw:
@@ -228,51 +213,6 @@ def line(draw: Draw, units: int, times: int) -> list[str]:
     return [f"{cell:.3f}" for cell in [*cells, (p < ALPHA).mean(), holds.mean()]]
 
 
-def claims(times: int) -> list[list[Any]]:
-    """Return rows on margins: how often a claim is made that is wrong, and one that is true."""
-    rows: list[list[Any]] = []
-    noises: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-        "4 % lose 0.46": rare,
-        "4 % gain 0.46": lambda r, n: -rare(r, n),
-        "exponential losses": lambda r, n: 0.05 * (1 - r.exponential(size=n)),
-        "exponential gains": lambda r, n: 0.05 * (r.exponential(size=n) - 1),
-        "normal": lambda r, n: 0.05 * r.normal(size=n),
-        "90 % do not change": lambda r, n: (
-            0.2 * (r.random(n) < 0.1) * r.choice([-1, 1], size=n)
-        ),
-    }
-    tails = {
-        "lognormal losses": lambda r, n: (
-            0.05 * (math.exp(0.5) - np.exp(r.normal(size=n)))
-        )
-    }
-    cases: list[tuple[str, Draw, int, float]] = [
-        ("2 % of answers change", changes(0.02), 800, 0.02),
-        ("10 % of answers change", changes(0.1), 120, 0.1),
-        ("10 % of answers change", changes(0.1), 800, 0.03),
-        ("30 % of answers change", changes(0.3), 800, 0.05),
-    ]
-    for name, noise in noises.items():
-        about = f"between 0 and 1, {name}"
-        cases += [(about, soft(noise), n, 0.02) for n in (20, 40, 100, 400)]
-    for name, noise in (noises | tails).items():
-        about = f"without bounds, {name}"
-        cases += [(about, gains(noise), n, 0.02) for n in (20, 40, 100, 400)]
-    for data, draw, units, margin in tqdm(cases):
-        shown = dict.fromkeys(itertools.product((-1, 0, 1), ("both", "one")), 0)
-        for seed, side in itertools.product(range(times), (-1, 0, 1)):
-            test = draw(np.random.default_rng([seed, units]), units, side * margin)
-            both = test.p_outside(-margin, margin)
-            one = test.p_outside(-margin, math.inf)
-            shown[side, "both"] += both is not None and both < ALPHA
-            shown[side, "one"] += one is not None and one < ALPHA
-        # Where the truth is the margin itself, a claim is wrong.
-        wrong = max(shown[-1, "both"], shown[1, "both"])
-        cells = [wrong, shown[0, "both"], shown[-1, "one"], shown[0, "one"]]
-        rows.append([data, units, margin, *(f"{hits / times:.3f}" for hits in cells)])
-    return rows
-
-
 def one_way() -> list[list[Any]]:
     """Return rows on answers that change for the worse only, counted out over all outcomes."""
     rows: list[list[Any]] = []
@@ -367,7 +307,13 @@ def main() -> None:
     """Simulate and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--times", type=int, default=1500, help="tests per line")
-    times = parser.parse_args().times
+    parser.add_argument("--verdicts", help="simulate only verdicts, into this CSV file")
+    arguments = parser.parse_args()
+    times = arguments.times
+    if arguments.verdicts:
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in verdicts(times)]
+        Path(arguments.verdicts).write_text(csv_table(COLUMNS, rows), encoding="utf-8")
+        return
     cells = [(*case[:3], units) for case in CASES for units in case[3]]
     rows = [
         [name, data, units, *line(draw, units, times)]
@@ -376,9 +322,7 @@ def main() -> None:
     columns = ["test", "data", "units", "coverage", "p < 0.05", "one-sided p < 0.05"]
     columns += ["power at the smallest detectable", "coverage there"]
     print(markdown_table(columns, rows, "llrrrrrr"))
-    columns = ["data", "units", "margin", "wrongly equivalent", "equivalent"]
-    columns += ["wrongly not worse", "not worse"]
-    print("\n" + markdown_table(columns, claims(times), "lrrrrrr"))
+    print("\n" + markdown_table(COLUMNS, verdicts(times), "llrrrrr"))
     columns = ["become wrong, none right", "units", "coverage", "wrongly not worse"]
     print("\n" + markdown_table(columns, one_way(), "rrrr"))
     columns = ["points", "n", "coverage of r", "0 outside", "p both"]

@@ -1,6 +1,7 @@
-"""How many documents does a verdict need? From the answers of TASK that changed between a base and
-its runs, estimate how likely `compare` is to call them equivalent or not worse if there is no
-difference, and how likely it is to detect a difference as large as the margin.
+"""How many documents does a margin need? Documents are drawn again and again from those that a base
+and its runs have been evaluated on, and judged as `verdict` and `compare` do. Prints, for each measure
+of TASK, how likely the runs are to be called equivalent or not worse if they do not differ, or differ
+as they do in these documents, and how many documents give a chance of 80 %.
 """
 
 from lm_eval_pruned.cli.compare import UNIT
@@ -9,11 +10,12 @@ from lm_eval_pruned.util.options import row
 
 # fmt: off
 OPTIONS = (
-    row("task", "TASK", "task or group, such as boolq"),
+    row("task", "TASK[,TASK...]", "task or group, such as boolq; of several tasks, the claim on their mean"),
     row("paths", "RESULTS",
         "as for compare: the base, then the runs, or one sweep folder (default: the current "
         "folder)", nargs="*", default=["."]),
-    row("--margin", "MARGIN", UNIT, required=True),
+    row("--margin", "MARGIN", f"{UNIT} (default: that of verdict)"),
+    row("--measure", "METRIC", "the metric to judge (default: those that verdict judges, and the score that counts)"),
     row("--documents", "N",
         "number of documents to estimate for (default: as many as were evaluated)", type=int),
     row("--alpha", "A",
@@ -23,26 +25,37 @@ OPTIONS = (
 # fmt: on
 _TITLES = ("run", "metric", "documents", "changed", "margin", "verdict")
 _MORE = ("assuming", "chance", "documents for 80 %")
-_FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", "")
+_FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", ",")
 
 
 def run(arguments) -> None:
     """Print the chances of a verdict."""
-    from lm_eval_pruned.compare import comparison, power
-    from lm_eval_pruned.compare.margin import Margin
+    from lm_eval_pruned.compare.comparison import read_comparands
+    from lm_eval_pruned.compare.power import DRAWS, MOST, chances, pilots_of
     from lm_eval_pruned.util.tables import markdown_table
 
-    margin, documents = Margin("margin", arguments.margin), arguments.documents
-    base, runs = comparison.read_comparands(arguments.paths)
-    options = {"documents": documents, "alpha": arguments.alpha}
-    found = power.power_of(base, runs, arguments.task, margin, **options)
+    base, runs = read_comparands(arguments.paths)
+    tasks = arguments.task.split(",")
+    asked = arguments.margin, arguments.measure
+    found = [
+        row
+        for run in runs
+        if not run.is_floor
+        for cases in pilots_of(base, run, tasks, *asked)
+        for row in chances(cases, arguments.documents, arguments.alpha)
+    ]
     rows = [
-        ["-" if v is None else format(v, f) for v, f in zip(each, _FORMS, strict=True)]
+        [
+            f"> {MOST:,}" if v is None else format(v, f)
+            for v, f in zip(each, _FORMS, strict=True)
+        ]
         for each in found
     ]
-    asked = f"{documents} documents" if documents else "the present number of documents"
+    n = arguments.documents
+    number = f"{n} documents" if n else "the present number of documents"
     print(
-        f"Chance of a verdict on {arguments.task} with {asked}, if answers change as often as in "
-        f"these samples; for a single test, without correction.\n\n"
+        f"Chance of a verdict on {' and '.join(tasks)} with {number}, of a single test without "
+        f"correction. A chance of 80 % has a standard error of 3 points, from {DRAWS} draws of these "
+        f"documents, and the number of documents for it one of about 8 %.\n\n"
         f"{markdown_table(_TITLES + _MORE, rows, 'llrrrllrr')}"
     )

@@ -24,8 +24,7 @@ class Gaffke(NamedTuple):
     distribution is known for which p is too small; for right-or-wrong scores it is Clopper and Pearson's.
 
     `stderr` is that of the mean, `perplexity` that of the base, or another score that is the exponential
-    of a mean; `bounded` says whether documents cannot differ by more than the unseen unit. The units
-    count `times` times, for the same test on other numbers of documents.
+    of a mean; `bounded` says whether documents cannot differ by more than the unseen unit.
 
     Source: Gaffke 2005, Mathematical Methods of Statistics 14, 451-467; Learned-Miller and Thomas 2019,
     arXiv 1905.06208.
@@ -38,7 +37,6 @@ class Gaffke(NamedTuple):
     stderr: float
     perplexity: float | None = None
     bounded: bool = False
-    times: float = 1.0
 
     def score(self, mean: float) -> float:
         """Return the difference of scores that a difference of means makes."""
@@ -56,18 +54,22 @@ class Gaffke(NamedTuple):
     def _beyond(self, side: int, distance: float) -> float:
         """Return the p of a true mean that is lower (side 0) or higher (1) by `distance` or more."""
         deviations, weights = self._departures(side)
-        terms = deviations + distance * weights
-        counts = np.append(1.0, np.full(len(self.weights), self.times))
-        return below_zero(terms, counts)
+        return below_zero(deviations + distance * weights)
 
-    def tails(self, x: float) -> tuple[float, float]:
-        """Return the p of "the difference is `x` or less", and of "`x` or more"."""
+    def tail(self, x: float, side: int) -> float:
+        """Return the p of "the difference is `x` or less" (side 0), or of "`x` or more" (1)."""
         if self.perplexity is not None:
             share = x / self.perplexity
             x = math.log1p(share) if share > -1 else -math.inf
         if not math.isfinite(x):
-            return float(x > 0), float(x < 0)
-        return self._beyond(0, self.mean - x), self._beyond(1, x - self.mean)
+            return float((x > 0, x < 0)[side])
+        return self._beyond(side, (x - self.mean, self.mean - x)[side == 0])
+
+    def sides(self) -> tuple[float, float]:
+        """Return the p of a run that scores less, and of one that scores more."""
+        if self.mean == 0 and not self.deviations.any():
+            return 0.5, 0.5
+        return self.tail(0.0, 1), self.tail(0.0, 0)
 
     def reach(self, side: int, level: float) -> float:
         """Return how far the end of the two-sided interval at `level` is from the mean."""
@@ -92,32 +94,48 @@ class Gaffke(NamedTuple):
         return float(change) if math.isfinite(change) else None
 
 
-def below_zero(terms: np.ndarray, counts: np.ndarray) -> float:
+def below_zero(terms: np.ndarray) -> float:
     """Return the chance that a weighted sum of `terms` is 0 or less, the weights being exponential.
 
-    Term i is there ``counts[i]`` times, each with a weight of its own. The saddlepoint
-    approximation: with one term it is 4 % too large at 0.05, with sixty it is 1 %.
+    The saddlepoint approximation: with one term it is 4 % too large at 0.05, with sixty it is 1 %.
 
     Source: Lugannani and Rice 1980, Advances in Applied Probability 12, 475-490.
 
     Example:
-        >>> round(below_zero(np.array([-0.98, 0.02]), np.array([1.0, 149.0])), 3)  # 0.98**149
+        >>> round(below_zero(np.append(-0.98, np.full(149, 0.02))), 3)  # 0.98**149
         0.05
     """
     if terms.min() >= 0 or terms.max() <= 0:
         return float(terms.min() < 0)
     terms = terms / np.abs(terms).max()
-    slope = lambda t: float((counts * terms / (1 - t * terms)).sum())
     inside = 1 - 1e-12
     ends = inside / float(terms.min()), inside / float(terms.max())
-    if slope(ends[0]) >= 0 or slope(ends[1]) <= 0:
-        return float(slope(ends[1]) <= 0)
-    t = optimize.brentq(slope, *ends, xtol=1e-15, rtol=1e-12)
-    curvature = float((counts * (terms / (1 - t * terms)) ** 2).sum())
-    r = math.copysign(math.sqrt(2 * (counts * np.log1p(-t * terms)).sum().clip(0)), t)
+    slopes = [float((terms / (1 - end * terms)).sum()) for end in ends]
+    if slopes[0] >= 0 or slopes[1] <= 0:
+        return float(slopes[1] <= 0)
+    t, curvature = _saddlepoint(terms, *ends)
+    r = math.copysign(math.sqrt(2 * np.log1p(-t * terms).sum().clip(0)), t)
     if abs(r) < 1e-4:
-        skew = 2 * float((counts * terms**3).sum()) / curvature**1.5
+        skew = 2 * float((terms**3).sum()) / curvature**1.5
         return 0.5 + skew / (6 * math.sqrt(2 * math.pi))
     density = math.exp(-r * r / 2) / math.sqrt(2 * math.pi)
     p = special.ndtr(r) + density * (1 / r - 1 / (t * math.sqrt(curvature)))
     return float(np.clip(p, 0, 1))
+
+
+def _saddlepoint(terms: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Return where ``sum(terms / (1 - t * terms))``, which rises, is 0, and its slope there.
+
+    Newton's method, which halves the range where a step would leave it.
+    """
+    t = 0.0
+    for _ in range(200):
+        ratios = terms / (1 - t * terms)
+        excess, curvature = float(ratios.sum()), float((ratios**2).sum())
+        step = excess / curvature
+        # Each step squares the error.
+        if abs(step) * math.sqrt(curvature) < 1e-8:
+            break
+        low, high = (t, high) if excess < 0 else (low, t)
+        t = t - step if low < t - step < high else (low + high) / 2
+    return t - step, curvature

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.kept import kept_sides
@@ -54,6 +54,10 @@ class Case(NamedTuple):
         """The margin in the metric's own unit; None without one, or where it does not fit the scores."""
         base, run = (score.value for score in self.scores)
         return self.margin.size(base, run) if self.margin else None
+
+    def claiming(self, claim: str) -> Case:
+        """Return the case with another claim of the same margin."""
+        return self._replace(margin=self.margin and replace(self.margin, claim=claim))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from lm_eval_pruned.compare.pairing import Reader
 
@@ -77,3 +77,13 @@ def usual_margin(run: Run, key: Key, *scores: float) -> str:
     if is_bias(key[1]):
         return "15pt"
     return "2pt" if is_share(key[1], scores) else "2%"
+
+
+def check_measure(measure: str | None, metrics: Iterable[str]) -> None:
+    """Raise ValueError for a measure that no task of a verdict has; `metrics` are those of all tasks."""
+    names = sorted({metric.partition(",")[0] for metric in metrics})
+    if measure and names and measure not in names:
+        raise ValueError(
+            f"--measure {measure} is a metric of no task of this verdict: name one of "
+            f"{', '.join(names)}."
+        )

@@ -1,160 +1,252 @@
-"""``lm-eval-pruned power``: whether a comparison can reach a verdict, before it is made."""
+"""How many documents a claim needs: the judge is asked about documents that are drawn from a pilot."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import special, stats
 
-from lm_eval_pruned.compare.gaffke import POWER, Gaffke
-from lm_eval_pruned.compare.pairing import paired_documents, paired_test
-from lm_eval_pruned.compare.statistics import (
-    LEAST_UNITS_OF_MARGIN,
-    PairedTest,
-    Shares,
-    chance_seen,
+from lm_eval_pruned.compare.gaffke import POWER
+from lm_eval_pruned.compare.judge import Case
+from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.measures import (
+    check_measure,
+    judged_keys,
+    usual_margin,
+    with_choice_prob,
 )
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.pooled import can_be_pooled, kind_of, p_of_claim
+from lm_eval_pruned.results.documents import TRANSFORMS, Documents
+from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import primary_metrics
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.margin import Margin
+    from lm_eval_pruned.results.files import Run
 
-    #: Chance of each of `VERDICTS`.
-    Chances = tuple[float, float, float]
+ALIKE, SEEN = "no difference", "the difference seen"
+#: What is to be shown, and what is true then.
+QUESTIONS = (("equivalent", ALIKE), ("not worse", ALIKE), ("not worse", SEEN))
+#: So many draws have a standard error of 3 points where the chance is 80 %.
+DRAWS = 200
+#: The search for a number of documents ends here.
+MOST = 20_000
+_BATCH = 25
 
-#: What can be shown, and what has to be true for it.
-VERDICTS = {
-    "equivalent": "no difference",
-    "not worse": "no difference",
-    "better or worse": "a difference of {}",
-}
+
+class Pilot:
+    """The paired documents of a case, which are drawn again in any number.
+
+    Units, which are documents or clusters, are drawn with replacement from each stratum.
+    """
+
+    def __init__(self, case: Case) -> None:
+        if case.pair is None:
+            raise ValueError(
+                f"{' '.join(case.key)} has no logged samples to draw from."
+            )
+        self.case, self.pair = case, case.pair
+        documents = self.pair[0]
+        self.size = size = len(documents.values)
+        self.changed = int((documents.values != self.pair[1].values).sum())
+        labels = documents.clusters or range(size)
+        unit = np.unique(np.array(labels), return_inverse=True)[1]
+        self._order = np.argsort(unit, kind="stable")
+        self._lengths = np.bincount(unit)
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._numbered: list[tuple[str, str, int]] = []
+        self._names = np.array(documents.strata or [""] * size)
+        of_unit = self._names[self._order[self._starts]]
+        self._strata = [np.flatnonzero(of_unit == name) for name in np.unique(of_unit)]
+
+    def drawn(self, times: float, rng: np.random.Generator, alike: bool) -> Case:
+        """Return the case with `times` as many documents.
+
+        With `alike`, base and run are exchanged in half of the units, so that they do not differ.
+        """
+        units = np.concatenate(
+            [rng.choice(s, max(1, round(times * len(s)))) for s in self._strata]
+        )
+        lengths = self._lengths[units]
+        ends = np.cumsum(lengths)
+        first = np.repeat(self._starts[units] - (ends - lengths), lengths)
+        chosen = self._order[first + np.arange(ends[-1])]
+        exchanged = np.repeat(alike & (rng.random(len(units)) < 0.5), lengths)
+        clusters = np.repeat(np.arange(len(units)), lengths)
+        keys = self._keys(chosen)
+        one, other = self.pair
+        values = one.values[chosen], other.values[chosen]
+        groups = tuple(clusters.tolist()) if one.clusters else None
+        about = one.weights[chosen], groups, one.transform
+        before, after = (
+            Documents(keys, np.where(exchanged, theirs, own), *about)
+            for own, theirs in (values, values[::-1])
+        )
+        pair = before, after
+        base, run = map(self._scored, (self.case.base, self.case.run), pair)
+        return self.case._replace(base=base, run=run, pair=pair)
+
+    def _keys(self, chosen: np.ndarray) -> tuple[tuple[str, str, int], ...]:
+        """Return what names drawn documents: their strata, and which of the draw they are."""
+        if self._strata[1:]:
+            names = self._names[chosen].tolist()
+            return tuple((name, f"{name} {n}", 0) for n, name in enumerate(names))
+        name = self.case.key[0]
+        known = len(self._numbered)
+        self._numbered += [(name, f"{name} {n}", 0) for n in range(known, len(chosen))]
+        return tuple(self._numbered[: len(chosen)])
+
+    def _scored(self, run: Run, documents: Documents) -> Run:
+        mean = np.average(documents.values, weights=documents.weights)
+        score = float(TRANSFORMS[documents.transform].score(mean))
+        known = run.scores[self.case.key]._replace(value=score)
+        return replace(run, scores={self.case.key: known})
 
 
-def power_of(
+def pilots_of(
     base: Run,
-    runs: Sequence[Run],
-    task: str,
-    margin: Margin,
-    *,
-    metric: str | None = None,
-    documents: int | None = None,
-    alpha: float = 0.05,
+    run: Run,
+    tasks: Sequence[str],
+    margin: str | None = None,
+    measure: str | None = None,
+) -> list[list[Case]]:
+    """Return the cases of each claim that may be made on a task, or of the one on several.
+
+    Of a task, claims on `measure` or else on what a verdict judges and on the score that counts;
+    of several tasks, the claim on the mean of what it judges first.
+
+    ResultsError if results or samples of a task are missing; ValueError for a margin that cannot be
+    meant, and where there is no mean over the tasks.
+    """
+    read, found = DocumentReader(), []
+    for task in tasks:
+        if task not in {*base.tasks()} & {*run.tasks()}:
+            raise ResultsError(
+                f"{base.name} and its runs share no results of {task}: pass a task that both have "
+                f"({base.name} has {', '.join(base.tasks()) or 'none'}), or evaluate some of its documents."
+            )
+        one, other = (with_choice_prob(each, read, [task]) for each in (base, run))
+        check_measure(measure, (metric for of, metric in one.scores if of == task))
+        keys = [*judged_keys(one, measure, subtasks=True)]
+        if not measure:
+            keys += primary_metrics([one, other], subtasks=True)
+        keys = [key for key in dict.fromkeys(keys) if key[0] == task]
+        found.append([_pilot(one, other, key, margin, read) for key in keys])
+    if len(tasks) == 1:
+        return [[case] for case in found[0]]
+    first = [of[0] for of in found]
+    if len({kind_of(case) for case in first}) > 1 or not all(map(can_be_pooled, first)):
+        raise ValueError(
+            f"There is no mean over {', '.join(tasks)}, which takes scores between 0 and 1 of one "
+            "measure, with a margin in points: name one with --measure and --margin, or one task."
+        )
+    return [first]
+
+
+def _pilot(
+    base: Run, run: Run, key: tuple[str, str], margin: str | None, read: DocumentReader
+) -> Case:
+    pair = paired_documents(base, run, *key, read)
+    if pair is None:
+        raise ResultsError(
+            f"{key[0]} of {run.name} has no logged samples from which its score can be computed: "
+            "evaluate with --log_samples."
+        )
+    scores = [each.scores[key].value for each in (base, run)]
+    within = Margin("not_worse", margin or usual_margin(base, key, *scores))
+    within.check(*key, *scores)
+    return Case(base, run, key, pair, "", margin=within)
+
+
+def chances(
+    cases: Sequence[Case], documents: int | None = None, alpha: float = 0.05
 ) -> list[list[object]]:
-    """Estimate how likely each run reaches a verdict on a task, from the answers changed so far.
+    """Say how likely a claim is to be shown on so many `documents`, and how many it needs.
 
-    The chances are those of one test at level `alpha` on so many `documents` (default: as many as
-    there are), of `metric` or else the one that counts: to claim the `margin`, and to see a difference of its size. Returns a row for each run
-    and verdict: run, metric, documents, share of them whose value changed, margin in the metric's own
-    unit, verdict, what is assumed to be true, the chance then, and how many documents give a chance
-    of 80 %, if any.
+    The claim is that of a case, or of a mean over several with their guards (see `pooled`), in a
+    single test at level `alpha`. Documents are drawn from those of the cases, in their proportions
+    (default: as many as there are). Returns a row for each of `QUESTIONS`: name of the run, metric,
+    documents seen, share of them whose value changed, margin in the metric's own unit, verdict, what is
+    true, the chance then, and how many documents give a chance of 80 %, or None above `MOST`.
 
-    ResultsError if nobody has results or samples of `task`; ValueError for numbers out of range.
+    ValueError for numbers out of range, for cases without samples, and where a margin does not fit.
     """
     if not 0 < alpha < 0.5 or (documents is not None and documents < 2):
         raise ValueError(
             f"alpha={alpha} has to be between 0 and 0.5, and documents={documents} at least 2."
         )
-    found: list[list[object]] = []
-    for run in runs:
-        counts = dict(primary_metrics([base, run], subtasks=True)).get(task)
-        name = metric or counts
-        if name is None or run.is_floor:
-            continue
-        pair = paired_documents(base, run, task, name)
-        if pair is None:
-            raise ResultsError(
-                f"{task} of {run.name} has no logged samples from which its score can be computed: "
-                "evaluate with --log_samples."
-            )
-        scores = [each.scores[task, name].value for each in (base, run)]
-        margin.check(task, name, *scores)
-        size = margin.size(*scores)
-        if size is None:
-            raise ValueError(margin.misfit(task))
-        seen, changed = len(pair[0].keys), (pair[0].values != pair[1].values).mean()
-        power = partial(chances, paired_test(pair), seen, size, alpha)
-        about, n = [run.name, name, seen, changed, size], documents or seen
-        for place, (verdict, if_true) in enumerate(VERDICTS.items()):
-            row = [*about, verdict, if_true.format(margin.text), power(n)[place]]
-            found.append([*row, documents_for(power, place, n)])
-    if not found:
-        raise ResultsError(
-            f"{base.name} and its runs share no results of {task}: pass a task that both have "
-            f"({base.name} has {', '.join(base.tasks()) or 'none'}), or evaluate some of its documents."
-        )
-    return found
+    for case in cases:
+        if case.margin and case.margin_size is None:
+            raise ValueError(case.margin.misfit(case.key[0]))
+    pilots = [*map(Pilot, cases)]
+    seen = sum(pilot.size for pilot in pilots)
+    changed = sum(pilot.changed for pilot in pilots) / seen
+    head = [cases[0].run.name, cases[0].key[1], seen, changed, cases[0].margin_size]
+    return [
+        [
+            *(*head, verdict, truth),
+            chance_of(verdict, truth, pilots, documents or seen, alpha),
+            documents_for(verdict, truth, pilots, alpha),
+        ]
+        for verdict, truth in QUESTIONS
+    ]
 
 
-def chances(test: PairedTest, seen: int, size: float, alpha: float, n: int) -> Chances:
-    """Return the chances of `VERDICTS` on `n` documents, of which the test has `seen`."""
-    of = test.distribution
-    if isinstance(of, Shares):
-        return power_of_shares(of.changing, n, size, alpha)
-    if isinstance(of, Gaffke):
-        return power_of_means(of._replace(times=n / seen), size, alpha)
-    raise ResultsError(f"The chances cannot be estimated: {test.method}.")
+def chance_of(
+    verdict: str,
+    truth: str,
+    pilots: Sequence[Pilot],
+    n: int,
+    alpha: float,
+    *,
+    rough: bool = False,
+) -> float:
+    """Return the chance of a verdict on `n` documents, from at most `DRAWS` draws.
 
-
-def power_of_means(of: Gaffke, size: float, alpha: float) -> Chances:
-    """Return the chances of `VERDICTS` of `Gaffke`'s test at `alpha`, of a margin of `size`.
-
-    The mean of its units, as often as they count, is taken for normal.
+    The same arguments have the same draws. Where it is `rough`, drawing ends once the chance is
+    certainly not `POWER`.
     """
-    scale = of.perplexity or 1.0
-    stderr = scale * of.stderr / math.sqrt(of.times)
-
-    def chance(level: float) -> float:
-        reach = scale * max(of.reach(side, level) for side in (0, 1))
-        with np.errstate(divide="ignore"):
-            return float(special.ndtr(np.divide(size - reach, stderr)))
-
-    enough = of.bounded or of.times * len(of.weights) >= LEAST_UNITS_OF_MARGIN
-    within = chance(2 * alpha) if enough or not stderr else 0.0
-    return max(0.0, 2 * within - 1), within, chance(alpha)
+    rng, count, shown = np.random.default_rng([n, len(pilots)]), 0, 0
+    times = n / sum(pilot.size for pilot in pilots)
+    for count in range(1, DRAWS + 1):
+        p = _p(verdict, [pilot.drawn(times, rng, truth == ALIKE) for pilot in pilots])
+        shown += p is not None and p < alpha
+        spread = math.sqrt(POWER * (1 - POWER) / count)
+        if rough and not count % _BATCH and abs(shown / count - POWER) > 3 * spread:
+            break
+    return shown / count
 
 
-def power_of_shares(changing: float, n: int, size: float, alpha: float) -> Chances:
-    """Return the chances of `VERDICTS` of `n` right-or-wrong documents, of a margin of `size`.
-
-    Counted out over all outcomes of the tests that are made, where a share `changing` of the answers
-    changes; with many changes, margins are from the normal distribution.
-    """
-    different = chance_seen(changing, n, size, alpha)
-    if n * changing > 200:
-        away = size / math.sqrt(changing / n) - stats.norm.isf(alpha)
-        within = float(special.ndtr(away))
-        return max(0.0, 2 * within - 1), within, different
-    changes = np.arange(stats.binom.isf(1e-7, n, changing) + 1)
-    ups, downs = np.meshgrid(changes, changes)
-    chance = stats.binom.pmf(ups + downs, n, changing)
-    chance *= stats.binom.pmf(ups, ups + downs, 0.5)
-    gain, outcome = (ups - downs) / n, Shares(ups, downs, n)
-    not_worse = (gain > -size) & (outcome.tails(-size)[0] < alpha)
-    equivalent = not_worse & (gain < size) & (outcome.tails(size)[1] < alpha)
-    return float(chance[equivalent].sum()), float(chance[not_worse].sum()), different
+def _p(verdict: str, cases: Sequence[Case]) -> float | None:
+    return p_of_claim([case.claiming(verdict.replace(" ", "_")) for case in cases])
 
 
 def documents_for(
-    power: Callable[[int], Sequence[float]], place: int, n: int
+    verdict: str, truth: str, pilots: Sequence[Pilot], alpha: float
 ) -> int | None:
-    """Return how many documents have a chance of `POWER`, within 4 %, rounded up to two digits.
+    """Return how many documents have a chance of `POWER`, rounded up to two digits.
 
-    `power` gives the chance at `place`. The search starts at `n`; None where it finds no number.
+    Its standard error is about 8 %, from that of the chances. None above `MOST`, and where the
+    difference seen is no smaller than the margin.
     """
-    low, high = 1, n
-    while power(high)[place] < POWER:
-        low, high = high, 2 * high
-        if high > 10_000_000:
-            return None
-    while high - low > max(1, high // 25):
-        middle = (low + high) // 2
-        low, high = (middle, high) if power(middle)[place] < POWER else (low, middle)
+    p = _p(verdict, [pilot.case for pilot in pilots])
+    if truth == SEEN and p is not None and p >= 0.5:
+        return None
+
+    def enough(n: int) -> bool:
+        return chance_of(verdict, truth, pilots, n, alpha, rough=True) >= POWER
+
+    seen = min(MOST, sum(pilot.size for pilot in pilots))
+    low, high = (1, seen) if enough(seen) else (seen, MOST)
+    if high == MOST and not enough(MOST):
+        return None
+    while high > 1.06 * low + 1:
+        middle = round(math.sqrt(low * high))
+        low, high = (low, middle) if enough(middle) else (middle, high)
     unit = 10 ** max(0, len(str(high)) - 2)
     return -(-high // unit) * unit

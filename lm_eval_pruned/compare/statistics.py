@@ -7,6 +7,7 @@ of documents changes nothing but the rounding.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,13 +35,13 @@ class Shares(NamedTuple):
     """`up` documents became right and `down` wrong, of `n`: Tango's score test.
 
     The spread is the likeliest one if a difference is the true one, so there is some even if no
-    document changed. `up` and `down` may be arrays of one shape.
+    document changed.
 
     Source: Tango 1998, Statistics in Medicine 17, 891-908.
     """
 
-    up: Any
-    down: Any
+    up: int
+    down: int
     n: int
 
     @property
@@ -48,26 +49,31 @@ class Shares(NamedTuple):
         """Share that changes; above 0, because no change among few documents says little."""
         return (self.up + self.down + 0.5) / (self.n + 1)
 
-    def tails(self, x: float) -> tuple[float, float]:
-        """Return the p of "the difference is `x` or less", and of "`x` or more"."""
+    def tail(self, x: float, side: int) -> float:
+        """Return the p of "the difference is `x` or less" (side 0), or of "`x` or more" (1)."""
         up, down, n = self
         if x < 0:
-            return Shares(down, up, n).tails(-x)[::-1]
+            return Shares(down, up, n).tail(-x, 1 - side)
         if x >= 1:
-            return 1.0, 0.0
+            return (1.0, 0.0)[side]
         # The likeliest share of documents that become wrong solves a quadratic equation.
         linear = (2 * n - up + down) * x - up - down
-        root = np.sqrt(linear**2 + 8 * n * down * x * (1 - x))
+        root = math.sqrt(linear**2 + 8 * n * down * x * (1 - x))
         variance = (root - linear) / 2 + n * x * (1 - x)
-        z = (up - down - n * x) / np.sqrt(2 * np.where(variance > 0, variance, np.inf))
-        return special.erfc(z) / 2, special.erfc(-z) / 2
+        z = (up - down - n * x) / math.sqrt(2 * variance) if variance > 0 else 0.0
+        return special.erfc((z, -z)[side]) / 2
+
+    def sides(self) -> tuple[float, float]:
+        """Return McNemar's mid-p of a run that scores less, and of one that scores more."""
+        less, more = (float(mid_p(n, self.up + self.down)) for n in self[:2])
+        return (less, more) if self.up != self.down else (0.5, 0.5)
 
     def ends(self, level: float) -> tuple[float, float]:
         """Return the two-sided interval: the differences that the score test does not reject."""
         seen = (self.up - self.down) / self.n
 
         def end(side: int, most: float) -> float:
-            excess = lambda x: self.tails(x)[side] - level / 2
+            excess = lambda x: self.tail(x, side) - level / 2
             if seen == most:
                 return most
             return optimize.brentq(excess, most, seen, xtol=1e-13)
@@ -108,10 +114,14 @@ class Normal(NamedTuple):
     difference: float
     stderr: float
 
-    def tails(self, x: float) -> tuple[float, float]:
-        """Return the p of "the difference is `x` or less", and of "`x` or more"."""
+    def tail(self, x: float, side: int) -> float:
+        """Return the p of "the difference is `x` or less" (side 0), or of "`x` or more" (1)."""
         z = (x - self.difference) / self.stderr
-        return float(special.ndtr(z)), float(special.ndtr(-z))
+        return float(special.ndtr((z, -z)[side]))
+
+    def sides(self) -> tuple[float, float]:
+        """Return the p of a run that scores less, and of one that scores more."""
+        return self.tail(0.0, 1), self.tail(0.0, 0)
 
     def ends(self, level: float) -> tuple[float, float]:
         """Return the two-sided interval."""
@@ -128,18 +138,21 @@ class PairedTest:
     """What can be said about `difference`, the score of the run minus that of the base.
 
     `method` is ``none: ...`` where no test was made, or nothing changed; `units` are independent
-    documents or clusters, 0 where not known; `sides` the one-sided p of a run that scores less, and
-    of one that scores more, and `distribution` is where the interval comes from.
+    documents or clusters, 0 where not known; `distribution` is where p and interval come from.
     """
 
     difference: float
     method: str
     units: int = 0
     level: float = 0.05
-    sides: tuple[float, float] | None = None
     distribution: Shares | Gaffke | Normal | None = field(
         default=None, compare=False, repr=False
     )
+
+    @functools.cached_property
+    def sides(self) -> tuple[float, float] | None:
+        """The one-sided p of a run that scores less, and of one that scores more; None without a test."""
+        return self.distribution.sides() if self.distribution else None
 
     @property
     def p(self) -> float | None:
@@ -194,7 +207,7 @@ class PairedTest:
         if self.distribution is None or self.units_missing:
             return None
         ends = [each for each in enumerate((low, high)) if math.isfinite(each[1])]
-        p = max(float(self.distribution.tails(end)[side]) for side, end in ends)
+        p = max(float(self.distribution.tail(end, side)) for side, end in ends)
         return p if low < self.difference < high else max(0.5, p)
 
 
@@ -238,9 +251,8 @@ def paired_difference(
     plain = transform == "mean" and clusters is None and (weights == 1).all()
     if plain and np.isin(both, (0, 1)).all():
         up, down = int((gains > 0).sum()), int((gains < 0).sum())
-        less, more = (float(mid_p(changed, up + down)) for changed in (up, down))
-        sides, shares = (less, more) if up != down else (0.5, 0.5), Shares(up, down, n)
-        return PairedTest((up - down) / n, "McNemar mid-p", n, alpha, sides, shares)
+        shares = Shares(up, down, n)
+        return PairedTest((up - down) / n, "McNemar mid-p", n, alpha, shares)
     form, perplexity = TRANSFORMS[transform], None
     if form.exponential:
         perplexity = float(form.score(np.average(both[0], weights=weights)))
@@ -294,18 +306,16 @@ def paired_mean(
         unseen = limits[0] - mean, limits[1] - mean
     spread = unseen, stderr, perplexity, limits is not None
     found = Gaffke(mean, deviations, weights, *spread)
-    sides = None
+    of = None
     if not gains.any():
-        method, sides = f"none: all {unit} equal", (0.5, 0.5)
+        method, of = f"none: all {unit} equal", found
     elif units < LEAST_UNITS:
         method = f"none: {units} {unit} are too few for a test of their mean"
     elif not stderr < math.inf or (limits is None and stderr <= rounding):
         method = f"none: all {unit} changed alike, or by values too large to be squared"
     else:
-        method = f"Gaffke's test over {unit}"
-        sides = found.tails(0.0)[::-1]
-    of = found if sides else None
-    return PairedTest(found.score(mean), method, units, alpha, sides, of)
+        method, of = f"Gaffke's test over {unit}", found
+    return PairedTest(found.score(mean), method, units, alpha, of)
 
 
 def _numbers(labels: Sequence[str]) -> np.ndarray:
@@ -319,8 +329,8 @@ def unpaired_difference(
     normal = Normal(difference, math.hypot(*stderrs))
     if normal.stderr == 0:
         return PairedTest(difference, "none: stderr is 0", level=alpha)
-    method, sides = "unpaired z test on stderrs (weaker)", normal.tails(0.0)[::-1]
-    return PairedTest(difference, method, 0, alpha, sides, normal)
+    method = "unpaired z test on stderrs (weaker)"
+    return PairedTest(difference, method, 0, alpha, normal)
 
 
 def false_discovery(

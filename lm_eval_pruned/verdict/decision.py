@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.comparison import compare
-from lm_eval_pruned.compare.judge import Case, Difference
+from lm_eval_pruned.compare.judge import Case, Difference, judged as judge
 from lm_eval_pruned.compare.kept import NO_LOSS
 from lm_eval_pruned.compare.margin import Margin
 from lm_eval_pruned.compare.measures import (
@@ -15,24 +15,18 @@ from lm_eval_pruned.compare.measures import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.compare.power import power_of
+from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.pooled import claim_text, mean_of, p_of_claim, pools_of
 from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions
 from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.files import (
-    ResultsError,
-    Run,
-    as_mapping,
-    read_json,
-)
+from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics
-from lm_eval_pruned.results.runs import read_unit, results_files
 from lm_eval_pruned.results.settings import asked_differently
+from lm_eval_pruned.verdict.needed import what_decides
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
 Key = tuple[str, str]
 #: By exit code.
@@ -55,8 +49,37 @@ class Judged(NamedTuple):
     take: str
 
 
+class Pooled(NamedTuple):
+    """One claim on the mean over `keys`, tasks and metrics, and how it was judged.
+
+    `text` is the claim: how far the score falls on average and in each task.
+    """
+
+    keys: Sequence[Key]
+    judged: Judged
+    text: str
+
+    @property
+    def sentence(self) -> str:
+        """The claim, whether it is shown, and the mean difference in points with its 90 % interval."""
+        row, tasks = self.judged.row, ", ".join(task for task, _ in self.keys)
+        shown = {
+            "undecided": "not decided",
+            "worse": "not shown, and the mean is worse",
+        }
+        ends = (end for end in (row.low, row.high) if end is not None)
+        interval = ", ".join(f"{100 * end:+.1f}" for end in ends)
+        return (
+            f"{self.text} ({tasks}): {shown.get(self.judged.word, 'shown')}; the mean differs by "
+            f"{100 * row.difference:+.1f} points [{interval}]."
+        )
+
+
 class Verdict(NamedTuple):
-    """The answer on two runs, with the exit code of `check`."""
+    """The answer on two runs, with the exit code of `check`.
+
+    The claims of `pooled` decide in place of those of their tasks, unless a task is shown to be worse.
+    """
 
     base: Run
     candidate: Run
@@ -64,6 +87,21 @@ class Verdict(NamedTuple):
     judged: Sequence[Judged]
     beside: Sequence[Difference]
     notes: Sequence[str]
+    pooled: Sequence[Pooled] = ()
+
+    @property
+    def open(self) -> list[Judged]:
+        """What is shown to be worse, or keeps the verdict from being decided."""
+        held = {key for each in self.pooled for key in each.keys}
+        return [
+            each
+            for each in [*(pool.judged for pool in self.pooled), *self.judged]
+            if each.word == "worse"
+            or (
+                each.word == "undecided"
+                and (each.row.task, each.row.metric) not in held
+            )
+        ]
 
 
 def decide(
@@ -117,29 +155,64 @@ def decide(
     _refuse_another_test(base, candidate, keys)
     by_key = {(row.task, row.metric): row for row in compared.rows}
     rows = [by_key[key] for key in keys]
-    cases = [Case(base, candidate, key, None, "", margin=chosen[key]) for key in keys]
-    levels = [CLAIM_LEVEL] * len(keys)
-    judged, statuses = [], []
-    for case, row, decision in zip(
-        cases, rows, decisions(cases, rows, levels), strict=True
+    cases = [
+        Case(
+            *(base, candidate, key, paired_documents(base, candidate, *key, read)),
+            *("", True, chosen[key]),
+        )
+        for key in keys
+    ]
+    # A margin that names a task is a claim on this task alone, and a floor shows no loss.
+    pools = pools_of(
+        case
+        for case, row in zip(cases, rows, strict=True)
+        if case.key[0] not in asked and not _at_floor(row) and row.p is not None
+    )
+    means = [mean_of(pool) for pool in pools]
+    found = _judged(
+        [*([case] for case in cases), *pools],
+        [*cases, *(mean._replace(family="") for mean in means)],
+        [*rows, *judge(means, 2 * CLAIM_LEVEL)],
+    )
+    alone, together = found[: len(cases)], found[len(cases) :]
+    pooled = [
+        Pooled([case.key for case in pool], each, claim_text(pool))
+        for pool, each in zip(pools, together, strict=True)
+    ]
+    blind = all(_at_floor(row) for row in rows)
+    counted = [*primary_metrics([base, candidate]), *(k for k in by_key if k[1] == KL)]
+    beside = [by_key[key] for key in counted if key not in keys]
+    verdict = Verdict(base, candidate, 0, alone, beside, compared.notes, pooled)
+    words = {each.word for each in verdict.open}
+    code = 1 if "worse" in words else 2 if words or blind else 0
+    return verdict._replace(code=code)
+
+
+def _judged(
+    claims: Sequence[Sequence[Case]], cases: Sequence[Case], rows: Sequence[Difference]
+) -> list[Judged]:
+    """Return what the gate says of `cases`, of which a claim may be made up of several."""
+    found = []
+    told = decisions(cases, rows, [CLAIM_LEVEL] * len(cases))
+    for claim, case, row, (status, message) in zip(
+        claims, cases, rows, told, strict=True
     ):
-        status, message = decision
         if not math.isfinite(row.score):
             status, message = "fail", f"The score is {row.score}, not a finite number."
         word = _WORDS.get(status)
         if status == "pass":
             word = "equivalent" if _inside(row, case) else "not worse"
+            p = p_of_claim(claim) if claim[1:] else 0.0
+            if p is None or p >= CLAIM_LEVEL:
+                status = word = "undecided"
+                message = f"Shown of the mean, and not of each task (p = {p or 1:.3g})."
         if status != "fail" and _at_floor(row):
             # Such a score counts neither for nor against shipping.
             status, word = "pass", NO_LOSS
-        take = _take(case, row) if status == "undecided" else ""
-        judged.append(Judged(row, chosen[case.key].text, str(word), message, take))
-        statuses.append(status)
-    blind = all(_at_floor(row) for row in rows)
-    code = 1 if "fail" in statuses else 2 if "undecided" in statuses or blind else 0
-    counted = [*primary_metrics([base, candidate]), *(k for k in by_key if k[1] == KL)]
-    beside = [by_key[key] for key in counted if key not in keys]
-    return Verdict(base, candidate, code, judged, beside, compared.notes)
+        take = what_decides(claim, row) if status == "undecided" else ""
+        margin = case.margin.text if case.margin else ""
+        found.append(Judged(row, margin, str(word), message, take))
+    return found
 
 
 def _at_floor(row: Difference) -> bool:
@@ -184,16 +257,6 @@ def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[st
     return found
 
 
-def check_measure(measure: str | None, metrics: Iterable[str]) -> None:
-    """Raise ValueError for a measure that no task of a verdict has; `metrics` are those of all tasks."""
-    names = sorted({metric.partition(",")[0] for metric in metrics})
-    if measure and names and measure not in names:
-        raise ValueError(
-            f"--measure {measure} is a metric of no task of this verdict: name one of "
-            f"{', '.join(names)}."
-        )
-
-
 def check_margins(
     texts: Sequence[str], known: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> dict[str, str]:
@@ -231,59 +294,3 @@ def _names(key: Key) -> tuple[str, str]:
 
 def _asked(key: Key, asked: dict[str, str]) -> str | None:
     return next((asked[name] for name in (*_names(key), "") if name in asked), None)
-
-
-def _take(case: Case, row: Difference) -> str:
-    """Say how many documents, in how many minutes, decide with a chance of 80 %, if the models do not differ."""
-    base, candidate, key, margin = case.base, case.run, case.key, case.margin
-    up = case.scores[0].higher_is_better
-    if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
-        return "A test of only this score would show it to be worse; a test of all scores needs more documents."
-    if margin is None:
-        return ""
-    try:
-        options: Any = {"metric": key[1], "alpha": CLAIM_LEVEL}
-        rows = power_of(base, [candidate], key[0], margin, **options)
-    except ValueError:
-        # The finding says why nothing was decided.
-        return ""
-    seen, needed = rows[0][2], rows[up is not None][-1]
-    if not isinstance(seen, int) or not isinstance(needed, int):
-        return ""
-    if needed <= seen:
-        return (
-            f"{seen} documents would probably have decided if the models did not differ, so they may "
-            "well differ: evaluate other documents, or accept a wider margin."
-        )
-    leaves = base.leaves(key[0])
-    files = [
-        next(file for file in results_files(run.path) if leaves[0] in _sizes(file))
-        for run in (base, candidate)
-    ]
-    sizes, costs = _sizes(files[0]), [seconds_per_document([file]) for file in files]
-    there = sum(sizes[leaf]["original"] for leaf in leaves)
-    more = f"It would take about {needed:,} documents instead of {seen:,}"
-    if there < needed:
-        return f"{more}, but the task has {there:,}: accept a wider margin."
-    minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
-    return f"{more}, {max(1, round(minutes)):,} min." if all(costs) else f"{more}."
-
-
-def seconds_per_document(files: Iterable[Path]) -> float | None:
-    """Return the wall time of evaluating, over the documents; None where no file says it.
-
-    That of a sweep's unit leaves out loading the model, that of the harness includes it.
-    """
-    spent, seen = 0.0, 0
-    for file in files:
-        unit = read_unit(file.parent)
-        told = read_json(file).get("total_evaluation_time_seconds")
-        if seconds := float(unit.seconds if unit else told or 0):
-            spent += seconds
-            seen += sum(each["effective"] for each in _sizes(file).values())
-    return spent / seen if seen else None
-
-
-def _sizes(file: Path) -> Mapping[str, Any]:
-    """Return how many documents each task of a results file has, and how many were evaluated."""
-    return as_mapping(read_json(file).get("n-samples"))

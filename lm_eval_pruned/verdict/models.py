@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
-from lm_eval_pruned.compare.measures import with_choice_prob
+from lm_eval_pruned.compare.measures import check_measure, with_choice_prob
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
 from lm_eval_pruned.results.files import ResultsError, Run
@@ -23,7 +23,6 @@ from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.verdict.decision import (
     check_margins,
-    check_measure,
     judged_scores,
     read_margins,
 )

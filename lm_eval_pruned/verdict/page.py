@@ -23,7 +23,8 @@ from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.groups import family_of, is_loss, is_perplexity
 from lm_eval_pruned.results.runs import results_files
 from lm_eval_pruned.util.tables import Cell, Column, Table
-from lm_eval_pruned.verdict.decision import ANSWERS, Judged, seconds_per_document
+from lm_eval_pruned.verdict.decision import ANSWERS, Judged
+from lm_eval_pruned.verdict.needed import seconds_per_document
 
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 SHOWN = 20
 #: Tasks on bias, by parts of their names.
 ON_BIAS = ("bias", "bbq", "crows", "winogender")
+#: Words that keep a candidate from being shipped.
+_REASONS = ("worse", "undecided")
 _HOW_TO_READ = (
     f"{FLOOR} The interval of what is kept covers 90 %. The difference is candidate minus base; a score "
     "is not worse if its 90 % interval lies above the margin, and equivalent if it lies within the margin "
@@ -126,8 +129,13 @@ def headline(verdict: Verdict) -> str:
         elif is_loss(row.metric) and row.relative is not None:
             name = "perplexity" if is_perplexity(row.metric) else "loss"
             parts.append(f"{name} {row.relative:+.1%}".replace("%", " %"))
-        elif judged.word in ("worse", "undecided"):
+        elif judged in verdict.open:
             parts.append(f"{_name(judged)} {judged.word}")
+    parts += [
+        f"{_name(each.judged)} {each.judged.word}"
+        for each in verdict.pooled
+        if each.judged in verdict.open
+    ]
     answer = ANSWERS[verdict.code]
     line = f"{answer}: {', '.join(parts)}" if parts else answer
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
@@ -139,29 +147,31 @@ def _name(each: Judged) -> str:
 
 def _answer_section(verdict: Verdict) -> Section:
     words = [each.word for each in verdict.judged]
+    lost, unsure = (
+        [each.word for each in verdict.open].count(word) for word in _REASONS
+    )
     of = f"of {len(words)} scores are"
     able = " that can show a loss" * (NO_LOSS in words)
-    open_question = (
-        f"{words.count('undecided')} {of} not shown to lie within their margins."
-    )
-    if "undecided" not in words:
+    open_question = f"{unsure} {of} not shown to lie within their margins."
+    if not unsure:
         open_question = (
             "No score can show a loss, because the base is not shown to be above the floor of any "
             "task: evaluate tasks that it can do."
         )
     head = (
-        f"Each score{able} is shown to lie within its margin.",
-        f"{words.count('worse')} {of} shown to be worse.",
+        f"Each score{able} is shown to lie within its margin{', alone or on average' * bool(verdict.pooled)}.",
+        f"{lost} {of} shown to be worse.",
         open_question,
     )[verdict.code]
     notes = [
         f"{_name(each)}: {each.word}. {each.take or each.message}"
-        for word in ("worse", "undecided")
-        for each in verdict.judged
+        for word in _REASONS
+        for each in verdict.open
         if each.word == word
     ]
     line = headline(verdict)
     paragraphs = [f"{line[:1].upper()}{line[1:]}.", head]
+    paragraphs += [each.sentence for each in verdict.pooled]
     return Section(ANSWERS[verdict.code].capitalize(), paragraphs, notes=notes)
 
 

@@ -1,81 +1,117 @@
-"""How likely a comparison reaches a verdict, against the tests themselves."""
+"""How many documents a claim needs, against draws from the truth and the tests themselves."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
-from scipy import stats
 
-from lm_eval_pruned.compare.gaffke import POWER
-from lm_eval_pruned.compare.power import (
-    chances,
-    documents_for,
-    power_of_means,
-    power_of_shares,
-)
+from lm_eval_pruned.compare import power
+from lm_eval_pruned.compare.power import ALIKE, SEEN, Pilot, chance_of, documents_for
 from lm_eval_pruned.compare.statistics import paired_difference
+from tests.helpers.cases import case_of
 
 
-@pytest.mark.parametrize(("changed", "margin"), [(0.1, 0.2), (0.3, 0.25)])
-def test_power_of_shares_is_that_of_the_test_counted_out(changed, margin):
-    n, shown = 24, np.zeros(3)
-    for count in range(n + 1):
-        for ups in range(count + 1):
-            chance = stats.binom.pmf(count, n, changed)
-            chance *= stats.binom.pmf(ups, count, 0.5)
-            run = [1] * ups + [0] * (count - ups) + [0] * (n - count)
-            base = [0] * ups + [1] * (count - ups) + [0] * (n - count)
-            test = paired_difference(base, run)
-            ps = test.p_outside(-margin, margin), test.p_outside(-margin, np.inf), 1
-            shown += chance * (np.array(ps) < 0.05)
-    found = power_of_shares(changed, n, margin, 0.05)
-    assert found[:2] == pytest.approx(shown[:2], abs=1e-5)
+#: Three standard errors of a chance.
+SPREAD = 3 * math.sqrt(0.25 / power.DRAWS)
 
 
-def test_power_of_means_is_that_of_the_test_simulated():
-    n, margin, times, rng = 120, 0.06, 600, np.random.default_rng(0)
-    base, shown = np.full(n, 0.5), np.zeros(3)
-    for _ in range(times):
-        run = base + rng.uniform(-0.3, 0.3, size=n)
-        test = paired_difference(base, run)
-        shown[0] += test.p_outside(-margin, margin) < 0.05
-        shown[1] += test.p_outside(-margin, np.inf) < 0.05
-        shown[2] += paired_difference(base, run + margin).p < 0.05
-    noise = np.linspace(-0.3, 0.3, 1200)
-    pilot = paired_difference(np.full(1200, 0.5), 0.5 + noise).distribution
-    found = power_of_means(pilot._replace(times=n / 1200), margin, 0.05)
-    assert found == pytest.approx(shown / times, abs=4 * (0.25 / times) ** 0.5)
+def answers(n, changed, seed=0):
+    """Return right-or-wrong answers of two models, a share of which changes."""
+    rng = np.random.default_rng(seed)
+    base = (rng.random(n) < 0.6).astype(float)
+    return base, np.where(np.arange(n) < changed * n, 1 - base, base)
 
 
-@pytest.mark.parametrize("transform", ["mean", "perplexity"])
-def test_chances_on_other_numbers_of_documents_are_those_of_the_same_gains(transform):
-    """Four times the documents have the chances of documents that are there four times."""
-    base, gains = np.random.default_rng(0).normal([[-2], [0]], [[0.2], [1]], (2, 80))
-    few, many = (
-        paired_difference(
-            np.tile(base, n), np.tile(base + gains, n), transform=transform
-        )
-        for n in (1, 4)
+def lifts(n, kept=1.0, noise=1.0):
+    base = np.random.default_rng(0).normal(5, 4, n)
+    return base, kept * base + np.random.default_rng(1).normal(0, noise, n)
+
+
+@pytest.mark.parametrize("margin", ["2pt", "6pt"])
+def test_the_chance_is_that_of_the_test_on_documents_of_which_as_many_change(margin):
+    pilot = [Pilot(case_of(*answers(400, 0.1), margin=margin))]
+    found = chance_of("not worse", ALIKE, pilot, 200, 0.05)
+    rng, shown = np.random.default_rng(0), 0
+    for _ in range(1000):
+        up, down, _ = rng.multinomial(200, [0.05, 0.05, 0.9])
+        base = [0] * up + [1] * (200 - up)
+        run = [1] * up + [0] * down + [1] * (200 - up - down)
+        p = paired_difference(base, run).p_outside(-float(margin[0]) / 100, math.inf)
+        shown += p < 0.05
+    assert found == pytest.approx(shown / 1000, abs=SPREAD + 0.05)
+
+
+def test_equal_draws_give_equal_chances_and_more_documents_higher_ones():
+    pilot = [Pilot(case_of(*answers(400, 0.1), margin="3pt"))]
+    few, many, again = (
+        chance_of("equivalent", ALIKE, pilot, n, 0.05) for n in (300, 1500, 300)
     )
-    unit = 1.0 if transform == "mean" else np.exp(-base.mean())
-    for share in (0.1, 0.2, 0.4):
-        found = chances(few, 80, share * unit, 0.05, 320)
-        # The spread of 80 documents is estimated with one degree of freedom less.
-        expected = chances(many, 320, share * unit, 0.05, 320)
-        assert found == pytest.approx(expected, abs=0.01)
-    assert chances(few, 80, 0.2 * unit, 0.05, 40) < chances(
-        few, 80, 0.2 * unit, 0.05, 80
-    )
+    assert few == again < many
 
 
-def test_documents_for_is_where_the_chance_reaches_80_percent():
-    # Many changes are as good as normal.
-    counted, normal = (power_of_shares(0.1, n, 0.02, 0.05) for n in (1999, 2001))
-    assert counted == pytest.approx(normal, abs=0.01)
+def test_the_number_of_documents_has_a_chance_of_80_percent():
+    pilot = [Pilot(case_of(*answers(400, 0.1), margin="5pt"))]
+    needed = documents_for("not worse", ALIKE, pilot, 0.05)
+    assert chance_of("not worse", ALIKE, pilot, needed, 0.05) > 0.8 - SPREAD
+    assert chance_of("not worse", ALIKE, pilot, needed // 2, 0.05) < 0.8 - SPREAD
 
-    def power(n):
-        return power_of_shares(0.1, n, 0.05, 0.05)
 
-    needed = documents_for(power, 0, 10)
-    assert power(needed)[0] >= POWER > power(int(needed * 0.85))[0]
-    assert documents_for(lambda n: [0.5], 0, 10) is None
+def test_the_difference_seen_is_that_of_the_pilot():
+    """A loss of a third of the margin takes more documents than none; one beyond it takes none."""
+    base, run = lifts(240, noise=0.5)
+    given = {"metric": "lift,none", "margin": "5%", "floor": 0.0}
+    needed = []
+    for kept in (1.0, 0.985, 0.9):
+        pilot = [Pilot(case_of(base, run - (1 - kept) * base, **given))]
+        needed.append(documents_for("not worse", SEEN, pilot, 0.05))
+    assert needed[0] < needed[1]
+    assert needed[2] is None
+
+
+def test_a_hopeless_number_of_documents_is_not_told(monkeypatch):
+    monkeypatch.setattr(power, "MOST", 500)
+    pilot = [Pilot(case_of(*answers(100, 0.5), margin="1pt"))]
+    assert documents_for("not worse", ALIKE, pilot, 0.05) is None
+
+
+def test_blocks_are_drawn_whole_and_strata_keep_their_shares():
+    n = 240
+    base, run = lifts(n)
+    blocks = tuple(str(number // 4) for number in range(n))
+    pilot = Pilot(case_of(base, run, margin="5%", clusters=blocks))
+    drawn = pilot.drawn(2.0, np.random.default_rng(0), alike=False).pair
+    sizes = np.unique(drawn[0].clusters, return_counts=True)[1]
+    assert len(sizes) == 120 and set(sizes) == {4}
+    pairs = {*zip(base, run, strict=True)}
+    assert {*zip(drawn[0].values, drawn[1].values, strict=True)} <= pairs
+    of = case_of(base, run)
+    keys = tuple((f"part {n % 3}", str(n), 0) for n in range(n))
+    parts = of._replace(pair=tuple(dataclasses.replace(d, keys=keys) for d in of.pair))
+    drawn = Pilot(parts).drawn(0.5, np.random.default_rng(0), alike=True).pair[0]
+    assert np.unique(drawn.strata, return_counts=True)[1].tolist() == [40, 40, 40]
+
+
+def test_models_that_are_alike_have_one_mean_whatever_was_lost():
+    base, run = lifts(400, kept=0.5)
+    rng, pilot = np.random.default_rng(0), Pilot(case_of(base, run))
+    gains = [
+        np.diff([d.values.mean() for d in pilot.drawn(1.0, rng, alike=True).pair])
+        for _ in range(200)
+    ]
+    error = np.std(gains) / math.sqrt(200)
+    assert np.mean(gains) == pytest.approx(0, abs=3 * error)
+
+
+def test_of_several_tasks_the_claim_on_their_mean_takes_fewer_documents_of_each():
+    """Three tasks with the same noise: a third of the documents, until the guards need more."""
+    cases = [
+        case_of(*answers(300, 0.1, seed), margin="4pt", task=f"t{seed}")
+        for seed in range(3)
+    ]
+    alone = documents_for("not worse", ALIKE, [Pilot(cases[0])], 0.05)
+    together = documents_for("not worse", ALIKE, [*map(Pilot, cases)], 0.05)
+    # 8 % of noise in each, twice.
+    assert 0.75 * alone < together < 1.35 * alone

@@ -179,15 +179,43 @@ def power(tmp_path):
     return lambda task, *words: pruned("power", task, *paths, *words)
 
 
+def rows_of(out):
+    """Return the rows of the table of ``power``."""
+    rows = [row.split("|")[1:-1] for row in out.splitlines() if row[:1] == "|"]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_power_answers_for_each_measure_that_a_verdict_judges(power):
+    """Also the score that counts; without a margin, within the verdict's own."""
+    (tf,) = {tuple(row[1:5:3]) for row in rows_of(power("tf").out)}
+    assert tf == ("mc2,none", "0.02")
+    assert {row[1] for row in rows_of(power("boolq").out)} == {"acc,none"}
+    verdicts = [row[5:7] for row in rows_of(power("wiki").out)]
+    assert verdicts == [
+        ["equivalent", "no difference"],
+        ["not worse", "no difference"],
+        ["not worse", "the difference seen"],
+    ]
+    message = power("boolq", "--measure", "mc3").sentence
+    assert "--measure mc3 is a metric of no task" in message
+
+
+def test_power_of_several_tasks_is_of_the_claim_on_their_mean(power):
+    out = power("boolq,tf", "--margin", "5pt").sentence
+    assert "There is no mean over boolq, tf" in out
+    rows = rows_of(power("tf,tf", "--margin", "5pt").out)
+    assert {row[2] for row in rows} == {"600"}
+
+
 @pytest.mark.parametrize("task", ["boolq", "tf", "wiki"])
 def test_power_prints_the_chances_of_a_verdict_which_more_documents_raise(power, task):
     def chances(*more):
         out = power(task, "--margin", "0.02", *more).out
-        rows = [row.split("|") for row in out.splitlines() if row[:1] == "|"]
-        return [int(row[8].rstrip("%")) for row in rows[2:]]
+        return [int(row[7].rstrip("%")) for row in rows_of(out)]
 
     few, many = chances(), chances("--documents", 3000)
-    assert few and all(x <= y for x, y in zip(few, many, strict=True))
+    # Those of the difference seen fall where that is beyond the margin.
+    assert few and all(x <= y for x, y in zip(few[:2], many[:2], strict=True))
 
 
 @pytest.mark.parametrize(

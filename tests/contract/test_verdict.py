@@ -471,6 +471,86 @@ def test_the_interval_of_what_is_kept_decides(seed, tmp_path):
         assert (row["verdict"] in ("equivalent", "not worse", "better")) == (low > 95)
 
 
+def sure(seed, documents=100, lost=0.0):
+    """Return a task whose right answers have some probability, of which a model loses a share."""
+    rng = np.random.default_rng(seed)
+    prob = np.clip(rng.uniform(0.5, 0.9, documents) - lost, 0.01, 0.99)
+    noise = np.random.default_rng([seed, int(1e4 * lost)]).normal(0, 0.01, documents)
+    return {"mc2,none": [*np.clip(prob + noise * (lost != 0), 0, 1)]}
+
+
+def several(*losses, documents=100):
+    """Return tasks of a base, and of a candidate that loses so much of each."""
+    found = [
+        {f"t{n}": sure(n, documents, lost) for n, lost in enumerate(of)}
+        for of in ((0.0,) * len(losses), losses)
+    ]
+    return found
+
+
+CLAIM = (
+    "The probability of the right answer falls by less than 2 points on average over these {} tasks, "
+    "and by less than 5 in each"
+)
+
+
+def test_two_or_more_tasks_are_claimed_together_where_each_alone_is_not_decided(
+    verdict,
+):
+    """A hundred documents cannot show 2 points; of three tasks, three hundred can."""
+    tasks = several(0.001, 0.001, 0.001)
+    done = verdict(*tasks, measure=None)
+    words = {row["verdict"] for row in rows_of(done).values()}
+    assert (done.code, words) == (0, {"undecided"})
+    assert (
+        f"{CLAIM.format(3)} (t0, t1, t2): shown; the mean differs by -0.1" in done.out
+    )
+    assert done.out.startswith("ship\n")
+    assert "is shown to lie within its margin, alone or on average" in done.out
+    (one,) = ({"t0": of["t0"]} for of in tasks[:1])
+    assert verdict(one, {"t0": tasks[1]["t0"]}, measure=None).code == 2
+
+
+def test_a_margin_that_names_a_task_is_a_claim_on_this_task_alone(verdict):
+    tasks = several(0.001, 0.001, 0.001)
+    done = verdict(*tasks, "--margin", "t2=2pt", measure=None)
+    assert (done.code, CLAIM.format(2) in done.out) == (2, True)
+    assert "t2 mc2: undecided" in done.out
+
+
+def test_the_guard_of_a_task_has_to_be_shown_too(verdict):
+    """One document in fourteen loses 0.6 in one of six tasks: 4 points of it, and 0.7 of the mean."""
+    base, candidate = several(*[0.001] * 6)
+    values = np.array(base["t0"]["mc2,none"])
+    values[::14] = np.maximum(values[::14] - 0.6, 0)
+    candidate["t0"] = {"mc2,none": [*values]}
+    done = verdict(base, candidate, "--margin", "3pt", measure=None)
+    assert done.code == 2
+    assert "mean of 6 tasks mc2: undecided" in done.out
+
+
+@pytest.mark.parametrize("lost", [0.1, 0.03])
+def test_a_task_that_is_shown_to_be_worse_is_not_made_up_for_by_others(verdict, lost):
+    tasks = several(lost, *[0.001] * 9, documents=400)
+    done = verdict(*tasks, measure=None)
+    assert done.code == 1
+    assert rows_of(done)["t0"]["verdict"] == "worse"
+
+
+def test_a_mean_that_is_shown_to_be_worse_is_not_shipped(verdict):
+    done = verdict(*several(0.03, 0.03, 0.03), measure=None)
+    assert done.code == 1
+    assert "mean of 3 tasks mc2 worse" in done.out.partition("\n")[0]
+
+
+def test_a_task_that_cannot_show_a_loss_is_no_part_of_a_mean(verdict):
+    boolq = {"boolq": right(0.51)}
+    tasks = [{**boolq, "piqa": right(0.8), "arc": right(0.8)}] * 2
+    done = verdict(*tasks)
+    assert "(piqa, arc): shown" in done.out
+    assert "acc falls by less than 2 points on average over these 2 tasks" in done.out
+
+
 def test_a_package_that_the_candidate_needs_is_missed_before_the_base_is_evaluated(
     tmp_path,
 ):

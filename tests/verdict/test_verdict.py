@@ -118,7 +118,9 @@ def test_it_says_where_one_test_alone_or_more_documents_would_not_help(answer):
     base = {f"t{n}": {"acc,none": right(0.5, 1000)} for n in range(10)}
     lost = {"acc,none": right(0.495, 1000)}
     alone = "A test of only this score would show it to be worse"
-    _, said = answer(base, {**base, "t3": lost}, "--margin", "0.4pt")
+    # Margins that name tasks are claims on each of them.
+    margins = [f"t{n}=0.4pt" for n in range(10)]
+    _, said = answer(base, {**base, "t3": lost}, "--margin", *margins)
     assert said.count(alone) == 1
     assert re.search(rf"t3 acc: undecided\. {alone}", said)
     # Twelve became wrong and six right: equal models change as many, and mostly come out closer.

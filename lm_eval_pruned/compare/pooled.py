@@ -1,0 +1,135 @@
+"""Several tasks and one claim: the mean over tasks of their differences, with a wider margin for each."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lm_eval_pruned.compare.judge import Case, p_outside
+from lm_eval_pruned.compare.measures import PROBABILITIES
+from lm_eval_pruned.compare.pairing import paired_test
+from lm_eval_pruned.results.documents import Documents
+from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.groups import is_bias, is_share
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+#: A single task may lose so many times the margin of their mean.
+GUARD = 2.5
+
+
+def pools_of(cases: Iterable[Case]) -> list[list[Case]]:
+    """Return the cases that are claimed together: of one measure, with one margin in points."""
+    found: dict[object, list[Case]] = {}
+    for case in cases:
+        if can_be_pooled(case):
+            found.setdefault(kind_of(case), []).append(case)
+    return [pool for pool in found.values() if len(pool) > 1]
+
+
+def can_be_pooled(case: Case) -> bool:
+    """Whether a score is a mean between 0 and 1, more is better, and the margin is in points."""
+    scores = [score.value for score in case.scores]
+    return bool(
+        case.pair
+        and case.pair[0].transform == "mean"
+        and case.scores[0].higher_is_better
+        and case.margin_size
+        and case.margin
+        and case.margin.share is None
+        and not is_bias(case.key[1])
+        and is_share(case.key[1], scores)
+    )
+
+
+def kind_of(case: Case) -> tuple[str, float | None]:
+    """What a score measures, and its margin."""
+    name = case.key[1].partition(",")[0]
+    return PROBABILITIES[0] if name in PROBABILITIES else name, case.margin_size
+
+
+def claim_text(pool: Sequence[Case]) -> str:
+    """Return what is claimed of several tasks together, in a sentence without its end."""
+    size, name = 100 * (pool[0].margin_size or 0.0), pool[0].key[1].partition(",")[0]
+    what = "The probability of the right answer" if name in PROBABILITIES else name
+    return (
+        f"{what} falls by less than {size:g} points on average over these {len(pool)} tasks, and by "
+        f"less than {GUARD * size:g} in each"
+    )
+
+
+def mean_of(cases: Sequence[Case]) -> Case:
+    """Return the mean over tasks as a case; every score is a mean between 0 and 1, and higher is better.
+
+    Each task weighs the same, however many documents it has, and is a stratum: another draw would hold
+    the same tasks. A document that several tasks ask about is one unit.
+
+    Source: Miller 2024, arXiv 2411.00640 (differences by document, means over strata); LLM-Accuracy-Stats,
+    arXiv 2602.10144 (one test over tasks).
+    """
+    key = f"mean of {len(cases)} tasks", cases[0].key[1]
+    pairs = [case.pair for case in cases if case.pair]
+    one, other = (_joined(sides) for sides in zip(*pairs, strict=True))
+    base, run = (
+        _scored(getattr(cases[0], name), key, documents)
+        for name, documents in (("base", one), ("run", other))
+    )
+    pooled = {"base": base, "run": run, "key": key, "pair": (one, other)}
+    return cases[0]._replace(**pooled, family=key)
+
+
+def guards_of(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases with the margin that a single task has to keep."""
+    found = []
+    for case in cases:
+        points = 100 * GUARD * (case.margin_size or 0.0)
+        margin = case.margin and replace(case.margin, text=f"{points:.6g}pt")
+        found.append(case._replace(margin=margin))
+    return found
+
+
+def p_of_claim(cases: Sequence[Case]) -> float | None:
+    """Return the p of "the claim is wrong": that of one task, or of a mean over several with its guards.
+
+    The largest p counts: a claim that has several parts is shown where each of them is, at the same
+    level. None where a part cannot be tested.
+
+    Source: Berger and Hsu 1996, Statistical Science 11, 283-319.
+    """
+    parts = [mean_of(cases), *guards_of(cases)] if cases[1:] else cases
+    ps = [p_outside(part, paired_test(part.pair)) for part in parts if part.pair]
+    known = [p for p in ps if p is not None]
+    return max(known) if known and len(known) == len(parts) else None
+
+
+def _joined(tasks: Sequence[Documents]) -> Documents:
+    count, total = len(tasks), sum(len(each.values) for each in tasks)
+    weights = [each.weights * total / count / each.weights.sum() for each in tasks]
+    keys = (
+        (f"{number}\0{task}", digest, repetition)
+        for number, each in enumerate(tasks)
+        for task, digest, repetition in each.keys
+    )
+    clusters = (
+        each.clusters or [f"{digest} {n}" for _, digest, n in each.keys]
+        for each in tasks
+    )
+    return Documents(
+        tuple(keys),
+        np.concatenate([each.values for each in tasks]),
+        np.concatenate(weights),
+        tuple(itertools.chain(*clusters)),
+        "mean",
+    )
+
+
+def _scored(run: Run, key: tuple[str, str], documents: Documents) -> Run:
+    """Return a run with the score that documents make."""
+    value = float(np.average(documents.values, weights=documents.weights))
+    score = Score(value, None, True, len(documents.values))
+    return replace(run, scores={**run.scores, key: score})

@@ -1,0 +1,41 @@
+"""Cases for the judge, made of values without any file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lm_eval_pruned.compare.judge import Case
+from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.results.documents import TRANSFORMS, Documents
+from lm_eval_pruned.results.files import Run, Score
+
+
+def case_of(
+    base,
+    run,
+    *,
+    margin: str = "2pt",
+    claim: str = "not_worse",
+    task: str = "t",
+    metric: str = "acc,none",
+    clusters: tuple[str, ...] | None = None,
+    floor: float | None = None,
+    transform: str = "mean",
+    up: bool | None = True,
+) -> Case:
+    """Return two runs on the same documents, with an exact `floor` if the task declares one."""
+    key, size = (task, metric), len(base)
+    keys = tuple((task, f"{task} {number}", 0) for number in range(size))
+    about = np.ones(size), clusters, transform
+    pair = tuple(
+        Documents(keys, np.asarray(v, dtype=float), *about) for v in (base, run)
+    )
+    floors = {} if floor is None else {metric.partition(",")[0]: floor}
+    runs = []
+    for name, documents in zip(("base", "run"), pair, strict=True):
+        value = float(TRANSFORMS[transform].score(documents.values.mean()))
+        scores = {key: Score(value, None, up, size)}
+        runs.append(Run(name, Path(), scores, metadata={task: {"floors": floors}}))
+    return Case(*runs, key, pair, key, margin=Margin(claim, margin))
