@@ -21,7 +21,11 @@ from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.verdict.decision import check_margins, judged_scores
+from lm_eval_pruned.verdict.decision import (
+    check_margins,
+    judged_scores,
+    read_margins,
+)
 from lm_eval_pruned.verdict.divergence import (
     DEMO_TEXT,
     NOT_MEASURED,
@@ -190,6 +194,8 @@ def both_runs(
     run = runs[0]
     if why := _not_measured(found, run, bool(finished_ones)):
         note = f"The divergence from the base (KL) was not measured, because {why}."
+        if KL.partition(",")[0] in read_margins(margins):
+            raise ResultsError(f"{note[:-1]}: leave out its margin.")
         run = replace(run, notes=(*run.notes, note))
     return found, run, floors
 
