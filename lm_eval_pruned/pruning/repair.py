@@ -404,11 +404,7 @@ def _gram(mlp: GluMlp, moments: Moments) -> Tensor:
 
 
 def _change(
-    mlp: GluMlp,
-    moments: Moments,
-    gram: Tensor,
-    kept: Tensor,
-    repair: str,
+    mlp: GluMlp, moments: Moments, gram: Tensor, kept: Tensor, repair: str
 ) -> bool:
     """Set the columns of removed neurons to 0, and the others to repaired ones.
 
@@ -428,7 +424,7 @@ def _change(
 
 def _down_of(mlp: GluMlp) -> list[Tensor]:
     """Return the parameters that a repair writes to."""
-    bias: Any = getattr(mlp.projection("down_proj"), "bias", None)
+    bias = getattr(mlp.projection("down_proj"), "bias", None)
     weight = mlp.parameter(mlp.regions["down_proj", "weight"])
     return [weight] if bias is None else [weight, bias]
 

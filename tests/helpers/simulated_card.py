@@ -78,6 +78,8 @@ def _run(operation, *args, **kwargs):
 
 def _register() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend("card")
+    # `torch.utils.checkpoint` asks for it.
+    torch.get_device_module("card").get_amp_supported_dtype = lambda: [torch.bfloat16]
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(_run, "PrivateUse1")
     aten, has = torch.library.Library("aten", "IMPL"), _has_kernel
