@@ -252,10 +252,7 @@ def on_the_fast_path(lm: HFLM) -> Iterator[None]:
     before = counts and counts.processed
     yield
     if counts and counts.processed == before:
-        paths = lm.answer_paths.as_dict(lm.model).values()
-        reasons = [
-            r for path in paths if isinstance(path, dict) for r in path["reasons"]
-        ]
+        reasons = [r for path in lm.answer_paths.values() for r in path.by_reason]
         raise RuntimeError(
             f"hf-prefix answered on the plain path: {'; '.join(reasons) or 'its log says why'}."
         )

@@ -23,7 +23,6 @@ from lm_eval_pruned.checkpoints.configs import (
 )
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
-from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths
 from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
 from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
 from lm_eval_pruned.model_wrappers.batching.generation import (
@@ -32,7 +31,6 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
 )
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
-from lm_eval_pruned.model_wrappers.batching.tokenising import TokenisingMixin
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.mismatched_questions import (
     ARGUMENT,
@@ -62,9 +60,7 @@ _DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
-class PrefixHFLM(
-    EnergyWindows, TokenisingMixin, PrefixSharingMixin, SlotRefillingMixin, HFLM
-):
+class PrefixHFLM(EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM):
     def __init__(
         self,
         pretrained: Any = None,
@@ -118,17 +114,12 @@ class PrefixHFLM(
     def begin_evaluation(self) -> None:
         """Begin the records in the results anew."""
         super().begin_evaluation()
-        self.answer_paths = AnswerPaths()
+        self.answer_paths.clear()
 
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's model information, ``energy``, and whether questions were exchanged."""
         info = super().get_model_info() | self.energy_info()
         return info | {ARGUMENT: True} if self._mismatched_questions else info
-
-    @property
-    def keeps_tokens(self) -> bool:  # type: ignore[override]
-        """Whether tokens go over to the next model, which spares it time and energy."""
-        return self._energy is None
 
     def barrier(self) -> None:
         """Wait for all processes, as the harness does after each type of request; end its windows."""

@@ -7,10 +7,9 @@ import logging
 import selectors
 import threading
 import weakref
+from collections import defaultdict
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 
 try:
@@ -34,8 +33,9 @@ from lm_eval_pruned.checkpoints.adapters import (
 )
 from lm_eval_pruned.checkpoints.configs import argument_errors
 from lm_eval_pruned.model_wrappers.batching.answer_paths import (
-    AnswerPaths,
+    AnswerPath,
     TokenCounts,
+    paths_record,
 )
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import (
@@ -121,7 +121,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
         super().__init__(pretrained, **{**kwargs, **seed})
         # Otherwise, each replica loads in a process that ends with its requests.
         tells = self.data_parallel_size <= 1
-        self.answer_paths = AnswerPaths()
+        self.answer_paths: dict[str, AnswerPath] = defaultdict(AnswerPath)
         self._plain_because: str | None = "data_parallel_size is above 1"
         #: Tokens of the answer that each prompt ends with, while prompts are scored.
         self._answer_lengths: dict[tuple[int, ...], int] = {}
@@ -238,7 +238,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
         why = self._plain_because
         path = "prefix_cache" if why is None else "plain"
         reasons = [why] * requests if why is not None else []
-        self.answer_paths.of(request_type).add(path, requests, computed, reasons)
+        self.answer_paths[request_type].add(path, requests, computed, reasons)
 
     def close(self) -> None:
         """End the engine; the model answers nothing afterwards."""
@@ -252,15 +252,13 @@ class PrunedVLLM(EnergyWindows, VLLM):
         dtype = self.model_args["dtype"]
         if self.data_parallel_size <= 1:
             dtype = self.model.llm_engine.model_config.dtype
-        paths = self.answer_paths.as_dict(nn.Module())
-        # What computes the linear layers is the engine's choice.
-        del paths["linear"]
+        paths, self.answer_paths = self.answer_paths, defaultdict(AnswerPath)
         return {
             "model_num_parameters": self._pruning["parameters_after"],
             "model_dtype": str(dtype),
             "model_revision": self.model_args["revision"] or "main",
             "pruning": self._pruning,
-            "answer_paths": paths,
+            "answer_paths": paths_record(paths),
             **self.energy_info(),
         }
 

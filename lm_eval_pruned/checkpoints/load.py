@@ -185,12 +185,15 @@ class Stored(LoadedModel):
         model, widths, rounded = request.load_stored()
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
-        if asked.drop_layers is not None:
-            decides = (tokenizer, known("influence"), device)
-            depth = depth_in_memory(model, asked, *decides)
-            widths = widths.without_layers(depth)
-        plan = widths.plan(asked)
-        request = dataclasses.replace(request, widths=widths, plan=plan)
+        if widths is not request.widths.whole or asked.measures_depth:
+            # The tensors, or the text, say something else than the config.
+            if asked.drop_layers is not None:
+                decides = (tokenizer, known("influence"), device)
+                depth = depth_in_memory(model, asked, *decides)
+                widths = widths.without_layers(depth)
+            plan = widths.plan(asked)
+            request = dataclasses.replace(request, widths=widths, plan=plan)
+        plan = request.plan
         kept = plan.depth and plan.depth.kept
         ways = (plan.criterion, plan.seed, kept)
         samples: Any = asked.calibration_samples

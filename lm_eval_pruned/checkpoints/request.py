@@ -30,7 +30,6 @@ from lm_eval_pruned.checkpoints.weights import (
     tensor_in,
 )
 from lm_eval_pruned.pruning.allocation import check_comparable
-from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import check_observable, read_texts
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, check_finite
 from lm_eval_pruned.pruning.depth import Depth, count_layers, layers_of
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
 
@@ -100,21 +100,14 @@ class LoadRequest:
             config, rest = config_and_rest(pretrained, from_pretrained)
             auto_class = auto_class or auto_class_for(config)
             build = functools.partial(skeleton, auto_class, trust_remote_code=trusted)
-            whole, none = Widths(config, build), PruneArguments()
-            unpruned = cls(auto_class, pretrained, whole.plan(none), whole, rest, none)
-        return unpruned.asking(prune_arguments)
+            whole = Widths(config, build)
+            widths, plan = _planned(whole, prune_arguments)
+        return cls(auto_class, pretrained, plan, widths, rest, prune_arguments)
 
     def asking(self, prune_arguments: PruneArguments) -> LoadRequest:
         """Return a request for the same model with other arguments of pruning."""
-        widths = self.widths.whole
         with clear_errors(self.pretrained):
-            if prune_arguments.drop_layers is not None:
-                depth = Depth.of(prune_arguments, count_layers(widths.skeleton()))
-                shallow = widths.without_layers(depth)
-                # Where text decides which layers stay, only their number is known.
-                widths = widths if prune_arguments.measures_depth else shallow
-            with argument_errors():
-                plan = widths.plan(prune_arguments)
+            widths, plan = _planned(self.widths.whole, prune_arguments)
         return dataclasses.replace(
             self, widths=widths, plan=plan, prune_arguments=prune_arguments
         )
@@ -355,6 +348,18 @@ class LoadRequest:
         model.__class__ = widths.model_class
         widths.describe_layers(model.config, targets)
         return model, found
+
+
+def _planned(whole: Widths, asked: PruneArguments) -> tuple[Widths, PrunePlan]:
+    """Return the widths of the layers that stay, and the plan, as far as the config tells."""
+    widths = whole
+    if asked.drop_layers is not None:
+        depth = Depth.of(asked, count_layers(whole.skeleton()))
+        shallow = whole.without_layers(depth)
+        # Where text decides which layers stay, only their number is known.
+        widths = whole if asked.measures_depth else shallow
+    with argument_errors():
+        return widths, widths.plan(asked)
 
 
 def as_stored(rounded: Iterable[Rounded]) -> None:

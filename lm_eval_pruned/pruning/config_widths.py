@@ -29,9 +29,11 @@ from lm_eval_pruned.pruning.layouts import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from lm_eval_pruned.pruning.layouts import GluMlp
 
     Build = Callable[[PretrainedConfig], PreTrainedModel]
 
@@ -82,16 +84,19 @@ class WidthKey:
 
 
 def find_keys(
-    config: PretrainedConfig, model: PreTrainedModel, build: Build
+    config: PretrainedConfig,
+    model: PreTrainedModel,
+    mlps: Sequence[GluMlp],
+    build: Build,
 ) -> dict[str, WidthKey]:
-    """Find the key of the width of each GLU-MLP of `model`, by the MLP's name.
+    """Find the key of the width of each of the GLU-MLPs of `model`, by the MLP's name.
 
     `config` is as `taken_apart` returns it, and `build` returns a model of one without weights.
 
     Raises:
         UnsupportedModelError: The width of one has no key, or shares its key.
     """
-    mlps, shapes = find_glu_mlps(model), _shapes(model)
+    shapes = _shapes(model)
     neurons = {region.parameter for mlp in mlps for region in mlp.regions.values()}
     keys: dict[str, WidthKey] = {}
     refusals = {mlp.name: "no key of its config sets that width" for mlp in mlps}

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,18 +111,8 @@ def computing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
         yield
 
 
-def returning(known: Mapping[nn.Module, Any]) -> contextlib.AbstractContextManager:
-    """Let modules return what is `known` of each, without computing."""
-    return computing({module: _constant(out) for module, out in known.items()})
-
-
 def _constant(value: Any) -> Callable[..., Any]:
     return lambda *_, **__: value
-
-
-def has_to_compute(named: Mapping[str, Any]) -> bool:
-    """Return whether a layer hands keys and values on in a mapping among these arguments."""
-    return any(isinstance(each, MutableMapping) for each in named.values())
 
 
 @dataclass(frozen=True)
@@ -146,18 +135,11 @@ class Call:
         self._positional = [handed.get(id(value), value) for value in positional]
         self._named = {name: handed.get(id(v), v) for name, v in named.items()}
 
-    def _arguments(self) -> list[Any]:
-        return [*self._positional, *self._named.values()]
-
     @property
     def follows(self) -> bool:
         """Whether the layer is given something that the one before returned."""
-        return any(isinstance(value, Handed) for value in self._arguments())
-
-    @property
-    def shares(self) -> bool:
-        """Whether the layer hands keys and values on in a mapping."""
-        return any(isinstance(value, MutableMapping) for value in self._arguments())
+        values = (*self._positional, *self._named.values())
+        return any(isinstance(value, Handed) for value in values)
 
     def repeat(self, layer: nn.Module, returned: Any) -> Any:
         """Call `layer` after the one before it `returned` something."""
@@ -236,36 +218,35 @@ class LayerByLayer:
             UnsupportedModelError: See `layers_of` and `calls_of`.
         """
         self._model = model
-        ordered = sorted((text[0] for text in texts), key=len)
-        starts = range(0, len(ordered), batch_size)
-        together = [ordered[n : n + batch_size] for n in starts]
-        self._batches = [pad_sequence(batch, batch_first=True) for batch in together]
-        self._lengths = [torch.tensor([*map(len, batch)]) for batch in together]
-        home = model.device
-        self._device = home if device is None else torch.device(device)
-        self._moves_to = None if self._device == home else self._device
+        self._device = torch.device(device or model.device)
+        self._moves_to = None if self._device == model.device else self._device
         path, layers = layers_of(model)
         self.layers: list[Any] = list(layers)
         self.passed = 0
-        self._returned: list[Any] = [None] * len(self._batches)
         outside = [
             module
             for name, module in model.named_modules()
             if not name.startswith(f"{path}.")
         ]
+        ordered = sorted((text[0] for text in texts), key=len)
+        self._real: list[Tensor] = []
+        # Of each batch, the calls of the layers that its texts have not passed.
+        self._calls: list[list[Call]] = []
         needed = [*outside, *self.layers[0].modules()]
         with lent(needed, self._moves_to), watched(model, {}):
-            # Of each batch, the calls of the layers that its texts have not passed.
-            self._calls = [
-                calls_of(model, self.layers, batch.to(self._device))
-                for batch in self._batches
-            ]
-        self._skips = not any(call.shares for call in self._calls[0])
+            for start in range(0, len(ordered), batch_size):
+                together = ordered[start : start + batch_size]
+                tokens = pad_sequence(together, batch_first=True).to(self._device)
+                lengths = torch.tensor([[len(text)] for text in together])
+                real = torch.arange(tokens.shape[1]) < lengths
+                self._real.append(real.to(self._device))
+                self._calls.append(calls_of(model, self.layers, tokens))
+        self._returned: list[Any] = [None] * len(self._calls)
 
     @property
     def tokens(self) -> int:
         """Number of tokens of all batches, padding included."""
-        return sum(batch.numel() for batch in self._batches)
+        return sum(real.numel() for real in self._real)
 
     def run(
         self,
@@ -281,26 +262,10 @@ class LayerByLayer:
         layer, returned = self.layers[self.passed], []
         with watched(self._model, hooks or {}):
             for number, calls in enumerate(self._calls):
-                lengths = self._lengths[number][:, None]
-                longest = self._batches[number].shape[1]
-                self.batch = number
-                self.real = (torch.arange(longest) < lengths).to(self._device)
+                self.batch, self.real = number, self._real[number]
                 with computing(known()):
                     returned.append(calls[0].repeat(layer, self._returned[number]))
         return returned
-
-    def finish(self, run: Callable[[Tensor], Any]) -> list[Any]:
-        """Return what `run`, which runs the model, returns of each batch.
-
-        The layers that the texts have passed do not compute, where that is possible.
-        """
-        found = []
-        with watched(self._model, {}):
-            for batch, returned in zip(self._batches, self._returned, strict=True):
-                passed = self.layers[: self.passed] if self._skips else []
-                with returning(dict.fromkeys(passed, returned)):
-                    found.append(run(batch.to(self._device)))
-        return found
 
     def go_on(self, returned: list[Any]) -> None:
         """Let the texts wait in front of the layer after, with what this one `returned`."""

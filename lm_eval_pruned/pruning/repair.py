@@ -161,7 +161,7 @@ class CutMlp:
 
     Attributes:
         kept: Its kept neurons, shape (k,), int64, ascending, on the CPU.
-        down: The weights of down for them, shape (H, k), where the text ran.
+        down: The weights of down for them, shape (H, k), where the model is.
         bias: The bias of down, shape (H,), if it has one.
         repaired: Whether they make up for the neurons that are gone.
     """
@@ -234,13 +234,14 @@ def cut_layer_by_layer(
         UnsupportedModelError: See `check_observable`, without scores.
     """
     left: dict[str, CutMlp] = {}
+    home = model.device
 
     def cut(own: Sequence[GluMlp], moments: LayerMoments) -> None:
         for mlp in own:
             name = mlp.name
             left[name] = _cut(
                 *(mlp, moments.of(mlp), targets[name], scores.get(name)),
-                *(repair, roots.get(name)),
+                *(repair, roots.get(name), home),
             )
 
     _visit(model, texts, mlps, scores, cut, "repair", device)
@@ -355,6 +356,7 @@ def _cut(
     scores: Tensor | None,
     repair: str,
     root: Tensor | None,
+    home: torch.device,
 ) -> CutMlp:
     """Choose neurons, then `_change` the weights; return what is left."""
     moments, gram = _checked(mlp, moments), torch.empty(0)
@@ -367,7 +369,7 @@ def _cut(
         kept = kept_set(scores, width)
     done = _change(mlp, moments, gram, kept, repair)
     down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
-    down = down.index_select(1, kept.to(down.device))
+    down = down.index_select(1, kept.to(down.device)).to(home)
     return CutMlp(kept, down, None if bias is None else bias.clone(), done)
 
 

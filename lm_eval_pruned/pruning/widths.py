@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -79,7 +80,7 @@ class Widths:
         self.model_class = type(model)
         self._parameters = model.num_parameters()
         self.mlps = find_glu_mlps(model)
-        self.keys = find_keys(self.config, model, build)
+        self.keys = find_keys(self.config, model, self.mlps, build)
         self.configured = {mlp.name: mlp.width for mlp in self.mlps}
         self.actual = dict(actual or self.configured)
         for mlp in self.mlps if actual is None else ():
@@ -97,6 +98,8 @@ class Widths:
     def of(self, actual: Mapping[str, int]) -> Widths:
         """Return those of the same whole model with the width `actual` of each MLP, by name."""
         widths = copy.copy(self)
+        for derived in ("layers", "_widest"):
+            vars(widths).pop(derived, None)
         widths.actual, widths.whole = dict(actual), widths
         return widths
 
@@ -122,17 +125,18 @@ class Widths:
         widths.whole, widths.depth, widths.remembered = self, depth, remembered
         return widths
 
-    @property
+    @functools.cached_property
     def _experts_first(self) -> list[GluMlp]:
         """The MLPs; the first of a layer represents it, and the first of all the model."""
         return sorted(self.mlps, key=lambda mlp: mlp.kind != "expert")
 
-    @property
+    @functools.cached_property
     def layers(self) -> dict[int, int]:
         """The width of each layer's experts, else of its MLP, in neurons, by number, ascending."""
         found = {m.block: self.actual[m.name] for m in reversed(self._experts_first)}
         return dict(sorted(found.items()))
 
+    @functools.cached_property
     def _widest(self) -> dict[str, int]:
         """Return the value of each MLP's key, of any layer, that builds the widest of its kind."""
         kinds = {name: key.of_layer(None) for name, key in self.keys.items()}
@@ -149,7 +153,7 @@ class Widths:
         return PrunePlan.of(
             arguments,
             first.hidden_size,
-            int(self._widest()[first.name] * self.keys[first.name].factor),
+            int(self._widest[first.name] * self.keys[first.name].factor),
             {kept[n]: width for n, width in self.layers.items()},
             self.depth,
         )
@@ -163,7 +167,7 @@ class Widths:
         targets = dict(self.actual)
         if not plan.prunes:
             return targets
-        widest, before = self._widest(), self.layers
+        widest, before = self._widest, self.layers
         after = before | dict(plan.layer_widths or ())
         for mlp in self.mlps:
             own, old, new = targets[mlp.name], before[mlp.block], after[mlp.block]

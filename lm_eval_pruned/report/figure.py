@@ -20,7 +20,6 @@ from lm_eval_pruned.compare.comparison_table import (
     table_of,
 )
 from lm_eval_pruned.report.page import Section
-from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.results.groups import (
     FAMILIES,
     SIDES,
@@ -37,7 +36,7 @@ from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratio
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.compare.judge import Difference
@@ -58,10 +57,7 @@ MEASURES = {
         "scores",
         "Scores",
         "score (%)",
-        (
-            "Dashed lines mark chance, dotted lines the score of always giving the commonest answer, "
-            "if the samples tell. Lower perplexities are better."
-        ),
+        "Lower perplexities are better.",
     ),
     "kept": (
         "kept",
@@ -80,8 +76,6 @@ TOLD = [column.title for column in DIFFERENCES]
 #: Levels that a panel has as rules, by column of the points, with their dashes.
 _RULES: dict[str, list[float]] = {
     "unpruned": [1, 0],
-    "chance": [7, 4],
-    "majority": [1.5, 3],
     (FLOOR := "highest floor"): [7, 2, 1.5, 2],
 }
 #: Columns of the share that is kept, with the ends of its interval.
@@ -95,20 +89,14 @@ TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
 
 
 def figure_section(
-    base: Run,
-    runs: Sequence[Run],
-    comparison: Comparison,
-    levels: Mapping[tuple[str, str], Levels],
+    base: Run, runs: Sequence[Run], comparison: Comparison
 ) -> Section | None:
-    """Return the figure over all series of sizes, with one file for each series and measure.
-
-    `levels` are chance and majority of the unpruned model, by task and metric.
-    """
+    """Return the figure over all series of sizes, with one file for each series and measure."""
     plots = []
     controls = [run for run in runs if is_control(run)]
     for series, members in series_of(runs).items():
         beside = [] if is_control(members[-1]) else controls
-        drawn = measure_plots(series, [*members, *beside], base, comparison, levels)
+        drawn = measure_plots(series, [*members, *beside], base, comparison)
         plots += drawn.values()
     scripts = [
         vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
@@ -123,12 +111,11 @@ def measure_plots(
     members: Sequence[Run],
     base: Run,
     comparison: Comparison,
-    levels: Mapping[tuple[str, str], Levels],
     measures: Sequence[str] = tuple(MEASURES),
 ) -> dict[str, Plot]:
     """Return a plot of one series, or of one model, by measure; without those that have no points."""
     found = {}
-    points = points_of(members, base, comparison, levels)
+    points = points_of(members, base, comparison)
     for measure in measures:
         file, title, _, more = MEASURES[measure]
         drawn = points[points["measure"] == measure]
@@ -173,10 +160,7 @@ def slug(name: str) -> str:
 
 
 def points_of(
-    members: Sequence[Run],
-    base: Run,
-    comparison: Comparison,
-    levels: Mapping[tuple[str, str], Levels],
+    members: Sequence[Run], base: Run, comparison: Comparison
 ) -> pd.DataFrame:
     """Return what is drawn of one series, in a row for each task, size and measure.
 
@@ -194,7 +178,7 @@ def points_of(
         rows = [row for row in drawn if (row.task, row.metric) == key]
         if not rows:
             continue
-        unpruned, known = base.scores[key], levels.get(key, Levels())
+        unpruned = base.scores[key]
         share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])
         family = family_of(key[0], base.metadata)
         about = {
@@ -203,8 +187,6 @@ def points_of(
             "side": family.side,
             "unit": "%" if share else key[1].removesuffix(",none"),
             "falls": unpruned.higher_is_better is False,
-            "chance": known.chance if share else None,
-            "majority": known.majority if share else None,
             FLOOR: floors.get(key),
         }
         told = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
@@ -242,7 +224,7 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     """Return the points that a measure has, with their places and levels by it."""
     if measure == "kept":
         return _kept(points)
-    base, chance, falls = points["before"], points["chance"], points["falls"]
+    base, falls = points["before"], points["falls"]
     shares = points["unit"] == "%"
 
     def placed(scores: pd.Series) -> pd.Series:
@@ -254,14 +236,11 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     ends = points[["low", "high"]]
     # The interval of a difference may reach beyond what a share can be.
     ends = ends.where(~shares, ends.clip(0, 1), axis=0).apply(placed)
-    rules = {"chance": 100 * chance, "majority": 100 * points["majority"]}
-    if measure != "raw":
-        rules = {"unit": "%", "unpruned": 100}
-        rules |= dict.fromkeys(("chance", "majority"), math.nan)
     low, high = ends.min(axis=1, skipna=False), ends.max(axis=1, skipna=False)
-    rules[FLOOR] = placed(points[FLOOR])
     places = {"value": placed(points["after"]), "low": low, "high": high}
-    found = points.assign(measure=measure, **places, **rules)
+    places[FLOOR] = placed(points[FLOOR])
+    relative = {"unit": "%", "unpruned": 100} if measure == "relative" else {}
+    found = points.assign(measure=measure, **places, **relative)
     return found.dropna(subset=["value", "ratio"])
 
 
@@ -278,10 +257,9 @@ def _kept(points: pd.DataFrame) -> pd.DataFrame:
     levels = {
         "unit": np.where(perplexity, NATS, np.where(text, NATS_OF_BYTES, "%")),
         "unpruned": np.where(text, 0, 100),
-        "chance": np.where(text, math.nan, 0),
+        FLOOR: np.where(text, math.nan, 0),
     }
-    without = dict.fromkeys(("majority", FLOOR), math.nan)
-    found = points.assign(measure="kept", **places, **levels, **without)
+    found = points.assign(measure="kept", **places, **levels)
     return found.dropna(subset=["value", "ratio"])
 
 
@@ -295,7 +273,7 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
         for family in families
         for task in data.loc[data["family"] == family, "line"]
     }
-    look = line_look(list(hues), hues)
+    look, own_floors = line_look(list(hues), hues), measure != "kept"
     panels = []
     data["side"] = pd.Categorical(data["side"], SIDES)
     for (_, unit), every in data.groupby(["side", "unit"], observed=True):
@@ -308,7 +286,7 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
         rules = [
             alt.Chart(rows)
             .mark_rule(strokeDash=dash, color="var(--edge)")
-            .encode(look["color"] if level == FLOOR else alt.Color())
+            .encode(look["color"] if level == FLOOR and own_floors else alt.Color())
             .encode(y=f"{level}:Q", tooltip=["line:N", f"{level}:Q"])
             for level, dash in _RULES.items()
             if level in rows and rows[level].notna().any()

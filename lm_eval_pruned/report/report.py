@@ -51,8 +51,6 @@ def write_report(
     # Answers are on the page of changed answers alone, which can be left out.
     comparison = compare(base, asked, alpha=alpha, read=read, texts=False)
     known = {(row.run, row.task, row.metric): row.floor for row in comparison.rows}
-    compared = {key[1:]: read(base, *key[1:]) for key in known}
-    levels = {key: of.levels for key, of in compared.items() if of}
     title = f"Width pruning of {_model_name(base)}"
     subtitle = (
         f"{len(runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
@@ -62,7 +60,7 @@ def write_report(
     found = [
         words.families_section(runs, comparison),
         words.floors_section(comparison),
-        figure_section(base, runs, comparison, levels),
+        figure_section(base, runs, comparison),
         words.scores_section(base, others, comparison),
         words.levels_section(base, comparable, alpha, read),
         words.differences_section(others, comparison),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from lm_eval_pruned.report.figure import MEASURES, measure_plots
 from lm_eval_pruned.report.page import Section, write_page
-from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.study.claims import claims_table
 from lm_eval_pruned.study.findings import open_questions, over_all, sentences, size_of
 from lm_eval_pruned.study.sides import FALLS, KEEPS, RISES, UNKNOWN
@@ -127,13 +126,8 @@ def _score(row: Difference, state: str) -> Cell:
 
 
 def _figures(name: str, findings: Findings) -> Section:
-    floors = {
-        (e.task, e.metric): Levels(e.floor.floor) for e in findings.tasks if e.floor
-    }
     members, measures = [findings.base, *findings.cuts], ("relative", "kept")
-    drawn = measure_plots(
-        *(name, members, findings.base, findings.comparison, floors), measures
-    )
+    drawn = measure_plots(name, members, findings.base, findings.comparison, measures)
     notes = [
         f"{MEASURES[each][1]}: not drawn, because no task is left. {MEASURES[each][3]}"
         for each in measures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import time
@@ -17,6 +18,7 @@ from accelerate.utils import release_memory
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
 from lm_eval.loggers import EvaluationTracker
+from torch.utils import collect_env
 
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
@@ -39,14 +41,23 @@ logger = logging.getLogger("lm_eval.pruned.sweep")
 _OF_DEVICE = r"Error: (CUDA|HIP|XPU)( driver)? error: (?!out of memory)"
 
 
+#: What torch says of the machine; it asks pip and ten other programs, which takes six seconds.
+_environment = functools.cache(collect_env.get_pretty_env_info)
+
+
 @contextlib.contextmanager
-def _quiet_git() -> Iterator[None]:
-    """Keep the harness from asking git for a commit where there is none: git complains on the terminal."""
+def _asked_once() -> Iterator[None]:
+    """Keep the harness from looking at the machine again for each unit.
+
+    Nor does it ask git for a commit where there is none: git complains on the terminal.
+    """
     here = Path.cwd()
-    if any((folder / ".git").exists() for folder in (here, *here.parents)):
-        yield
-        return
-    with mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None):
+    with contextlib.ExitStack() as patches:
+        patch = mock.patch.object(collect_env, "get_pretty_env_info", _environment)
+        patches.enter_context(patch)
+        if not any((folder / ".git").exists() for folder in (here, *here.parents)):
+            name = "lm_eval.evaluator.get_git_commit_hash"
+            patches.enter_context(mock.patch(name, return_value=None))
         yield
 
 
@@ -131,7 +142,7 @@ class UnitRunner:
         # The results of a unit are of that unit alone.
         getattr(self._lm, "begin_evaluation", lambda: None)()
 
-    @_quiet_git()
+    @_asked_once()
     def _evaluate(
         self,
         configuration: Configuration,

@@ -19,6 +19,7 @@ from lm_eval_pruned.compare.margin import Margin
 from lm_eval_pruned.report.changed_answers import LOST, Change, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, write_page
 from lm_eval_pruned.report.sections import energy_section
+from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.groups import family_of, is_loss, is_perplexity
 from lm_eval_pruned.results.runs import results_files
 from lm_eval_pruned.util.tables import Cell, Column, Table
@@ -43,8 +44,12 @@ _HOW_TO_READ = (
 )
 _ON_BIAS = (
     "Bias is 0.5 where answers follow stereotypes as often as they contradict them, and 1 where "
-    "each follows one; a change either way counts. acc is the share of right answers; here "
+    "each follows one; BBQ's scores are then 0 and 1. A change either way counts. acc is the share of right answers; here "
     "the right answer is often that nobody can know."
+)
+_ON_KL = (
+    "kl is the divergence of the candidate's predictions from the base's on each text, over the whole "
+    "vocabulary, in nats per token."
 )
 _ON_TIME = (
     "Time is the wall time of the evaluation, over all documents, on the machine that made the "
@@ -218,8 +223,9 @@ def _scores_section(
         if each.row.floor
     ]
     rows = [*judged, *(Judged(row, "-", "not judged", "", "") for row in beside)]
+    about = [text, *[_ON_KL] * any(each.row.metric == KL for each in rows)]
     table = Table(heading, _SCORES, rows)
-    return Section(heading, [text], table=table, notes=notes) if rows else None
+    return Section(heading, about, table=table, notes=notes) if rows else None
 
 
 def _agreement_section(verdict: Verdict) -> Section | None:

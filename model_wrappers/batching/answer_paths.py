@@ -11,7 +11,7 @@ from .cpu_linear import float32_layers, linear_backend
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import torch
 
@@ -81,30 +81,15 @@ class AnswerPath:
         return record if self.slots is None else {**record, "slots": self.slots}
 
 
-class AnswerPaths:
-    """The `AnswerPath` of each request type that a model was asked for in one evaluation.
+def paths_record(paths: Mapping[str, AnswerPath]) -> dict[str, Any]:
+    """Return the records of all request types, such as ``loglikelihood``."""
+    return {kind: path.as_dict() for kind, path in paths.items()}
 
-    The first request after `as_dict` begins the next one.
+
+def computing_linear(paths: Mapping[str, AnswerPath], model: torch.nn.Module) -> str:
+    """Return what computed the linear layers of `model`.
+
+    That is ``torch``, or on a fast path with float32 layers on a CPU what `cpu_linear` chose.
     """
-
-    def __init__(self) -> None:
-        self._paths: dict[str, AnswerPath] = {}
-        self._over = False
-
-    def of(self, request_type: str) -> AnswerPath:
-        """Return the record of `request_type`, such as ``loglikelihood``."""
-        if self._over:
-            self._paths, self._over = {}, False
-        return self._paths.setdefault(request_type, AnswerPath())
-
-    def as_dict(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Return all records, and what computed the linear layers of `model` (``linear``).
-
-        That is ``torch``, or on a fast path with float32 layers on a CPU what `cpu_linear`
-        chose.
-        """
-        self._over = True
-        faster = any(path.requests.keys() - {"plain"} for path in self._paths.values())
-        linear = linear_backend() if faster and float32_layers(model) else "torch"
-        records = {kind: path.as_dict() for kind, path in self._paths.items()}
-        return {**records, "linear": linear}
+    faster = any(path.requests.keys() - {"plain"} for path in paths.values())
+    return linear_backend() if faster and float32_layers(model) else "torch"

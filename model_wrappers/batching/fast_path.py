@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from .answer_paths import AnswerPaths, TokenCounts
+from .answer_paths import AnswerPath, TokenCounts, computing_linear, paths_record
 from .attention_support import base_model, unsupported_reason
 
 
@@ -70,18 +71,20 @@ class FastPathMixin(_Neighbour):
     Attributes:
         token_counts: Totals since the model was loaded. Of what `HFLM` itself computes, only the
             prompts of scored requests count; a class that measures more adds it.
-        answer_paths: How many requests took which path, and why.
+        answer_paths: How many requests of each type took which path, and why, since the last
+            `get_model_info`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.token_counts = TokenCounts()
-        self.answer_paths = AnswerPaths()
+        self.answer_paths: dict[str, AnswerPath] = defaultdict(AnswerPath)
         super().__init__(*args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return `HFLM`'s model information and what answered, under ``answer_paths``."""
-        info = super().get_model_info()
-        return {**info, "answer_paths": self.answer_paths.as_dict(self.model)}
+        """Return `HFLM`'s model information and what answered since the last call."""
+        paths, self.answer_paths = self.answer_paths, defaultdict(AnswerPath)
+        record = {**paths_record(paths), "linear": computing_linear(paths, self.model)}
+        return {**super().get_model_info(), "answer_paths": record}
 
     @property
     def _shares_model(self) -> bool:

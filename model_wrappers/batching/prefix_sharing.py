@@ -102,7 +102,7 @@ class PrefixSharingMixin(FastPathMixin):
         if work and not self._detects_together and not self._is_worth_it(shared, work):
             few = "requests have too little in common"
             reasons, work = [few if why is None else why for why in reasons], None
-        path = self.answer_paths.of(self._request_type)
+        path = self.answer_paths[self._request_type]
         shared_answers: Iterator[tuple[float, bool]] = iter(())
         if work:
             path.add("shared", len(shared), len(work.tree))

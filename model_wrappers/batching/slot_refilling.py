@@ -103,7 +103,7 @@ class SlotRefillingMixin(FastPathMixin):
         jobs = [job for job in work if isinstance(job, SlotJob)]
         reasons = {i: why for i, why in enumerate(work) if isinstance(why, str)}
         answers = [""] * len(work)
-        path = self.answer_paths.of("generate_until")
+        path = self.answer_paths["generate_until"]
         before = self.token_counts.processed
         if jobs:
             for job in tqdm(
@@ -236,7 +236,7 @@ class SlotRefillingMixin(FastPathMixin):
             new_tokens = self._run_or_shrink(self._refilling, run, slots, shrink)
             if new_tokens is None:
                 continue
-            self.answer_paths.of("generate_until").slots = slots
+            self.answer_paths["generate_until"].slots = slots
             counts.generated += len(new_tokens)
             for slot, token in new_tokens:
                 job = table.jobs[slot]

@@ -95,7 +95,8 @@ def test_it_is_shown_with_an_interval_and_not_judged_without_a_margin(first):
     low, high = (float(end) for end in cells[8].strip("[]").split(","))
     assert high - low == pytest.approx(2 * half, rel=0.6)
     assert low < score["kl,none"] < high
-    assert "kl" in (folder / "out" / "verdict.html").read_text("utf-8")
+    page = (folder / "out" / "verdict.html").read_text("utf-8")
+    assert "kl is the divergence of the candidate" in page
 
 
 def test_a_margin_that_names_it_has_it_judged(models, said, first):

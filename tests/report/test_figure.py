@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
-from lm_eval_pruned.results.documents import Levels
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.util import palette
@@ -30,16 +29,15 @@ from lm_eval_pruned.report.figure import (
 )
 
 
-def points(sweep, levels):
+def points(sweep):
     base, others = split_sweep(list(read_sweep(sweep).runs), str(sweep))
     ((_, members),) = series_of([base, *others]).items()
-    return points_of(members, base, compare(base, others), levels)
+    return points_of(members, base, compare(base, others))
 
 
 @pytest.fixture(scope="module")
 def drawn(sweep):
-    known = {(task, "acc,none"): Levels(1 / CHOICES[task][0]) for task in CHOICES}
-    return points(sweep, known | {("boolq", "acc,none"): Levels(0.5, 0.625)})
+    return points(sweep)
 
 
 def point(drawn, measure, task, run):
@@ -78,12 +76,13 @@ def test_perplexities_are_inverted_and_keep_their_unit(drawn):
 
 
 @pytest.mark.parametrize(
-    ("task", "levels"),
-    [("boolq", [50, 62.5]), ("mmlu", [25, np.nan]), ("gsm8k", [np.nan, np.nan])],
+    ("task", "floor"), [("boolq", 62.5), ("mmlu", 25), ("gsm8k", np.nan)]
 )
-def test_a_level_is_drawn_of_what_is_known(drawn, task, levels):
+def test_the_best_score_without_knowledge_is_drawn_where_it_is_known(
+    drawn, task, floor
+):
     known = point(drawn, "raw", task, "p60")
-    np.testing.assert_array_equal([known["chance"], known["majority"]], levels)
+    np.testing.assert_array_equal(known["highest floor"], floor)
     # A task at its floor, or without one, has nothing to lose.
     kept = point(drawn, "kept", task, "p60")
     assert (kept is None) == (task != "mmlu")
@@ -142,7 +141,7 @@ def test_bits_per_byte_are_drawn_as_nats_more_than_unpruned(tmp_path):
         }
 
     runs = {f"p{size}": (size, text(1 + size / 100)) for size in (0, 20, 40)}
-    drawn = points(write_sweep(tmp_path, runs), {})
+    drawn = points(write_sweep(tmp_path, runs))
     lost = point(drawn, "kept", "pruned_text", "p40")
     assert lost["value"] == pytest.approx(0.4 * math.log(2), abs=0.02)
     assert lost["unit"] == NATS_OF_BYTES and lost["low"] < lost["value"] < lost["high"]
@@ -165,7 +164,7 @@ def test_random_cuts_are_thin_lines_beside_what_is_kept(tmp_path):
         for seed in (0, 1)
     }
     base, *others = read_sweep(write_sweep(tmp_path, sizes | random)).runs
-    section = figure_section(base, [base, *others], compare(base, others), {})
+    section = figure_section(base, [base, *others], compare(base, others))
     plots = {plot.name: plot.chart.to_dict() for plot in section.plots}
     layers = plots["kept-maw"]["concat"][0]["layer"]
     (thin,) = (e for e in layers if e.get("encoding", {}).get("detail"))

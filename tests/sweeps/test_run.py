@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import add_env_info
 
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning import measuring
+from lm_eval_pruned.sweeps import unit as of_unit
 from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 from tests.helpers.sweeping import (
@@ -132,3 +135,15 @@ def test_a_full_disk_is_a_failure_and_not_a_result(options, folder, monkeypatch)
         run_sweep(plan_sweep({**options, "ratios": [], "tasks": ["tiny_choice"]})) == 1
     )
     assert "0 of 4 samples" in errors_of(folder)[UNITS[0]]["message"]
+
+
+def test_the_machine_is_looked_at_once_for_all_units(monkeypatch):
+    looks: list[str] = []
+    look = functools.cache(lambda: looks.append("here") or looks[-1])
+    monkeypatch.setattr(of_unit, "_environment", look)
+    for _ in range(3):
+        found: dict = {}
+        with of_unit._asked_once():
+            add_env_info(found)
+        assert found["pretty_env_info"] == "here"
+    assert looks == ["here"]

@@ -149,7 +149,7 @@ def test_each_request_that_is_more_than_greedy_has_its_own_reason(caplog):
     assert GENERATED.ask(lm, asked) == expected
     reasons = [f"{why} is asked for" for _, why in SETTINGS if why]
     counted = {why: 2 * reasons.count(why) for why in reasons}
-    assert lm.answer_paths.of("generate_until").by_reason == counted
+    assert lm.answer_paths["generate_until"].by_reason == counted
     assert len(said(GENERATED, caplog)) == len(counted)
     record = GENERATED.record(lm)
     assert record["requests"] == {"slots": 8, "plain": 18}
@@ -174,7 +174,7 @@ def test_each_scored_request_has_its_own_reason(
     short = [(f"The same {n} times", " abc"[: 2 + n % 3]) for n in range(12)]
     # HFLM computes what two answers of one token share once.
     SCORED.ask(lm, [*short, ("x" * 40, "a"), ("x" * 40, "b")])
-    by_reason = lm.answer_paths.of("loglikelihood").by_reason
+    by_reason = lm.answer_paths["loglikelihood"].by_reason
     counted = {reason.split()[-1]: count for reason, count in by_reason.items()}
     assert counted == {**few, "tokens": 2}
     record = SCORED.record(lm)
