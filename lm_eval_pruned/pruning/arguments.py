@@ -123,8 +123,7 @@ class PruneArguments(DeclaredOptions):
         seed: Seed for the criterion random.
         calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
             ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. See `lm_eval_pruned.pruning.calibration`.
-        calibration_samples: Number of its texts to use, the first ones; default: all, or 16 where
-            losses are measured.
+        calibration_samples: Number of its texts to use, the first ones; default: all.
 
     Raises:
         ValueError: One sentence naming an argument, its value and what would work.
