@@ -87,9 +87,8 @@ def repaired(gram: Tensor, down: Tensor, kept: Tensor) -> Tensor:
 def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
     """Return the `width` neurons that stay if those go whose removal costs least after repair.
 
-    The cost of neuron j is ``|w_j|^2 / (G^-1)_jj``, w_j being its column of down. `weighted` weights
-    make it ``w_j' B w_j / (G^-1)_jj``, in proportion to the rise of the loss. After each of `STEPS`
-    steps, weights and inverse are those of the neurons that are left, repaired.
+    The cost of neuron j is ``|w_j|^2 / (G^-1)_jj``, w_j being its column of down. After each of
+    `STEPS` steps, weights and inverse are those of the neurons that are left, repaired.
 
     Args:
         gram: G + lambda I, shape (I, I), float64.
@@ -202,7 +201,6 @@ def cut_layer_by_layer(
     targets: Mapping[str, int],
     scores: Mapping[str, Tensor],
     repair: str,
-    roots: Mapping[str, Tensor],
     device: torch.device | str | None = None,
 ) -> dict[str, CutMlp]:
     """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
@@ -216,7 +214,6 @@ def cut_layer_by_layer(
         mlps: Those to cut.
         targets: Kept width of each by name.
         scores: Scores of each by name; those without any go by `order_by_cost`.
-        roots: What the loss minds of the output of each MLP without scores, by name; see `Curvature`.
         repair: ``none`` or ``least_squares``.
         device: Where texts run and matrices are; see `LayerByLayer`.
 
@@ -235,7 +232,7 @@ def cut_layer_by_layer(
             name = mlp.name
             left[name] = _cut(
                 *(mlp, moments.of(mlp), targets[name], scores.get(name)),
-                *(repair, roots.get(name), home),
+                *(repair, home),
             )
 
     _visit(model, texts, mlps, scores, cut, "repair", device)
@@ -349,7 +346,6 @@ def _cut(
     width: int,
     scores: Tensor | None,
     repair: str,
-    root: Tensor | None,
     home: torch.device,
 ) -> CutMlp:
     """Choose neurons, then `_change` the weights; return what is left."""
@@ -357,8 +353,7 @@ def _cut(
     if scores is None or (repair == LEAST_SQUARES and moments.tokens >= width):
         gram = _gram(mlp, moments)
     if scores is None:
-        down = weighted(root, mlp.weight("down_proj").detach())
-        kept = order_by_cost(gram, down, width)
+        kept = order_by_cost(gram, mlp.weight("down_proj").detach(), width)
     else:
         kept = kept_set(scores, width)
     done = _change(mlp, moments, gram, kept, repair)
