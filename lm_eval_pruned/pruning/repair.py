@@ -103,7 +103,11 @@ def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
 
 
 def removed_in_steps(
-    gram: Tensor, down: Tensor, widths: Sequence[int], scores: Tensor | None = None
+    gram: Tensor,
+    down: Tensor,
+    widths: Sequence[int],
+    scores: Tensor | None = None,
+    root: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, float]]:
     """Yield for each of some widths which neurons stay, and the error of the output after repair.
 
@@ -113,7 +117,11 @@ def removed_in_steps(
     Args:
         widths: Neurons to keep, descending.
         scores: Shape (I,): those of the highest stay, as `kept_set` has it, whatever it costs.
+        root: Shape (H, H): errors are multiplied by it before they are squared, as the loss minds
+            them (see `Curvature`). Which neurons stay does not depend on it.
     """
+    if root is not None:
+        root = root.to(gram)
     # On a CPU this takes a third of the time of `torch.cholesky_inverse`.
     inverse = torch.cholesky_solve(
         torch.eye(len(gram), dtype=gram.dtype, device=gram.device),
@@ -140,7 +148,8 @@ def removed_in_steps(
             both = torch.cat([rows[:, staying], weights[going]], 1)
             both = torch.linalg.solve_triangular(own, both, upper=False)
             across, taken = both.split([len(staying), weights.shape[1]], 1)
-            error += float(taken.square().sum())
+            minded = taken if root is None else taken @ root.T
+            error += float(minded.square().sum())
             weights = weights[staying] - across.T @ taken
             inverse = inverse.index_select(0, staying).index_select(1, staying)
             inverse.addmm_(across.T, across, alpha=-1)
@@ -261,8 +270,7 @@ def errors_of_cuts(
 ) -> dict[str, list[list[float]]]:
     """Return what cutting each GLU-MLP alone does to its output, for each of `scores` and widths.
 
-    It is the sum over tokens of the squared error, `weighted` as the loss minds it. The model stays
-    as it is. Takes what `cut_layer_by_layer` takes, and
+    It is the sum over tokens of the squared error, as the loss minds it. The model stays as it is. Takes what `cut_layer_by_layer` takes, and
 
     Args:
         widths: Widths of each by name, in neurons, descending.
@@ -273,14 +281,14 @@ def errors_of_cuts(
     def look(own: Sequence[GluMlp], moments: LayerMoments) -> None:
         for mlp in own:
             seen, name = _checked(mlp, moments.of(mlp)), mlp.name
-            down = weighted(roots[name], mlp.weight("down_proj").detach())
-            gram = _gram(mlp, seen)
-            lost = (
-                None if repair == LEAST_SQUARES else seen.uncentred() * (down.T @ down)
-            )
+            down, gram = mlp.weight("down_proj").detach(), _gram(mlp, seen)
+            lost = None
+            if repair != LEAST_SQUARES:
+                minded = weighted(roots[name], down)
+                lost = seen.uncentred() * (minded.T @ minded)
             # Where no token was, nothing is lost.
             errors[name] = [
-                _errors(gram, down, widths[name], by.get(name), lost)
+                _errors(gram, down, widths[name], by.get(name), roots[name], lost)
                 if seen.tokens
                 else [0.0] * len(widths[name])
                 for by in scores
@@ -367,6 +375,7 @@ def _errors(
     down: Tensor,
     widths: Sequence[int],
     scores: Tensor | None,
+    root: Tensor,
     lost: Tensor | None,
 ) -> list[float]:
     """Return the error at each width, after repair, or without it where `lost` is known.
@@ -374,7 +383,8 @@ def _errors(
     Entry (i, j) of that is what neurons i and j lose together, of shape (I, I).
     """
     if lost is None:
-        return [error for _, error in removed_in_steps(gram, down, widths, scores)]
+        steps_down = removed_in_steps(gram, down, widths, scores, root)
+        return [error for _, error in steps_down]
     if scores is None:
         sets = [left for left, _ in removed_in_steps(gram, down, widths)]
     else:

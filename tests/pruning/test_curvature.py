@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned.pruning import curvature as module
-from lm_eval_pruned.pruning.curvature import curvature, weighted
+from lm_eval_pruned.pruning.curvature import curvature
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
-from lm_eval_pruned.pruning.repair import order_by_cost, removed_in_steps, repaired
+from lm_eval_pruned.pruning.repair import removed_in_steps, repaired
 from tests.helpers.checkpoints import byte_tokenizer
 from tests.helpers.layouts import breadth
 from tests.pruning.test_repair import SHAPES, TEXTS, layer, made, objective, tiny
@@ -136,19 +136,16 @@ def test_gradients_that_are_not_finite_are_refused():
         curvature(model, IDS, find_glu_mlps(model))
 
 
-@given(seeds, st.integers(1, 23))
-def test_where_all_errors_cost_alike_the_order_is_that_of_plain_weights(seed, width):
-    _, down, gram = layer(seed)
-    alike = weighted(torch.eye(5), down)
-    assert order_by_cost(gram, alike, width).equal(order_by_cost(gram, down, width))
-
-
 @given(seeds)
-def test_the_error_of_weighted_weights_is_what_the_loss_minds(seed):
+def test_the_error_in_nats_is_what_the_loss_minds_and_chooses_no_neuron(seed):
     _, down, gram = layer(seed)
     root = torch.randn(5, 5, generator=torch.Generator().manual_seed(seed))
     widths = [23, 17, 4]
-    for kept, error in removed_in_steps(gram, weighted(root, down), widths):
+    steps = removed_in_steps(gram, down, widths, root=root)
+    for (kept, error), (plain, _) in zip(
+        steps, removed_in_steps(gram, down, widths), strict=True
+    ):
+        assert kept.equal(plain)
         change = -down.clone()
         change[:, kept] += repaired(gram, down, kept)
         minded = root.double().T @ root.double()
