@@ -84,10 +84,11 @@ def hide_noise() -> None:
     """Drop the warnings that `NOISE` names from the logs of this process."""
     import logging
 
+    def without(words):
+        return lambda record: words not in str(record.msg)
+
     for name, words in NOISE.items():
-        logging.getLogger(name).addFilter(
-            lambda record, words=words: words not in str(record.msg)
-        )
+        logging.getLogger(name).addFilter(without(words))
 
 
 def main(argv: list[str] | None = None) -> int:

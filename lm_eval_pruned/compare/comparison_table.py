@@ -86,6 +86,13 @@ TRENDS = (
     Column("documents", lambda row: row.trend.units or None, "d"),
     Column("test", lambda row: row.trend.method),
 )
+
+
+def _correlation_interval(row: Any) -> str:
+    low, high = row.correlation.interval
+    return interval_text(low, high, 2)
+
+
 #: Of `TaskCorrelation`.
 CORRELATIONS = (
     Column("series", lambda row: row.series),
@@ -93,7 +100,7 @@ CORRELATIONS = (
     Column("task", lambda row: scale_name(*row.tasks[1])),
     Column("n", lambda row: row.correlation.n, "d"),
     Column("Pearson r", lambda row: row.correlation.pearson, "+.3f"),
-    Column("interval", lambda row: interval_text(*row.correlation.interval, 2), ">"),
+    Column("interval", _correlation_interval, ">"),
 )
 DIFFERENCE = (
     "difference = run - base; q: p after Benjamini-Hochberg over the runs of each task without random "

@@ -79,8 +79,8 @@ def mean_of(cases: Sequence[Case]) -> Case:
         _scored(getattr(cases[0], name), key, documents)
         for name, documents in (("base", one), ("run", other))
     )
-    pooled = {"base": base, "run": run, "key": key, "pair": (one, other)}
-    return cases[0]._replace(**pooled, family=key)
+    pair = one, other
+    return cases[0]._replace(base=base, run=run, key=key, pair=pair, family=key)
 
 
 def guards_of(cases: Sequence[Case]) -> list[Case]:

@@ -325,7 +325,9 @@ class Replay:
             self._parts, self._note_part
         )
         noted |= dict.fromkeys(self._modules, self._note_end)
-        skipped = {} if self._down is None else {self._down: self._skip_down}
+        skipped: dict[nn.Module, Callable[..., Any]] = {}
+        if self._down is not None:
+            skipped[self._down] = self._skip_down
         self._walk.run({**hooks, **noted}, lambda: skipped)
 
     def again(
@@ -342,6 +344,7 @@ class Replay:
             self._returned[batch][part] = None if again else output
 
     def _skip_down(self, x: Tensor) -> Tensor:
+        assert self._down is not None
         self._activations[self._walk.batch] = x
         self._skipped = x.new_zeros(*x.shape[:-1], self._down.out_features)
         return self._skipped
@@ -358,6 +361,7 @@ class Replay:
         known = {part: _constant(out) for part, out in returned if out is not None}
         if batch in self._activations:
             (mlp,) = self._modules
-            x = self._activations[batch]
-            known[mlp] = lambda *_, **__: self._down(x)
+            x, down = self._activations[batch], self._down
+            assert down is not None
+            known[mlp] = lambda *_, **__: down(x)
         return known

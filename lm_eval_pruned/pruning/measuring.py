@@ -278,7 +278,8 @@ class LoadedModel:
         before = {n: own[0].width for n, own in held.items()}
         widths = {
             n: sorted(
-                {width - math.floor(s / 100 * width) for s in shares} - {0, width},
+                {width - math.floor(Fraction(s) / 100 * width) for s in shares}
+                - {0, width},
                 reverse=True,
             )
             for n, width in before.items()

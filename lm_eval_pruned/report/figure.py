@@ -92,7 +92,7 @@ def figure_section(
     base: Run, runs: Sequence[Run], comparison: Comparison
 ) -> Section | None:
     """Return the figure over all series of sizes, with one file for each series and measure."""
-    plots = []
+    plots: list[Any] = []
     controls = [run for run in runs if is_control(run)]
     for series, members in series_of(runs).items():
         beside = [] if is_control(members[-1]) else controls

@@ -31,7 +31,7 @@ from lm_eval_pruned.util.tables import Cell, Column, Table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.compare.judge import Difference
@@ -71,13 +71,14 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
         f"{comparison.alpha:g}, by expansion ratio. No difference shown does not mean that "
         "there is none: the table of differences says how large one could have been detected."
     )
+
+    def counted_at(ratio: str) -> Callable[[tuple[str, str]], Cell]:
+        return lambda start: _counted(found[start].get(ratio, {}))
+
     columns = [
         Column("family", lambda start: start[0]),
         Column("pruned by", lambda start: start[1]),
-        *(
-            Column(at, lambda start, at=at: _counted(found[start].get(at, {})), ">")
-            for at in ratios
-        ),
+        *(Column(ratio, counted_at(ratio), ">") for ratio in ratios),
     ]
     rows = sorted(found, key=lambda start: labels.index(start[0]))
     return Section(heading, [text], table=Table(heading, columns, rows))
@@ -185,15 +186,16 @@ def levels_section(
         "Of each level, the share of what the unpruned model scores above the exact floor, with the "
         f"{1 - alpha:.0%} interval of a single test."
     )
+
+    def kept_by(run: Run) -> Callable[[Any], str | None]:
+        return lambda row: row[3].get(run.name)
+
     columns = [
         Column("task", lambda row: row[0]),
         Column("level", lambda row: row[1]),
         Column("documents", lambda row: row[2].documents, "d"),
         Column(run_label(base), lambda row: row[2].value, ".4f"),
-        *(
-            Column(run_label(run), lambda row, name=run.name: row[3].get(name), ">")
-            for run in others
-        ),
+        *(Column(run_label(run), kept_by(run), ">") for run in others),
     ]
     table = Table("Kept by level", columns, rows)
     return Section(table.label, [text], table=table) if rows else None

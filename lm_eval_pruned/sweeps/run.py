@@ -223,6 +223,9 @@ def _plan_table(sweep: Sweep, entries: list[Entry], folder: Path) -> str:
         # What knows nothing has no size.
         return lambda row: None if row.floor else getattr(row, name)
 
+    def in_state(state: str) -> Callable[[Configuration], int]:
+        return lambda row: counts[row.id, state]
+
     columns = [
         Column("configuration", lambda row: row.id),
         Column("kept width", size("kept_width"), ","),
@@ -230,10 +233,7 @@ def _plan_table(sweep: Sweep, entries: list[Entry], folder: Path) -> str:
         Column("parameters", size("parameters"), ","),
         Column("reduction", size("reduction"), ".2%"),
     ]
-    columns += [
-        Column(state, lambda row, state=state: counts[row.id, state], "d")
-        for state in STATES
-    ]
+    columns += [Column(state, in_state(state), "d") for state in STATES]
     table = Table("Plan", columns, [*sweep.floors, *sweep.configurations])
     return (
         f"{table.markdown()}\n\n"
