@@ -42,7 +42,11 @@ def rows_of(stem):
 
 @pytest.mark.parametrize(
     "stem",
-    [path.stem for path in FOLDER.glob("*.csv") if "coverage" not in path.stem],
+    [
+        path.stem
+        for path in FOLDER.glob("*.csv")
+        if "coverage" not in path.stem and path.stem != "documents_needed"
+    ],
 )
 def test_figures_in_tables_are_those_of_the_data(stem):
     rows = [row for of in (stem, *BESIDE.get(stem, ())) for row in rows_of(of)]
@@ -69,6 +73,35 @@ def test_figures_in_tables_are_those_of_the_data(stem):
                         for number in numbers
                         for scale in (1, 100)
                     ), (title, label, share, figure)
+
+
+def test_the_table_of_documents_needed_is_that_of_the_data():
+    lines = (FOLDER / "documents_needed.csv").read_text("utf-8").splitlines()
+    needed = {
+        (row["candidate"], row["metric"], row["task"]): [
+            f"{int(row[name]):,}" if row[name] else "-"
+            for name in ("needed if equal", "needed if it differs so")
+        ]
+        for row in csv.DictReader(lines)
+    }
+    page = (ROOT / "docs" / "statistics.md").read_text("utf-8")
+    (table,) = re.findall(r"(?m)^\| candidate \| knowledge.*\n(?:\|.*\n)+", page)
+    columns = [
+        ("lift", "pruned_probe_knowledge"),
+        ("lift", "pruned_probe_instructions"),
+        ("mc2", "pruned_demo_truthfulness"),
+        ("mc1", "pruned_demo_truthfulness"),
+        ("bias", "pruned_demo_bias"),
+        ("bits_per_byte", "pruned_demo_text"),
+    ]
+    for line in table.splitlines()[2:]:
+        first, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        name = re.sub(
+            r"[`% ]", "", first.split("(")[0].split(" by ")[0].split(" in ")[0]
+        )
+        for cell, key in zip(cells, columns, strict=True):
+            expected = needed.get((name, *key), ["not measured"])
+            assert cell == " / ".join(expected), (name, key)
 
 
 def losses():
