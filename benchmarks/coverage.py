@@ -312,7 +312,7 @@ def main() -> None:
     times = arguments.times
     if arguments.verdicts:
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in verdicts(times)]
-        Path(arguments.verdicts).write_text(csv_table(COLUMNS, rows), encoding="utf-8")
+        Path(arguments.verdicts).write_text(csv_table(rows), encoding="utf-8")
         return
     cells = [(*case[:3], units) for case in CASES for units in case[3]]
     rows = [
