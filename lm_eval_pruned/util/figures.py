@@ -50,6 +50,14 @@ _LOOK = {
 }
 
 
+def _svg(spec: dict[str, Any]) -> str:
+    """Return a chart as SVG, with clips numbered from 0: the renderer counts them over a process."""
+    svg = vl_convert.vegalite_to_svg(spec)
+    clips = dict.fromkeys(re.findall(r"\bclip\d+\b", svg))
+    names = {name: f"clip{number}" for number, name in enumerate(clips)}
+    return re.sub(r"\bclip\d+\b", lambda found: names[found[0]], svg)
+
+
 @dataclass(frozen=True)
 class Plot:
     """A finished figure.
@@ -73,14 +81,14 @@ class Plot:
     @cached_property
     def inline(self) -> str:
         """An ``<svg>`` element in the colours of its page, with ids that no other plot has."""
-        svg = vl_convert.vegalite_to_svg(self.spec)
+        svg = _svg(self.spec)
         svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
         return svg[svg.index("<svg") :].replace("<svg", '<svg aria-hidden="true"', 1)
 
     @property
     def svg(self) -> str:
         """An SVG file on white ground."""
-        return vl_convert.vegalite_to_svg(self._on_paper)
+        return _svg(self._on_paper)
 
     @property
     def png(self) -> bytes:

@@ -73,7 +73,8 @@ def test_curvature_of_a_linear_model_has_a_closed_form():
     "family", breadth((*SHAPES, "gpt_oss"), "llama", "gemma2", "qwen2_moe")
 )
 def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path):
-    model = made(tmp_path, family)
+    # In float64, because the differences of a loss are a millionth of it.
+    model = made(tmp_path, family).double()
     mlps = find_glu_mlps(model)
     wanted = [each.requires_grad for each in model.parameters()]
     found = curvature(model, IDS, mlps)
@@ -85,7 +86,7 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
         place = mlps[-1].projection("down_proj")
     error = torch.randn(
         mlps[-1].hidden_size, generator=torch.Generator().manual_seed(1)
-    )
+    ).double()
     # The slope of the loss of each token's error, by finite differences of one text.
     text, size, squares = IDS[0][:, :9], 1e-3, 0.0
     alone = curvature(model, [text], mlps).roots[mlps[-1].name]
@@ -106,7 +107,7 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
     for token in range(9):
         slope = (loss_with(size, token) - loss_with(-size, token)) / (2 * size)
         squares += slope**2
-    assert float((alone @ error).square().sum()) == pytest.approx(squares / 9, rel=0.05)
+    assert float((alone.double() @ error).square().sum()) == pytest.approx(squares / 9, rel=0.05)
 
 
 @pytest.mark.parametrize("family", breadth(SHAPES, "llama", "qwen2_moe"))

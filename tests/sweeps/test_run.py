@@ -15,7 +15,6 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.loggers.utils import add_env_info
 
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.sweeps import unit as of_unit
 from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
@@ -117,16 +116,6 @@ def test_an_engine_that_died_is_started_again(options, folder, calls, monkeypatc
     assert run_sweep(plan_sweep(options)) == 1
     assert sorted(errors_of(folder)) == UNITS[::2]
     assert ratios_of(calls.load) == [None, None, 1.5, 1.5]
-
-
-@pytest.mark.slow
-def test_neurons_are_scored_once_for_all_sizes(options, monkeypatch):
-    score = Mock(wraps=measuring.score_neurons)
-    monkeypatch.setattr(measuring, "score_neurons", score)
-    sizes = {"ratios": ["1", "1.5"], "drop_layers": ["1"]}
-    assert run_sweep(plan_sweep({**options, **sizes, "tasks": ["tiny_choice"]})) == 0
-    scored = sorted(call.kwargs["name"] for call in score.call_args_list)
-    assert scored == [f"model.layers.{layer}.mlp" for layer in range(3)]
 
 
 def test_a_full_disk_is_a_failure_and_not_a_result(options, folder, monkeypatch):
