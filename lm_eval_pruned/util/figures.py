@@ -50,7 +50,7 @@ _LOOK = {
 }
 
 
-def _svg(spec: dict[str, Any]) -> str:
+def _svg(spec: dict[str, Any] | str) -> str:
     """Return a chart as SVG, with clips numbered from 0: the renderer counts them over a process."""
     svg = vl_convert.vegalite_to_svg(spec)
     clips = dict.fromkeys(re.findall(r"\bclip\d+\b", svg))
