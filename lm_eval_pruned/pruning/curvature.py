@@ -22,13 +22,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from lm_eval_pruned.pruning.calibration import watched
 from lm_eval_pruned.pruning.depth import layers_of
-from lm_eval_pruned.pruning.stacked import runnable
+from lm_eval_pruned.pruning.layer_by_layer import computing
 from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -106,13 +107,14 @@ def curvature(
 
     watch = functools.partial(_watch, add)
     with (
-        _differentiable(model, {*places.values()}, watch),
+        watched(model, dict.fromkeys(places.values(), watch)),
+        _differentiable(model),
         steps(len(texts), "curvature") as step,
     ):
         for text in texts:
             tokens = text.to(model.device)
             again = _takes_much(model, mlps, text.numel())
-            with _computing_twice(model) if again else contextlib.nullcontext():
+            with computing(_twice(model) if again else {}):
                 logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
                 loss = cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")
                 loss.backward()
@@ -130,7 +132,9 @@ def _output_of(model: PreTrainedModel, mlp: GluMlp) -> nn.Module:
     return down if mlp.kind == "dense" else model.get_submodule(mlp.stack)
 
 
-def _watch(add: Callable[..., None], module: nn.Module, _given, output) -> None:
+def _watch(
+    add: Callable[..., None], module: nn.Module, _positional, _named, output
+) -> None:
     """Have `add` called with the gradient at what a module returns."""
     returned = output[0] if isinstance(output, tuple) else output
     if not returned.requires_grad:
@@ -157,34 +161,22 @@ def _takes_much(model: PreTrainedModel, mlps: Sequence[GluMlp], tokens: int) -> 
     return tokens * a_token > model.num_parameters()
 
 
+def _twice(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any]]:
+    """Return functions of the layers that keep only what they are given, and compute the rest again."""
+    return {
+        layer: functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        for layer in layers_of(model)[1]
+    }
+
+
 @contextlib.contextmanager
-def _differentiable(
-    model: PreTrainedModel, modules: Collection[nn.Module], watch: Callable[..., None]
-) -> Iterator[None]:
-    """Have a model in evaluation mode whose activations alone get gradients, with forward hooks."""
+def _differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model whose activations alone get gradients."""
     before = {each: each.requires_grad for each in model.parameters()}
-    training = model.training
-    model.eval().requires_grad_(False)
-    handles = [module.register_forward_hook(watch) for module in modules]
+    model.requires_grad_(False)
     try:
-        with torch.enable_grad(), runnable(model):
+        with torch.enable_grad():
             yield
     finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
         for parameter, wanted in before.items():
             parameter.requires_grad_(wanted)
-
-
-@contextlib.contextmanager
-def _computing_twice(model: PreTrainedModel) -> Iterator[None]:
-    """Have layers keep only what they are given, and compute the rest again for the gradients."""
-    with contextlib.ExitStack() as undo:
-        for layer in layers_of(model)[1]:
-            undo.callback(vars(layer).update, dict(vars(layer)))
-            undo.callback(vars(layer).pop, "forward")
-            vars(layer)["forward"] = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False
-            )
-        yield

@@ -218,7 +218,7 @@ class LoadedModel:
     @functools.cached_property
     def observed(self) -> Calibration:
         """What the neurons do on the calibration text."""
-        text = self.text()
+        text = self.text
 
         def measure() -> Measured:
             with moved(self.model, self.device):
@@ -232,15 +232,16 @@ class LoadedModel:
         kind_of_device = (self.device or self.model.device).type
         return measured_once(self.content, (what, kind_of_device), measure)
 
+    @functools.cached_property
     def text(self) -> CalibrationText:
-        """Return the calibration text that was asked for; see `CalibrationText.of`."""
+        """The calibration text that was asked for; see `CalibrationText.of`."""
         given = (self.model, self.tokenizer, str(self.calibration), self.samples)
         return CalibrationText.of(*given)
 
     @functools.cached_property
     def curvature(self) -> Curvature:
         """What an error in the output of each GLU-MLP costs."""
-        text = self.text()
+        text = self.text
 
         def measure() -> Measured:
             mlps = find_glu_mlps(self.model)
@@ -260,7 +261,7 @@ class LoadedModel:
             shares: Shares of neurons to remove, in percent.
             repair: What follows a cut: none or least_squares.
         """
-        what = ("curves", self.text().key, tuple(ways), tuple(shares), repair)
+        what = ("curves", self.text.key, tuple(ways), tuple(shares), repair)
         # Nothing tells whether the code of another package is still the same.
         if {name for name, _ in ways} - {OBS, RANDOM, *CRITERIA}:
             return self._curves(ways, shares, repair)
@@ -293,7 +294,7 @@ class LoadedModel:
         scores = [
             {} if name == OBS else self.scores(name, seed=seed) for name, seed in ways
         ]
-        minded, text = self.curvature, self.text()
+        minded, text = self.curvature, self.text
         errors = errors_of_cuts(
             *(model, text.tokens, mlps, narrowed, scores, minded.roots),
             *(repair, self.device),

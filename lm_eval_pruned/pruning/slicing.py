@@ -161,7 +161,7 @@ def carry_out(
                 for mlp in mlps
             }
             if asked.layer_by_layer:
-                text, device = evidence.text(), evidence.device or model.device
+                text, device = evidence.text, evidence.device or model.device
                 few = tokens_per_neuron(model, text.tokens, cut, targets)
                 cut_mlps = cut_layer_by_layer(
                     model, text.tokens, cut, targets, scores, asked.repair, device

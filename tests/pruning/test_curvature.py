@@ -107,7 +107,9 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
     for token in range(9):
         slope = (loss_with(size, token) - loss_with(-size, token)) / (2 * size)
         squares += slope**2
-    assert float((alone.double() @ error).square().sum()) == pytest.approx(squares / 9, rel=0.05)
+    assert float((alone.double() @ error).square().sum()) == pytest.approx(
+        squares / 9, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("family", breadth(SHAPES, "llama", "qwen2_moe"))
