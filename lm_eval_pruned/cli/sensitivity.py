@@ -68,7 +68,7 @@ def run(arguments) -> None:
         **{name: value for name, value in asked.items() if value},
     )
     print(f"The curves were measured on {measured.device}.", file=sys.stderr)
-    curves = LayerCurves.of(measured.as_dict())
+    curves = LayerCurves.from_json(measured.as_dict())
     print(*curves.explanation, sep="\n\n")
     for share in curves.shares:
         table = curves.table(share)

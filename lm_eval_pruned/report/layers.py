@@ -58,7 +58,7 @@ class LayerCurves:
     repair: str = "none"
 
     @classmethod
-    def of(cls, data: Mapping[str, Any], source: str = "the curves") -> LayerCurves:
+    def from_json(cls, data: Mapping[str, Any], source: str = "the curves") -> LayerCurves:
         """Take curves from a ``sensitivity.json``; ResultsError if they cannot be read."""
         try:
             if data["version"] != VERSION:
@@ -92,7 +92,7 @@ class LayerCurves:
         names = {name: name for name in self.criteria}
         names |= {RANDOM: f"random, seeds: {self.seeds}"} if self.seeds else {}
         shown = self.rises[self.rises["share"] == share]
-        known = {(each.layer, each.criterion): each for each in shown.itertuples()}
+        known = {(rise.layer, rise.criterion): rise for rise in shown.itertuples()}
 
         def of_criterion(name: str) -> Column:
             cell = lambda layer: _rise(known.get((layer, name)))
@@ -115,8 +115,8 @@ class LayerCurves:
             f"{self.seeds + 1} layers."
         )
         repaired = f"The layer is repaired after its cut (repair={self.repair})."
-        said = [repaired] * (self.repair != "none")
-        return [first, *said, *[chance] * bool(self.seeds)]
+        repairs = [repaired] * (self.repair != "none")
+        return [first, *repairs, *[chance] * bool(self.seeds)]
 
     def plots(self) -> list[Plot]:
         """Return the rise of the loss over the layers, by criterion. Needs the extra ``report``."""
@@ -142,12 +142,12 @@ class LayerCurves:
             seeds, *lines(rises, over, y, look).layer, data=rises, **size
         )
         panels = panels.facet(row=alt.Row("removed:N", sort=None, title=None))
-        said = (
+        text = (
             "Rise of the loss when one layer is cut, by criterion; the bars span the seeds of "
             f"random. The axis is linear up to {_LINEAR} nats and logarithmic beyond."
         )
         chart = panels.resolve_scale(y="independent")
-        return [Plot("sensitivity-by-layer", "Criteria by layer", said, chart)]
+        return [Plot("sensitivity-by-layer", "Criteria by layer", text, chart)]
 
 
 def _rise(point: Any) -> Cell | None:
@@ -164,8 +164,8 @@ def layers_section(sweep: SweepResults) -> Section | None:
     file = sweep.path / SENSITIVITY
     if not file.is_file():
         return None
-    curves = LayerCurves.of(read_json(file), str(file))
-    share = min(curves.shares, key=lambda each: (abs(each - _SHOWN), each))
+    curves = LayerCurves.from_json(read_json(file), str(file))
+    share = min(curves.shares, key=lambda percent: (abs(percent - _SHOWN), percent))
     rest = f"The table is for {share} % removed; {SENSITIVITY} has the others."
-    said, table = [*curves.explanation, rest], curves.table(share)
-    return Section("Layers", said, table=table, plots=curves.plots())
+    texts, table = [*curves.explanation, rest], curves.table(share)
+    return Section("Layers", texts, table=table, plots=curves.plots())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.margin import Margin
 from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.report.pairs import compared_pairs
+from lm_eval_pruned.report.sections import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, as_mapping, read_json
 from lm_eval_pruned.results.groups import (
     BEHAVIOUR,

@@ -51,7 +51,7 @@ def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
     del made["format"], made["version"]
     measured = Sensitivity(curves=curves, **made)
     measured.write(file)
-    read = LayerCurves.of(json.loads(file.read_text()))
+    read = LayerCurves.from_json(json.loads(file.read_text()))
     rises = read.rises.set_index(["layer", "criterion", "share"])["rise"]
     assert read.criteria == ("maw", "act")
     for curve in measured.curves:
@@ -63,7 +63,7 @@ def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
 
 def test_rises_are_judged_only_where_there_are_seeds_of_chance():
     """`tests/contract/test_layers.py` has the marks."""
-    curves = LayerCurves.of(made_curves())
+    curves = LayerCurves.from_json(made_curves())
     assert (curves.shares, curves.seeds) == ((10, 50), 3)
     table = curves.table(50)
     assert table.titles == ["layer", "maw", "act", "random, seeds: 3"]
@@ -72,7 +72,7 @@ def test_rises_are_judged_only_where_there_are_seeds_of_chance():
     text = " ".join(curves.explanation)
     assert "3.000 unpruned, on 2 texts with 256 tokens" in text
     assert "one of 4 layers" in text
-    alone = LayerCurves.of(made_curves(seeds=()))
+    alone = LayerCurves.from_json(made_curves(seeds=()))
     verdicts = {cell.verdict for row in alone.table(50).cells() for cell in row}
     assert (alone.table(50).titles, verdicts) == (["layer", "maw", "act"], {""})
     assert len(alone.explanation) == 1
@@ -81,7 +81,7 @@ def test_rises_are_judged_only_where_there_are_seeds_of_chance():
 def test_layers_of_different_widths_share_their_shares():
     data, others = made_curves(width=99, kept=(49, 89)), made_curves()["curves"]
     data["curves"] += [{**each, "layer": each["layer"] + 4} for each in others]
-    assert LayerCurves.of(data).shares == (10, 50, 51)
+    assert LayerCurves.from_json(data).shares == (10, 50, 51)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_damaged_curves_are_refused(damage):
     with pytest.raises(
         ResultsError, match=r"^FILE holds no readable sensitivity curves"
     ):
-        LayerCurves.of(data, "FILE")
+        LayerCurves.from_json(data, "FILE")
 
 
 @pytest.mark.parametrize(
