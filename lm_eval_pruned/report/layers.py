@@ -58,7 +58,9 @@ class LayerCurves:
     repair: str = "none"
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], source: str = "the curves") -> LayerCurves:
+    def from_json(
+        cls, data: Mapping[str, Any], source: str = "the curves"
+    ) -> LayerCurves:
         """Take curves from a ``sensitivity.json``; ResultsError if they cannot be read."""
         try:
             if data["version"] != VERSION:
