@@ -51,19 +51,22 @@ def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return whole[..., :keys].masked_fill_(hidden[:, None], float("-inf"))
 
 
-def groups_masked_keys(
+def kernel_of_shared_keys(
     config: PretrainedConfig, device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Return whether a card attends under a mask to keys that several heads share, without a copy.
+) -> SDPBackend | None:
+    """Return what a card attends with under a mask to keys that several heads share.
 
-    transformers copies such keys for each head. That is right where torch would otherwise compute
-    all scores in memory (its math kernel), which it does not tell but by a private function.
+    transformers copies such keys for each head. That is right where torch would take its math
+    kernel, which has all scores in memory at once. Only a private function of torch says so.
+
+    Returns:
+        None where there is no card, no key is shared, or torch does not say.
     """
     config = config.get_text_config()
     shared = getattr(config, "num_key_value_heads", None)
     choose = getattr(torch, "_fused_sdp_choice", None)
     if device.type != "cuda" or not shared or choose is None:
-        return False
+        return None
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shapes = ((heads, 64, size), (shared, 64, size), (shared, 64, size), (1, 64, 64))
@@ -71,8 +74,7 @@ def groups_masked_keys(
         torch.empty(1, *shape, dtype=dtype, device=device) for shape in shapes
     )
     with sdpa_kernel(KERNELS):
-        choice = choose(query, key, value, attn_mask=mask, enable_gqa=True)
-    return choice == SDPBackend.EFFICIENT_ATTENTION.value
+        return SDPBackend(choose(query, key, value, attn_mask=mask, enable_gqa=True))
 
 
 class Forward:
@@ -95,7 +97,8 @@ class Forward:
         self._autocast_dtype = lm.mixed_precision_dtype
         self.dtype = self._autocast_dtype or lm.model.dtype
         config = base_model(lm.model).config
-        self.groups_keys = groups_masked_keys(config, self.device, self.dtype)
+        kernel = kernel_of_shared_keys(config, self.device, self.dtype)
+        self.groups_keys = kernel == SDPBackend.EFFICIENT_ATTENTION
         # glibc keeps memory of up to twice the largest block that was freed, at most 32 MiB,
         # instead of having the system clear its pages anew in each layer.
         torch.empty(31 << 20, dtype=torch.uint8)

@@ -267,17 +267,17 @@ def test_a_pass_on_a_cpu_holds_no_more_than_a_batch_and_a_floor():
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "groups"),
+    ("choice", "device", "kernel"),
     [
-        (SDPBackend.EFFICIENT_ATTENTION, "cuda", True),
-        (SDPBackend.MATH, "cuda", False),
-        (SDPBackend.EFFICIENT_ATTENTION, "cpu", False),
-        (None, "cuda", False),
+        (SDPBackend.EFFICIENT_ATTENTION, "cuda", SDPBackend.EFFICIENT_ATTENTION),
+        (SDPBackend.MATH, "cuda", SDPBackend.MATH),
+        (SDPBackend.EFFICIENT_ATTENTION, "cpu", None),
+        (None, "cuda", None),
     ],
     ids=str,
 )
-def test_keys_are_grouped_where_torch_would_take_the_efficient_kernel(
-    choice, device, groups, monkeypatch
+def test_torch_is_asked_which_kernel_takes_keys_that_heads_share(
+    choice, device, kernel, monkeypatch
 ):
     """Asked of a device without data, with torch's answer replaced: no card is here."""
     calls, empty = [], torch.empty
@@ -295,7 +295,7 @@ def test_keys_are_grouped_where_torch_would_take_the_efficient_kernel(
     monkeypatch.setattr(torch, "empty", on_meta)
     config = tiny_config(num_attention_heads=4, num_key_value_heads=2)
     asked = config, torch.device(device), torch.float16
-    assert forward_module.groups_masked_keys(*asked) == groups
+    assert forward_module.kernel_of_shared_keys(*asked) == kernel
     keys = (1, 2, 64, 8)
     expected = ((1, 4, 64, 8), keys, keys, (1, 1, 64, 64), True, False)
     assert calls == [expected] * (choice is not None and device == "cuda")
@@ -316,7 +316,8 @@ def test_keys_are_not_copied_for_each_head_where_a_card_can_group_them(
 ):
     lm = ours(tiny(num_attention_heads=4, num_key_value_heads=2))
     expected = SCORED.ask(hf(lm.model))
-    monkeypatch.setattr(forward_module, "groups_masked_keys", lambda *_: True)
+    efficient = SDPBackend.EFFICIENT_ATTENTION
+    monkeypatch.setattr(forward_module, "kernel_of_shared_keys", lambda *_: efficient)
     monkeypatch.delattr(sdpa_attention, "repeat_kv")
     assert_close(SCORED.ask(lm), expected)
     assert "TRANSFORMERS_SDPA_FORCE_GQA" not in forward_module.os.environ
