@@ -62,7 +62,7 @@ class Work:
     greedy: np.ndarray
 
     @classmethod
-    def of(cls, requests: list[Request], max_length: int) -> Work:
+    def from_requests(cls, requests: list[Request], max_length: int) -> Work:
         # The model's input is cut from the left as HFLM does, and lacks the last token.
         tree = build_tree(
             (context + continuation)[-(max_length + 1) :][:-1]

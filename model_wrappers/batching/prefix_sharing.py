@@ -80,7 +80,9 @@ class PrefixSharingMixin(FastPathMixin):
         reasons = self._reasons(requests)
         shared = [i for i, why in enumerate(reasons) if why is None]
         work = (
-            Work.of([requests[i] for i in shared], self.max_length) if shared else None
+            Work.from_requests([requests[i] for i in shared], self.max_length)
+            if shared
+            else None
         )
         if work and not self._is_worth_it(work):
             few = "requests have too little in common"

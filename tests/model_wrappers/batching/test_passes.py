@@ -65,7 +65,7 @@ QUESTIONS = [(None, [*STEM, q, q], [a, a]) for q in range(1, 6) for a in range(1
 
 def run_tree(forward, asked, budget):
     """Run the passes of a prefix tree without looking at logits; return how many copies each took."""
-    work, cache, start = Work.of(asked, 512), PathCache(), 0
+    work, cache, start = Work.from_requests(asked, 512), PathCache(), 0
     copies = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_pass, "_score", lambda *_: None)
@@ -168,7 +168,7 @@ def test_a_token_is_greedy_where_argmax_takes_it(rows, wanted):
     """Three values in four places: most rows have equals."""
     logits = torch.tensor(rows, dtype=torch.float32)
     requests = [(None, [9, r % len(rows)], [t]) for r, t in wanted]
-    work = Work.of(requests, 8)
+    work = Work.from_requests(requests, 8)
     nodes = np.flatnonzero(np.diff(work.scored_before))
     prefix_pass._score(work, nodes, logits[work.tree.tokens[nodes]], None)
     expected = logits.log_softmax(-1).argmax(-1).tolist()

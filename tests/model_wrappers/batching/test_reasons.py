@@ -190,7 +190,7 @@ def test_what_is_worth_sharing_does_not_depend_on_the_width():
         worth = []
         for length in range(1, 20):
             requests = [(None, [9] * length + [a], [a] * 40) for a in range(9)]
-            work = prefix_pass.Work.of(requests, 512)
+            work = prefix_pass.Work.from_requests(requests, 512)
             worth.append(lm._is_worth_it(work))
         decisions.add(tuple(worth))
     assert len(decisions) == 1
