@@ -54,7 +54,7 @@ def profile(
 
     Yields:
         After each repeat what ``profile.json`` holds (JSON types only), with ``models`` of
-        `plan_models` and ``cells`` of `cells_of`.
+        `plan_models` and ``cells`` of `cells_of`; ``interrupted`` unless it is the last one.
 
     Raises:
         ValueError: A size is out of range, or a prompt is too long for the model.
@@ -74,7 +74,7 @@ def profile(
             for spec in models[shift:] + models[:shift]:
                 profiler.measure(repeat, spec)
                 release_memory()
-            yield profiler.result()
+            yield profiler.result(interrupted=repeat + 1 < request.repeats)
     finally:
         monitor.stop()
 
@@ -150,8 +150,8 @@ class _Profiler:
         joules = asdict(reading.joules).items()
         return timed, {part: ratio(energy, len(timed)) for part, energy in joules}
 
-    def result(self) -> dict[str, Any]:
-        """Return what `profile` yields, of what was measured so far."""
+    def result(self, *, interrupted: bool) -> dict[str, Any]:
+        """Return what `profile` yields; `interrupted` is what it is called if nothing follows."""
         name = platform.processor() or platform.machine()
         if torch.device(self.request.device).type == "cuda":
             name = torch.cuda.get_device_name(self.request.device)
@@ -169,6 +169,7 @@ class _Profiler:
             },
             "models_held": "one at a time",
             "warm_up_batches": self.warm_up_batches,
+            "interrupted": interrupted,
             "energy": {
                 "meter": meter and meter.name,
                 "scope": meter and meter.scope,

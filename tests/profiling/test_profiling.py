@@ -178,6 +178,7 @@ def test_padding_is_no_work_and_changes_no_text(run, tiny_llama):
 def test_an_interrupt_comes_after_a_result_for_each_finished_repeat(run):
     repeats: list = []
     run(repeats=3, seen=repeats)
+    assert [found["interrupted"] for _, found in repeats] == [True, True, False]
     finished: list = []
     with pytest.raises(KeyboardInterrupt):
         run(repeats=4, seen=finished, interrupt_at=repeats[1][0] + 1)
