@@ -112,10 +112,12 @@ class FastPathMixin(_Neighbour):
         shared = (getattr(base_model(self.model), "tp_size", None) or 1) > 1
         while True:
             try:
-                return run(size)
+                run(size)
             except RuntimeError as error:
                 if size == 1 or shared or not should_reduce_batch_size(error):
                     raise
+            else:
+                return
             # Outside the handler, whose traceback holds on to the failed pass's tensors.
             size = path.most = size // 2
             path.logger.warning(
