@@ -46,14 +46,11 @@ def agreement(pair: Pair | None, metric: str, texts: bool) -> Agreement | None:
 
     Without `texts`, nothing says which answers are the commonest.
     """
-    if not pair or not all(
-        len(documents.samples) == len(documents.keys)
-        and all(sample.reply for sample in documents.samples)
-        for documents in pair
-    ):
+    replies = [[s.reply for s in run.samples if s.reply] for run in pair or ()]
+    if not pair or {*map(len, replies)} != {len(pair[0].keys)}:
         return None
-    before, after = ([s.answer(metric) for s in run.samples] for run in pair)
-    likelihoods = ([s.reply.likelihoods for s in run.samples] for run in pair)
+    before, after = ([str(s.answer(metric)) for s in run.samples] for run in pair)
+    likelihoods = ([reply.likelihoods for reply in run] for run in replies)
     kl = float(np.mean([*map(divergence, *likelihoods)]))
     no_choices = math.isnan(kl)
     beginning = float(np.mean([*map(_beginning, before, after)]))

@@ -129,7 +129,13 @@ def standings(
         above = False if gain <= 0 else None if q is None else q < alpha
         of_base = known.get((base.name, *key))
         known[run.name, key[0], key[1]] = Standing(
-            *(*key, score, name, level, p, q, test),
+            *key,
+            score,
+            name,
+            level,
+            p,
+            q,
+            test,
             base_above_floor=of_base.above_floor if of_base else above,
             above_floor=above,
             kept=_kept(base, run, key, floor, alpha, read)

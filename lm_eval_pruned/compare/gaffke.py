@@ -116,7 +116,7 @@ def below_zero(terms: np.ndarray) -> float:
     ends = inside / float(terms.min()), inside / float(terms.max())
     if slope(ends[0]) >= 0 or slope(ends[1]) <= 0:
         return float(slope(ends[1]) <= 0)
-    t = optimize.brentq(slope, *ends, xtol=1e-15, rtol=1e-14)
+    t = optimize.brentq(slope, *ends, xtol=1e-15, rtol=1e-14, maxiter=1000)
     curvature = float(((terms / (1 - t * terms)) ** 2).sum())
     r = math.copysign(math.sqrt(2 * np.log1p(-t * terms).sum().clip(0)), t)
     if abs(r) < 1e-4:

@@ -242,7 +242,7 @@ def read_failures(sweep: str | Path) -> tuple[Failure, ...]:
     """Return what failed of a sweep folder, apart from models that know nothing."""
     sweep = Path(sweep)
     _, units = read_definition(sweep)
-    records = {}
+    records: dict[Path, UnitRecord] = {}
     for name, listed in units.items():
         records |= _records(sweep, name, listed)
     return _failures(records)
