@@ -108,16 +108,12 @@ def below_zero(terms: np.ndarray) -> float:
     if terms.min() >= 0 or terms.max() <= 0:
         return float(terms.min() < 0)
     terms = terms / np.abs(terms).max()
-
-    def slope(t: float) -> float:
-        return float((terms / (1 - t * terms)).sum())
-
     inside = 1 - 1e-12
     ends = inside / float(terms.min()), inside / float(terms.max())
-    if slope(ends[0]) >= 0 or slope(ends[1]) <= 0:
-        return float(slope(ends[1]) <= 0)
-    t = optimize.brentq(slope, *ends, xtol=1e-15, rtol=1e-14, maxiter=1000)
-    curvature = float(((terms / (1 - t * terms)) ** 2).sum())
+    slopes = [float((terms / (1 - end * terms)).sum()) for end in ends]
+    if slopes[0] >= 0 or slopes[1] <= 0:
+        return float(slopes[1] <= 0)
+    t, curvature = _saddlepoint(terms, *ends)
     r = math.copysign(math.sqrt(2 * np.log1p(-t * terms).sum().clip(0)), t)
     if abs(r) < 1e-4:
         skew = 2 * float((terms**3).sum()) / curvature**1.5
@@ -125,3 +121,21 @@ def below_zero(terms: np.ndarray) -> float:
     density = math.exp(-r * r / 2) / math.sqrt(2 * math.pi)
     p = special.ndtr(r) + density * (1 / r - 1 / (t * math.sqrt(curvature)))
     return float(np.clip(p, 0, 1))
+
+
+def _saddlepoint(terms: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Return where ``sum(terms / (1 - t * terms))``, which rises, is 0, and its slope there.
+
+    Newton's method, which halves the range where a step would leave it.
+    """
+    t = 0.0
+    for _ in range(200):
+        ratios = terms / (1 - t * terms)
+        excess, curvature = float(ratios.sum()), float((ratios**2).sum())
+        step = excess / curvature
+        # Each step squares the error.
+        if abs(step) * math.sqrt(curvature) < 1e-8:
+            break
+        low, high = (t, high) if excess < 0 else (low, t)
+        t = t - step if low < t - step < high else (low + high) / 2
+    return t - step, curvature
