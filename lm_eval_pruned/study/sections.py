@@ -47,10 +47,13 @@ def sentences(name: str, findings: Findings) -> list[str]:
     """Return what was found: the verdict, its rule, and the criterion against the other cuts."""
     shown = "; ".join(states_text(findings, side) for side in SIDES[:-1])
     margin = findings.comparison.margin
+    rule = (
+        f"A task keeps its score where it is shown to lie within {margin and margin.text} of the "
+        "unpruned model's at every size; what is not shown counts for nothing."
+    )
     return [
         f"For {name} the dichotomy {findings.verdict}. {shown[0].upper()}{shown[1:]}.",
-        f"A task keeps its score where it is shown to lie within {margin and margin.text} of the "
-        "unpruned model's at every size; what is not shown counts for nothing.",
+        rule,
         *(
             f"Compared with {way_text(way)} of the same size, {against_text(tasks)}."
             for way, tasks in findings.against.items()

@@ -148,8 +148,6 @@ GROUPS = {
             "GPUs of one Ray worker (default: 1 where the cluster has any)"),
         "cpus_per_unit": _option(float, "where", "N",
             "CPUs of one Ray worker, and its threads (default: 1, and threads for the CPUs that are free)"),
-        "minutes_per_unit": _option(float, "where", "N",
-            "time limit for a unit on a Ray worker, after which it is recorded as failed"),
     },
 }
 #: Options of a command alone.
