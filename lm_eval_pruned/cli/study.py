@@ -14,7 +14,7 @@ from lm_eval_pruned.util.options import row
 
 # fmt: off
 OPTIONS = (
-    row("model", "MODEL", "a folder or Hub name (default: the default model)", nargs="?"),
+    row("pretrained", "MODEL", "a folder or Hub name (default: the default model)", nargs="?"),
     row("--kind", None,
         "how the model is prompted: base without a chat template; instruct with it, at fewer sizes and "
         "tasks (default: according to the tokenizer and the name)", choices=("base", "instruct")),
@@ -43,4 +43,4 @@ def run(arguments) -> int:
 
     how |= {name: getattr(arguments, name) for name in ("kind", "quick", "margin")}
     families = read_mapping(arguments.families or {}, "--families")
-    return run_study(arguments.model, options, main, families=families, **how)
+    return run_study(arguments.pretrained, options, main, families=families, **how)

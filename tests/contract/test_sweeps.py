@@ -173,7 +173,7 @@ def test_a_dry_run_plans_the_study_s_models_without_access(model, tmp_path):
     done = pruned("study", model, *words, "--dry_run")
     assert done.code == 0, done.err
     assert "|prune_percent-40|4916|" in done.out.replace(",", "")
-    assert "Units: 48, 0 done, 0 failed, 48 to run" in done.out
+    assert "Units: 60, 0 done, 0 failed, 60 to run" in done.out
 
 
 @pytest.mark.parametrize(
