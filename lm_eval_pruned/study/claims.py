@@ -174,8 +174,8 @@ def _fit(findings: Findings, task: TaskFinding) -> tuple[str, str]:
     interval of the difference.
     """
     comparison, key = findings.comparison, (task.task, task.metric)
-    asked = (series_name(findings.cuts[0]), *key)
-    known = {(t.series, t.task, t.metric): t for t in comparison.trends}.get(asked)
+    trends = {(t.series, t.task, t.metric): t for t in comparison.trends}
+    known = trends.get((series_name(findings.cuts[0]), *key))
     if known is None or known.q is None or known.q >= comparison.alpha:
         return UNKNOWN, "shows no trend over three or more sizes"
     if (known.trend.slope > 0) != bool(findings.base.scores[key].higher_is_better):
