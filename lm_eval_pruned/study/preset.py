@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.configs import clear_errors
 from lm_eval_pruned.checkpoints.planning import plan_rows, shipped_config
-from lm_eval_pruned.pruning.arguments import CUTS, SEVERAL
 from lm_eval_pruned.results.groups import FAMILIES
-from lm_eval_pruned.sweeps.options import read_file
+from lm_eval_pruned.sweeps.options import OF_SIZES, read_file
 from lm_eval_pruned.sweeps.plan import model_source
 
 
@@ -47,7 +46,7 @@ def options_of(
         )
     source = model_source({**arguments, "pretrained": model})
     options = _preset(kind or _kind_of(**source)) | (_preset("quick") if quick else {})
-    if any(SEVERAL[name] in CUTS for name in SEVERAL.keys() & given_options.keys()):
+    if OF_SIZES.keys() & given_options.keys():
         del options["prune_percents"], options["ratios"]
     elif not _adds_equilibrium(options["prune_percents"], source):
         del options["ratios"]

@@ -32,7 +32,7 @@ from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.results.runs import FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
-from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
+from lm_eval_pruned.sweeps.options import OF_HARNESS, OF_SIZES, deciding, parse_number
 
 
 if TYPE_CHECKING:
@@ -379,9 +379,7 @@ def _configurations(
     configurations = {"baseline": Configuration("baseline", {}, *_size(whole))}
     variants = [*_variants(options)]
     shared = {name: base[name] for name in _WITH_SIZES if base.get(name) is not None}
-    for option, argument in SEVERAL.items():
-        if argument not in of_pruning.CUTS:
-            continue
+    for option, argument in OF_SIZES.items():
         is_size, values = argument in SIZES, options.get(option, [])
         if argument != "widths":
             values = [*map(parse_number, values)]

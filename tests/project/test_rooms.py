@@ -26,10 +26,10 @@ MAY_IMPORT = {
         "wrappers": "batching checkpoints energy pruning util",
         "tasks": "",
         "healing": "checkpoints energy pruning util",
-        "sweeps": "checkpoints compare pruning results util",
+        "sweeps": "checkpoints pruning results util",
         "verdict": "compare gate pruning report results sweeps util",
         "profiling": "batching checkpoints energy pruning tasks util",
-        "study": "checkpoints compare pruning report results sweeps util",
+        "study": "checkpoints compare report results sweeps util",
         "_autoload": "",
     }.items()
 }
