@@ -182,17 +182,9 @@ def export_pruned(
             max_shard_size,
             keeps_dtype=dtype is None,
         )
-<<<<<<< HEAD
         revision = given.get("revision")
         card = model_card(pretrained, revision, source, record, unfinished, cost=cost)
-        for name, text in {"README.md": card, **more}.items():
-            (unfinished / name).parent.mkdir(exist_ok=True)
-            (unfinished / name).write_text(text, encoding="utf-8")
-=======
-        origin = (pretrained, given.get("revision"), source, record)
-        card = model_card(*origin, unfinished, cost=cost)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
->>>>>>> stats
         shards = shard_sizes(unfinished)
     if push_to_hub is not None:
         from huggingface_hub import HfApi
