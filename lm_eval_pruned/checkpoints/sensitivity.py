@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.pruning.arguments import Number
     from lm_eval_pruned.pruning.curves import Sensitivity
 
 
 def measure_sensitivity(
-    request: LoadRequest,
+    checkpoint: Checkpoint,
     prune_percents: Iterable[Number] = (10, 25, 50),
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Sensitivity:
     """Return what cutting a single layer costs, for each layer and width.
 
     Args:
-        request: The model, and how it is cut: its arguments have ``allocation=sensitivity``, and
+        checkpoint: The model, and how it is cut: its arguments have ``allocation=sensitivity``, and
             any size, which does not count.
         prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.
         tokenizer: What reads the text; default: the model's own.
@@ -44,8 +44,8 @@ def measure_sensitivity(
             f"prune_percents={' '.join(f'{float(s):g}' for s in shares)} leaves nothing to measure: "
             "name shares between 0 and 100, such as 10 25 50."
         )
-    request.check_text()
-    stored = Stored.of(request, tokenizer)
+    checkpoint.check_text()
+    stored = Stored.of(checkpoint.with_stored_widths(), tokenizer)
     check_weights(stored.model)
-    plan = request.plan
+    plan = checkpoint.plan
     return stored.curves(plan.criterion, plan.arguments.repair, shares)

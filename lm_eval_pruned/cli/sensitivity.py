@@ -32,8 +32,8 @@ def run(arguments) -> None:
     """Print the table, and write files where that is asked."""
     from transformers import AutoModelForCausalLM
 
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
-    from lm_eval_pruned.checkpoints.request import LoadRequest
     from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
     from lm_eval_pruned.report.layers import LayerCurves
     from lm_eval_pruned.results.runs import SENSITIVITY
@@ -55,8 +55,8 @@ def run(arguments) -> None:
     asked = PruneArguments(prune_percent=50, allocation=ALLOCATION, **pruning)
     pretrained = str(model_args.pop("pretrained"))
     model_args["device_map"] = {"": arguments.device}
-    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, model_args)
-    measured = measure_sensitivity(request, arguments.prune_percents)
+    checkpoint = Checkpoint.of(pretrained, asked, model_args, AutoModelForCausalLM)
+    measured = measure_sensitivity(checkpoint, arguments.prune_percents)
     print(f"The curves were measured on {measured.device}.", file=sys.stderr)
     curves = LayerCurves.of(measured.as_dict())
     print(f"{curves.explanation}\n\n{curves.table().markdown(padded=True)}")

@@ -189,7 +189,6 @@ def carry_out(
                 todo = functools.partial(_narrow_mlps, kept=kept, cut=cut_mlps)
                 list(pool.map(todo, together))
             widths.copy_keys(widths.narrowed_config(targets), model.config)
-            widths.describe_layers(model.config, targets)
         on_error.pop_all()
     record = PruneRecord.of(plan, widths, tuple(kept.values()), calibration, repaired)
     model.prune_record = record  # type: ignore[assignment]

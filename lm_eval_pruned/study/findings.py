@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import compare, split_sweep
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report.pairs import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, as_mapping, read_json

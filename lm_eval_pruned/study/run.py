@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import read_sweep

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.curvature import curvature
@@ -70,8 +70,8 @@ def curves(
 ):
     asked |= {"allocation": "sensitivity", "prune_percent": 50, "calibration": text}
     arguments = PruneArguments(**asked)
-    request = LoadRequest.resolve(auto_class, str(folder), arguments, {})
-    return measure_sensitivity(request, percents)
+    checkpoint = Checkpoint.of(str(folder), arguments, {}, auto_class)
+    return measure_sensitivity(checkpoint, percents)
 
 
 @pytest.mark.parametrize("family", breadth(("llama", "phi3", "gemma2"), "llama"))
