@@ -19,7 +19,7 @@ _GROUPED = [name for names in _EXCLUSIVE for name in names[1:]]
 # fmt: off
 _ROWS = {names[0]: [*map(option_row, names)] for names in _EXCLUSIVE} | {"recipe": row(
     "--recipe", "NAME",
-    "recipe for the cut: study, fast or best (default: best, or fast if the model cannot run text)")}
+    "recipe for the cut: study, fast, best or uneven (default: best, or fast if the model cannot run text)")}
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--output_path", "DIR", "folder to write; new or empty", required=True),
