@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
-from lm_eval_pruned.compare.measures import (
+from lm_eval_pruned.compare.margins import (
     check_measure,
     judged_keys,
     with_choice_prob,

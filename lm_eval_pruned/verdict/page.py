@@ -14,7 +14,7 @@ from lm_eval_pruned.compare.comparison_table import (
     FLOOR,
     record,
 )
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, table_section, write_page
 from lm_eval_pruned.report.sections import energy_section
