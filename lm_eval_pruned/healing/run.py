@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import set_seed
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, adapted_shapes, read_healing
 from lm_eval_pruned.checkpoints.cards import adapter_card, model_card
@@ -15,8 +16,8 @@ from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.healing.cost import TrainingCost
 from lm_eval_pruned.healing.text import digest_of, texts_of, token_blocks
+from lm_eval_pruned.healing.trainer import Checkpoints, HealingTrainer, write_record
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.stacked import runnable
@@ -37,14 +38,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.healing.options import HealingOptions
     from lm_eval_pruned.pruning.calibration import Text
     from lm_eval_pruned.pruning.record import PruneRecord
-
-
-class Healed(NamedTuple):
-    """The folder of the result, or of the last checkpoint if interrupted, and its record."""
-
-    folder: Path
-    record: dict[str, Any]
-    finished: bool
 
 
 def prepare(
@@ -112,12 +105,10 @@ def heal(
     *,
     resume: bool = False,
     merge: bool = False,
-    metered: bool = True,
-) -> Healed:
-    """Train a pruned model, to recover some of what pruning cost.
+) -> dict[str, Any]:
+    """Train a pruned model, to recover some of what pruning cost, and return its record.
 
-    Checkpoints go to `checkpoints_of` `output`, which appears when the training is over. The first
-    Ctrl-C ends it after the step that runs, with a checkpoint.
+    Checkpoints go to ``OUTPUT.checkpoints``; `output` appears when the training is over.
 
     Args:
         model_args: ``pretrained``, arguments of pruning and what else ``from_pretrained`` takes.
@@ -125,7 +116,6 @@ def heal(
         output: Folder to write; it must not exist, or be empty.
         resume: Continue from the last checkpoint of the same healing.
         merge: Also write the merged model, as a checkpoint in the folder ``merged`` below `output`.
-        metered: Whether to measure the energy of the training.
 
     Raises:
         ValueError: An argument, the text or the checkpoint to resume from is of no use.
@@ -133,16 +123,16 @@ def heal(
         OSError: The model cannot be read, or the result not be written.
     """
     check_output(output := Path(output))
-    checkpoints = checkpoints_of(output)
+    folder = output.resolve().with_name(f"{output.resolve().name}.checkpoints")
     if merge and options.method == "full":
         raise ValueError(
             "merge adds an adapter to its model, but method=full trains none: leave it out, the "
             "output is an ordinary checkpoint already."
         )
-    last = _checkpoint(checkpoints, resume)
+    last = _checkpoint(folder, resume)
     texts, length = texts_of(data), options.max_length
     arguments, adapter, request, tokenizer = prepare(
-        model_args, data, texts, options, checkpoints
+        model_args, data, texts, options, folder
     )
     blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
     text = {"file": Path(data).name, "sha256": digest_of(data), "texts": len(texts)}
@@ -159,10 +149,6 @@ def heal(
     record["pruning"] = pruned.as_dict()
     _check_same(last, before and _left(before["pruning"]), _left(record["pruning"]))
 
-    from transformers import set_seed
-
-    from lm_eval_pruned.healing import trainer as training
-
     model.config.use_cache = False
     set_seed(arguments.seed)
     parameters = dict(model.named_parameters())
@@ -173,17 +159,15 @@ def heal(
     teacher: PreTrainedModel | None = None
     if options.teacher_weight:
         teacher = request.load()[0].eval().requires_grad_(False)
-    running = contextlib.nullcontext() if teacher is None else runnable(teacher)
-    metering = contextlib.closing(TrainingCost(metered=metered, before=before))
-    with metering as cost, running:
-        checkpointing = training.Checkpoints(record, cost)
-        trainer = training.HealingTrainer(
+    with contextlib.nullcontext() if teacher is None else runnable(teacher):
+        checkpoints = Checkpoints(record, before.get("seconds", 0.0))
+        trainer = HealingTrainer(
             teacher,
             options,
             model=model,
             args=arguments,
             train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
-            callbacks=[checkpointing],
+            callbacks=[checkpoints],
         )
         if teacher is not None:
             # Tensors that an adapter leaves alone are in memory once.
@@ -192,26 +176,17 @@ def heal(
                 if ours is not None and torch.equal(ours.to(theirs.device), theirs):
                     theirs.data = ours.data
             teacher.to(arguments.device)  # type: ignore[arg-type]
-        with checkpointing.listening():
-            trainer.train_from(last)
-        steps = trainer.state.global_step
-        record |= {"steps": steps, **cost.so_far()}
+        trainer.train_from(last)
+        record |= checkpoints.spent(trainer.state)
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    record["tokens_seen"] = steps * rows * arguments.world_size * length
-    if steps < trainer.state.max_steps:
-        return Healed(checkpoints / f"checkpoint-{steps}", record, finished=False)
+    record["tokens_seen"] = record["steps"] * rows * arguments.world_size * length
     if trainer.is_world_process_zero():
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         with appearing_whole(output) as unfinished:
             _write(trained, request, pruned, unfinished, record, merge=merge)
-            training.write_record(unfinished, record)
+            write_record(unfinished, record)
     trainer.accelerator.wait_for_everyone()
-    return Healed(output, record, finished=True)
-
-
-def checkpoints_of(output: Path) -> Path:
-    """Return where the checkpoints of a healing lie."""
-    return output.resolve().with_name(f"{output.resolve().name}.checkpoints")
+    return record
 
 
 def _checkpoint(folder: Path, resume: bool) -> Path | None:

@@ -49,7 +49,7 @@ def token_blocks(
     Raises:
         ValueError: All texts together are shorter than a block.
     """
-    end = [each for each in [tokenizer.eos_token_id] if each is not None]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = chain.from_iterable([*token_ids(tokenizer, t), *end] for t in texts)
     block = [*islice(tokens, length)]
     if len(block) < length:

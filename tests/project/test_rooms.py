@@ -25,7 +25,7 @@ MAY_IMPORT = {
         "batching": "",
         "wrappers": "batching checkpoints energy pruning util",
         "tasks": "",
-        "healing": "checkpoints energy pruning util",
+        "healing": "checkpoints pruning util",
         "sweeps": "checkpoints compare pruning results util",
         "verdict": "compare gate pruning report results sweeps util",
         "profiling": "batching checkpoints energy pruning tasks util",
