@@ -19,7 +19,6 @@ from lm_eval_pruned.checkpoints.request import (
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.calibration import tell_device
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.measuring import (
     LoadedModel,
@@ -165,8 +164,6 @@ class Stored(LoadedModel):
         """Load the model of `request`, as it is stored; takes what `load_request` takes."""
         asked, content = request.prune_arguments, request.content_key()
         device = request.device()
-        if asked.calibration is not None:
-            tell_device(device)
         model, widths, rounded = request.load_stored()
         if asked.calibration is not None and tokenizer is None:
             tokenizer = request.load_tokenizer()
@@ -199,7 +196,8 @@ class Stored(LoadedModel):
 
     def narrowed(self) -> PreTrainedModel:
         """Prune the model in place and return it, in the dtype in which it was loaded."""
-        return carry_out(self, self.request.plan, self.request.widths)
+        request = self.request
+        return carry_out(self, request.plan, request.widths, whole_on_error=False)
 
     def pruned(self) -> PreTrainedModel:
         """Prune the model in place and return it, with tensors as they are stored."""

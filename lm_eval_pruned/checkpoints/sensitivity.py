@@ -15,7 +15,6 @@ from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration import (
     CalibrationText,
     check_observable,
-    tell_device,
 )
 from lm_eval_pruned.pruning.criteria import OBS, RANDOM, canonical_name
 from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
@@ -66,7 +65,6 @@ def measure_sensitivity(
             f"repair={repair} has no curves: pass {NO_REPAIR} or {LEAST_SQUARES}."
         )
     device = request.device()
-    tell_device(device)
     named = [each if each == OBS else canonical_name(each) for each in criteria]
     names = dict.fromkeys(named)
     if seeds is not None and RANDOM not in names:

@@ -184,7 +184,7 @@ class LoadedModel:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
         activity = None
         if criterion in ACTIVITY:
-            activity = self.observed.activity(mlp.name)
+            activity = self.observed.norms[mlp.name]
         gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
         scores = score_neurons(
             gate,
