@@ -23,39 +23,38 @@ OPTIONS = (
         type=float, default=0.05),
 )
 # fmt: on
-_TITLES = ("run", "metric", "documents", "changed", "margin", "verdict")
-_MORE = ("assuming", "chance", "documents for 80 %")
-_FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", ",")
 
 
 def run(arguments) -> None:
     """Print the chances of a verdict."""
     from lm_eval_pruned.compare.comparison import read_comparands
     from lm_eval_pruned.compare.power import DRAWS, MOST, chances, pilots_of
-    from lm_eval_pruned.util.tables import markdown_table
+    from lm_eval_pruned.util.tables import Cell, Column, Table
 
     base, runs = read_comparands(arguments.paths)
     tasks = arguments.task.split(",")
-    asked = arguments.margin, arguments.measure
-    found = [
-        row
-        for run in runs
-        if not run.is_floor
-        for cases in pilots_of(base, run, tasks, *asked)
-        for row in chances(cases, arguments.documents, arguments.alpha)
-    ]
-    rows = [
-        [
-            f"> {MOST:,}" if v is None else format(v, f)
-            for v, f in zip(each, _FORMS, strict=True)
-        ]
-        for each in found
-    ]
+    rows: list[list[object]] = []
+    for run in runs:
+        if run.is_floor:
+            continue
+        for cases in pilots_of(base, run, tasks, arguments.margin, arguments.measure):
+            rows += chances(cases, arguments.documents, arguments.alpha)
+    columns = (
+        Column("run", lambda row: row[0]),
+        Column("metric", lambda row: row[1]),
+        Column("documents", lambda row: row[2], "d"),
+        Column("changed", lambda row: row[3], ".1%"),
+        Column("margin", lambda row: row[4], ".4g"),
+        Column("verdict", lambda row: row[5]),
+        Column("assuming", lambda row: row[6]),
+        Column("chance", lambda row: row[7], ".0%"),
+        Column("documents for 80 %", lambda row: row[8] or Cell(f"> {MOST:,}"), ","),
+    )
     n = arguments.documents
     number = f"{n} documents" if n else "the present number of documents"
     print(
         f"Chance of a verdict on {' and '.join(tasks)} with {number}, of a single test without "
         f"correction. A chance of 80 % has a standard error of 3 points, from {DRAWS} draws of these "
         f"documents, and the number of documents for it one of about 8 %.\n\n"
-        f"{markdown_table(_TITLES + _MORE, rows, 'llrrrllrr')}"
+        f"{Table('power', columns, rows).markdown()}"
     )

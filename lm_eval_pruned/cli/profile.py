@@ -64,14 +64,14 @@ def run(arguments) -> int:
     )
     if why := plots_missing():
         print(f"No figure will be drawn: {why}.", file=sys.stderr)
-    found = profile(
+    measured = profile(
         request,
         prompts,
         monitor=EnergyMonitor(CodecarbonMeter()),
         load=EngineModel if arguments.model == "pruned-vllm" else load_pruned,
         on_repeat=lambda so_far: profile_report.write_json(so_far, folder),
     )
-    paths = profile_report.write(found, folder)
-    print(profile_report.as_markdown(found))
+    paths = profile_report.write(measured, folder)
+    print(profile_report.as_markdown(measured))
     print(f"Written to {', '.join(map(str, paths))}.", file=sys.stderr)
-    return 130 if found["interrupted"] else 0
+    return 130 if measured["interrupted"] else 0

@@ -36,7 +36,7 @@ def run(arguments) -> int:
     if not arguments.dry_run:
         # Needs the extra `report`, which is said before anything is read.
         import_module("lm_eval_pruned.util.figures")
-    given, how = sweep.read(arguments, needs=("output_path",))
+    options, how = sweep.read(arguments, needs=("output_path",))
     from lm_eval_pruned.cli import main
     from lm_eval_pruned.study.run import run_study
 
@@ -46,4 +46,4 @@ def run(arguments) -> int:
         "margin": arguments.margin,
     }
     how["families"] = read_mapping(arguments.families or {}, "--families")
-    return run_study(arguments.models, given, main, **how)
+    return run_study(arguments.models, options, main, **how)
