@@ -14,7 +14,8 @@ _SIZES = {**SEVERAL_SIZES, "drop_layers": "drop_layers"}
 _SHARING = [name for name in DECLARED if name not in CUTS]
 OPTIONS = (
     loading.MODEL_ARGS,
-    *(option_row(name, several=True) for name in _SIZES),
+    [option_row(name, several=True) for name in SEVERAL_SIZES],
+    option_row("drop_layers", several=True),
     *map(option_row, _SHARING),
     loading.TRUST_REMOTE_CODE,
     row("--format", None, None, choices=("table", "csv", "json"), default="table"),

@@ -5,17 +5,25 @@ tokenizer files, model card. The kept weights have to fit in memory.
 import sys
 
 from lm_eval_pruned.cli import model_args as loading
-from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, SIZES, option_row
+from lm_eval_pruned.pruning.arguments import (
+    CUTS,
+    DECLARED,
+    SIZES,
+    option_row,
+)
 from lm_eval_pruned.util.options import row
 
 
+_EXCLUSIVE = SIZES, ("layers", "skip_layers")
+_GROUPED = [name for names in _EXCLUSIVE for name in names[1:]]
 # fmt: off
-_RECIPE = row("--recipe", "NAME",
-    "recipe for the cut: study, fast or best (default: best, or fast if the model cannot run text)")
+_ROWS = {names[0]: [*map(option_row, names)] for names in _EXCLUSIVE} | {"recipe": row(
+    "--recipe", "NAME",
+    "recipe for the cut: study, fast or best (default: best, or fast if the model cannot run text)")}
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--output_path", "DIR", "folder to write; new or empty", required=True),
-    *(_RECIPE if name == "recipe" else option_row(name) for name in DECLARED),
+    *(_ROWS.get(n, option_row(n)) for n in DECLARED if n not in _GROUPED),
     loading.TRUST_REMOTE_CODE,
     row("--device", None, "device that runs calibration text (default: cpu)",
         default="cpu"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.healing.text import digest_of, texts_of, token_blocks
+from lm_eval_pruned.healing.text import texts_of, token_blocks
 from lm_eval_pruned.healing.trainer import Checkpoints, HealingTrainer, write_record
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
@@ -135,7 +136,8 @@ def heal(
         model_args, data, texts, options, folder
     )
     blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
-    text = {"file": Path(data).name, "sha256": digest_of(data), "texts": len(texts)}
+    digest = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    text = {"file": Path(data).name, "sha256": digest, "texts": len(texts)}
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
         **options.as_dict(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,11 +31,6 @@ def texts_of(file: str) -> list[Text]:
         raise ValueError(
             f"data={file} cannot be read ({error}): pass a text in UTF-8."
         ) from None
-
-
-def digest_of(file: str) -> str:
-    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def token_blocks(

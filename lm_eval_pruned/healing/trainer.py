@@ -88,15 +88,9 @@ class HealingTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, **more)
         with torch.no_grad():
             expected = self._teacher(input_ids=inputs["input_ids"]).logits
-        weight = self._weight
-        loss: Any = 0.0
-        if weight == 1:
-            # Next-token loss would be computed, and its gradient, to be multiplied by 0.
-            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-        else:
-            loss, outputs = super().compute_loss(model, inputs, True, **more)
+        loss, outputs = super().compute_loss(model, inputs, True, **more)
         distance = distillation_loss(outputs.logits, expected, self._temperature)
-        loss = (1 - weight) * loss + weight * distance
+        loss = (1 - self._weight) * loss + self._weight * distance
         return (loss, outputs) if return_outputs else loss
 
 

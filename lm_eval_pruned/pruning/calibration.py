@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
@@ -23,7 +24,6 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
 )
 from lm_eval_pruned.pruning.stacked import runnable
-from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -193,6 +193,11 @@ def watched(
             handle.remove()
 
 
+def progress_bar(total: int, what: str) -> tqdm:
+    """Return a bar that counts the steps of `what` on a terminal, and shows nothing elsewhere."""
+    return tqdm(total=total, desc=what, unit="step", leave=False, disable=None)
+
+
 def run_texts(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
@@ -207,10 +212,10 @@ def run_texts(
     default for one forward pass.
     """
     run = run or (lambda tokens: model(input_ids=tokens, use_cache=False))
-    with watched(model, hooks or {}), steps(len(texts), what) as step:
+    with watched(model, hooks or {}), progress_bar(len(texts), what) as bar:
         for text in texts:
             run(text.to(model.device))
-            step(1)
+            bar.update()
 
 
 def unless_cpu(device: torch.device) -> dict[str, str]:

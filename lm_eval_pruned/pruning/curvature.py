@@ -22,10 +22,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lm_eval_pruned.pruning.calibration import watched
+from lm_eval_pruned.pruning.calibration import progress_bar, watched
 from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layer_by_layer import computing
-from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ def curvature(
     with (
         watched(model, dict.fromkeys(places.values(), watch)),
         _differentiable(model),
-        steps(len(texts), "curvature") as step,
+        progress_bar(len(texts), "curvature") as bar,
     ):
         for text in texts:
             tokens = text.to(model.device)
@@ -119,7 +118,7 @@ def curvature(
                 loss = cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")
                 loss.backward()
             total, predicted = total + float(loss.detach()), predicted + len(logits)
-            step(1)
+            bar.update()
     seen = sum(text.numel() for text in texts)
     roots = {module: _root(each / seen, module) for module, each in sums.items()}
     named = {name: roots[place] for name, place in places.items()}
