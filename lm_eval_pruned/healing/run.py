@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, adapted_shapes, read_healing
 from lm_eval_pruned.checkpoints.cards import adapter_card, model_card
@@ -30,33 +30,20 @@ if TYPE_CHECKING:
     import os
 
     from peft import LoraConfig
-    from transformers import (
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-        TrainingArguments,
-    )
+    from transformers import PreTrainedModel
 
     from lm_eval_pruned.healing.options import HealingOptions
-    from lm_eval_pruned.pruning.calibration import Text
     from lm_eval_pruned.pruning.record import PruneRecord
 
 
-def prepare(
-    model_args: dict[str, Any],
-    data: str,
-    texts: list[Text],
-    options: HealingOptions,
-    checkpoints: Path,
-) -> tuple[TrainingArguments, LoraConfig | None, LoadRequest, PreTrainedTokenizerBase]:
-    """Return the arguments of Trainer, the adapter, the model with its pruning, and its tokenizer.
+def resolved(
+    model_args: dict[str, Any], options: HealingOptions, adapter: LoraConfig | None
+) -> LoadRequest:
+    """Return the model with its pruning.
 
     Raises:
-        ValueError: `heal` cannot do this. No weight was read.
+        ValueError: `heal` cannot train it. No weight was read.
     """
-    from transformers import AutoModelForCausalLM
-
-    arguments = options.trainer_arguments(checkpoints)
-    adapter = options.adapter_config()
     where = "training_args say where to train, such as use_cpu=true"
     quantised = "quantised weights cannot be trained, so quantise the result"
     refused = {"peft": "merge it into a checkpoint first"}
@@ -93,9 +80,7 @@ def prepare(
             f"max_length={options.max_length} exceeds the {positions} positions of the model: "
             f"pass at most {positions}."
         )
-    tokenizer = request.load_tokenizer()
-    next(token_blocks(data, texts, tokenizer, options.max_length))
-    return arguments, adapter, request, tokenizer
+    return request
 
 
 def heal(
@@ -132,16 +117,16 @@ def heal(
         )
     last = _checkpoint(folder, resume)
     texts, length = texts_of(data), options.max_length
-    arguments, adapter, request, tokenizer = prepare(
-        model_args, data, texts, options, folder
-    )
-    blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
+    arguments, adapter = options.trainer_arguments(folder), options.adapter_config()
+    request = resolved(model_args, options, adapter)
+    tokenizer = request.load_tokenizer()
+    blocks = token_blocks(data, texts, tokenizer, length)
     digest = hashlib.sha256(Path(data).read_bytes()).hexdigest()
     text = {"file": Path(data).name, "sha256": digest, "texts": len(texts)}
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
         **options.as_dict(),
-        "data": {**text, "tokens": len(blocks) * length},
+        "data": {**text, "tokens": blocks.numel()},
         "training_args": options.training(),
     }
     before = (last and read_healing(str(last))) or {}

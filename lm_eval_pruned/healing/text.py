@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from lm_eval_pruned.pruning.calibration import read_texts, token_ids
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.calibration import Text
@@ -35,22 +35,22 @@ def texts_of(file: str) -> list[Text]:
 
 def token_blocks(
     file: str, texts: list[Text], tokenizer: PreTrainedTokenizerBase, length: int
-) -> Iterator[list[int]]:
-    """Cut texts, with the end of text after each, into blocks of `length` tokens, as these are taken.
+) -> Tensor:
+    """Cut texts, with the end of text after each, into blocks of `length` tokens.
 
-    What is left at the end is dropped; `file` is where the texts come from.
+    What is left at the end is dropped; `file` is where the texts come from. Returns shape
+    (blocks, length), int64.
 
     Raises:
         ValueError: All texts together are shorter than a block.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = chain.from_iterable([*token_ids(tokenizer, t), *end] for t in texts)
-    block = [*islice(tokens, length)]
-    if len(block) < length:
+    tokens: list[int] = []
+    for text in texts:
+        tokens += [*token_ids(tokenizer, text), *end]
+    if len(tokens) < length:
         raise ValueError(
-            f"data={file} holds {len(block)} tokens, but each step needs blocks of "
+            f"data={file} holds {len(tokens)} tokens, but each step needs blocks of "
             f"max_length={length}: pass more text or a smaller max_length."
         )
-    while len(block) == length:
-        yield block
-        block = [*islice(tokens, length)]
+    return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
