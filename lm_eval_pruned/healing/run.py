@@ -17,9 +17,9 @@ from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_request
 from lm_eval_pruned.checkpoints.request import LoadRequest
-from lm_eval_pruned.healing.text import texts_of, token_blocks
 from lm_eval_pruned.healing.trainer import Checkpoints, HealingTrainer, write_record
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.calibration import read_texts, token_ids
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.stacked import runnable
 from lm_eval_pruned.util.atomic import appearing_whole
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     import os
 
     from peft import LoraConfig
-    from transformers import PreTrainedModel
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.healing.options import HealingOptions
+    from lm_eval_pruned.pruning.calibration import Text
     from lm_eval_pruned.pruning.record import PruneRecord
 
 
@@ -81,6 +83,45 @@ def resolved(
             f"pass at most {positions}."
         )
     return request
+
+
+def texts_of(file: str) -> list[Text]:
+    """Read JSON Lines as `read_texts` does, or a file ``.txt``, which counts as one text.
+
+    Raises:
+        ValueError: The file is missing, empty or of another form.
+    """
+    if Path(file).suffix.lower() != ".txt":
+        return read_texts(file, argument="data")
+    try:
+        return [Path(file).read_text(encoding="utf-8")]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data={file} cannot be read ({error}): pass a text in UTF-8."
+        ) from None
+
+
+def token_blocks(
+    file: str, texts: list[Text], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Tensor:
+    """Cut texts, with the end of text after each, into blocks of `length` tokens.
+
+    What is left at the end is dropped; `file` is where the texts come from. Returns shape
+    (blocks, length), int64.
+
+    Raises:
+        ValueError: All texts together are shorter than a block.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for text in texts:
+        tokens += [*token_ids(tokenizer, text), *end]
+    if len(tokens) < length:
+        raise ValueError(
+            f"data={file} holds {len(tokens)} tokens, but each step needs blocks of "
+            f"max_length={length}: pass more text or a smaller max_length."
+        )
+    return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
 
 
 def heal(
