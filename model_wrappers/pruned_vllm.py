@@ -42,7 +42,7 @@ from lm_eval_pruned.model_wrappers.hf_prefix import (
     CheckedArguments,
     given_or_default,
 )
-from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_request
+from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_checkpoint
 from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.record import PruneRecord
 
@@ -76,21 +76,21 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
         self.token_counts = TokenCounts()
         seed = {"seed": kwargs["seed"]} if kwargs.get("seed") is not None else {}
         with argument_errors():
-            asked = PruneArguments.taken_from(kwargs)
+            arguments = PruneArguments.taken_from(kwargs)
             self.check_arguments({**kwargs, "pretrained": pretrained})
-            for name, own in (
+            for name, ours in (
                 ("load_format", LOAD_FORMAT),
                 ("worker_extension_cls", _EXTENSION),
             ):
-                if kwargs.get(name) not in (None, own):
+                if kwargs.get(name) not in (None, ours):
                     raise ValueError(
                         f"{name}={kwargs[name]} cannot be combined with pruning while vLLM loads: "
                         "leave it out, or use --model vllm."
                     )
         pretrained = given_or_default(pretrained)
-        request = engine_request(
+        checkpoint = engine_checkpoint(
             pretrained,
-            asked,
+            arguments,
             int(kwargs.get("tensor_parallel_size") or 1),
             revision=kwargs.get("revision"),
             trust_remote_code=kwargs.get("trust_remote_code"),
@@ -98,13 +98,14 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
         )
         adapter = kwargs.get("lora_local_path")
         if adapter is not None:
-            check_adapter(adapter, request, "after", argument="lora_local_path")
+            check_adapter(adapter, checkpoint, "after", argument="lora_local_path")
             # vLLM else prepares the head as well, whose code for CPUs cannot score prompts.
             if adapted := adapted_modules(adapter):
                 kwargs.setdefault("lora_target_modules", sorted(adapted))
-        given = vars(asked).items()
         loader = dict(kwargs.pop("model_loader_extra_config", None) or {})
-        loader |= {name: v for name, v in given if v != DECLARED[name].default}
+        for name, value in vars(arguments).items():
+            if value != DECLARED[name].default:
+                loader[name] = value
         kwargs |= {
             "load_format": LOAD_FORMAT,
             "worker_extension_cls": _EXTENSION,
@@ -122,15 +123,15 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
             _end_with(engine.engine_core)
             caches = engine.vllm_config.cache_config.enable_prefix_caching
             self._plain_because = None if caches else "enable_prefix_caching is off"
-        if tells and request.plan.prunes:
-            told = self.model.collective_rpc("pruned_record")[0]
+        if tells and checkpoint.plan.prunes:
+            pruned = self.model.collective_rpc("pruned_record")[0]
         else:
-            record = PruneRecord.of(request.plan, request.widths, None)
-            told = {"record": record.as_dict(), "table": record.as_table()}
-        self._pruning: dict[str, Any] = told["record"]
+            record = PruneRecord.of(checkpoint.plan, checkpoint.widths, None)
+            pruned = {"record": record.as_dict(), "table": record.as_table()}
+        self._pruning: dict[str, Any] = pruned["record"]
         if adapter is not None and tells:
             check_kept(adapter, self._pruning, argument="lora_local_path")
-        eval_logger.info("Pruning:\n%s", told["table"])
+        eval_logger.info("Pruning:\n%s", pruned["table"])
 
     def _runs_on_gpu(self) -> bool:
         from vllm.platforms import current_platform
@@ -196,8 +197,8 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
             if cached and len(requests[index]) - lengths[index] <= cached:
                 again.append(index)
         if again:
-            found = self._ask([requests[index] for index in again], False)
-            for index, output in zip(again, found, strict=True):
+            computed = self._ask([requests[index] for index in again], False)
+            for index, output in zip(again, computed, strict=True):
                 outputs[index] = output
         for tokens, length, output in zip(requests, lengths, outputs, strict=True):
             known = output.prompt_logprobs
@@ -274,8 +275,8 @@ def _end_with(client: Any) -> None:
 
     def tell() -> None:
         with selectors.DefaultSelector() as ends:
-            for each in processes:
-                ends.register(each.sentinel, selectors.EVENT_READ)
+            for process in processes:
+                ends.register(process.sentinel, selectors.EVENT_READ)
             ends.select()
         outputs.put(EngineDeadError())
 

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.pruning.arguments import Number
     from lm_eval_pruned.pruning.curves import Sensitivity
 
 
 def measure_sensitivity(
-    request: LoadRequest,
+    checkpoint: Checkpoint,
     calibration: str = str(OWN_TEXT),
     *,
     criteria: Iterable[str] = ("maw", "act", RANDOM),
@@ -44,7 +44,7 @@ def measure_sensitivity(
     """Return what cutting a single layer costs, for each layer, criterion and width.
 
     Args:
-        request: The model, whatever its plan says.
+        checkpoint: The model, whatever its plan says.
         calibration: JSON Lines file of text; default: text that comes with this package. See
             `lm_eval_pruned.pruning.calibration`.
         criteria: Which choose the neurons.
@@ -64,7 +64,7 @@ def measure_sensitivity(
         raise ValueError(
             f"repair={repair} has no curves: pass {NO_REPAIR} or {LEAST_SQUARES}."
         )
-    device = request.device()
+    device = checkpoint.device()
     named = [each if each == OBS else canonical_name(each) for each in criteria]
     names = dict.fromkeys(named)
     if seeds is not None and RANDOM not in names:
@@ -82,13 +82,13 @@ def measure_sensitivity(
         )
     if calibration_samples is not None:
         calibration_samples = whole("calibration_samples", calibration_samples)
-    skeleton = request.widths.skeleton()
+    skeleton = checkpoint.widths.skeleton
     check_observable(skeleton, stacked=True)
-    tokenizer = tokenizer or request.load_tokenizer()
+    tokenizer = tokenizer or checkpoint.load_tokenizer()
     # What is wrong with the text is refused before weights are read.
     CalibrationText.of(skeleton, tokenizer, calibration, calibration_samples)
-    model, *_ = request.load_stored()
+    model, _ = checkpoint.with_stored_widths().load_stored()
     check_weights(model)
     text = (tokenizer, calibration, calibration_samples)
-    loaded = LoadedModel(model, *text, 0, device, request.content_key())
+    loaded = LoadedModel(model, *text, 0, device, checkpoint.content_key())
     return loaded.curves(ways, shares, repair)

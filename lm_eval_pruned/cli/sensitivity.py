@@ -41,7 +41,7 @@ def run(arguments) -> None:
     """Print the curves, and write them where that is asked."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
     from lm_eval_pruned.report.layers import LayerCurves
     from lm_eval_pruned.results.runs import SENSITIVITY
@@ -63,7 +63,7 @@ def run(arguments) -> None:
     given = (pretrained, PruneArguments(), model_args)
     asked = {name[2:]: getattr(arguments, name[2:]) for name, _ in _MEASURING}
     measured = measure_sensitivity(
-        LoadRequest.resolve(AutoModelForCausalLM, *given),
+        Checkpoint.of(*given, AutoModelForCausalLM),
         tokenizer=tokenizer and AutoTokenizer.from_pretrained(tokenizer),
         **{name: value for name, value in asked.items() if value},
     )

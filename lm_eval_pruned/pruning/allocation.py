@@ -84,7 +84,7 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
         UnsupportedModelError: An allocation would have to weigh layers against each other that
             hold different MLPs, or their activations cannot be observed.
     """
-    model = widths.skeleton()
+    model = widths.skeleton
     check_observable(model, "allocation=uniform", stacked=True)
     held: dict[int, Counter[str]] = defaultdict(Counter)
     for mlp in widths.mlps:

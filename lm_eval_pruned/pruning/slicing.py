@@ -193,7 +193,6 @@ def carry_out(
         on_error.pop_all()
     if plan.prunes:
         widths.copy_keys(narrow_config, model.config)
-        widths.describe_layers(model.config, targets)
     record = PruneRecord.of(plan, widths, tuple(kept.values()), calibration, repaired)
     model.prune_record = record  # type: ignore[assignment]
     return model

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.configs import not_found
-from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, PruneArguments
 from lm_eval_pruned.sweeps.plan import MODELS, SOURCES, find_misspelt, model_source
 
@@ -42,7 +42,7 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
     if prunes:
         asked = PruneArguments.taken_from(dict(arguments))
         try:
-            LoadRequest.resolve(None, pretrained, asked, source)
+            Checkpoint.of(pretrained, asked, source)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where} cannot be used: {error}") from error
     elif cut := next((name for name in CUTS if name in arguments), None):

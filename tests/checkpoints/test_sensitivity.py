@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.curvature import curvature
@@ -65,8 +65,8 @@ def ids_of_text() -> list[torch.Tensor]:
     return [torch.tensor([each]) for each in byte_tokenizer()(WORDS)["input_ids"]]
 
 
-def request_of(folder, auto_class=AutoModelForCausalLM) -> LoadRequest:
-    return LoadRequest.resolve(auto_class, str(folder), PruneArguments(), {})
+def request_of(folder, auto_class=AutoModelForCausalLM) -> Checkpoint:
+    return Checkpoint.of(str(folder), PruneArguments(), {}, auto_class)
 
 
 def curves(folder, text, criteria=("maw",), **asked):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lm_eval_pruned import cli
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -29,6 +29,6 @@ def command(tiny_llama, tmp_path):
 def test_what_is_refused_before_a_weight_is_read(
     words, message, command, monkeypatch, capsys
 ):
-    monkeypatch.setattr(LoadRequest, "_load", None)
+    monkeypatch.setattr(Checkpoint, "_built", None)
     assert cli.main([*command, *words.split()]) == 2
     assert message in capsys.readouterr().err

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned, results_in
-from tests.helpers.checkpoints import ROOT, edit_config
+from tests.helpers.checkpoints import ROOT
 from tests.helpers.layouts import save_family
 from tests.helpers.results_files import write_sweep
 
@@ -307,12 +307,9 @@ def uneven(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "uneven")
 
 
-def test_several_widths_are_saved_with_per_layer_config(uneven):
+def test_several_widths_are_those_of_the_tensors(uneven):
     config = json.loads((uneven / "config.json").read_text())
     assert config["intermediate_size"] == WIDTH
-    assert config["per_layer_config"] == {
-        str(n): {"intermediate_size": width} for n, width in enumerate((40, 60))
-    }
     model = load_pruned(str(uneven))
     assert widths_of(model) == [40, 60, 88]
     assert all(
@@ -321,7 +318,7 @@ def test_several_widths_are_saved_with_per_layer_config(uneven):
 
 
 def test_stock_transformers_refuses_it(uneven):
-    with pytest.raises(Exception, match=r"per-layer|size"):
+    with pytest.raises(Exception, match="size"):
         AutoModelForCausalLM.from_pretrained(uneven)
 
 
@@ -359,9 +356,11 @@ def test_sizes_of_a_model_of_several_widths_that_is_pruned_again(size, widths, u
     assert widths_of(load_pruned(str(uneven), **size)) == widths
 
 
-def test_widths_are_read_from_the_tensors_and_a_contradiction_names_the_layer(uneven):
-    edit_config(uneven, per_layer_config=None)
-    assert widths_of(load_pruned(str(uneven))) == [40, 60, 88]
-    edit_config(uneven, per_layer_config={"0": {"intermediate_size": 41}})
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp has 40 .* says 41"):
-        load_pruned(str(uneven))
+def test_plan_reads_the_widths_from_the_headers_of_the_files(uneven):
+    words = ["--model_args", f"pretrained={uneven}", "--format", "json"]
+    (row,) = json.loads(pruned("plan", *words, "--prune_percents", 50).out)
+    record = load_pruned(str(uneven), prune_percent=50).prune_record
+    assert row["parameters"] == record.parameters_after
+    assert row["reduction"] == pytest.approx(
+        1 - record.parameters_after / record.parameters_before
+    )
