@@ -23,10 +23,6 @@ from lm_eval_pruned.checkpoints.configs import (
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
 from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
-from lm_eval_pruned.model_wrappers.batching.generation import (
-    count_generated,
-    end_tokens,
-)
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
@@ -89,7 +85,6 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "device": _check_text,
     "dtype": check_dtype,
     "energy": _check_flag,
-    "energy_per_task": _check_flag,
     "gguf_file": _check_text,
     "load_in_4bit": _check_flag,
     "load_in_8bit": _check_flag,
@@ -235,7 +230,7 @@ class PrefixHFLM(
 
     def _accelerators(self) -> set[torch.device]:
         devices = {parameter.device for parameter in self.model.parameters()}
-        return {each for each in devices if each.type not in ("cpu", "meta")}
+        return {device for device in devices if device.type not in ("cpu", "meta")}
 
     def _wait_for_accelerators(self) -> None:
         for device in self._accelerators():
@@ -244,41 +239,6 @@ class PrefixHFLM(
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         with self._set_up("batch_size_search"):
             return super()._detect_batch_size(*args, **kwargs)
-
-    def _model_call(
-        self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
-    ) -> torch.Tensor:
-        # What an encoder reads; `_select_cont_toks` sees the decoder's part.
-        if self._energy is not None and attn_mask is not None:
-            self.token_counts.processed += int(attn_mask.sum())
-        return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
-
-    def _select_cont_toks(
-        self,
-        logits: torch.Tensor,
-        contlen: int | None = None,
-        inplen: int | None = None,
-    ) -> torch.Tensor:
-        # HFLM calls this once for each row that it sent through the model, with the
-        # row's length before padding (the decoder's, in an encoder-decoder model).
-        if self._energy is not None:
-            self.token_counts.processed += inplen or contlen or 0
-        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
-    ) -> torch.Tensor:
-        output = super()._model_generate(context, max_length, stop, **options)
-        if self._energy is not None:
-            mask = options.get("attention_mask")
-            prompt = context.numel() if mask is None else int(mask.sum())
-            start = 1 if is_encoder_decoder(self) else context.shape[1]
-            generated = count_generated(output[:, start:], end_tokens(self.model))
-            self.token_counts.prompt += prompt
-            self.token_counts.generated += generated
-            # The last token of a row is never fed back.
-            self.token_counts.processed += prompt + generated - context.shape[0]
-        return output
 
 
 def given_or_default(pretrained: Any) -> Any:

@@ -7,7 +7,6 @@ import logging
 import selectors
 import threading
 import weakref
-from collections import defaultdict
 from dataclasses import fields
 from typing import Any
 
@@ -32,11 +31,7 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_kept,
 )
 from lm_eval_pruned.checkpoints.configs import argument_errors
-from lm_eval_pruned.model_wrappers.batching.answer_paths import (
-    AnswerPath,
-    TokenCounts,
-    paths_record,
-)
+from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths, TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import (
     CheckedArguments,
@@ -114,7 +109,7 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
         super().__init__(pretrained, **{**kwargs, **seed})
         # Otherwise, each replica loads in a process that ends with its requests.
         tells = self.data_parallel_size <= 1
-        self.answer_paths: dict[str, AnswerPath] = defaultdict(AnswerPath)
+        self.answer_paths = AnswerPaths()
         self._plain_because: str | None = "data_parallel_size is above 1"
         #: Tokens of the answer that each prompt ends with, while prompts are scored.
         self._answer_lengths: dict[tuple[int, ...], int] = {}
@@ -239,13 +234,12 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
         dtype = self.model_args["dtype"]
         if self.data_parallel_size <= 1:
             dtype = self.model.llm_engine.model_config.dtype
-        paths, self.answer_paths = self.answer_paths, defaultdict(AnswerPath)
         return {
             "model_num_parameters": self._pruning["parameters_after"],
             "model_dtype": str(dtype),
             "model_revision": self.model_args["revision"] or "main",
             "pruning": self._pruning,
-            "answer_paths": paths_record(paths),
+            "answer_paths": self.answer_paths.take(),
             **self.energy_info(),
         }
 
