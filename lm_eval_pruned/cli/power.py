@@ -4,6 +4,8 @@ of TASK, how likely the runs are to be called equivalent or not worse if they do
 as they do in these documents, and how many documents give a chance of 80 %.
 """
 
+from operator import itemgetter
+
 from lm_eval_pruned.cli.compare import UNIT
 from lm_eval_pruned.util.options import row
 
@@ -29,32 +31,37 @@ def run(arguments) -> None:
     """Print the chances of a verdict."""
     from lm_eval_pruned.compare.comparison import read_comparands
     from lm_eval_pruned.compare.power import DRAWS, MOST, chances, pilots_of
-    from lm_eval_pruned.util.tables import Cell, Column, Table
+    from lm_eval_pruned.util.tables import Column, Table
 
     base, runs = read_comparands(arguments.paths)
     tasks = arguments.task.split(",")
-    rows: list[list[object]] = []
-    for run in runs:
-        if run.is_floor:
-            continue
-        for cases in pilots_of(base, run, tasks, arguments.margin, arguments.measure):
-            rows += chances(cases, arguments.documents, arguments.alpha)
-    columns = (
-        Column("run", lambda row: row[0]),
-        Column("metric", lambda row: row[1]),
-        Column("documents", lambda row: row[2], "d"),
-        Column("changed", lambda row: row[3], ".1%"),
-        Column("margin", lambda row: row[4], ".4g"),
-        Column("verdict", lambda row: row[5]),
-        Column("assuming", lambda row: row[6]),
-        Column("chance", lambda row: row[7], ".0%"),
-        Column("documents for 80 %", lambda row: row[8] or Cell(f"> {MOST:,}"), ","),
-    )
+    columns = [
+        Column("run", itemgetter(0)),
+        Column("metric", itemgetter(1)),
+        Column("documents", itemgetter(2), "d"),
+        Column("changed", itemgetter(3), ".1%"),
+        Column("margin", itemgetter(4), ".4g"),
+        Column("verdict", itemgetter(5)),
+        Column("assuming", itemgetter(6)),
+        Column("chance", itemgetter(7), ".0%"),
+        Column(
+            "documents for 80 %",
+            lambda row: f"{row[8]:,}" if row[8] else f"> {MOST:,}",
+            ">",
+        ),
+    ]
+    rows = [
+        row
+        for run in runs
+        if not run.is_floor
+        for cases in pilots_of(base, run, tasks, arguments.margin, arguments.measure)
+        for row in chances(cases, arguments.documents, arguments.alpha)
+    ]
     n = arguments.documents
     number = f"{n} documents" if n else "the present number of documents"
     print(
         f"Chance of a verdict on {' and '.join(tasks)} with {number}, of a single test without "
         f"correction. A chance of 80 % has a standard error of 3 points, from {DRAWS} draws of these "
         f"documents, and the number of documents for it one of about 8 %.\n\n"
-        f"{Table('power', columns, rows).markdown()}"
+        f"{Table('Chances', columns, rows).markdown()}"
     )

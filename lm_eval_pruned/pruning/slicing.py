@@ -169,8 +169,16 @@ def carry_out(
         if plan.prunes and arguments.layer_by_layer:
             text, device = evidence.text, evidence.device or model.device
             fewest = tokens_per_neuron(model, text.tokens, cut, targets)
+            roots = evidence.curvature.roots if plan.criterion == OBS else {}
             cut_mlps = cut_layer_by_layer(
-                model, text.tokens, cut, targets, scores, arguments.repair, device
+                model,
+                text.tokens,
+                cut,
+                targets,
+                scores,
+                roots,
+                arguments.repair,
+                device,
             )
             kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
             if arguments.repair != NO_REPAIR:
