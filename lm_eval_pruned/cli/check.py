@@ -7,6 +7,7 @@ are too few documents for a test, or input cannot be read.
 """
 
 from pathlib import Path
+from typing import Any
 
 from lm_eval_pruned.cli.compare import margins
 from lm_eval_pruned.util.options import row
@@ -45,7 +46,8 @@ def run(arguments) -> int:
     from lm_eval_pruned.compare import baseline as files, check as gate
     from lm_eval_pruned.compare.findings import FORMATS, exit_code
 
-    kind, value = "absolute", 0.0
+    kind: str = "absolute"
+    value: Any = 0.0
     for name in files.RULES:
         if (limit := getattr(arguments, name)) is not None:
             kind, value = name, None if limit == USUAL else limit

@@ -125,7 +125,8 @@ def line_look(
 
     Colours come from `hues`, by name, or else one after the other.
     """
-    colours, dashes = [], []
+    colours: list[str] = []
+    dashes: list[list[int]] = []
     for n, name in enumerate(names):
         colour = hues[name] if hues else HUES[n % len(HUES)]
         dashes.append(DASHES[(colours.count(colour) if hues else n) % len(DASHES)])
