@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
+from itertools import groupby, starmap
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import Column, Table
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-#: A column of a table: heading, key of a row, multiple of its unit, format.
-_Column = tuple[str, str, float, str]
-_COLUMNS: tuple[_Column, ...] = (
+#: What a column of a table shows: heading, key of a row, multiple of its unit, format.
+_Figure = tuple[str, str, float, str]
+_COLUMNS: tuple[_Figure, ...] = (
     ("output tokens per prompt", "mean_output_tokens", 1, ".1f"),
     ("first token ms", "seconds_to_first_token", 1000, ".1f"),
     ("ms per output token", "seconds_per_output_token", 1000, ".2f"),
@@ -30,7 +30,7 @@ _COLUMNS: tuple[_Column, ...] = (
     ("peak device MiB", "peak_device_bytes", 1 / 2**20, ",.0f"),
     ("peak host MiB", "peak_host_bytes", 1 / 2**20, ",.0f"),
 )
-_OF_MODELS: tuple[_Column, ...] = (
+_OF_MODELS: tuple[_Figure, ...] = (
     ("model", "name", 1, ""),
     ("intermediate size", "intermediate_size", 1, ","),
     ("expansion ratio", "expansion_ratio", 1, ".4f"),
@@ -38,7 +38,7 @@ _OF_MODELS: tuple[_Column, ...] = (
     ("model MiB", "model_bytes", 1 / 2**20, ",.1f"),
     ("widths by layer", "layer_widths", 1, ""),
 )
-_OF_CHANGES: tuple[_Column, ...] = (
+_OF_CHANGES: tuple[_Figure, ...] = (
     ("model", "model", 1, ""),
     ("against the baseline", "metric", 1, ""),
     ("difference, %", "percent", 1, "+.1f"),
@@ -99,12 +99,13 @@ def _setting(profile: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _table(columns: Sequence[_Column], rows: list[dict[str, Any]]) -> str:
-    written = [
-        [_written(row[key], scale, form) for _, key, scale, form in columns]
-        for row in rows
-    ]
-    return markdown_table([heading for heading, *_ in columns], written)
+def _table(figures: Sequence[_Figure], rows: list[dict[str, Any]]) -> str:
+    def column(heading: str, key: str, scale: float, form: str) -> Column:
+        return Column(heading, lambda row: _written(row[key], scale, form), ">")
+
+    first, *others = figures
+    columns = [column(*first)._replace(form=""), *starmap(column, others)]
+    return Table("Profile", columns, rows).markdown()
 
 
 def _written(value: Any, scale: float, form: str) -> str:
