@@ -379,15 +379,15 @@ def read_sample(
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """Return what a model read, and the continuations; none where it wrote freely."""
-    asked = list(map(as_mapping, as_mapping(row.get("arguments")).values()))
+    requests = list(map(as_mapping, as_mapping(row.get("arguments")).values()))
     # Asked once more without the question, for the metric that takes this away.
     if "acc_mutual_info" in row:
-        asked = asked[: len(asked) // 2]
-    prompts = [str(each.get("arg_0", "")) for each in asked]
-    endings = [each.get("arg_1", "") for each in asked]
+        requests = requests[: len(requests) // 2]
+    prompts = [str(request.get("arg_0", "")) for request in requests]
+    endings = [request.get("arg_1", "") for request in requests]
     # The choices of Winogrande are put into the prompt, before one ending.
     shared = prompts[0] if len({*prompts}) == 1 else os.path.commonprefix(prompts)  # noqa: RUF071
-    if not all(isinstance(each, str) for each in endings):
+    if not all(isinstance(ending, str) for ending in endings):
         return shared, ()
     pairs = zip(prompts, endings, strict=True)
     return shared, tuple(prompt[len(shared) :] + ending for prompt, ending in pairs)
