@@ -7,7 +7,6 @@ import logging
 import selectors
 import threading
 import weakref
-from collections import defaultdict
 from dataclasses import fields
 from typing import Any
 
@@ -32,16 +31,10 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_kept,
 )
 from lm_eval_pruned.checkpoints.configs import argument_errors
-from lm_eval_pruned.model_wrappers.batching.answer_paths import (
-    AnswerPath,
-    TokenCounts,
-    paths_record,
-)
+from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths, TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import (
-    argument_names,
-    check_arguments,
-    check_values,
+    CheckedArguments,
     given_or_default,
 )
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_checkpoint
@@ -55,9 +48,9 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
 
 
-class PrunedVLLM(EnergyWindows, VLLM):
+class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
     engine_died = False
-    check_values = staticmethod(check_values)
+    more_arguments = (*DECLARED, *(field.name for field in fields(EngineArgs)))
 
     def __init__(
         self,
@@ -79,7 +72,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
         seed = {"seed": kwargs["seed"]} if kwargs.get("seed") is not None else {}
         with argument_errors():
             arguments = PruneArguments.taken_from(kwargs)
-            check_arguments(type(self), {**kwargs, "pretrained": pretrained})
+            self.check_arguments({**kwargs, "pretrained": pretrained})
             for name, ours in (
                 ("load_format", LOAD_FORMAT),
                 ("worker_extension_cls", _EXTENSION),
@@ -116,7 +109,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
         super().__init__(pretrained, **{**kwargs, **seed})
         # Otherwise, each replica loads in a process that ends with its requests.
         tells = self.data_parallel_size <= 1
-        self.answer_paths: dict[str, AnswerPath] = defaultdict(AnswerPath)
+        self.answer_paths = AnswerPaths()
         self._plain_because: str | None = "data_parallel_size is above 1"
         #: Tokens of the answer that each prompt ends with, while prompts are scored.
         self._answer_lengths: dict[tuple[int, ...], int] = {}
@@ -134,12 +127,6 @@ class PrunedVLLM(EnergyWindows, VLLM):
         if adapter is not None and tells:
             check_kept(adapter, self._pruning, argument="lora_local_path")
         eval_logger.info("Pruning:\n%s", pruned["table"])
-
-    @classmethod
-    def argument_names(cls) -> set[str]:
-        """Return the names of all arguments, those of vLLM's engine among them."""
-        names = {argument.name for argument in fields(EngineArgs)}
-        return argument_names(cls) | names | {*DECLARED}
 
     def _runs_on_gpu(self) -> bool:
         from vllm.platforms import current_platform
@@ -247,13 +234,12 @@ class PrunedVLLM(EnergyWindows, VLLM):
         dtype = self.model_args["dtype"]
         if self.data_parallel_size <= 1:
             dtype = self.model.llm_engine.model_config.dtype
-        paths, self.answer_paths = self.answer_paths, defaultdict(AnswerPath)
         return {
             "model_num_parameters": self._pruning["parameters_after"],
             "model_dtype": str(dtype),
             "model_revision": self.model_args["revision"] or "main",
             "pruning": self._pruning,
-            "answer_paths": paths_record(paths),
+            "answer_paths": self.answer_paths.take(),
             **self.energy_info(),
         }
 

@@ -212,11 +212,6 @@ def _of_width(linear: LinearBase, width: int) -> LinearBase:
 class PruneRecordExtension:
     """What a worker of vLLM reports about its model; see ``worker_extension_cls`` there."""
 
-    def model_bytes(self) -> int:
-        """Return the bytes of the weights and buffers of this worker."""
-        model = self.get_model()  # type: ignore[attr-defined]
-        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-
     def pruned_record(self) -> dict[str, Any]:
         """Return what was pruned, as results hold it and as a table for people."""
         record = self.get_model().prune_record  # type: ignore[attr-defined]

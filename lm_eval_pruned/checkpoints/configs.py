@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from transformers import PretrainedConfig
 
@@ -72,21 +73,27 @@ def argument_errors() -> Iterator[None]:
 
 
 def misspelt(
-    names: Iterable[str], known: Collection[str], config: Callable[[], Any]
+    arguments: Mapping[str, Any], known: Collection[str]
 ) -> tuple[str, str] | None:
     """Return the first name that is unknown but resembles a known one, and that one.
 
-    What transformers or the `config` of the model knows may be passed as well.
+    What transformers or the config of ``pretrained`` knows may be among `arguments` as well.
     """
-    from transformers import PreTrainedModel
+    from transformers import AutoConfig, PreTrainedModel
 
     taken = inspect.signature(PreTrainedModel.from_pretrained).parameters
-    for name in names:
+    pretrained = arguments.get("pretrained")
+    for name in arguments:
         if name in known or name in taken or name in _TAKEN_UNNAMED:
             continue
         near = difflib.get_close_matches(str(name), known, 1, cutoff=0.8)
-        if near and not hasattr(config(), str(name)):
-            return name, near[0]
+        if near:
+            config = getattr(pretrained, "config", None)
+            if isinstance(pretrained, (str, os.PathLike)):
+                source = {n: arguments[n] for n in READING if arguments.get(n)}
+                config = AutoConfig.from_pretrained(pretrained, **source)
+            if not hasattr(config, str(name)):
+                return name, near[0]
     return None
 
 

@@ -38,7 +38,7 @@ from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Collection, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -92,7 +92,6 @@ def export_pruned(
     push_to_hub: str | None = None,
     measured: Collection[str] = (),
     prune_arguments: dict[str, Any],
-    more_files: Callable[[PruneRecord], dict[str, str]] | None = None,
     **from_pretrained: Any,
 ) -> Export:
     """Write a pruned model as an ordinary checkpoint that stock transformers opens.
@@ -113,8 +112,6 @@ def export_pruned(
         push_to_hub: Repository on the Hub to upload the finished folder to.
         measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED` and `RANDOM_CUT`.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
-        more_files: Returns further files, text by name, for what was pruned; what it raises ends the
-            export before anything is written.
         **from_pretrained: Anything else ``from_pretrained`` takes.
 
     Raises:
@@ -174,7 +171,6 @@ def export_pruned(
     measure(PRUNED, model)
     if dtype is None:
         as_stored(loaded.rounded)
-    more = {} if more_files is None else more_files(record)
     weights = stored_once(model).values()
     check_writable(output, sum(weight.numel() * weight.itemsize for weight in weights))
     with appearing_whole(output) as unfinished:
@@ -188,9 +184,7 @@ def export_pruned(
         )
         revision = source_arguments.get("revision")
         card = model_card(pretrained, revision, source, record, unfinished, cost=cost)
-        for name, text in {"README.md": card, **more}.items():
-            (unfinished / name).parent.mkdir(exist_ok=True)
-            (unfinished / name).write_text(text, encoding="utf-8")
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
         shards = shard_sizes(unfinished)
     if push_to_hub is not None:
         from huggingface_hub import HfApi

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
-from lm_eval_pruned.util.tables import csv_table, markdown_table
+from lm_eval_pruned.util.tables import Column, Table, csv_table
 
 
 if TYPE_CHECKING:
@@ -284,28 +285,24 @@ def _equal_ratio(plan: PrunePlan, whole: Widths, parameters: int) -> str:
     return f"{width * 10**6 // plan.hidden_size / 10**6:.6f}" if width >= 1 else ""
 
 
-#: Columns of the table, and how their values are written; those after the first six are left out
-#: where they say nothing.
-_COLUMNS = {
-    "asked": "",
-    "intermediate size": ",",
-    "expansion ratio": ".4f",
-    "parameters": ",",
-    "reduction": ".2%",
-    "checkpoint bytes": ",",
-    "widths by layer": "",
-    "layers dropped": "",
-    "ratio of equal parameters": "",
-}
+#: Those after the first six are left out where they say nothing.
+_COLUMNS = (
+    Column("asked", attrgetter("asked")),
+    Column("intermediate size", attrgetter("intermediate_size"), ","),
+    Column("expansion ratio", attrgetter("expansion_ratio"), ".4f"),
+    Column("parameters", attrgetter("parameters"), ","),
+    Column("reduction", attrgetter("reduction"), ".2%"),
+    Column("checkpoint bytes", attrgetter("checkpoint_bytes"), ","),
+    Column("widths by layer", attrgetter("layer_widths"), ">"),
+    Column("layers dropped", attrgetter("layers_dropped"), ">"),
+    Column("ratio of equal parameters", attrgetter("equal_ratio"), ">"),
+)
 
 
 def as_table(rows: list[PlanRow]) -> str:
     """Return the rows as a Markdown table."""
-    cells = [map(format, astuple(row), _COLUMNS.values()) for row in rows]
-    columns = [*zip(_COLUMNS, *cells, strict=True)]
-    shown = [*columns[:6], *(column for column in columns[6:] if any(column[1:]))]
-    names, *table = zip(*shown, strict=True)
-    return markdown_table(names, table) + "\n"
+    more = [column for column in _COLUMNS[6:] if any(map(column.value, rows))]
+    return Table("Plan", [*_COLUMNS[:6], *more], rows).markdown() + "\n"
 
 
 FORMATS: dict[str, Callable[[list[PlanRow]], str]] = {
