@@ -328,6 +328,12 @@ def test_a_mistyped_argument_is_one_sentence_with_the_argument(
     assert message in done.sentence
 
 
+def test_a_mistyped_argument_of_load_pruned_names_what_was_probably_meant(tiny_llama):
+    said = r"prune_percnt=30 is not understood: .*; did you mean prune_percent\?$"
+    with pytest.raises(ValueError, match=said):
+        load_pruned(str(tiny_llama), prune_percnt=30)
+
+
 @pytest.mark.parametrize("command", ["heal", "profile", "sensitivity", "study"])
 def test_a_mistyped_dtype_is_one_sentence_of_each_command(
     command, tiny_llama, tmp_path
