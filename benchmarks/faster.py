@@ -147,19 +147,21 @@ TASKS = {
 TEN = [name for name in TASKS if name not in ("boolq", "demo")]
 
 
+def tasks(name: str) -> list[str | dict[str, Any]]:
+    """Return names and configs of tasks, as the harness takes them."""
+    return [
+        {"task": name, **task} if isinstance(task, dict) else task
+        for task in TASKS[name].tasks
+    ]
+
+
 def _loaded(name: str, manager: TaskManager) -> Any:
     """Load what a name of `TASKS` stands for, with the same few-shot examples in each run."""
-    work = TASKS[name]
-    loaded = manager.load(
-        [
-            {"task": name, **task} if isinstance(task, dict) else task
-            for task in work.tasks
-        ]
-    )
+    loaded = manager.load(tasks(name))
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(1234)
-        if work.tokens:
-            limit = {"max_gen_toks": work.tokens}
+        if most := TASKS[name].tokens:
+            limit = {"max_gen_toks": most}
             task.set_config(key="generation_kwargs", value=limit, update=True)
     return loaded
 
