@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lm_eval_pruned.compare import statistics
 from lm_eval_pruned.compare.judge import Case
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.compare.pairing import paired_test
 from lm_eval_pruned.compare.pooled import mean_of, p_of_claim
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents

@@ -27,9 +27,11 @@ from lm_eval.api.registry import get_model
 from prune_on_load import LLAMA_3_2_1B
 from reporting import Side, in_turns, mebibytes, on_the_fast_path, spread
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.model_wrappers.batching.forward import kernel_of_shared_keys
 from lm_eval_pruned.util.atomic import appearing_whole
 from lm_eval_pruned.util.tables import markdown_table
 
@@ -187,6 +189,12 @@ class Parts:
         """Time prefix sharing and slots against `hf` at the best batch size that it has."""
         self._need(2)
         model = self._model(self.dtype)
+        kernel = kernel_of_shared_keys(model.config, self.device, self.dtype)
+        grouped = kernel == SDPBackend.EFFICIENT_ATTENTION
+        yield (
+            f"Under a mask, torch's choice for keys that heads share: {kernel}; hf-prefix "
+            f"{'groups them' if grouped else 'has them copied for each head'}."
+        )
         for kind, requests in self._work().items():
 
             def answer(

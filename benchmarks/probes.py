@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from lm_eval_pruned.compare.floors import share_kept
 from lm_eval_pruned.compare.gaffke import POWER
-from lm_eval_pruned.compare.kept import share_kept
 from lm_eval_pruned.compare.statistics import paired_mean
 from lm_eval_pruned.results.runs import read_sweep
 

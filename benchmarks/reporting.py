@@ -248,11 +248,16 @@ def attention_of(run: Callable[[], object]) -> str:
 @contextmanager
 def on_the_fast_path(lm: HFLM) -> Iterator[None]:
     """Raise RuntimeError where an `lm` with fast paths took none of them in the block."""
-    counts = getattr(lm, "token_counts", None)
-    before = counts and counts.processed
+    paths = getattr(lm, "answer_paths", None)
+
+    def answered() -> int:
+        counts = [path.requests for path in paths.values()]
+        return sum(count.total() - count["plain"] for count in counts)
+
+    before = answered() if paths is not None else 0
     yield
-    if counts and counts.processed == before:
-        reasons = [r for path in lm.answer_paths.values() for r in path.by_reason]
+    if paths is not None and answered() == before:
+        reasons = [r for path in paths.values() for r in path.by_reason]
         raise RuntimeError(
             f"hf-prefix answered on the plain path: {'; '.join(reasons) or 'its log says why'}."
         )

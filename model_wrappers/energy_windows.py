@@ -23,13 +23,11 @@ from lm_eval_pruned.model_wrappers.batching.fast_path import check_flag
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    #: What was used, by section of the block, such as ``tasks``, and the names within it.
+    #: What was used, by section of the block, such as ``set_up``, and the names within it.
     Windows = dict[tuple[str, ...], "Usage"]
 
 #: Version of the block under ``config.energy``; raised when a key changes its meaning.
 SCHEMA_VERSION = 2
-#: Keys of what is in no section of the block.
-_IDLE, _CACHED = ("idle",), ("cached_answers",)
 #: Tokens of the pass that comes before the first request, on which nothing is counted.
 WARM_UP_TOKENS = 8
 
@@ -75,12 +73,11 @@ class Usage:
 
 
 def _merged(parts: Sequence[Windows], *, at_once: bool = False) -> Windows:
-    keys = dict.fromkeys(chain(*parts))
-    usages_by_key = {
-        key: [windows[key] for windows in parts if key in windows] for key in keys
-    }
     return {
-        key: Usage.sum(usages, at_once=at_once) for key, usages in usages_by_key.items()
+        key: Usage.sum(
+            [windows[key] for windows in parts if key in windows], at_once=at_once
+        )
+        for key in dict.fromkeys(chain(*parts))
     }
 
 
@@ -96,29 +93,23 @@ class EnergyLog:
         self.monitor = monitor
         self._idle_seconds, self._sleep = idle_seconds, sleep
         # What this process used since it last met the others, and what all used before.
-        self._own: Windows = {}
+        self._since: Windows = {}
         self._all: Windows = {}
         self.begin()
 
     def begin(self) -> None:
         """Forget the evaluation so far; what the idle machine uses stays known."""
-        self._own, self._all = (
+        self._since, self._all = (
             {key: usage for key, usage in windows.items() if key[0] == "idle"}
-            for windows in (self._own, self._all)
+            for windows in (self._since, self._all)
         )
         self._is_over, self._machines = False, 1
-
-    def note(self, key: tuple[str, ...], usage: Usage) -> None:
-        """Add what was used to a window."""
-        if self._is_over:
-            self.begin()
-        self._own = _merged([self._own, {key: usage}])
 
     def measure_idle(self) -> None:
         """Measure the idle machine, the first time this is called."""
         if self._idle_seconds:
             # The processes that do not meter their machine keep still as well.
-            with self.window(*_IDLE):
+            with self.window("idle"):
                 self._sleep(self._idle_seconds)
             self._idle_seconds = 0
 
@@ -134,13 +125,14 @@ class EnergyLog:
         yield
         reading = self.monitor.end_window(" ".join(key), apart=key[0] == "set_up")
         tokens = lm.token_counts - before if lm else TokenCounts()
-        self.note(
-            key, Usage(requests, tokens, reading if self.monitor.meters else None)
-        )
+        if self._is_over:
+            self.begin()
+        usage = Usage(requests, tokens, reading if self.monitor.meters else None)
+        self._since = _merged([self._since, {key: usage}])
 
     def take(self) -> Windows:
         """Return what this process used since the last call."""
-        used, self._own = self._own, {}
+        used, self._since = self._since, {}
         return used
 
     def add(self, processes: list[Windows]) -> None:
@@ -155,14 +147,12 @@ class EnergyLog:
         self.monitor.stop()
         self._is_over = True
         windows = dict(self._all)
-        idle = windows.pop(_IDLE, Usage()).reading
-        cached = windows.pop(_CACHED, Usage()).requests
+        idle = windows.pop(("idle",), Usage()).reading
         types = [usage for key, usage in windows.items() if key[0] == "request_types"]
         total = Usage.sum(types or [Usage(reading=EnergyReading(0.0))])
-        noted = [
-            reading.notes for reading in (total.reading, idle) if reading is not None
-        ]
-        notes = [*dict.fromkeys(chain(self.monitor.failures, *noted))]
+        readings = [r for r in (total.reading, idle) if r is not None]
+        of_readings = chain(*(reading.notes for reading in readings))
+        notes = [*dict.fromkeys([*self.monitor.failures, *of_readings])]
         meter = self.monitor.describe()
         block: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -170,7 +160,6 @@ class EnergyLog:
             **{entry.name: None for entry in fields(MeterDescription)},
             **(asdict(meter) if meter else {}),
             "machines": self._machines,
-            "cached_answers": cached,
             "idle": idle and idle.as_dict(),
             "set_up": {},
             "request_types": {},
@@ -180,11 +169,11 @@ class EnergyLog:
         }
         block["meter"] = block.pop("name")
         for key, usage in windows.items():
-            place, reading = block, usage.reading or EnergyReading()
-            for name in key:
-                place = place.setdefault(name, {})
-            is_set_up = key[0] == "set_up"
-            place.update(reading.as_dict() if is_set_up else usage.as_dict(idle))
+            if key[0] == "request_types":
+                block["request_types"][key[1]] = usage.as_dict(idle)
+            else:
+                reading = usage.reading or EnergyReading()
+                block["set_up"].setdefault(key[1], {})[key[2]] = reading.as_dict()
         net = (block["total"].get("net_joules") or {}).get("total")
         if net is not None and net < 0:
             notes.append(
@@ -205,7 +194,6 @@ class EnergyWindows(TemplateLM):
         self,
         *args: Any,
         energy: bool = False,
-        energy_per_task: bool = False,
         energy_idle_seconds: float = 0,
         energy_country: str | None = None,
         **kwargs: Any,
@@ -215,7 +203,6 @@ class EnergyWindows(TemplateLM):
         Args:
             *args, **kwargs: Those of the model.
             energy: Measure wall time, tokens and energy of each request type.
-            energy_per_task: Measure the requests of each task in a separate window.
             energy_idle_seconds: First measure the idle machine for this many seconds, and also
                 report net energy.
             energy_country: ISO 3166 alpha-3 code of the country whose carbon intensity
@@ -225,18 +212,16 @@ class EnergyWindows(TemplateLM):
             ValueError: An argument is out of range, or needs ``energy=true``.
         """
         check_flag("energy", energy)
-        check_flag("energy_per_task", energy_per_task)
         wait, country = energy_idle_seconds, energy_country
         if type(wait) not in (int, float) or not 0 <= wait < float("inf"):
             raise ValueError(
                 f"energy_idle_seconds={wait} is not a number of seconds: pass one such as 10, "
                 "or 0."
             )
-        others = {"per_task": energy_per_task, "idle_seconds": wait, "country": country}
-        for name, given in others.items():
-            if given and not energy:
+        for name, value in {"idle_seconds": wait, "country": country}.items():
+            if value and not energy:
                 raise ValueError(
-                    f"energy_{name}={given} measures nothing by itself: pass energy=true as "
+                    f"energy_{name}={value} measures nothing by itself: pass energy=true as "
                     "well, or leave it out."
                 )
         self._energy: EnergyLog | None = None
@@ -244,7 +229,6 @@ class EnergyWindows(TemplateLM):
             country = None if country is None else check_country(country)
             meter = CodecarbonMeter(country) if meters_the_machine() else None
             self._energy = EnergyLog(EnergyMonitor(meter), wait)
-        self._energy_per_task = energy_per_task
         self._request_type = ""
         self._warmed_up = False
         super().__init__(*args, **kwargs)
@@ -268,20 +252,6 @@ class EnergyWindows(TemplateLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list:
         return self._measured("generate_until", requests, disable_tqdm)
-
-    def set_cache_hook(self, cache_hook: Any) -> None:
-        """Take the hook, and count the answers that `CachingLM` reads and keeps to itself."""
-        super().set_cache_hook(cache_hook)
-        energy, answers = self._energy, cache_hook.dbdict
-        if energy is not None and answers is not None:
-
-            class Counted(type(answers)):  # type: ignore[misc]
-                def __getitem__(cache, key: Any) -> Any:
-                    answer = super().__getitem__(key)
-                    energy.note(_CACHED, Usage(1))  # type: ignore[union-attr]
-                    return answer
-
-            answers.__class__ = Counted
 
     def begin_evaluation(self) -> None:
         """Begin the readings anew, for a model that answers several evaluations."""
@@ -311,33 +281,20 @@ class EnergyWindows(TemplateLM):
                 self._first_pass()
         count = len(requests)
         with energy.window("request_types", request_type, lm=self, requests=count):
-            # Processes may hold requests of different tasks, and rolling ones wait for each other.
-            if self.world_size > 1 or not self._energy_per_task:
-                answers = answer(requests)
-                # A machine is busy until its last process has finished.
-                self.barrier()
-                return answers
-            tasks: dict[str, dict[int, Any]] = {}
-            for number, request in enumerate(requests):
-                tasks.setdefault(str(request.task_name), {})[number] = request
-            answers_by_number: dict[int, Any] = {}
-            for task, part in tasks.items():
-                names = ("tasks", task, request_type)
-                with energy.window(*names, lm=self, requests=len(part)):
-                    answers_by_number |= zip(
-                        part, answer([*part.values()]), strict=True
-                    )
-            return [answers_by_number[number] for number in range(count)]
+            answers = answer(requests)
+            # A machine is busy until its last process has finished.
+            self.barrier()
+            return answers
 
     @contextlib.contextmanager
     def _set_up(self, purpose: str) -> Iterator[None]:
         """Measure what belongs to no request, and leave it out of the requests' figures."""
+        before = replace(self.token_counts)
         if self._energy is None:
             yield
-            return
-        self._wait_for_accelerators()
-        before = replace(self.token_counts)
-        with self._energy.window("set_up", purpose, self._request_type):
-            yield
+        else:
             self._wait_for_accelerators()
+            with self._energy.window("set_up", purpose, self._request_type):
+                yield
+                self._wait_for_accelerators()
         self.token_counts = before

@@ -54,13 +54,13 @@ class EchoLM(LM):
         """Make one answer to each document certain, or all alike; a single one is any bytes."""
         documents: dict[Any, list[Instance]] = defaultdict(list)
         # One that is repeated is listed again.
-        for each in {id(each): each for each in requests}.values():
-            documents[each.task_name, each.doc_id].append(each)
+        for request in {id(request): request for request in requests}.values():
+            documents[request.task_name, request.doc_id].append(request)
         counts = _right_answers(documents.values()) if self._rule == "commonest" else {}
         answers: dict[int, tuple[float, bool]] = {}
         for document in documents.values():
             answers |= self._answers(document, counts)
-        return [answers[id(each)] for each in requests]
+        return [answers[id(request)] for request in requests]
 
     def _answers(
         self, document: Sequence[Instance], counts: Mapping[Any, Counter[int]]
@@ -68,30 +68,31 @@ class EchoLM(LM):
         if len(document) == 1:
             return {id(document[0]): (_of_bytes(document[0].args[1]), False)}
         # acc_mutual_info asks once more without the question, where nothing may be certain.
-        offered = [each for each in document if each.args[0]] or document
+        offered = [request for request in document if request.args[0]] or document
         known = counts.get(_choices(offered), Counter())
 
-        def rank(place: int) -> tuple[int, str]:
-            context, answer = offered[place].args[:2]
+        def rank(index: int) -> tuple[int, str]:
+            context, answer = offered[index].args[:2]
             size = len(context + answer)
-            by_rule = {"shortest": -size, "longest": size, "first": -place}
+            by_rule = {"shortest": -size, "longest": size, "first": -index}
             # The harness gives ties to the first, which data sets often make the right one.
             draw = hashlib.sha256(f"{context}\0{answer}".encode()).hexdigest()
-            return by_rule.get(self._rule, known[place]), draw
+            return by_rule.get(self._rule, known[index]), draw
 
         chosen = offered[max(range(len(offered)), key=rank)]
         # As likely as the chosen one, to nine digits, or never.
         other = -1e-9 if self._rule == "equal" else -1000.0
-        return {id(e): (other, False) for e in document} | {id(chosen): (0.0, True)}
+        others = {id(request): (other, False) for request in document}
+        return others | {id(chosen): (0.0, True)}
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Return the log-likelihood of each text where all bytes are equally likely: 8 bits each."""
-        return [_of_bytes(each.args[0]) for each in requests]
+        return [_of_bytes(request.args[0]) for request in requests]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the text for each prompt, up to the first of its stop sequences."""
         answers = []
-        for prompt, settings, *_ in (each.args for each in requests):
+        for prompt, settings, *_ in (request.args for request in requests):
             text = prompt if self._answer is None else self._answer
             stops = settings.get("until") or ()
             for stop in filter(None, [stops] if isinstance(stops, str) else stops):
@@ -125,7 +126,7 @@ def _of_bytes(text: str) -> float:
 
 
 def _choices(document: Sequence[Instance]) -> tuple[str, ...]:
-    return tuple(each.args[1].strip() for each in document)
+    return tuple(request.args[1].strip() for request in document)
 
 
 def _right_answers(
@@ -136,19 +137,22 @@ def _right_answers(
     counts: dict[Any, Counter[int]] = defaultdict(Counter)
     for document in documents:
         by_task[document[0].task_name].append(document)
-    for of in by_task.values():
-        choices, *more = {_choices(document) for document in of}
+    for of_task in by_task.values():
+        choices, *more = {_choices(document) for document in of_task}
         # Of a single document, the commonest answer would be the right one.
-        tells = [] if more or len(of) == 1 else filter(_RIGHT.search, of[0][0].doc)
-        for name in tells:
-            rights = [_place(document[0].doc.get(name), choices) for document in of]
+        if more or len(of_task) == 1:
+            continue
+        for name in filter(_RIGHT.search, of_task[0][0].doc):
+            rights = [
+                _choice(document[0].doc.get(name), choices) for document in of_task
+            ]
             if -1 not in rights:
                 counts[choices].update(rights)
                 break
     return counts
 
 
-def _place(value: Any, choices: tuple[str, ...]) -> int:
+def _choice(value: Any, choices: tuple[str, ...]) -> int:
     """Return which choice a field of a document names, or -1.
 
     As in the harness, a number is an index, and a text that is one of the choices is that one.

@@ -25,10 +25,6 @@ from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
 from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
-from lm_eval_pruned.model_wrappers.batching.generation import (
-    count_generated,
-    end_tokens,
-)
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
@@ -47,20 +43,54 @@ if TYPE_CHECKING:
 eval_logger = logging.getLogger("lm_eval.models.pruned")
 
 _FLAGS = (
-    *("add_bos_token", "energy", "energy_per_task", "load_in_4bit", "load_in_8bit"),
-    *("logits_cache", "parallelize", "prefix_sharing", "slot_refilling", "truncation"),
-    *("trust_remote_code", "use_fast_tokenizer", ARGUMENT),
+    "add_bos_token",
+    "energy",
+    "load_in_4bit",
+    "load_in_8bit",
+    "logits_cache",
+    "parallelize",
+    "prefix_sharing",
+    "slot_refilling",
+    "truncation",
+    "trust_remote_code",
+    "use_fast_tokenizer",
+    ARGUMENT,
 )
 _COUNTS = ("max_batch_size", "max_length", "slots")
 _TEXTS = (
-    *("attn_implementation", "delta", "device", "gguf_file", "peft", "pretrained"),
-    *("subfolder", "tokenizer"),
+    "attn_implementation",
+    "delta",
+    "device",
+    "gguf_file",
+    "peft",
+    "pretrained",
+    "subfolder",
+    "tokenizer",
 )
 _DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
+def check_values(arguments: Mapping[str, Any]) -> None:
+    """Refuse values of arguments that the harness's model would stumble over.
+
+    Raises:
+        ValueError: A value cannot be used.
+    """
+    for name, value in arguments.items():
+        if name in _FLAGS and value is not None:
+            check_flag(name, value)
+        elif name in _COUNTS:
+            check_count(name, value)
+        elif name in _DTYPES:
+            check_dtype(name, value)
+        elif (expected := _expected_instead(name, value)) is not None:
+            raise ValueError(f"{name}={value} is not understood: pass {expected}.")
+
+
 class PrefixHFLM(EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM):
+    check_values = staticmethod(check_values)
+
     def __init__(
         self,
         pretrained: Any = None,
@@ -140,7 +170,7 @@ class PrefixHFLM(EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM):
 
     def _accelerators(self) -> set[torch.device]:
         devices = {parameter.device for parameter in self.model.parameters()}
-        return {each for each in devices if each.type not in ("cpu", "meta")}
+        return {device for device in devices if device.type not in ("cpu", "meta")}
 
     def _wait_for_accelerators(self) -> None:
         for device in self._accelerators():
@@ -150,50 +180,10 @@ class PrefixHFLM(EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM):
         with self._set_up("batch_size_search"):
             return super()._detect_batch_size(*args, **kwargs)
 
-    def _model_call(
-        self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
-    ) -> torch.Tensor:
-        # What an encoder reads; `_select_cont_toks` sees the decoder's part.
-        if self._energy is not None and attn_mask is not None:
-            self.token_counts.processed += int(attn_mask.sum())
-        return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
-
-    def _select_cont_toks(
-        self,
-        logits: torch.Tensor,
-        contlen: int | None = None,
-        inplen: int | None = None,
-    ) -> torch.Tensor:
-        # HFLM calls this once for each row that it sent through the model, with the
-        # row's length before padding (the decoder's, in an encoder-decoder model).
-        if self._energy is not None:
-            self.token_counts.processed += inplen or contlen or 0
-        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
-
-    def _model_generate(
-        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
-    ) -> torch.Tensor:
-        output = super()._model_generate(context, max_length, stop, **options)
-        if self._energy is not None:
-            mask = options.get("attention_mask")
-            prompt = context.numel() if mask is None else int(mask.sum())
-            start = 1 if is_encoder_decoder(self) else context.shape[1]
-            generated = count_generated(output[:, start:], end_tokens(self.model))
-            self.token_counts.prompt += prompt
-            self.token_counts.generated += generated
-            # The last token of a row is never fed back.
-            self.token_counts.processed += prompt + generated - context.shape[0]
-        return output
-
     @classmethod
     def argument_names(cls) -> set[str]:
         """Return the names of all arguments but those that HFLM hands on to transformers."""
         return argument_names(cls)
-
-    @staticmethod
-    def check_values(given: Mapping[str, Any]) -> None:
-        """Refuse values of arguments, as `check_values` does."""
-        check_values(given)
 
 
 def check_arguments(model_type: Any, arguments: Mapping[str, Any]) -> None:
@@ -215,23 +205,6 @@ def check_arguments(model_type: Any, arguments: Mapping[str, Any]) -> None:
         model_type.check_values(arguments)
 
 
-def check_values(given: Mapping[str, Any]) -> None:
-    """Refuse values of arguments that the harness's model would stumble over.
-
-    Raises:
-        ValueError: A value cannot be used.
-    """
-    for name, value in given.items():
-        if name in _FLAGS and value is not None:
-            check_flag(name, value)
-        elif name in _COUNTS:
-            check_count(name, value)
-        elif name in _DTYPES:
-            check_dtype(name, value)
-        elif (expected := _expected_instead(name, value)) is not None:
-            raise ValueError(f"{name}={value} is not understood: pass {expected}.")
-
-
 def _expected_instead(name: str, value: Any) -> str | None:
     """Return what to pass for an argument; None if `value` will do."""
     if name in _TEXTS and isinstance(value, (bool, int, float)):
@@ -250,9 +223,9 @@ def argument_names(model_type: type) -> set[str]:
     """Return the names of the arguments of a model type, without those that it passes on."""
     return {
         name
-        for each in model_type.__mro__
-        if "__init__" in vars(each)
-        for name in inspect.signature(vars(each)["__init__"]).parameters
+        for base in model_type.__mro__
+        if "__init__" in vars(base)
+        for name in inspect.signature(vars(base)["__init__"]).parameters
     } - {"self", "args", "kwargs"}
 
 

@@ -51,9 +51,9 @@ def mismatched(requests: Sequence[Instance]) -> list[Instance]:
             )
         for number, document in enumerate(group):
             contexts = _contexts(group[(number + commonest) % len(group)])
-            places = iter(contexts * len(document))
+            in_turn = iter(contexts * len(document))
             for request in document:
-                exchanged[id(request)] = _after(request, places)
+                exchanged[id(request)] = _after(request, in_turn)
     return [exchanged[id(request)] for request in requests]
 
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.adapters import STAGES, check_adapter, check_kept
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.configs import (
     argument_errors,
     clear_errors,
     quantising_arguments,
 )
-from lm_eval_pruned.checkpoints.load import check_divides, load_request
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.load import load_checkpoint
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM, check_arguments
 from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
@@ -111,25 +111,24 @@ class PrunedHFLM(PrefixHFLM):
         auto_class, revision = self.AUTO_MODEL_CLASS, kwargs.get("revision")
 
         def load(name: str, **from_pretrained: Any) -> PreTrainedModel:
-            request = LoadRequest.resolve(
-                auto_class, name, self._prune_arguments, from_pretrained
-            )
+            arguments = self._prune_arguments
+            checkpoint = Checkpoint.of(name, arguments, from_pretrained, auto_class)
             if from_pretrained.get("tp_plan") is not None:
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
-                check_divides(request, processes, "tp_plan")
+                checkpoint.check_divides(processes, "tp_plan")
             quantising = quantising_arguments(kwargs)
-            if merging is not None and quantising and request.plan.changes_model:
+            if merging is not None and quantising and checkpoint.plan.changes_model:
                 raise ValueError(
                     f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
                     f"afterwards, because {merging} adds to its weights first: export the pruned "
                     "model first (lm-eval-pruned prune), or leave the quantisation out."
                 )
             if peft is not None:
-                check_adapter(peft, request, self._peft_stage, revision)
+                check_adapter(peft, checkpoint, self._peft_stage, revision)
             if merging is not None:
-                request.check_text()
-                return request.load()[0]
-            model = load_request(request, self.tokenizer)
+                checkpoint.check_text()
+                return checkpoint.with_stored_widths().load_whole()
+            model = load_checkpoint(checkpoint, self.tokenizer)
             self._note_pruning(model)
             if peft is not None:
                 pruned = self._prune_record.as_dict()

@@ -7,7 +7,6 @@ import logging
 import selectors
 import threading
 import weakref
-from collections import defaultdict
 from dataclasses import fields
 from typing import Any
 
@@ -32,11 +31,7 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_kept,
 )
 from lm_eval_pruned.checkpoints.configs import argument_errors
-from lm_eval_pruned.model_wrappers.batching.answer_paths import (
-    AnswerPath,
-    TokenCounts,
-    paths_record,
-)
+from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths, TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import (
     argument_names,
@@ -44,7 +39,7 @@ from lm_eval_pruned.model_wrappers.hf_prefix import (
     check_values,
     given_or_default,
 )
-from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_request
+from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_checkpoint
 from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.record import PruneRecord
 
@@ -78,21 +73,21 @@ class PrunedVLLM(EnergyWindows, VLLM):
         self.token_counts = TokenCounts()
         seed = {"seed": kwargs["seed"]} if kwargs.get("seed") is not None else {}
         with argument_errors():
-            asked = PruneArguments.taken_from(kwargs)
+            arguments = PruneArguments.taken_from(kwargs)
             check_arguments(type(self), {**kwargs, "pretrained": pretrained})
-            for name, own in (
+            for name, ours in (
                 ("load_format", LOAD_FORMAT),
                 ("worker_extension_cls", _EXTENSION),
             ):
-                if kwargs.get(name) not in (None, own):
+                if kwargs.get(name) not in (None, ours):
                     raise ValueError(
                         f"{name}={kwargs[name]} cannot be combined with pruning while vLLM loads: "
                         "leave it out, or use --model vllm."
                     )
         pretrained = given_or_default(pretrained)
-        request = engine_request(
+        checkpoint = engine_checkpoint(
             pretrained,
-            asked,
+            arguments,
             int(kwargs.get("tensor_parallel_size") or 1),
             revision=kwargs.get("revision"),
             trust_remote_code=kwargs.get("trust_remote_code"),
@@ -100,13 +95,14 @@ class PrunedVLLM(EnergyWindows, VLLM):
         )
         adapter = kwargs.get("lora_local_path")
         if adapter is not None:
-            check_adapter(adapter, request, "after", argument="lora_local_path")
+            check_adapter(adapter, checkpoint, "after", argument="lora_local_path")
             # vLLM else prepares the head as well, whose code for CPUs cannot score prompts.
             if adapted := adapted_modules(adapter):
                 kwargs.setdefault("lora_target_modules", sorted(adapted))
-        given = vars(asked).items()
         loader = dict(kwargs.pop("model_loader_extra_config", None) or {})
-        loader |= {name: v for name, v in given if v != DECLARED[name].default}
+        for name, value in vars(arguments).items():
+            if value != DECLARED[name].default:
+                loader[name] = value
         kwargs |= {
             "load_format": LOAD_FORMAT,
             "worker_extension_cls": _EXTENSION,
@@ -115,7 +111,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
         super().__init__(pretrained, **{**kwargs, **seed})
         # Otherwise, each replica loads in a process that ends with its requests.
         tells = self.data_parallel_size <= 1
-        self.answer_paths: dict[str, AnswerPath] = defaultdict(AnswerPath)
+        self.answer_paths = AnswerPaths()
         self._plain_because: str | None = "data_parallel_size is above 1"
         #: Tokens of the answer that each prompt ends with, while prompts are scored.
         self._answer_lengths: dict[tuple[int, ...], int] = {}
@@ -124,20 +120,20 @@ class PrunedVLLM(EnergyWindows, VLLM):
             _end_with(engine.engine_core)
             caches = engine.vllm_config.cache_config.enable_prefix_caching
             self._plain_because = None if caches else "enable_prefix_caching is off"
-        if tells and request.plan.prunes:
-            told = self.model.collective_rpc("pruned_record")[0]
+        if tells and checkpoint.plan.prunes:
+            pruned = self.model.collective_rpc("pruned_record")[0]
         else:
-            record = PruneRecord.of(request.plan, request.widths, None)
-            told = {"record": record.as_dict(), "table": record.as_table()}
-        self._pruning: dict[str, Any] = told["record"]
+            record = PruneRecord.of(checkpoint.plan, checkpoint.widths, None)
+            pruned = {"record": record.as_dict(), "table": record.as_table()}
+        self._pruning: dict[str, Any] = pruned["record"]
         if adapter is not None and tells:
             check_kept(adapter, self._pruning, argument="lora_local_path")
-        eval_logger.info("Pruning:\n%s", told["table"])
+        eval_logger.info("Pruning:\n%s", pruned["table"])
 
     @classmethod
     def argument_names(cls) -> set[str]:
         """Return the names of all arguments, those of vLLM's engine among them."""
-        names = {each.name for each in fields(EngineArgs)}
+        names = {argument.name for argument in fields(EngineArgs)}
         return argument_names(cls) | names | {*DECLARED}
 
     def _runs_on_gpu(self) -> bool:
@@ -204,8 +200,8 @@ class PrunedVLLM(EnergyWindows, VLLM):
             if cached and len(requests[index]) - lengths[index] <= cached:
                 again.append(index)
         if again:
-            found = self._ask([requests[index] for index in again], False)
-            for index, output in zip(again, found, strict=True):
+            computed = self._ask([requests[index] for index in again], False)
+            for index, output in zip(again, computed, strict=True):
                 outputs[index] = output
         for tokens, length, output in zip(requests, lengths, outputs, strict=True):
             known = output.prompt_logprobs
@@ -246,13 +242,12 @@ class PrunedVLLM(EnergyWindows, VLLM):
         dtype = self.model_args["dtype"]
         if self.data_parallel_size <= 1:
             dtype = self.model.llm_engine.model_config.dtype
-        paths, self.answer_paths = self.answer_paths, defaultdict(AnswerPath)
         return {
             "model_num_parameters": self._pruning["parameters_after"],
             "model_dtype": str(dtype),
             "model_revision": self.model_args["revision"] or "main",
             "pruning": self._pruning,
-            "answer_paths": paths_record(paths),
+            "answer_paths": self.answer_paths.take(),
             **self.energy_info(),
         }
 
@@ -282,8 +277,8 @@ def _end_with(client: Any) -> None:
 
     def tell() -> None:
         with selectors.DefaultSelector() as ends:
-            for each in processes:
-                ends.register(each.sentinel, selectors.EVENT_READ)
+            for process in processes:
+                ends.register(process.sentinel, selectors.EVENT_READ)
             ends.select()
         outputs.put(EngineDeadError())
 

@@ -22,16 +22,10 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 
-from lm_eval_pruned.checkpoints.load import (
-    Stored,
-    check_buildable,
-    check_divides,
-    tensors_of,
-)
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, as_stored, tensors_of
+from lm_eval_pruned.checkpoints.load import Stored
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.config_widths import copy_layers
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, text_config
 
 
 if TYPE_CHECKING:
@@ -44,19 +38,46 @@ if TYPE_CHECKING:
 LOAD_FORMAT = "pruned"
 
 
-def engine_request(
-    pretrained: str, asked: PruneArguments, processes: int, **source: Any
-) -> LoadRequest:
+def engine_checkpoint(
+    pretrained: str, arguments: PruneArguments, processes: int, **source: Any
+) -> Checkpoint:
     """Return what an engine is to load, after everything that can be refused without its weights.
 
     `processes` share each MLP; `source` are the arguments of ``from_pretrained`` that name files.
     """
-    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, asked, source)
-    check_buildable(request)
-    if request.plan.prunes:
-        check_divides(request, processes, "tensor_parallel_size")
-        request.check_text()
-    return request
+    checkpoint = Checkpoint.of(pretrained, arguments, source, AutoModelForCausalLM)
+    checkpoint = checkpoint.with_stored_widths()
+    check_buildable(checkpoint)
+    if checkpoint.plan.prunes:
+        checkpoint.check_divides(processes, "tensor_parallel_size")
+        checkpoint.check_text()
+    return checkpoint
+
+
+def check_buildable(checkpoint: Checkpoint) -> None:
+    """Refuse what no engine can build from a config, except dense MLPs, which are rebuilt."""
+    widths, plan = checkpoint.widths, checkpoint.plan
+    why = None
+    if plan.arguments.drop_layers is not None:
+        why = "drop_layers removes layers that an engine looks for in the checkpoint"
+    elif plan.is_open:
+        why = (
+            f"allocation={plan.allocation} derives the widths from losses, but an engine needs "
+            "them before it loads any weight"
+        )
+    if why is not None:
+        raise UnsupportedModelError(
+            f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "
+            "prune)."
+        )
+    experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
+    for name in widths.inexpressible(widths.targets(plan)):
+        if name in experts:
+            raise UnsupportedModelError(
+                f"{plan.as_written() or 'The checkpoint'} gives {name} another width than the "
+                f"other experts, but an engine builds all of them from {widths.keys[name]} in the "
+                "config: prune all layers alike, or use --model pruned-hf."
+            )
 
 
 class PrunedModelLoader(DefaultModelLoader):
@@ -74,7 +95,7 @@ class PrunedModelLoader(DefaultModelLoader):
                 load_config, load_format="auto", model_loader_extra_config=others
             )
         )
-        self._request: LoadRequest | None = None
+        self._checkpoint: Checkpoint | None = None
         self._pruned: PreTrainedModel | None = None
 
     def load_model(
@@ -84,7 +105,7 @@ class PrunedModelLoader(DefaultModelLoader):
             # A draft model, whose widths are none of this request.
             loader = get_model_loader(self.load_config)
             return loader.load_model(vllm_config, model_config, *args, **kwargs)
-        self._request = engine_request(
+        checkpoint = engine_checkpoint(
             model_config.model,
             self._prune_arguments,
             vllm_config.parallel_config.tensor_parallel_size,
@@ -92,12 +113,14 @@ class PrunedModelLoader(DefaultModelLoader):
             trust_remote_code=model_config.trust_remote_code,
             cache_dir=self.load_config.download_dir,
         )
-        if self._request.plan.prunes:
+        if checkpoint.plan.prunes:
             if self.load_config.safetensors_load_strategy == "prefetch":
                 self._read_ahead(model_config)
-            stored = Stored.of(self._request)
-            self._request, self._pruned = stored.request, stored.pruned()
-        narrow_config(self._request, model_config.hf_config)
+            stored = Stored.of(checkpoint)
+            self._pruned = stored.narrowed()
+            as_stored(stored.rounded)
+        self._checkpoint = checkpoint
+        narrow_config(checkpoint, model_config.hf_config)
         return super().load_model(vllm_config, model_config, *args, **kwargs)
 
     def _read_ahead(self, model_config: Any) -> None:
@@ -112,9 +135,9 @@ class PrunedModelLoader(DefaultModelLoader):
         self, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any
     ) -> nn.Module:
         model = super().create_model(vllm_config, model_config, *args, **kwargs)
-        if self._request is not None:
+        if self._checkpoint is not None:
             with set_current_vllm_config(vllm_config):
-                build_odd_widths(self._request, model)
+                build_odd_widths(self._checkpoint, model)
         return model
 
     def get_all_weights(
@@ -130,22 +153,23 @@ class PrunedModelLoader(DefaultModelLoader):
             yield from self._get_weights_iterator(source)
 
 
-def narrow_config(request: LoadRequest, config: Any) -> None:
+def narrow_config(checkpoint: Checkpoint, config: Any) -> None:
     """Write the kept widths into the config that vLLM builds its model from."""
-    widths = request.widths
-    targets = widths.targets(request.plan)
+    widths = checkpoint.widths
+    targets = widths.targets(checkpoint.plan)
     narrowed = widths.narrowed_config(targets)
-    # Widths of single layers guard the keys, and vLLM need not know them: `build_odd_widths`.
-    copy_layers(widths.config, config)
+    if config.model_type != narrowed.model_type:
+        # The class is handed the part of the config that is of text.
+        config = text_config(config)
     for key in set(widths.keys.values()):
         try:
-            found = key.get(config)
+            value = key.get(config)
         except AttributeError:
-            found = None
+            value = None
         # A model that is loaded again finds the config narrow.
-        if found not in (key.get(widths.config), key.get(narrowed)):
+        if value not in (key.get(widths.config), key.get(narrowed)):
             raise ValueError(
-                f"vLLM's config of {request.pretrained} says {key}={found}, but the checkpoint's "
+                f"vLLM's config of {checkpoint.pretrained} says {key}={value}, but the checkpoint's "
                 f"says {key.get(widths.config)}: leave that out of hf_overrides, because the "
                 "kept width is derived."
             )
@@ -154,16 +178,16 @@ def narrow_config(request: LoadRequest, config: Any) -> None:
     config.odd_widths = {name: targets[name] for name in widths.inexpressible(targets)}
 
 
-def build_odd_widths(request: LoadRequest, model: nn.Module) -> None:
+def build_odd_widths(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Rebuild the MLPs whose width the config of vLLM's `model` cannot hold, before it has weights."""
-    targets = request.widths.targets(request.plan)
-    paths = {mlp.name: mlp.path for mlp in request.widths.mlps}
-    modules = dict(model.named_modules())
-    for name in request.widths.inexpressible(targets):
+    widths, modules = checkpoint.widths, dict(model.named_modules())
+    targets = widths.targets(checkpoint.plan)
+    paths = {mlp.name: mlp.path for mlp in widths.mlps}
+    for name in widths.inexpressible(targets):
         mlp = modules.get(paths[name])
         children = dict(mlp.named_children()) if mlp is not None else {}
         linears = {n: c for n, c in children.items() if isinstance(c, LinearBase)}
-        if not linears or any(each.quant_config for each in linears.values()):
+        if not linears or any(linear.quant_config for linear in linears.values()):
             raise UnsupportedModelError(
                 f"{name} would have another width than its config says, which {type(model).__name__} "
                 "of vLLM cannot build, or cannot build quantised: prune all layers alike, or use --model pruned-hf."
@@ -187,11 +211,6 @@ def _of_width(linear: LinearBase, width: int) -> LinearBase:
 
 class PruneRecordExtension:
     """What a worker of vLLM reports about its model; see ``worker_extension_cls`` there."""
-
-    def model_bytes(self) -> int:
-        """Return the bytes of the weights and buffers of this worker."""
-        model = self.get_model()  # type: ignore[attr-defined]
-        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
     def pruned_record(self) -> dict[str, Any]:
         """Return what was pruned, as results hold it and as a table for people."""

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from peft import PeftConfig
-    from transformers import PretrainedConfig
+    from transformers import PreTrainedModel
 
-    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 
 #: When an adapter is applied, relative to the pruning.
 STAGES = ("after", "before")
@@ -30,7 +30,7 @@ HEALING = "healing.json"
 
 def check_adapter(
     adapter: str,
-    request: LoadRequest,
+    checkpoint: Checkpoint,
     stage: str,
     revision: str | None = None,
     argument: str = "peft",
@@ -39,7 +39,7 @@ def check_adapter(
 
     Args:
         adapter: Folder or Hub name of the adapter, with its `revision`.
-        request: The model and its pruning.
+        checkpoint: The model and its pruning.
         stage: One of `STAGES`.
         argument: What named the adapter, for messages.
 
@@ -65,12 +65,13 @@ def check_adapter(
             f"peft_stage=before merges {argument}={adapter} before pruning, but it was trained on "
             "a model that was pruned already: leave out peft_stage."
         )
-    widths = request.widths if after else request.widths.whole
-    targets = widths.targets(request.plan) if after else widths.actual
+    plan = checkpoint.plan
+    widths = checkpoint.widths if after else checkpoint.widths.whole
+    targets = widths.targets(plan) if after else widths.actual
     if widths.inexpressible(targets):
         return
-    expected = adapted_shapes(request, widths.narrowed_config(targets), config)
-    depth, absent = request.plan.depth, sorted({*stored} - {*expected})
+    expected = adapted_shapes(widths.build(widths.narrowed_config(targets)), config)
+    depth, absent = plan.depth, sorted({*stored} - {*expected})
     if after and depth is not None and absent:
         # peft passes over them.
         raise ValueError(
@@ -82,7 +83,7 @@ def check_adapter(
         for have, want in zip(stored[name].shape, expected[name], strict=False):
             if have == want or want not in targets.values():
                 continue
-            other = request.plan.width_before if after else request.plan.width
+            other = plan.width_before if after else plan.width
             advice = f"intermediate_size={have}"
             if have == other and argument == "peft":
                 advice = f"peft_stage={'before' if after else 'after'}"
@@ -93,9 +94,9 @@ def check_adapter(
 
 
 def adapted_shapes(
-    request: LoadRequest, narrowed: PretrainedConfig, config: PeftConfig
+    skeleton: PreTrainedModel, config: PeftConfig
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that an adapter would have, were it trained on a model of this config.
+    """Return the shapes that an adapter would have, were it trained on a model, which gets one.
 
     Raises:
         ValueError: The model has no modules such as the adapter names.
@@ -106,7 +107,7 @@ def adapted_shapes(
     config = copy.copy(config)
     config.inference_mode = True
     with torch.device("meta"):
-        adapted = PeftModel(request.widths.skeleton(narrowed), config)
+        adapted = PeftModel(skeleton, config)
         state = get_peft_model_state_dict(adapted)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -140,7 +141,7 @@ def check_kept(
         names = ("criterion", "repair")
         size += [f"{name}={trained[name]}" for name in names if name in trained]
     same = trained["kept_digest"] == pruning.get("kept_digest")
-    theirs, ours = (_described(each, same) for each in (trained, pruning))
+    theirs, ours = _described(trained, same), _described(pruning, same)
     belongs = (
         "it belongs to other weights" if same else "its columns belong to other neurons"
     )

@@ -1,14 +1,12 @@
-"""From the arguments of ``from_pretrained`` to a config, from a config to a model, and what is wrong.
+"""From the arguments of ``from_pretrained`` to a config, and what is wrong with either.
 
-The model is one without weights, or one whose MLPs have other widths than the config says.
-transformers initialises missing tensors at random, and reports many mistakes far from their cause.
-Here they are refused, with one sentence that names the checkpoint.
+transformers reports many mistakes far from their cause. Here they are refused, with one sentence
+that names the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import difflib
 import inspect
 import json
@@ -19,34 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.pruning.arguments import DECLARED
-from lm_eval_pruned.pruning.layouts import (
-    BUILDING,
-    NEURON_AXIS,
-    UnsupportedModelError,
-    find_glu_mlps,
-    regions_by_parameter,
-    resize,
-)
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.util.options import nearest
 
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        Callable,
-        Collection,
-        Iterable,
-        Iterator,
-        Mapping,
-        Sequence,
-    )
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-    from transformers import PretrainedConfig, PreTrainedModel
-
-    from lm_eval_pruned.pruning.layouts import GluMlp
-    from lm_eval_pruned.pruning.widths import Widths
-
-    #: Name, shape in the checkpoint, and shape in the model, of a parameter that does not fit.
-    Mismatch = tuple[str, Sequence[int], Sequence[int]]
+    from transformers import PretrainedConfig
 
 #: Arguments of `from_pretrained` that say where to find the files of a model.
 HUB = (
@@ -187,22 +165,6 @@ def not_found(argument: str, name: str, error: Exception) -> str | None:
     return f"{argument}={name} was not found: no folder here has that name, and {why}."
 
 
-def skeleton(
-    auto_class: Any, config: PretrainedConfig, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Build the model that `config` describes on the meta device, without weights."""
-    from transformers.initialization import no_init_weights
-
-    with BUILDING:
-        with no_init_weights(), torch.device("meta"):
-            model = auto_class.from_config(
-                copy.deepcopy(config), trust_remote_code=trust_remote_code
-            )
-        # Ties are part of the initialisation that was left out.
-        model.tie_weights()
-    return model
-
-
 def quantising_arguments(arguments: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that quantise the model while it loads."""
     names = ("quantization_config", "load_in_8bit", "load_in_4bit")
@@ -288,128 +250,3 @@ def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
 
         others["quantization_config"] = AutoQuantizationConfig.from_dict(config)
     return others
-
-
-def class_with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
-    """Derive a class of models whose MLPs have other widths, by name, than their config says."""
-
-    def build(self, config, *args, **kwargs) -> None:
-        model_class.__init__(self, config, *args, **kwargs)
-        odd = [mlp for mlp in find_glu_mlps(self) if mlp.width != widths[mlp.name]]
-        pieces = {}
-        for mlp in odd:
-            for place in mlp.regions:
-                whole = mlp.weight(*place)
-                shape = list(whole.shape)
-                shape[_neuron_axis(place)] = widths[mlp.name]
-                key = (mlp.name, *place)
-                pieces[key] = whole.new_empty(shape)
-        resize(odd, pieces)
-
-    # transformers asks for the name of the class.
-    names = {
-        name: getattr(model_class, name) for name in ("__module__", "__qualname__")
-    }
-    return type(model_class)(
-        model_class.__name__, (model_class,), {**names, "__init__": build}
-    )
-
-
-def stored_widths(mismatched: Iterable[Mismatch], widths: Widths) -> dict[str, int]:
-    """Return the width of each MLP, by name, in a checkpoint that does not fit `widths`.
-
-    Raises:
-        ValueError: The tensors of an MLP do not fit together, or all layers have a width that is
-            not the config's.
-    """
-    shapes = {name: shape for name, shape, _ in mismatched}
-    found = {}
-    for mlp in widths.mlps:
-        names = {place: region.parameter for place, region in mlp.regions.items()}
-        odd = {place: name for place, name in names.items() if name in shapes}
-        own = {_width(mlp, place, shapes[name]) for place, name in odd.items()}
-        if len(odd) < len(names):
-            own.add(widths.actual[mlp.name])
-        width = own.pop()
-        if own or width is None:
-            name = next(iter(odd.values()))
-            raise ValueError(
-                f"{name} has shape {list(shapes[name])} in the checkpoint, which does not fit the "
-                "other tensors of its MLP, or the hidden size in config.json: copy the checkpoint "
-                "again."
-            )
-        found[mlp.name] = width
-    changed = [name for name, width in found.items() if width != widths.actual[name]]
-    if changed and (len({*found.values()}) == 1 or widths.actual != widths.configured):
-        name = changed[0]
-        raise ValueError(
-            f"{name} has {found[name]} neurons in the checkpoint, but its config.json "
-            f"says {widths.actual[name]}: correct {widths.keys[name]} there, or copy the "
-            "checkpoint again."
-        )
-    return found
-
-
-def check_filled(
-    model: PreTrainedModel,
-    found: Mapping[str, Any],
-    widths: Widths,
-    ignore_sizes: Any,
-) -> None:
-    """Refuse a model that its checkpoint filled in part, or that leaves part of it out.
-
-    `found` is transformers' loading info, `ignore_sizes` its ``ignore_mismatched_sizes``.
-
-    Raises:
-        ValueError: The checkpoint does not fit its config.
-        RuntimeError: Another thread disturbed the load.
-    """
-    if missing := found["missing_keys"]:
-        if missing <= model.all_tied_weights_keys.keys():
-            raise RuntimeError(
-                f"{min(missing)} was not tied: another thread was in from_pretrained of stock "
-                "transformers, which replaces tie_weights of all models meanwhile, and may leave it "
-                "replaced. Start Python anew, and load stock models before or after those of "
-                "lm_eval_pruned."
-            )
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
-            f"The checkpoint holds no tensor for {min(missing)}{others}: it is incomplete, or its "
-            "config.json describes another model."
-        )
-    mismatched = sorted(found["mismatched_keys"])
-    if mismatched and not ignore_sizes:
-        name, stored, own = mismatched[0]
-        raise ValueError(
-            f"{name} has shape {list(stored)} in the checkpoint, but its config.json says "
-            f"{list(own)}."
-        )
-    state = model.state_dict().keys()
-    layers = {re.sub(r"\.\d+\.", ".*.", p) for p in regions_by_parameter(widths.mlps)}
-    # Stock classes leave out the layers that predict more tokens at once.
-    if getattr(model.config, "num_nextn_predict_layers", None):
-        layers.clear()
-    for key in sorted(found["unexpected_keys"]):
-        is_bias = key.endswith(".bias") and f"{key[:-5]}.weight" in state
-        if is_bias or re.sub(r"\.\d+\.", ".*.", key) in layers:
-            raise ValueError(
-                f"The checkpoint holds {key}, which its config.json does not describe: correct "
-                "the number of layers or the key for that bias in config.json, or copy the "
-                "checkpoint again."
-            )
-
-
-def _neuron_axis(place: tuple[str, str]) -> int:
-    projection, part = place
-    return NEURON_AXIS[projection] if part == "weight" else 0
-
-
-def _width(mlp: GluMlp, place: tuple[str, str], shape: Sequence[int]) -> int | None:
-    """Return the neurons in a parameter of `shape`; None where it does not hold `place`."""
-    try:
-        whole = torch.empty(list(shape), device="meta")
-        cut = list(mlp.regions[place].view(whole).shape)
-        width = cut.pop(_neuron_axis(place))
-    except (IndexError, RuntimeError):
-        return None
-    return width if width and cut in ([], [mlp.hidden_size]) else None

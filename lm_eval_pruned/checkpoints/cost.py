@@ -7,7 +7,6 @@ knowledge and instructions is measured on its probes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from dataclasses import dataclass
 from importlib.resources import files
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.results.files import Run
 
 logger = logging.getLogger("lm_eval.pruned.export")
@@ -181,17 +180,14 @@ def _said(
     return str(said).strip()
 
 
-def random_cut(request: LoadRequest) -> LoadRequest:
-    """Return the request for a random cut of the same size and layers, without repair."""
-    asked = request.prune_arguments
+def random_cut(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with a random cut of the same size and layers, without repair."""
+    asked = checkpoint.plan.arguments
     names = [*CUTS, "layers", "skip_layers", "multiple_of"]
     if asked.measures_depth:
         names += ["drop_by", "calibration", "calibration_samples"]
     same = {n: v for n in names if (v := getattr(asked, n)) is not None}
-    arguments = PruneArguments(**same, criterion=RANDOM)
-    return dataclasses.replace(
-        request, prune_arguments=arguments, plan=request.widths.plan(arguments)
-    )
+    return checkpoint.asking(PruneArguments(**same, criterion=RANDOM))
 
 
 def cost_table(qualities: Mapping[str, Quality]) -> str:

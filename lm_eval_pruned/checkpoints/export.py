@@ -14,6 +14,11 @@ import torch
 from safetensors import SafetensorError
 
 from lm_eval_pruned.checkpoints.cards import model_card, shard_sizes
+from lm_eval_pruned.checkpoints.checkpoint import (
+    Checkpoint,
+    as_stored,
+    stored_once,
+)
 from lm_eval_pruned.checkpoints.cost import (
     PRUNED,
     RANDOM_CUT,
@@ -24,13 +29,7 @@ from lm_eval_pruned.checkpoints.cost import (
     random_cut,
 )
 from lm_eval_pruned.checkpoints.default_model import save_converted
-from lm_eval_pruned.checkpoints.load import Stored, load_request
-from lm_eval_pruned.checkpoints.request import (
-    LoadRequest,
-    as_stored,
-    asked_of,
-    stored_once,
-)
+from lm_eval_pruned.checkpoints.load import Stored, load_checkpoint
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.layer_by_layer import moved
 from lm_eval_pruned.pruning.slicing import finished
@@ -39,7 +38,7 @@ from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Collection, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -93,7 +92,6 @@ def export_pruned(
     push_to_hub: str | None = None,
     measured: Collection[str] = (),
     prune_arguments: dict[str, Any],
-    more_files: Callable[[PruneRecord], dict[str, str]] | None = None,
     **from_pretrained: Any,
 ) -> Export:
     """Write a pruned model as an ordinary checkpoint that stock transformers opens.
@@ -114,8 +112,6 @@ def export_pruned(
         push_to_hub: Repository on the Hub to upload the finished folder to.
         measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED` and `RANDOM_CUT`.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
-        more_files: Returns further files, text by name, for what was pruned; what it raises ends the
-            export before anything is written.
         **from_pretrained: Anything else ``from_pretrained`` takes.
 
     Raises:
@@ -139,15 +135,15 @@ def export_pruned(
             f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
         )
     given = {name: v for name, v in from_pretrained.items() if v is not None}
-    request = LoadRequest.resolve(
-        None,
+    checkpoint = Checkpoint.of(
         pretrained,
         PruneArguments(**prune_arguments),
         {**given, "dtype": dtype, "device_map": {"": device}},
     )
     source = source_folder(pretrained, given)
-    check_writable(output, _least_bytes(request, source, stored))
-    tokenizer = _tokenizer_of_measurable(request) if measured else None
+    check_writable(output, _least_bytes(checkpoint, source, stored))
+    tokenizer = _tokenizer_of_measurable(checkpoint) if measured else None
+    checkpoint = checkpoint.with_stored_widths()
     cost: dict[str, Quality] = {}
 
     def measure(name: str, model: PreTrainedModel) -> None:
@@ -156,38 +152,39 @@ def export_pruned(
             cost[name] = replace(quality, probed=probed(model, tokenizer, name))
 
     if RANDOM_CUT in measured and tokenizer is not None:
-        measure(RANDOM_CUT, load_request(random_cut(request)))
-    request.check_text()
-    loaded = Stored.of(request)
+        measure(RANDOM_CUT, load_checkpoint(random_cut(checkpoint)))
+    checkpoint.check_text()
+    loaded = Stored.of(checkpoint)
     with moved(loaded.model, loaded.device):
         measure(UNPRUNED, loaded.model)
     if dtype is None:
-        model = finished(loaded.narrowed(), loaded.request.widths)
+        model = finished(loaded.narrowed(), loaded.checkpoint.widths)
         model.to(device)  # type: ignore[arg-type]
     else:
         model = loaded.placed()
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
     if not record.plan.changes_model:
         raise ValueError(
-            f"{asked_of(record.plan) or 'no size'} keeps all {record.plan.width_before} neurons, so "
+            f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
             f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
         )
     measure(PRUNED, model)
     if dtype is None:
         as_stored(loaded.rounded)
-    more = {} if more_files is None else more_files(record)
     weights = stored_once(model).values()
-    check_writable(output, sum(each.numel() * each.itemsize for each in weights))
+    check_writable(output, sum(weight.numel() * weight.itemsize for weight in weights))
     with appearing_whole(output) as unfinished:
         save_loaded(
-            *(model, request, source, unfinished, max_shard_size),
+            model,
+            checkpoint,
+            source,
+            unfinished,
+            max_shard_size,
             keeps_dtype=dtype is None,
         )
-        origin = (pretrained, given.get("revision"), source, record)
-        card = model_card(*origin, unfinished, cost=cost)
-        for name, text in {"README.md": card, **more}.items():
-            (unfinished / name).parent.mkdir(exist_ok=True)
-            (unfinished / name).write_text(text, encoding="utf-8")
+        revision = given.get("revision")
+        card = model_card(pretrained, revision, source, record, unfinished, cost=cost)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
         shards = shard_sizes(unfinished)
     if push_to_hub is not None:
         from huggingface_hub import HfApi
@@ -201,26 +198,30 @@ def export_pruned(
     return Export(output, record, sum(shards), len(shards), cost)
 
 
-def _tokenizer_of_measurable(request: LoadRequest) -> PreTrainedTokenizerBase | None:
+def _tokenizer_of_measurable(
+    checkpoint: Checkpoint,
+) -> PreTrainedTokenizerBase | None:
     """Return what reads the held text; None, with a warning, where no model can be measured on it."""
     try:
-        if request.widths.original.is_encoder_decoder:
+        if checkpoint.config.is_encoder_decoder:
             raise ValueError("the held text has no target for a decoder")
-        return request.load_tokenizer()
+        return checkpoint.load_tokenizer()
     except ValueError as error:
         logger.warning("The cost of the cut was not measured: %s.", error)
         return None
 
 
-def _least_bytes(request: LoadRequest, source: Path, dtype: torch.dtype | None) -> int:
+def _least_bytes(
+    checkpoint: Checkpoint, source: Path, dtype: torch.dtype | None
+) -> int:
     """Return how many bytes of weights there will be at least; 0 where only a load tells."""
-    plan, widths = request.plan, request.widths
-    if plan.is_open or request.prune_arguments.measures_depth:
+    plan, widths = checkpoint.plan, checkpoint.widths
+    if plan.is_open or plan.arguments.measures_depth:
         return 0
     parameters = widths.count_parameters(widths.targets(plan))
     if dtype is not None:
         return parameters * dtype.itemsize
-    known: Any = widths.original.dtype or torch.float32
+    known: Any = checkpoint.config.dtype or torch.float32
     size = sum(path.stat().st_size for path in source.glob("model*.safetensors"))
     # A folder may hold weights that are not loaded, and a config lie about the dtype.
     share = size * parameters // widths.parameters_before
@@ -246,7 +247,7 @@ def source_folder(pretrained: str, source: dict[str, Any]) -> Path:
         fetched = snapshot_download(
             pretrained,
             **{name: source[name] for name in options if source.get(name)},
-            allow_patterns=[Path(subfolder, each).as_posix() for each in wanted],
+            allow_patterns=[Path(subfolder, name).as_posix() for name in wanted],
         )
         folder = Path(fetched)
     return folder / subfolder
@@ -254,7 +255,7 @@ def source_folder(pretrained: str, source: dict[str, Any]) -> Path:
 
 def save_loaded(
     model: PreTrainedModel,
-    request: LoadRequest,
+    checkpoint: Checkpoint,
     source: Path,
     folder: Path,
     max_shard_size: int | str = MAX_SHARD_SIZE,
@@ -269,8 +270,8 @@ def save_loaded(
         OSError: The weights cannot be written, as on a disk that is full.
     """
     try:
-        if request.model_arguments.get("gguf_file") is not None:
-            save_converted(model, request.load_tokenizer(), folder, max_shard_size)
+        if checkpoint.model_arguments.get("gguf_file") is not None:
+            save_converted(model, checkpoint.load_tokenizer(), folder, max_shard_size)
             return
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except SafetensorError as error:
@@ -281,12 +282,12 @@ def save_loaded(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
         for path in source.glob(pattern):
-            own = path.name in _OWN_FILES or path.name.endswith(".index.json")
-            if path.is_file() and not own:
+            is_index = path.name.endswith(".index.json")
+            if path.is_file() and path.name not in _OWN_FILES and not is_index:
                 target = folder / path.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-    whole = request.widths.whole.original
+    whole = checkpoint.config
     before, after = whole.to_dict(), model.config.to_dict()
     if type(model.config) is not type(whole):
         # The class was handed the part that is of text, and no Auto class opens that part alone.
@@ -313,8 +314,7 @@ def _edit(
     for key in before.keys() - after.keys():
         stored.pop(key, None)
     for key, value in after.items():
-        parts = isinstance(value, dict) and isinstance(stored.get(key), dict)
-        if parts and key != "per_layer_config":
+        if isinstance(value, dict) and isinstance(stored.get(key), dict):
             _edit(stored[key], before[key], value, dtype)
         elif value != before.get(key) and key not in dtypes:
             stored[key] = value

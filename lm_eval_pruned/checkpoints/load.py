@@ -1,26 +1,15 @@
-"""Loading a pruned model: whole in the stored dtype, pruned in memory, then cast and placed.
-
-Engines that build models by themselves ask here which widths they can have, and for the tensors.
-"""
+"""Loading a pruned model: whole as it is stored, cut in memory, then cast and placed."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.request import (
-    LoadRequest,
-    as_stored,
-    asked_of,
-    stored_once,
-)
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.pruning.allocation import plan_layers
-from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import tell_device
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.measuring import (
     LoadedModel,
     check_weights,
@@ -31,13 +20,12 @@ from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import torch
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.checkpoints.request import Rounded
+    from lm_eval_pruned.checkpoints.checkpoint import Rounded
     from lm_eval_pruned.pruning.plan import PrunePlan
 
 
@@ -112,36 +100,28 @@ def load_pruned(
                 "load: pass one."
             )
         arguments["device_map"] = {"": device}
-    request = LoadRequest.resolve(
-        auto_class or transformers.AutoModelForCausalLM,
-        pretrained,
-        prune_arguments,
-        arguments,
-    )
-    return load_request(request, tokenizer)
+    auto_class = auto_class or transformers.AutoModelForCausalLM
+    checkpoint = Checkpoint.of(pretrained, prune_arguments, arguments, auto_class)
+    return load_checkpoint(checkpoint, tokenizer)
 
 
-def load_request(
-    request: LoadRequest, tokenizer: PreTrainedTokenizerBase | None = None
+def load_checkpoint(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedModel:
-    """Load the model of a request, prune it, then cast and place what is left.
+    """Load the model of a checkpoint, prune it, then cast and place what is left.
 
-    Args:
-        request: What is to be loaded.
-        tokenizer: What reads calibration text; default: that of the model.
+    `tokenizer` reads calibration text; default: that of the model.
     """
-    asked = request.prune_arguments
-    request.check_text()
-    if not (request.plan.changes_model or asked.measures_depth):
-        model, widths = request.load()
-        plan = widths.plan(asked)
-        # Layers that are wider than the config says may have to be narrowed.
-        if not plan.changes_model:
-            check_weights(model)
-            record = PruneRecord.of(plan, widths, ())
-            model.prune_record = record  # type: ignore[assignment]
-            return finished(model, widths)
-    return Stored.of(request, tokenizer).placed()
+    checkpoint.check_text()
+    checkpoint = checkpoint.with_stored_widths()
+    plan = checkpoint.plan
+    if plan.changes_model or plan.arguments.measures_depth:
+        return Stored.of(checkpoint, tokenizer).placed()
+    model = checkpoint.load_whole()
+    check_weights(model)
+    record = PruneRecord.of(plan, checkpoint.widths, ())
+    model.prune_record = record  # type: ignore[assignment]
+    return finished(model, checkpoint.widths)
 
 
 @dataclass(frozen=True)
@@ -149,118 +129,56 @@ class Stored(LoadedModel):
     """A model as it is stored, with all its layers, and what is to become of it.
 
     Attributes:
-        request: What was loaded, with the widths that its tensors have and the plan for them.
-        rounded: What the dtype of `model` rounded; see `LoadRequest.load_stored`.
+        checkpoint: What was loaded, with the plan that its tensors, and text, decide.
+        rounded: What the dtype of `model` rounded; see `Checkpoint.load_stored`.
     """
 
-    request: LoadRequest = field(kw_only=True)
+    checkpoint: Checkpoint = field(kw_only=True)
     rounded: Sequence[Rounded] = field(kw_only=True)
 
     @classmethod
     def of(
-        cls,
-        request: LoadRequest,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Stored:
-        """Load the model of `request`, as it is stored; takes what `load_request` takes."""
-        asked, content = request.prune_arguments, request.content_key()
-        device = request.device()
-        if asked.calibration is not None:
+        """Load a model of `Checkpoint.with_stored_widths`; takes what `load_checkpoint` takes."""
+        arguments, content = checkpoint.plan.arguments, checkpoint.content_key()
+        device = checkpoint.device()
+        if arguments.calibration is not None:
             tell_device(device)
-        model, widths, rounded = request.load_stored()
-        if asked.calibration is not None and tokenizer is None:
-            tokenizer = request.load_tokenizer()
-        if widths is not request.widths.whole or asked.measures_depth:
-            # The tensors, or the text, say something else than the config.
-            if asked.drop_layers is not None:
-                depth = depth_in_memory(model, asked, tokenizer, device, content)
-                widths = widths.without_layers(depth)
-            plan = widths.plan(asked)
-            request = dataclasses.replace(request, widths=widths, plan=plan)
-        plan = request.plan
+        model, rounded = checkpoint.load_stored()
+        if arguments.calibration is not None and tokenizer is None:
+            tokenizer = checkpoint.load_tokenizer()
+        if arguments.measures_depth:
+            depth = depth_in_memory(model, arguments, tokenizer, device, content)
+            widths = checkpoint.widths.without_layers(depth)
+            checkpoint = dataclasses.replace(
+                checkpoint, widths=widths, plan=widths.plan(arguments)
+            )
+        plan = checkpoint.plan
         if content is not None and plan.depth is not None:
             content = (content, plan.depth.kept)
-        samples: Any = asked.calibration_samples
+        samples: Any = arguments.calibration_samples
         return cls(
             model,
             tokenizer,
-            asked.calibration,
+            arguments.calibration,
             samples,
             plan.seed,
             device,
             content,
-            request=request,
+            checkpoint=checkpoint,
             rounded=rounded,
         )
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
-        return plan_layers(self.request.plan, self.request.widths, self)
+        return plan_layers(self.checkpoint.plan, self.checkpoint.widths, self)
 
     def narrowed(self) -> PreTrainedModel:
         """Prune the model in place and return it, in the dtype in which it was loaded."""
-        return carry_out(self, self.request.plan, self.request.widths)
-
-    def pruned(self) -> PreTrainedModel:
-        """Prune the model in place and return it, with tensors as they are stored."""
-        model = self.narrowed()
-        as_stored(self.rounded)
-        return model
+        return carry_out(self, self.checkpoint.plan, self.checkpoint.widths)
 
     def placed(self) -> PreTrainedModel:
         """Prune the model, then cast and place what is left as the user asked."""
-        widths = self.request.widths
-        model = self.request.placed(self.narrowed(), widths, self.rounded)
-        return finished(model, widths)
-
-
-def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a model under the keys that its checkpoint has for them.
-
-    Source: `transformers.PreTrainedModel.save_pretrained`, which renames them in the same way.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    yield from revert_weight_conversion(model, stored_once(model)).items()
-
-
-def check_buildable(request: LoadRequest) -> None:
-    """Refuse what no engine can build from a config, except dense MLPs, which are rebuilt."""
-    widths, plan = request.widths, request.plan
-    why = None
-    if request.prune_arguments.drop_layers is not None:
-        why = "drop_layers removes layers that an engine looks for in the checkpoint"
-    elif plan.is_open:
-        why = (
-            f"allocation={plan.allocation} derives the widths from losses, but an engine needs "
-            "them before it loads any weight"
-        )
-    if why is not None:
-        raise UnsupportedModelError(
-            f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "
-            "prune)."
-        )
-    experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
-    for name in widths.inexpressible(widths.targets(plan)):
-        if name in experts:
-            raise UnsupportedModelError(
-                f"{asked_of(plan) or 'The checkpoint'} gives {name} another width than the "
-                f"other experts, but an engine builds all of them from {widths.keys[name]} in the "
-                "config: prune all layers alike, or use --model pruned-hf."
-            )
-
-
-def check_divides(request: LoadRequest, processes: int, argument: str) -> None:
-    """Refuse widths that do not divide among the processes that `argument` asked for."""
-    plan, targets = request.plan, request.widths.targets(request.plan)
-    odd = [f"{n} {width} neurons" for n, width in targets.items() if width % processes]
-    # What an allocation finds is not known yet.
-    if plan.prunes and plan.allocation != UNIFORM and plan.multiple_of % processes:
-        odd = [f"each layer multiples of {plan.multiple_of} neurons"]
-    if odd:
-        raise ValueError(
-            f"{asked_of(plan) or 'The checkpoint'} gives {odd[0]}, which cannot be divided among "
-            f"the {processes} processes of {argument}: pass "
-            f"multiple_of={math.lcm(processes, plan.multiple_of)}, or use a number of processes "
-            "that divides it."
-        )
+        model = self.checkpoint.place(self.narrowed(), self.rounded)
+        return finished(model, self.checkpoint.widths)

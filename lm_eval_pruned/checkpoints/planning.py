@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
-from lm_eval_pruned.util.tables import csv_table, markdown_table
+from lm_eval_pruned.util.tables import Column, Table, csv_table
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
+    from lm_eval_pruned.pruning.widths import Widths
 
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
@@ -81,18 +83,18 @@ def suggested_recipe(
     Raises:
         ValueError, UnsupportedModelError, OSError: As `lm_eval_pruned.load_pruned`.
     """
-    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
     given = dict(loading)
     calibrated = PruneArguments(**{**prune_arguments, "recipe": "best"})
-    request = LoadRequest.resolve(None, given.pop("pretrained"), calibrated, given)
+    checkpoint = Checkpoint.of(given.pop("pretrained"), calibrated, given)
     try:
-        request.check_text()
+        checkpoint.check_text()
     except UnsupportedModelError as error:
         return "fast", f"calibration text cannot be used: {str(error).rstrip('.')}"
     try:
-        request.load_tokenizer()
+        checkpoint.load_tokenizer()
     except ValueError as error:
         return (
             "fast",
@@ -145,38 +147,40 @@ def plan_rows(
         plans = [dense.plan(arguments) for arguments in asked]
         if not any(plan.is_open for plan in plans):
             return [dense.row(plan) for plan in plans]
-    from lm_eval_pruned.checkpoints.request import LoadRequest
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 
-    def requests_for(model: str) -> list[LoadRequest]:
-        whole = LoadRequest.resolve(None, model, PruneArguments(), source)
+    def planned_for(model: str) -> list[Checkpoint]:
+        whole = Checkpoint.of(model, PruneArguments(), source)
+        if Path(model).is_dir():
+            whole = whole.with_stored_widths()
         return [whole.asking(arguments) for arguments in asked]
 
-    planned = requests_for(shipped or pretrained)
+    planned = planned_for(shipped or pretrained)
     if shipped and any(map(_needs_weights, planned)):
-        planned = requests_for(pretrained)
+        planned = planned_for(pretrained)
     return [*map(_row, planned)]
 
 
-def _needs_weights(request: LoadRequest) -> bool:
-    return request.plan.is_open or request.prune_arguments.measures_depth
+def _needs_weights(checkpoint: Checkpoint) -> bool:
+    return checkpoint.plan.is_open or checkpoint.plan.arguments.measures_depth
 
 
-def _row(request: LoadRequest) -> PlanRow:
+def _row(checkpoint: Checkpoint) -> PlanRow:
     """Describe what becomes of a model."""
-    plan = request.plan
-    if _needs_weights(request):
+    plan = checkpoint.plan
+    if _needs_weights(checkpoint):
         from lm_eval_pruned.checkpoints.load import Stored
 
-        request.check_text()
-        stored = Stored.of(request)
-        plan, request = stored.settled(), stored.request
-    widths = request.widths
+        checkpoint.check_text()
+        stored = Stored.of(checkpoint.with_stored_widths())
+        plan, checkpoint = stored.settled(), stored.checkpoint
+    widths = checkpoint.widths
     after = widths.count_parameters(widths.targets(plan))
-    dtype: Any = widths.original.dtype
+    dtype: Any = checkpoint.config.dtype
     row = _described(plan, widths.parameters_before, after, dtype and dtype.itemsize)
     if plan.depth is None or plan.prunes:
         return row
-    return replace(row, equal_ratio=_equal_ratio(request, after))
+    return replace(row, equal_ratio=_equal_ratio(plan, widths.whole, after))
 
 
 def _described(
@@ -184,7 +188,7 @@ def _described(
 ) -> PlanRow:
     """Return the row of a plan, from parameters before and after and the bytes of one."""
     return PlanRow(
-        ", ".join(f"{argument}={value}" for argument, value in plan.asked.items()),
+        plan.as_written(),
         whole_or_mean(plan.mean_width),
         plan.ratio,
         after,
@@ -269,9 +273,8 @@ class _Dense:
         return _described(plan, before, after, self.itemsize)
 
 
-def _equal_ratio(request: LoadRequest, parameters: int) -> str:
+def _equal_ratio(plan: PrunePlan, whole: Widths, parameters: int) -> str:
     """Return the ratio at which all layers together have as many parameters; empty without one."""
-    plan, whole = request.plan, request.widths.whole
     before = whole.parameters_before
     rest = whole.count_parameters(dict.fromkeys(whole.actual, 0))
     share = Fraction(before - parameters, before - rest)
@@ -280,28 +283,24 @@ def _equal_ratio(request: LoadRequest, parameters: int) -> str:
     return f"{width * 10**6 // plan.hidden_size / 10**6:.6f}" if width >= 1 else ""
 
 
-#: Columns of the table, and how their values are written; those after the first six are left out
-#: where they say nothing.
-_COLUMNS = {
-    "asked": "",
-    "intermediate size": ",",
-    "expansion ratio": ".4f",
-    "parameters": ",",
-    "reduction": ".2%",
-    "checkpoint bytes": ",",
-    "widths by layer": "",
-    "layers dropped": "",
-    "ratio of equal parameters": "",
-}
+#: Those after the first six are left out where they say nothing.
+_COLUMNS = (
+    Column("asked", attrgetter("asked")),
+    Column("intermediate size", attrgetter("intermediate_size"), ","),
+    Column("expansion ratio", attrgetter("expansion_ratio"), ".4f"),
+    Column("parameters", attrgetter("parameters"), ","),
+    Column("reduction", attrgetter("reduction"), ".2%"),
+    Column("checkpoint bytes", attrgetter("checkpoint_bytes"), ","),
+    Column("widths by layer", attrgetter("layer_widths"), ">"),
+    Column("layers dropped", attrgetter("layers_dropped"), ">"),
+    Column("ratio of equal parameters", attrgetter("equal_ratio"), ">"),
+)
 
 
 def as_table(rows: list[PlanRow]) -> str:
     """Return the rows as a Markdown table."""
-    cells = [map(format, astuple(row), _COLUMNS.values()) for row in rows]
-    columns = [*zip(_COLUMNS, *cells, strict=True)]
-    told = [*columns[:6], *(each for each in columns[6:] if any(each[1:]))]
-    names, *table = zip(*told, strict=True)
-    return markdown_table(names, table) + "\n"
+    more = [column for column in _COLUMNS[6:] if any(map(column.value, rows))]
+    return Table("Plan", [*_COLUMNS[:6], *more], rows).markdown() + "\n"
 
 
 FORMATS: dict[str, Callable[[list[PlanRow]], str]] = {

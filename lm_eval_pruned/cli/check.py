@@ -19,7 +19,7 @@ OPTIONS = (
     row("results", "RESULTS",
         "results file, folder that `lm_eval --output_path` filled, or sweep folder"),
     row("--baseline", "FILE", "baseline file", required=True),
-    row("--format", None, None, choices=("text", "json", "junit", "github"), default="text"),
+    row("--format", None, None, choices=("text", "json", "github"), default="text"),
     row("--update", "",
         "write the results to the baseline file instead; rules already in it are kept"),
     [
@@ -42,8 +42,8 @@ OPTIONS = (
 
 def run(arguments) -> int:
     """Check the results, or write them as the baseline; return the exit code."""
-    from lm_eval_pruned.gate import baseline as files, check as gate
-    from lm_eval_pruned.gate.findings import FORMATS, exit_code
+    from lm_eval_pruned.compare import baseline as files, check as gate
+    from lm_eval_pruned.compare.findings import FORMATS, exit_code
 
     given = {kind: getattr(arguments, kind) for kind in files.RULES}
     (kind, value), *_ = [

@@ -42,7 +42,7 @@ def run(arguments) -> None:
     """Print the differences."""
     from lm_eval_pruned.compare.comparison import compare, read_comparands
     from lm_eval_pruned.compare.comparison_table import FORMATS, as_table
-    from lm_eval_pruned.compare.margin import CLAIMS, Margin
+    from lm_eval_pruned.compare.margins import CLAIMS, Margin
 
     asked = {claim: getattr(arguments, claim) for claim in CLAIMS}
     margin = next((Margin(n, v) for n, v in asked.items() if v is not None), None)

@@ -4,6 +4,8 @@ of TASK, how likely the runs are to be called equivalent or not worse if they do
 as they do in these documents, and how many documents give a chance of 80 %.
 """
 
+from operator import itemgetter
+
 from lm_eval_pruned.cli.compare import UNIT
 from lm_eval_pruned.util.options import row
 
@@ -23,33 +25,37 @@ OPTIONS = (
         type=float, default=0.05),
 )
 # fmt: on
-_TITLES = ("run", "metric", "documents", "changed", "margin", "verdict")
-_MORE = ("assuming", "chance", "documents for 80 %")
-_FORMS = ("", "", "", ".1%", ".4g", "", "", ".0%", ",")
 
 
 def run(arguments) -> None:
     """Print the chances of a verdict."""
     from lm_eval_pruned.compare.comparison import read_comparands
     from lm_eval_pruned.compare.power import DRAWS, MOST, chances, pilots_of
-    from lm_eval_pruned.util.tables import markdown_table
+    from lm_eval_pruned.util.tables import Column, Table
 
     base, runs = read_comparands(arguments.paths)
     tasks = arguments.task.split(",")
-    asked = arguments.margin, arguments.measure
-    found = [
+    columns = [
+        Column("run", itemgetter(0)),
+        Column("metric", itemgetter(1)),
+        Column("documents", itemgetter(2), "d"),
+        Column("changed", itemgetter(3), ".1%"),
+        Column("margin", itemgetter(4), ".4g"),
+        Column("verdict", itemgetter(5)),
+        Column("assuming", itemgetter(6)),
+        Column("chance", itemgetter(7), ".0%"),
+        Column(
+            "documents for 80 %",
+            lambda row: f"{row[8]:,}" if row[8] else f"> {MOST:,}",
+            ">",
+        ),
+    ]
+    rows = [
         row
         for run in runs
         if not run.is_floor
-        for cases in pilots_of(base, run, tasks, *asked)
+        for cases in pilots_of(base, run, tasks, arguments.margin, arguments.measure)
         for row in chances(cases, arguments.documents, arguments.alpha)
-    ]
-    rows = [
-        [
-            f"> {MOST:,}" if v is None else format(v, f)
-            for v, f in zip(each, _FORMS, strict=True)
-        ]
-        for each in found
     ]
     n = arguments.documents
     number = f"{n} documents" if n else "the present number of documents"
@@ -57,5 +63,5 @@ def run(arguments) -> None:
         f"Chance of a verdict on {' and '.join(tasks)} with {number}, of a single test without "
         f"correction. A chance of 80 % has a standard error of 3 points, from {DRAWS} draws of these "
         f"documents, and the number of documents for it one of about 8 %.\n\n"
-        f"{markdown_table(_TITLES + _MORE, rows, 'llrrrllrr')}"
+        f"{Table('Chances', columns, rows).markdown()}"
     )

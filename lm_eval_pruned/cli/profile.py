@@ -13,8 +13,6 @@ from lm_eval_pruned.util.options import row
 
 # fmt: off
 OPTIONS = (
-    row("--model", None, "what runs the models: transformers (default) or vLLM",
-        choices=("pruned-hf", "pruned-vllm"), default="pruned-hf"),
     loading.MODEL_ARGS,
     *(option_row(name, several=True) for name in SEVERAL_SIZES),
     option_row("criterion"),
@@ -29,17 +27,14 @@ OPTIONS = (
 
 
 def run(arguments) -> int:
-    """Measure and write the profile; return the exit code, 130 where it was interrupted."""
+    """Measure, and write the profile after each repeat; return the exit code."""
     import torch
 
-    from lm_eval_pruned.checkpoints.load import load_pruned
     from lm_eval_pruned.energy.meter import CodecarbonMeter
     from lm_eval_pruned.energy.monitor import EnergyMonitor
     from lm_eval_pruned.profiling import report as profile_report
-    from lm_eval_pruned.profiling.engine import EngineModel
     from lm_eval_pruned.profiling.measure import profile
     from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
-    from lm_eval_pruned.util.palette import plots_missing
 
     model_args, folder = loading.read(arguments), Path(arguments.output_path)
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}
@@ -62,16 +57,8 @@ def run(arguments) -> int:
         dtype=model_args.pop("dtype", None),
         load_arguments=model_args,
     )
-    if why := plots_missing():
-        print(f"No figure will be drawn: {why}.", file=sys.stderr)
-    found = profile(
-        request,
-        prompts,
-        monitor=EnergyMonitor(CodecarbonMeter()),
-        load=EngineModel if arguments.model == "pruned-vllm" else load_pruned,
-        on_repeat=lambda so_far: profile_report.write_json(so_far, folder),
-    )
-    paths = profile_report.write(found, folder)
-    print(profile_report.as_markdown(found))
+    for so_far in profile(request, prompts, monitor=EnergyMonitor(CodecarbonMeter())):
+        paths = profile_report.write(so_far, folder)
+    print(profile_report.as_markdown(so_far))
     print(f"Written to {', '.join(map(str, paths))}.", file=sys.stderr)
-    return 130 if found["interrupted"] else 0
+    return 0

@@ -19,7 +19,7 @@ _GROUPED = [name for names in _EXCLUSIVE for name in names[1:]]
 # fmt: off
 _ROWS = {names[0]: [*map(option_row, names)] for names in _EXCLUSIVE} | {"recipe": row(
     "--recipe", "NAME",
-    "recipe for the cut: study, fast or best (default: best, or fast if the model cannot run text)")}
+    "recipe for the cut: study, fast, best or uneven (default: best, or fast if the model cannot run text)")}
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--output_path", "DIR", "folder to write; new or empty", required=True),
@@ -29,8 +29,6 @@ OPTIONS = (
         default="cpu"),
     row("--max_shard_size", "SIZE", "largest weight file (default: 50GB)", default="50GB"),
     row("--check", "", "also measure a random cut of the same size"),
-    row("--results", "PATH", "results file of this size, or a folder of them: write its scores in the "
-        "form that the Hub reads"),
     row("--push_to_hub", "REPO", "upload the finished folder to this repository on the Hub"),
 )
 # fmt: on
@@ -41,13 +39,6 @@ def run(arguments) -> None:
     from lm_eval_pruned.checkpoints import cost
     from lm_eval_pruned.checkpoints.export import export_pruned
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, suggested_recipe
-    from lm_eval_pruned.compare.comparison import kept_in_sweep
-    from lm_eval_pruned.results.hub import EVAL_RESULTS, eval_results
-
-    def scores(record):
-        kept = kept_in_sweep(arguments.results)
-        text = eval_results(arguments.results, kept, record.as_dict())
-        return {EVAL_RESULTS: text}
 
     source = ("dtype", *SOURCE_ARGUMENTS)
     model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)
@@ -65,7 +56,6 @@ def run(arguments) -> None:
         max_shard_size=arguments.max_shard_size,
         push_to_hub=arguments.push_to_hub,
         prune_arguments=pruning,
-        more_files=scores if arguments.results else None,
         measured=measured,
         **loaded,
     )

@@ -1,6 +1,7 @@
 """The study of arXiv 2512.22671 for any model: its sizes and tasks, floors, random cuts with seeds,
-energy and latency. The result is one page: does the dichotomy hold for this model, and what else does
-the paper claim? If interrupted, the same command continues where it stopped. Needs the extra `report`.
+energy and latency. The result is a report that begins with whether the dichotomy holds for this model,
+and what is shown of the paper's other claims. If interrupted, the same command continues where it
+stopped. Needs the extra `report`.
 """
 
 from importlib import import_module
@@ -13,9 +14,9 @@ from lm_eval_pruned.util.options import row
 
 # fmt: off
 OPTIONS = (
-    row("models", "MODEL", "folders or Hub names (default: the default model)", nargs="*"),
+    row("pretrained", "MODEL", "a folder or Hub name (default: the default model)", nargs="?"),
     row("--kind", None,
-        "how models are prompted: base without a chat template; instruct with it, at fewer sizes and "
+        "how the model is prompted: base without a chat template; instruct with it, at fewer sizes and "
         "tasks (default: according to the tokenizer and the name)", choices=("base", "instruct")),
     row("--quick", "",
         "the tasks that come with this package, all their documents, and two sizes: about 16 minutes on "
@@ -36,14 +37,10 @@ def run(arguments) -> int:
     if not arguments.dry_run:
         # Needs the extra `report`, which is said before anything is read.
         import_module("lm_eval_pruned.util.figures")
-    given, how = sweep.read(arguments, needs=("output_path",))
+    options, how = sweep.read(arguments, needs=("output_path",))
     from lm_eval_pruned.cli import main
     from lm_eval_pruned.study.run import run_study
 
-    how |= {
-        "kind": arguments.kind,
-        "quick": arguments.quick,
-        "margin": arguments.margin,
-    }
-    how["families"] = read_mapping(arguments.families or {}, "--families")
-    return run_study(arguments.models, given, main, **how)
+    how |= {name: getattr(arguments, name) for name in ("kind", "quick", "margin")}
+    families = read_mapping(arguments.families or {}, "--families")
+    return run_study(arguments.pretrained, options, main, families=families, **how)

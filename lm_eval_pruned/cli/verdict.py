@@ -46,8 +46,8 @@ def run(arguments) -> int:
     from lm_eval.utils import setup_logging
 
     from lm_eval_pruned.compare.pairing import DocumentReader
-    from lm_eval_pruned.results.hub import check_repository, push_verdict
     from lm_eval_pruned.verdict.decision import decide, read_margins
+    from lm_eval_pruned.verdict.hub import check_repository, push_verdict
     from lm_eval_pruned.verdict.models import both_runs
     from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 

@@ -46,20 +46,26 @@ def agreement(pair: Pair | None, metric: str, texts: bool) -> Agreement | None:
 
     Without `texts`, nothing says which answers are the commonest.
     """
-    replies = [[s.reply for s in each.samples if s.reply] for each in pair or ()]
+    replies = [[s.reply for s in run.samples if s.reply] for run in pair or ()]
     if not pair or {*map(len, replies)} != {len(pair[0].keys)}:
         return None
-    kind = "normed" if metric.startswith("acc_norm") else "chosen"
-    said = [[getattr(reply, kind) for reply in of] for of in replies]
-    likelihoods = ([reply.likelihoods for reply in of] for of in replies)
+    before, after = ([str(s.answer(metric)) for s in run.samples] for run in pair)
+    likelihoods = ([reply.likelihoods for reply in run] for run in replies)
     kl = float(np.mean([*map(divergence, *likelihoods)]))
-    begun = float(np.mean([*map(_begun, *said)]))
-    alike = (None, begun) if math.isnan(kl) else (kl, None)
-    equal = float(np.mean([one == other for one, other in zip(*said, strict=True)]))
-    found = [Counter(of).most_common(1)[0] for of in said]
-    shares = [often / len(said[0]) for _, often in found]
+    no_choices = math.isnan(kl)
+    beginning = float(np.mean([*map(_beginning, before, after)]))
+    same = [one == other for one, other in zip(before, after, strict=True)]
+    (base_answer, base_count), (answer, count) = (
+        Counter(answers).most_common(1)[0] for answers in (before, after)
+    )
     return Agreement(
-        equal, *alike, *shares, *(answer if texts else "" for answer, _ in found)
+        equal_answers=float(np.mean(same)),
+        kl=None if no_choices else kl,
+        beginning=beginning if no_choices else None,
+        base_commonest=base_count / len(before),
+        commonest=count / len(before),
+        base_answer=base_answer if texts else "",
+        answer=answer if texts else "",
     )
 
 
@@ -79,7 +85,7 @@ def divergence(before: Sequence[float], after: Sequence[float]) -> float:
         return float(np.where(p > -np.inf, np.exp(p) * (p - q), 0).sum())
 
 
-def _begun(before: str, after: str) -> float:
+def _beginning(before: str, after: str) -> float:
     one, other = before.split(), after.split()
     same = [*(a == b for a, b in zip(one, other, strict=False)), False].index(False)
     return same / len(one) if one else float(not other)
@@ -89,13 +95,13 @@ def collapse_notes(
     base: str, answers: Iterable[tuple[str, str, Agreement | None]]
 ) -> list[str]:
     """Return a note for each task to which a run, or its base, gives one answer; `answers` name both."""
-    found: dict[str, dict[str, float]] = {}
-    for run, task, of in answers:
-        if of and max(of.base_commonest, of.commonest) >= COLLAPSED:
-            shares = {base: of.base_commonest, run: of.commonest}
-            found.setdefault(task, {}).update(shares)
+    shares: dict[str, dict[str, float]] = {}
+    for run, task, both in answers:
+        if both and max(both.base_commonest, both.commonest) >= COLLAPSED:
+            by_run = {base: both.base_commonest, run: both.commonest}
+            shares.setdefault(task, {}).update(by_run)
     return [
         f"{task}: the answers collapse to one. Share of the commonest answer: "
-        f"{', '.join(f'{share:.0%} of {run}' for run, share in of.items())}."
-        for task, of in found.items()
+        f"{', '.join(f'{share:.0%} of {run}' for run, share in by_run.items())}."
+        for task, by_run in shares.items()
     ]

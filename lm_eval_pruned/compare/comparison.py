@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.agreement import agreement, collapse_notes
 from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.judge import Case, Difference, judged
-from lm_eval_pruned.compare.pairing import (
-    DocumentReader,
-    paired_documents,
-)
+from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
 from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_control, primary_metrics
@@ -22,9 +18,9 @@ from lm_eval_pruned.results.settings import COMPARED, differing, listed
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from lm_eval_pruned.compare.margin import Margin
+    from lm_eval_pruned.compare.margins import Margin
 
     Key = tuple[str, str]
 
@@ -49,24 +45,27 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     A sweep folder as BASE means its baseline; as RUN, or without another path, its other
     configurations. Its floors come with it. Runs of one name are called by their paths.
     """
-    found: list[Run] = []
+    runs: list[Run] = []
     for number, path in enumerate(paths):
         if not is_sweep(path):
-            found.append(read_run(path))
+            runs.append(read_run(path))
             continue
         sweep = read_sweep(path)
         baseline, others = split_sweep(list(sweep.runs), str(path))
-        found += [baseline] * (not number)
-        found += [*others * (number > 0 or len(paths) == 1), *sweep.floors]
-    if len(found) < 2:
+        if number == 0:
+            runs.append(baseline)
+        if number > 0 or len(paths) == 1:
+            runs += others
+        runs += sweep.floors
+    if len(runs) < 2:
         raise ResultsError(
             "There is nothing to compare: pass a base and at least one other run, or a sweep "
-            f"folder with several configurations. {' '.join(found[0].notes)}".rstrip()
+            f"folder with several configurations. {' '.join(runs[0].notes)}".rstrip()
         )
-    names = Counter(run.name for run in found)
-    return found[0], [
+    names = Counter(run.name for run in runs)
+    return runs[0], [
         replace(run, name=str(run.path)) if names[run.name] > 1 else run
-        for run in found[1:]
+        for run in runs[1:]
     ]
 
 
@@ -79,22 +78,6 @@ def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
             "0 to the sweep, or name a base: `compare BASE RUN`."
         )
     return baseline, [run for run in runs if run is not baseline]
-
-
-def kept_in_sweep(path: str) -> dict[Key, str | None]:
-    """Return what the scores of a sweep's configuration keep, by task and metric, as tables show it.
-
-    `path` is a folder or a results file of the configuration; empty where it belongs to no sweep, or
-    to one without results of the unpruned model.
-    """
-    above = Path(path).resolve().parents
-    folder = next((each for each in above if is_sweep(each)), None)
-    sweep = read_sweep(folder) if folder else None
-    base = next((r for r in sweep.runs if r.is_baseline), None) if sweep else None
-    if sweep is None or base is None:
-        return {}
-    rows = compare(base, [read_run(path), *sweep.floors]).rows
-    return {(row.task, row.metric): row.kept_text for row in rows}
 
 
 def compare(
@@ -132,57 +115,64 @@ def compare(
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         if not shared:
             raise ResultsError(f"{base.name} and {run.name} have no task in common.")
-        for one, other in ((base, run), (run, base)):
-            names, has = one.tasks(subtasks=subtasks), other.tasks()
-            if lacks := ", ".join(task for task in names if task not in has):
-                said = f"{other.name} has no results for {lacks}, which {one.name} has."
-                notes.append(said)
+        notes += _missing_tasks(base, run, subtasks)
         notes += settings_notes(base, run, shared)
         primary = (
             [*margins] if margins else primary_metrics([base, run], subtasks=subtasks)
         )
-        if margin:
-            for key in primary:
+        for key in [key for key in base.scores if key[0] in shared]:
+            if key not in run.scores:
+                continue
+            if margin and key in primary:
                 margin.check(*key, base.scores[key].value, run.scores[key].value)
-        both = [key for key in base.scores if key[0] in shared and key in run.scores]
-        for key in both:
             pair = paired_documents(base, run, *key, read)
             family = key if margins else key[0], is_control(run)
             within = margins.get(key) if margins else margin
             cases.append(Case(base, run, key, pair, family, key in primary, within))
-    counted = [(case.run, case.key, case.primary) for case in cases]
-    known = standings(base, floors, counted, alpha, read)
-    rows = [
+    scored = [(case.run, case.key, case.primary) for case in cases]
+    known = standings(base, floors, scored, alpha, read)
+    rows = tuple(
         replace(
             row,
-            floor=known.get((case.run.name, *case.key)),
-            answers=agreement(case.pair, case.key[1], texts) if case.primary else None,
+            floor=known.get((row.run, row.task, row.metric)),
+            answers=agreement(row.case.pair, row.metric, texts)
+            if row.primary
+            else None,
         )
-        for case, row in zip(cases, judged(cases, alpha), strict=True)
-    ]
-    of_base = tuple(each for (name, *_), each in known.items() if name == base.name)
-    low = [each for each in of_base if each.primary and each.above_floor is False]
-    notes += [each.note(base.name) for each in low]
+        for row in judged(cases, alpha)
+    )
+    of_base = tuple(s for (name, *_), s in known.items() if name == base.name)
+    low = [s for s in of_base if s.primary and s.above_floor is False]
+    notes += [standing.note(base.name) for standing in low]
     notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
     if margin:
-        sizes = {r.task: margin.size(r.base_score, r.score) for r in rows if r.primary}
+        sizes = {row.task: row.case.margin_size for row in rows if row.primary}
         if without := [task for task, size in sizes.items() if size is None]:
             notes.append(margin.misfit(listed(without)))
-    told = tuple(rows), *over_ratios(everything, alpha, read), tuple(notes)
-    return Comparison(base.name, alpha, *told, margin, of_base)
+    correlations, trends = over_ratios(everything, alpha, read)
+    return Comparison(
+        base.name, alpha, rows, correlations, trends, tuple(notes), margin, of_base
+    )
+
+
+def _missing_tasks(base: Run, run: Run, subtasks: bool) -> Iterator[str]:
+    """Yield what each of two runs has no results for, and the other has."""
+    for one, other in ((base, run), (run, base)):
+        names, has = one.tasks(subtasks=subtasks), other.tasks()
+        if lacks := ", ".join(task for task in names if task not in has):
+            yield f"{other.name} has no results for {lacks}, which {one.name} has."
 
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     """Return what two runs did not have in common beside the model."""
-    found: dict[str, list[str]] = {}
+    tasks_by_names: dict[str, list[str]] = {}
     for task in tasks:
-        one, other = (each.settings.get(task, {}) for each in (base, run))
-        names = differing(one, other, COMPARED)
-        if names:
-            found.setdefault(", ".join(names), []).append(task)
+        before, after = (item.settings.get(task, {}) for item in (base, run))
+        if names := differing(before, after, COMPARED):
+            tasks_by_names.setdefault(", ".join(names), []).append(task)
     return [
         f"{run.name} was evaluated with different settings than {base.name} "
-        f"({labels}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
+        f"({names}){'' if len(on) == len(tasks) else f' on {listed(on)}'}, so a "
         "difference may not come from the model."
-        for labels, on in found.items()
+        for names, on in tasks_by_names.items()
     ]

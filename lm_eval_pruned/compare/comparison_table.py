@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.kept import NO_LOSS
+from lm_eval_pruned.compare.floors import NO_LOSS
 from lm_eval_pruned.results.groups import scale_name
 from lm_eval_pruned.util.tables import Column, Table, csv_table, interval_text
 
@@ -88,11 +88,6 @@ TRENDS = (
 )
 
 
-def _correlation_interval(row: Any) -> str:
-    low, high = row.correlation.interval
-    return interval_text(low, high, 2)
-
-
 #: Of `TaskCorrelation`.
 CORRELATIONS = (
     Column("series", lambda row: row.series),
@@ -100,7 +95,13 @@ CORRELATIONS = (
     Column("task", lambda row: scale_name(*row.tasks[1])),
     Column("n", lambda row: row.correlation.n, "d"),
     Column("Pearson r", lambda row: row.correlation.pearson, "+.3f"),
-    Column("interval", _correlation_interval, ">"),
+    Column(
+        "interval",
+        lambda row: interval_text(
+            row.correlation.pearson_low, row.correlation.pearson_high, 2
+        ),
+        ">",
+    ),
 )
 DIFFERENCE = (
     "difference = run - base; q: p after Benjamini-Hochberg over the runs of each task without random "
@@ -202,7 +203,7 @@ def as_table(
     """Return Markdown tables, `padded` for a terminal; without `everything`, those that fit one."""
     rows, margin = comparison.rows, comparison.margin
     shown = [row for row in rows if everything or row.primary]
-    floors = [e for e in comparison.floors if everything or e.primary]
+    floors = [row for row in comparison.floors if everything or row.primary]
     tables: list[tuple[str, Sequence[Column], Sequence[Any]]]
     tables = [("", DIFFERENCES, shown), (FLOOR, FLOORS, floors)]
     about = ["--all shows all columns, restated metrics, trends and correlations."]
@@ -218,14 +219,14 @@ def as_table(
         tables.append((TREND, TRENDS, comparison.trends))
         tables.append((CORRELATION, CORRELATIONS, comparison.correlations))
     parts = [f"{findings(comparison)} {' '.join(about)}"]
-    for heading, columns, of in tables:
-        if of:
-            table = table_of(heading, columns, of, comparison.alpha)
+    for heading, columns, lines in tables:
+        if lines:
+            table = table_of(heading, columns, lines, comparison.alpha)
             text = table.markdown(padded=padded) if everything else fitted(table)
             parts += [heading, text]
     notes = [f"Note: {note}" for note in comparison.notes]
     if not everything:
-        parts, notes = ([_wrapped(text) for text in each] for each in (parts, notes))
+        parts, notes = [*map(_wrapped, parts)], [*map(_wrapped, notes)]
     parts.append("\n".join(notes))
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -238,17 +239,22 @@ def _wrapped(text: str) -> str:
 
 def record(row: Difference) -> dict[str, Any]:
     """Return a difference with its claim, floor and answers as one row of CSV."""
-    found = asdict(row)
-    claim, floor, answers = (found.pop(name) for name in ("claim", "floor", "answers"))
-    del found["units"]
-    if claim:
-        names = ("margin", "p_margin", "q_margin")
-        found |= dict(zip(names, claim.values(), strict=True))
-    if floor:
+    values = _shown(row)
+    for name in ("claim", "floor", "answers", "units"):
+        del values[name]
+    if claim := row.claim:
+        values |= {"margin": claim.margin, "p_margin": claim.p, "q_margin": claim.q}
+    if row.floor:
+        floor = asdict(row.floor)
         kept = floor.pop("kept") or dict.fromkeys(("share", "low", "high"))
         names = ("kept", "kept_low", "kept_high")
-        found |= floor | dict(zip(names, kept.values(), strict=True))
-    return found | (answers or {})
+        values |= floor | dict(zip(names, kept.values(), strict=True))
+    return values | (asdict(row.answers) if row.answers else {})
+
+
+def _shown(item: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that its text shows, too."""
+    return {f.name: getattr(item, f.name) for f in fields(item) if f.repr}
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -258,7 +264,7 @@ def as_csv(comparison: Comparison) -> str:
 
 def as_json(comparison: Comparison) -> str:
     """Return the whole comparison as JSON; numbers that are not finite become null."""
-    text = json.dumps(asdict(comparison))
+    text = json.dumps(comparison, default=_shown)
     return json.dumps(json.loads(text, parse_constant=lambda _: None), indent=2) + "\n"
 
 

@@ -1,20 +1,22 @@
-"""Floors: what a model that knows nothing scores, and whether a model is shown to be above it."""
+"""Floors: what a model that knows nothing scores, who is shown to be above, and what is kept of that."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import optimize
 
 from lm_eval_pruned.compare import pairing, statistics
-from lm_eval_pruned.compare.kept import NO_LOSS, Kept, share_kept
 from lm_eval_pruned.results.groups import is_control, is_share
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike
 
     from lm_eval_pruned.results.files import Run
 
@@ -22,8 +24,33 @@ if TYPE_CHECKING:
     Floor = tuple[str, float, Run | None]
 
 
+#: What is said instead of a share where the base is not shown to be above its floor.
+NO_LOSS = "cannot show a loss"
 #: In place of a test, for another metric of answers that were tested.
 _RESTATED = "none: restated"
+#: Ends of an interval are looked for no farther than this from the share.
+_FARTHEST = 1e3
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a candidate keeps: 1 is all that the base scores above the floor, 0 is the floor.
+
+    From `low` to `high` is the interval; an end is None where the documents give none, because they
+    are too few, or because the base could be at its floor.
+    """
+
+    share: float
+    low: float | None
+    high: float | None
+
+    @property
+    def text(self) -> str:
+        """Percent with interval, such as ``61 % [52, 70]``."""
+        ends = [
+            "?" if end is None else f"{end:.0%}"[:-1] for end in (self.low, self.high)
+        ]
+        return f"{self.share:.0%} [{', '.join(ends)}]".replace("%", " %")
 
 
 @dataclass(frozen=True)
@@ -36,7 +63,7 @@ class Standing:
     task, without the base and random controls. Whether a model is above is None where its score is
     above the floor and was not tested.
     `kept` is the share of what the base has above the floor, with the interval of a single test; None
-    for the base, and where the base is not shown to be above. See `kept.share_kept`.
+    for the base, and where the base is not shown to be above. See `share_kept`.
     """
 
     task: str
@@ -84,43 +111,52 @@ def standings(
     Returns what is known by run, task and metric. ResultsError if a floor saw other documents.
     """
     keys: dict[Key, bool] = {}
-    for _, key, main in compared:
-        keys[key] = main or keys.get(key, False)
+    for _, key, primary in compared:
+        keys[key] = primary or keys.get(key, False)
     highest = {key: highest_floor(base, floors, key, read) for key in keys}
-    asked = [
-        (run, key, of, *(_p_above(run, key, of, read) if main else (None, _RESTATED)))
-        for run, key, main in [*((base, *each) for each in keys.items()), *compared]
-        if (of := highest[key])
+    tested = [
+        (run, key, floor, *_p_above(run, key, floor, read, primary))
+        for run, key, primary in [*((base, *item) for item in keys.items()), *compared]
+        if (floor := highest[key])
     ]
-    families = [(key[0], run is base, is_control(run)) for run, key, *_ in asked]
-    qs = statistics.false_discovery([p for *_, p, _ in asked], families, alpha)
-    found: dict[tuple[str, str, str], Standing] = {}
-    for (run, key, floor, p, test), (q, _) in zip(asked, qs, strict=True):
+    families = [(key[0], run is base, is_control(run)) for run, key, *_ in tested]
+    qs = statistics.false_discovery([p for *_, p, _ in tested], families, alpha)
+    known: dict[tuple[str, str, str], Standing] = {}
+    for (run, key, floor, p, test), (q, _) in zip(tested, qs, strict=True):
         name, level, _ = floor
         score = run.scores[key].value
         gain = score - level if run.scores[key].higher_is_better else level - score
         above = False if gain <= 0 else None if q is None else q < alpha
-        own = found.get((base.name, *key))
-        shown = own.above_floor if own else above, above
-        seen = own is not None and shown[0]
-        kept = _kept(base, run, key, floor, alpha, read) if seen else None
-        told = *key, score, name, level, p, q, test, *shown, kept
-        found[run.name, key[0], key[1]] = Standing(*told)
-    return found
+        of_base = known.get((base.name, *key))
+        known[run.name, key[0], key[1]] = Standing(
+            *key,
+            score,
+            name,
+            level,
+            p,
+            q,
+            test,
+            base_above_floor=of_base.above_floor if of_base else above,
+            above_floor=above,
+            kept=_kept(base, run, key, floor, alpha, read)
+            if of_base and of_base.above_floor
+            else None,
+        )
+    return known
 
 
 def _kept(
     base: Run, run: Run, key: Key, floor: Floor, alpha: float, read: pairing.Reader
 ) -> Kept | None:
     """Return the share of what the base has above the floor that a run keeps, of scores that are means."""
-    pair, (_, level, of) = pairing.paired_documents(base, run, *key, read), floor
+    pair, (_, level, floor_run) = pairing.paired_documents(base, run, *key, read), floor
     if pair is None or pair[0].transform != "mean":
         return None
-    below = of and pairing.paired_documents(base, of, *key, read)
-    how = pairing.grouping(pair[0])
-    del how["transform"]
+    below = floor_run and pairing.paired_documents(base, floor_run, *key, read)
+    groups = pairing.grouping(pair[0])
+    del groups["transform"]
     without = below[1].values if below else level
-    return share_kept(pair[0].values, pair[1].values, without, **how, alpha=alpha)
+    return share_kept(pair[0].values, pair[1].values, without, **groups, alpha=alpha)
 
 
 def highest_floor(
@@ -128,36 +164,116 @@ def highest_floor(
 ) -> Floor | None:
     """Return name, score and run of the best floor of a metric; None if none is known."""
     up, documents = base.scores[key].higher_is_better, read(base, *key)
-    found: list[Floor]
     exact = base.exact_floor(*key)
-    if exact is not None and up is not None:
+    if up is None:
+        return None
+    if exact is not None:
         # Scores of models that know nothing are estimates of it.
         return "exact", exact, None
-    found = [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
+    known: list[Floor]
+    known = [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
     levels = (documents.levels.chance, documents.levels.majority) if documents else ()
     for name, level in zip(("chance", "commonest answer"), levels, strict=False):
-        found += [] if level is None else [(name, level, None)]
-    known = [each for each in found if up is not None and math.isfinite(each[1])]
-    return max(known, key=lambda each: each[1] if up else -each[1], default=None)
+        known += [] if level is None else [(name, level, None)]
+    finite = [floor for floor in known if math.isfinite(floor[1])]
+    return max(finite, key=lambda floor: floor[1] if up else -floor[1], default=None)
 
 
 def _p_above(
-    run: Run, key: Key, floor: Floor, read: pairing.Reader
+    run: Run, key: Key, floor: Floor, read: pairing.Reader, primary: bool
 ) -> tuple[float | None, str]:
     """Return the p of "the run is not above the floor", and the test that it comes from."""
-    score, documents, (_, level, of) = run.scores[key], read(run, *key), floor
+    if not primary:
+        return None, _RESTATED
+    score, documents, (_, level, floor_run) = run.scores[key], read(run, *key), floor
     if not math.isfinite(score.value):
         return None, "none: the score is not a finite number"
-    if of and (pair := pairing.paired_documents(of, run, *key, read)):
+    if floor_run and (pair := pairing.paired_documents(floor_run, run, *key, read)):
         test = pairing.paired_test(pair)
     elif documents and documents.transform == "mean":
         constant = np.full(len(documents.values), level)
-        about = pairing.grouping(documents)
+        groups = pairing.grouping(documents)
         if is_share(key[1]):
-            about["limits"] = -level, 1 - level
-        test = statistics.paired_difference(constant, documents.values, **about)
+            groups["limits"] = -level, 1 - level
+        test = statistics.paired_difference(constant, documents.values, **groups)
     elif score.stderr is not None:
         test = statistics.unpaired_difference(score.value - level, score.stderr)
     else:
         return None, "none: neither samples nor standard errors"
     return test.sides and test.sides[bool(score.higher_is_better)], test.method
+
+
+def kept_sides(
+    base: ArrayLike,
+    candidate: ArrayLike,
+    floor: ArrayLike,
+    share: float,
+    weights: ArrayLike | None = None,
+    **groups: Any,
+) -> tuple[float, float]:
+    """Return the one-sided p of a candidate that keeps less than `share`, and of one that keeps more.
+
+    It is that of ``candidate - floor`` against that share of ``base - floor``, so that the spread of the
+    base counts. Arguments as for `share_kept`; 1 and 1 where the documents allow no test.
+    """
+    above, left = (
+        np.asarray(v, float) - np.asarray(floor, float) for v in (base, candidate)
+    )
+    weights = np.ones(len(above)) if weights is None else np.asarray(weights, float)
+    gains = weights * (left - share * above)
+    # Rounding must not make equal values differ.
+    gains[np.abs(gains) <= 1e-12 * np.abs(weights * above).max()] = 0.0
+    sides = statistics.paired_mean(gains, weights, **groups).sides or (1.0, 1.0)
+    # Where a lower score is better, the base is below its floor.
+    return sides if (weights * above).sum() > 0 else sides[::-1]
+
+
+def share_kept(
+    base: ArrayLike,
+    candidate: ArrayLike,
+    floor: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    alpha: float = 0.05,
+    **groups: Any,
+) -> Kept | None:
+    """Return (candidate - floor) / (base - floor) of two means over the same documents.
+
+    The interval holds each share at which a paired test does not tell ``candidate - floor`` from
+    that share of ``base - floor``, as Fieller's does. The test is that of `statistics.paired_mean`, for
+    scores without bounds, over clusters.
+
+    Values are of shape (n,), that of the floor can be one for all documents; `weights`, `clusters` and
+    `strata` are those of `statistics.paired_difference`. The confidence is 1 - `alpha`. None where the
+    mean of the base is exactly at the floor.
+
+    Source: Fieller 1954, Journal of the Royal Statistical Society B 16, 175-185.
+
+    Example:
+        >>> share_kept([0.9, 0.7] * 10, [0.7, 0.5] * 10, 0.2).text
+        '67 % [63, 69]'
+    """
+    weights = np.ones(np.shape(base)) if weights is None else np.asarray(weights, float)
+    above, left = (
+        float((weights * (np.asarray(v, float) - np.asarray(floor, float))).sum())
+        for v in (base, candidate)
+    )
+    if above == 0:
+        return None
+    share = left / above
+
+    def excess(supposed: float, side: int) -> float:
+        sides = kept_sides(base, candidate, floor, supposed, weights, **groups)
+        return sides[side] - alpha / 2
+
+    def end(side: int) -> float | None:
+        # At a larger share than the true one, the candidate keeps less.
+        direction, step = (1, -1)[side], 1e-3
+        while excess(share + direction * step, side) > 0:
+            step *= 2
+            if step > _FARTHEST:
+                return None
+        nearest = share + direction * step / 2 if step > 1e-3 else share
+        return optimize.brentq(excess, nearest, share + direction * step, args=(side,))
+
+    return Kept(share, end(1), end(0))

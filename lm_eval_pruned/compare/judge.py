@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from lm_eval_pruned.compare.kept import kept_sides
+from lm_eval_pruned.compare.floors import kept_sides
 from lm_eval_pruned.compare.pairing import grouping, paired_test
 from lm_eval_pruned.compare.statistics import (
+    LEAST_UNITS,
+    LEAST_UNITS_OF_MARGIN,
     PairedTest,
     false_discovery,
     unpaired_difference,
@@ -20,13 +22,23 @@ from lm_eval_pruned.results.files import finite_or_none
 
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from lm_eval_pruned.compare.agreement import Agreement
     from lm_eval_pruned.compare.floors import Standing
-    from lm_eval_pruned.compare.margin import Margin
+    from lm_eval_pruned.compare.margins import Margin
     from lm_eval_pruned.compare.pairing import Pair
     from lm_eval_pruned.results.files import Run, Score
+
+#: A status of `findings.STATUSES`, and a sentence.
+Decision = tuple[str, str]
+#: Level of the tests behind a claim with a margin.
+CLAIM_LEVEL = 0.05
+IMPROVED = (
+    "improved",
+    "Better than the baseline; to expect this from now on, run with --update.",
+)
+TOLERANCE = "use a tolerance for this metric."
 
 
 class Case(NamedTuple):
@@ -55,10 +67,6 @@ class Case(NamedTuple):
         base, run = (score.value for score in self.scores)
         return self.margin.size(base, run) if self.margin else None
 
-    def claiming(self, claim: str) -> Case:
-        """Return the case with another claim of the same margin."""
-        return self._replace(margin=self.margin and replace(self.margin, claim=claim))
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -80,7 +88,8 @@ class Difference:
     `base_score`; from `low` to `high` is its interval, at the level that the correction leaves where
     there is a `q`. `p` is of the single test, `q` corrected over the tests of its family
     (Benjamini-Hochberg); only the `primary` metric of a task has one. `units` are independent
-    documents or clusters, 0 where not known. None means not known.
+    documents or clusters, 0 where not known. None means not known. The `case` that was judged is not
+    among what files hold.
 
     The verdict is ``better``, ``worse`` or, where the task does not say which way is up,
     ``different``, where q < alpha; else ``not shown``, which does not mean that there is no
@@ -105,6 +114,7 @@ class Difference:
     method: str
     primary: bool
     verdict: str
+    case: Case = field(repr=False, compare=False)
     claim: Claim | None = None
     floor: Standing | None = None
     answers: Agreement | None = None
@@ -129,23 +139,24 @@ class Difference:
 def judged(cases: Sequence[Case], alpha: float = 0.05) -> list[Difference]:
     """Test each case, correct the tests of each family, and say what they show at level `alpha`."""
     tests = [_difference_test(case, alpha) for case in cases]
+    both = [*zip(cases, tests, strict=True)]
     families = [case.family for case in cases]
-    counted = [
-        test if case.primary else None for case, test in zip(cases, tests, strict=True)
-    ]
-    corrected = false_discovery([t.p if t else None for t in counted], families, alpha)
-    ps = [
-        p_outside(case, test) if test else None
-        for case, test in zip(cases, counted, strict=True)
-    ]
-    claimed = [
-        None if p is None else Claim(case.margin_size or 0.0, p, q or 0.0)
-        for case, p, (q, _) in zip(
-            cases, ps, false_discovery(ps, families), strict=True
-        )
-    ]
-    found = zip(cases, tests, corrected, claimed, strict=True)
-    return [_difference(*each, alpha) for each in found]
+    ps = [test.p if case.primary else None for case, test in both]
+    outside = [p_outside(*pair) if pair[0].primary else None for pair in both]
+    corrected = zip(
+        both,
+        false_discovery(ps, families, alpha),
+        outside,
+        false_discovery(outside, families),
+        strict=True,
+    )
+    rows = []
+    for (case, test), (q, level), p, (q_margin, _) in corrected:
+        claim = None
+        if p is not None and q_margin is not None:
+            claim = Claim(case.margin_size or 0.0, p, q_margin)
+        rows.append(_difference(case, test, q, level, claim, alpha))
+    return rows
 
 
 def p_outside(case: Case, test: PairedTest) -> float | None:
@@ -160,13 +171,13 @@ def p_outside(case: Case, test: PairedTest) -> float | None:
     up, one_sided = case.scores[0].higher_is_better, margin.claim == "not_worse"
     share, floor = margin.share, case.base.exact_floor(*case.key)
     if share and floor is not None and case.pair and test.sides != (0.5, 0.5):
-        about = grouping(case.pair[0])
-        if about.pop("transform") == "mean":
-            one, other = (documents.values for documents in case.pair)
-            p = kept_sides(one, other, floor, 1 - share, **about)[1]
+        groups = grouping(case.pair[0])
+        if groups.pop("transform") == "mean":
+            base, run = (documents.values for documents in case.pair)
+            p = kept_sides(base, run, floor, 1 - share, **groups)[1]
             if one_sided:
                 return p
-            return max(p, kept_sides(one, other, floor, 1 + share, **about)[0])
+            return max(p, kept_sides(base, run, floor, 1 + share, **groups)[0])
     low, high = -size, size
     if one_sided and up is not None:
         # The other side is not asked about.
@@ -174,23 +185,23 @@ def p_outside(case: Case, test: PairedTest) -> float | None:
     return test.p_outside(low, high)
 
 
-def verdict_of(
-    difference: float,
-    q: float | None,
-    alpha: float,
-    higher_is_better: bool | None,
-    margin: Margin | None = None,
-    claim: Claim | None = None,
+def _verdict(
+    case: Case, change: float, q: float | None, claim: Claim | None, alpha: float
 ) -> str:
     """Return what a test says of a difference, in the words of `Difference.verdict`."""
+    up, margin = case.scores[0].higher_is_better, case.margin
+    if not math.isfinite(change):
+        return "not comparable"
+    if not case.primary:
+        return "restated"
     if q is None:
         verdict = "not tested"
     elif q >= alpha:
         verdict = "not shown"
-    elif higher_is_better is None:
+    elif up is None:
         verdict = "different"
     else:
-        verdict = "better" if (difference > 0) == higher_is_better else "worse"
+        verdict = "better" if (change > 0) == up else "worse"
     if margin is None:
         return verdict
     # What is better is not worse, and says more; what is equivalent may differ for certain.
@@ -202,36 +213,32 @@ def verdict_of(
 
 def _difference_test(case: Case, alpha: float) -> PairedTest:
     """Test on the documents of both, else on standard errors."""
-    one, other = case.scores
-    difference = other.value - one.value
+    base, run = case.scores
+    difference = run.value - base.value
     both = zip((case.base, case.run), case.scores, strict=True)
     endless = [run.name for run, score in both if not math.isfinite(score.value)]
     if endless:
         why = f"the score of {' and '.join(endless)} is not a finite number"
     elif case.pair:
         return paired_test(case.pair, alpha)
-    elif one.stderr is None or other.stderr is None:
+    elif base.stderr is None or run.stderr is None:
         why = "neither samples nor standard errors"
     else:
-        return unpaired_difference(difference, one.stderr, other.stderr, alpha=alpha)
+        return unpaired_difference(difference, base.stderr, run.stderr, alpha=alpha)
     return PairedTest(difference, f"none: {why}", level=alpha)
 
 
 def _difference(
     case: Case,
     test: PairedTest,
-    corrected: tuple[float | None, float | None],
+    q: float | None,
+    level: float | None,
     claim: Claim | None,
     alpha: float,
 ) -> Difference:
     before, after = (score.value for score in case.scores)
-    (q, level), verdict, change = corrected, "restated", after - before
-    if not math.isfinite(change):
-        verdict = "not comparable"
-    elif case.primary:
-        up = case.scores[0].higher_is_better
-        verdict = verdict_of(change, q, alpha, up, case.margin, claim)
-    low, high = test.interval(level or test.level)
+    change = after - before
+    low, high = test.interval(level)
     return Difference(
         case.run.name,
         *case.key,
@@ -247,7 +254,67 @@ def _difference(
         documents=len(case.pair[0].keys) if case.pair else None,
         method=test.method,
         primary=case.primary,
-        verdict=verdict,
+        verdict=_verdict(case, change, q, claim, alpha),
+        case=case,
         claim=claim,
         units=test.units,
     )
+
+
+def decisions(
+    cases: Sequence[Case], rows: Sequence[Difference], levels: Sequence[float]
+) -> Iterator[Decision]:
+    """Decide what `judged` made of cases: a margin, or else whether a score is worse.
+
+    Tests are one-sided where the direction is known.
+    """
+    families = [case.family for case in cases]
+    sides = [*map(_sides, rows)]
+    worse, better = (
+        [q for q, _ in false_discovery([ps[way] for ps in sides], families)]
+        for way in (0, 1)
+    )
+    yield from map(_decision, rows, levels, worse, better)
+
+
+def _decision(
+    row: Difference, alpha: float, worse: float | None, better: float | None
+) -> Decision:
+    margin, claim, size = row.case.margin, row.claim, row.case.margin_size
+    way = "different" if row.case.scores[0].higher_is_better is None else "worse"
+    within = f"{margin.verdict} within {margin.text}" if margin else ""
+    if margin and claim is None and size and row.p is not None:
+        return "undecided", (
+            f"A margin of a score without bounds takes {LEAST_UNITS_OF_MARGIN - row.units} more "
+            f"independent documents than the {row.units} that were evaluated."
+        )
+    if margin and claim is None:
+        why = f"The margin {margin.text} cannot be tested here: {TOLERANCE}"
+        return "undecided", why
+    if claim and claim.q < alpha:
+        return "pass", f"Shown to be {within} (q = {claim.q:.3g})."
+    if worse is None or row.units < LEAST_UNITS:
+        return "undecided", (
+            f"{row.units} independent documents are too few to decide, which takes at least "
+            f"{LEAST_UNITS}: {TOLERANCE}"
+        )
+    if worse < alpha:
+        change = f"{way} by {abs(row.difference):.6g}"
+        return "fail", f"Significantly {change} (q = {worse:.3g} < {alpha:g})."
+    if better is not None and better < alpha:
+        return IMPROVED
+    if claim:
+        return "undecided", (
+            f"Not decided whether {within} (q = {claim.q:.3g} >= {alpha:g}) or worse: "
+            "`lm-eval-pruned power` estimates how many documents would decide."
+        )
+    return "pass", f"Not significantly {way} (q = {worse:.3g} >= {alpha:g})."
+
+
+def _sides(row: Difference) -> tuple[float | None, float | None]:
+    """Return p of a change for the worse and for the better; of any change where neither is better."""
+    up = row.case.scores[0].higher_is_better
+    if up is None or row.p is None:
+        return row.p, None
+    toward, away = row.p / 2, 1 - row.p / 2
+    return (away, toward) if (row.difference > 0) == up else (toward, away)

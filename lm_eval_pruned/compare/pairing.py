@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
-from lm_eval_pruned.results.documents import Documents, read_documents, read_task
+from lm_eval_pruned.results.documents import Documents, read_task
 from lm_eval_pruned.results.files import ResultsError, Run
 
 
@@ -32,7 +32,7 @@ class DocumentReader:
 
 
 def paired_documents(
-    base: Run, run: Run, task: str, metric: str, read: Reader = read_documents
+    base: Run, run: Run, task: str, metric: str, read: Reader
 ) -> Pair | None:
     """Return the documents of two runs in the same order, or None without samples.
 

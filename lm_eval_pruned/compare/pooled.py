@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lm_eval_pruned.compare.judge import Case, p_outside
-from lm_eval_pruned.compare.measures import PROBABILITIES
+from lm_eval_pruned.compare.margins import PROBABILITIES
 from lm_eval_pruned.compare.pairing import paired_test
 from lm_eval_pruned.results.documents import Documents
 from lm_eval_pruned.results.files import Run, Score
@@ -25,11 +25,11 @@ GUARD = 2.5
 
 def pools_of(cases: Iterable[Case]) -> list[list[Case]]:
     """Return the cases that are claimed together: of one measure, with one margin in points."""
-    found: dict[object, list[Case]] = {}
+    pools: dict[object, list[Case]] = {}
     for case in cases:
         if can_be_pooled(case):
-            found.setdefault(kind_of(case), []).append(case)
-    return [pool for pool in found.values() if len(pool) > 1]
+            pools.setdefault(kind_of(case), []).append(case)
+    return [pool for pool in pools.values() if len(pool) > 1]
 
 
 def can_be_pooled(case: Case) -> bool:
@@ -74,23 +74,24 @@ def mean_of(cases: Sequence[Case]) -> Case:
     """
     key = f"mean of {len(cases)} tasks", cases[0].key[1]
     pairs = [case.pair for case in cases if case.pair]
-    one, other = (_joined(sides) for sides in zip(*pairs, strict=True))
-    base, run = (
-        _scored(getattr(cases[0], name), key, documents)
-        for name, documents in (("base", one), ("run", other))
+    before, after = (_joined(documents) for documents in zip(*pairs, strict=True))
+    return cases[0]._replace(
+        base=_scored(cases[0].base, key, before),
+        run=_scored(cases[0].run, key, after),
+        key=key,
+        pair=(before, after),
+        family=key,
     )
-    pair = one, other
-    return cases[0]._replace(base=base, run=run, key=key, pair=pair, family=key)
 
 
-def guards_of(cases: Sequence[Case]) -> list[Case]:
-    """Return the cases with the margin that a single task has to keep."""
-    found = []
+def p_of_guards(cases: Sequence[Case]) -> float | None:
+    """Return the p of "one of the tasks is worse by its own, wider margin"; see `p_of_claim`."""
+    guarded = []
     for case in cases:
         points = 100 * GUARD * (case.margin_size or 0.0)
         margin = case.margin and replace(case.margin, text=f"{points:.6g}pt")
-        found.append(case._replace(margin=margin))
-    return found
+        guarded.append(case._replace(margin=margin))
+    return _largest_p(guarded)
 
 
 def p_of_claim(cases: Sequence[Case]) -> float | None:
@@ -101,27 +102,34 @@ def p_of_claim(cases: Sequence[Case]) -> float | None:
 
     Source: Berger and Hsu 1996, Statistical Science 11, 283-319.
     """
-    parts = [mean_of(cases), *guards_of(cases)] if cases[1:] else cases
-    ps = [p_outside(part, paired_test(part.pair)) for part in parts if part.pair]
+    if not cases[1:]:
+        return _largest_p(cases)
+    ps = _largest_p([mean_of(cases)]), p_of_guards(cases)
+    return None if ps[0] is None or ps[1] is None else max(ps[0], ps[1])
+
+
+def _largest_p(cases: Sequence[Case]) -> float | None:
+    ps = [case.pair and p_outside(case, paired_test(case.pair)) for case in cases]
     known = [p for p in ps if p is not None]
-    return max(known) if known and len(known) == len(parts) else None
+    return max(known) if len(known) == len(cases) else None
 
 
 def _joined(tasks: Sequence[Documents]) -> Documents:
-    count, total = len(tasks), sum(len(each.values) for each in tasks)
-    weights = [each.weights * total / count / each.weights.sum() for each in tasks]
+    count, total = len(tasks), sum(len(task.values) for task in tasks)
+    weights = [task.weights * total / count / task.weights.sum() for task in tasks]
     keys = (
-        (f"{number}\0{task}", digest, repetition)
-        for number, each in enumerate(tasks)
-        for task, digest, repetition in each.keys
+        (f"{number}\0{name}", digest, repetition)
+        for number, task in enumerate(tasks)
+        for name, digest, repetition in task.keys
     )
     clusters = (
-        each.clusters or [f"{digest} {n}" for _, digest, n in each.keys]
-        for each in tasks
+        task.clusters
+        or [f"{digest} {repetition}" for _, digest, repetition in task.keys]
+        for task in tasks
     )
     return Documents(
         tuple(keys),
-        np.concatenate([each.values for each in tasks]),
+        np.concatenate([task.values for task in tasks]),
         np.concatenate(weights),
         tuple(itertools.chain(*clusters)),
         "mean",

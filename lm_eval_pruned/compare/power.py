@@ -10,8 +10,8 @@ import numpy as np
 
 from lm_eval_pruned.compare.gaffke import POWER
 from lm_eval_pruned.compare.judge import Case
-from lm_eval_pruned.compare.margin import Margin
-from lm_eval_pruned.compare.measures import (
+from lm_eval_pruned.compare.margins import (
+    Margin,
     check_measure,
     judged_keys,
     usual_margin,
@@ -81,15 +81,17 @@ class Pilot:
         keys = self._keys(chosen)
         one, other = self.pair
         values = one.values[chosen], other.values[chosen]
-        groups = tuple(clusters.tolist()) if one.clusters else None
-        about = one.weights[chosen], groups, one.transform
+        labels = tuple(clusters.tolist()) if one.clusters else None
+        groups = one.weights[chosen], labels, one.transform
         before, after = (
-            Documents(keys, np.where(exchanged, theirs, own), *about)
-            for own, theirs in (values, values[::-1])
+            Documents(keys, np.where(exchanged, theirs, ours), *groups)
+            for ours, theirs in (values, values[::-1])
         )
-        pair = before, after
-        base, run = map(self._scored, (self.case.base, self.case.run), pair)
-        return self.case._replace(base=base, run=run, pair=pair)
+        return self.case._replace(
+            base=self._scored(self.case.base, before),
+            run=self._scored(self.case.run, after),
+            pair=(before, after),
+        )
 
     def _keys(self, chosen: np.ndarray) -> tuple[tuple[str, str, int], ...]:
         """Return what names drawn documents: their strata, and which of the draw they are."""
@@ -123,23 +125,23 @@ def pilots_of(
     ResultsError if results or samples of a task are missing; ValueError for a margin that cannot be
     meant, and where there is no mean over the tasks.
     """
-    read, found = DocumentReader(), []
+    read, by_task = DocumentReader(), []
     for task in tasks:
         if task not in {*base.tasks()} & {*run.tasks()}:
             raise ResultsError(
                 f"{base.name} and its runs share no results of {task}: pass a task that both have "
                 f"({base.name} has {', '.join(base.tasks()) or 'none'}), or evaluate some of its documents."
             )
-        one, other = (with_choice_prob(each, read, [task]) for each in (base, run))
-        check_measure(measure, (metric for of, metric in one.scores if of == task))
+        one, other = (with_choice_prob(item, read, [task]) for item in (base, run))
+        check_measure(measure, (metric for name, metric in one.scores if name == task))
         keys = [*judged_keys(one, measure, subtasks=True)]
         if not measure:
             keys += primary_metrics([one, other], subtasks=True)
         keys = [key for key in dict.fromkeys(keys) if key[0] == task]
-        found.append([_pilot(one, other, key, margin, read) for key in keys])
+        by_task.append([_pilot(one, other, key, margin, read) for key in keys])
     if len(tasks) == 1:
-        return [[case] for case in found[0]]
-    first = [of[0] for of in found]
+        return [[case] for case in by_task[0]]
+    first = [cases[0] for cases in by_task]
     if len({kind_of(case) for case in first}) > 1 or not all(map(can_be_pooled, first)):
         raise ValueError(
             f"There is no mean over {', '.join(tasks)}, which takes scores between 0 and 1 of one "
@@ -157,7 +159,7 @@ def _pilot(
             f"{key[0]} of {run.name} has no logged samples from which its score can be computed: "
             "evaluate with --log_samples."
         )
-    scores = [each.scores[key].value for each in (base, run)]
+    scores = [item.scores[key].value for item in (base, run)]
     within = Margin("not_worse", margin or usual_margin(base, key, *scores))
     within.check(*key, *scores)
     return Case(base, run, key, pair, "", margin=within)
@@ -186,10 +188,12 @@ def chances(
     pilots = [*map(Pilot, cases)]
     seen = sum(pilot.size for pilot in pilots)
     changed = sum(pilot.changed for pilot in pilots) / seen
-    head = [cases[0].run.name, cases[0].key[1], seen, changed, cases[0].margin_size]
+    pilot = [cases[0].run.name, cases[0].key[1], seen, changed, cases[0].margin_size]
     return [
         [
-            *(*head, verdict, truth),
+            *pilot,
+            verdict,
+            truth,
             chance_of(verdict, truth, pilots, documents or seen, alpha),
             documents_for(verdict, truth, pilots, alpha),
         ]
@@ -223,7 +227,13 @@ def chance_of(
 
 
 def _p(verdict: str, cases: Sequence[Case]) -> float | None:
-    return p_of_claim([case.claiming(verdict.replace(" ", "_")) for case in cases])
+    claim = verdict.replace(" ", "_")
+    return p_of_claim(
+        [
+            case._replace(margin=case.margin and replace(case.margin, claim=claim))
+            for case in cases
+        ]
+    )
 
 
 def documents_for(

@@ -162,15 +162,16 @@ class PairedTest:
     @property
     def low(self) -> float | None:
         """Lower end of the interval of confidence 1 - `level`; None where there is none."""
-        return self.interval(self.level)[0]
+        return self.interval()[0]
 
     @property
     def high(self) -> float | None:
         """Upper end of it."""
-        return self.interval(self.level)[1]
+        return self.interval()[1]
 
-    def interval(self, level: float) -> tuple[float | None, float | None]:
-        """Return the interval at another level, such as what `false_discovery` leaves."""
+    def interval(self, level: float | None = None) -> tuple[float | None, float | None]:
+        """Return the interval, also at another level, such as what `false_discovery` leaves."""
+        level = level or self.level
         ends = self.distribution.ends(level) if self.distribution else None
         if ends is None or self.p is None:
             return None, None
@@ -190,8 +191,12 @@ class PairedTest:
     @property
     def units_missing(self) -> int:
         """How many more units a claim about a margin takes, of scores without bounds that changed."""
-        of = self.distribution
-        if not isinstance(of, Gaffke) or of.bounded or not of.deviations.any():
+        gaffke = self.distribution
+        if (
+            not isinstance(gaffke, Gaffke)
+            or gaffke.bounded
+            or not gaffke.deviations.any()
+        ):
             return 0
         return max(0, LEAST_UNITS_OF_MARGIN - self.units)
 
@@ -206,8 +211,11 @@ class PairedTest:
         """
         if self.distribution is None or self.units_missing:
             return None
-        ends = [each for each in enumerate((low, high)) if math.isfinite(each[1])]
-        p = max(float(self.distribution.tail(end, side)) for side, end in ends)
+        p = max(
+            float(self.distribution.tail(end, side))
+            for side, end in enumerate((low, high))
+            if math.isfinite(end)
+        )
         return p if low < self.difference < high else max(0.5, p)
 
 
@@ -257,8 +265,15 @@ def paired_difference(
     if form.exponential:
         perplexity = float(form.score(np.average(both[0], weights=weights)))
     bounded = transform == "mean" and both.min() >= 0 and both.max() <= 1
-    about = (alpha, perplexity, limits if bounded else None)
-    return paired_mean(form.factor * weights * gains, weights, clusters, strata, *about)
+    return paired_mean(
+        form.factor * weights * gains,
+        weights,
+        clusters,
+        strata,
+        alpha,
+        perplexity,
+        limits if bounded else None,
+    )
 
 
 def paired_mean(
@@ -298,24 +313,22 @@ def paired_mean(
             deviations *= np.sqrt(factor)
     rounding = 1e-9 * float(np.abs(gains / weights).max())
     if limits is None:
-        unseen = (
-            2 * deviations.min() / weights.max(),
-            2 * deviations.max() / weights.max(),
-        )
+        low, high = deviations.min(), deviations.max()
+        unseen = 2 * low / weights.max(), 2 * high / weights.max()
     else:
         unseen = limits[0] - mean, limits[1] - mean
-    spread = unseen, stderr, perplexity, limits is not None
-    found = Gaffke(mean, deviations, weights, *spread)
-    of = None
+    bounded = limits is not None
+    gaffke = Gaffke(mean, deviations, weights, unseen, stderr, perplexity, bounded)
+    distribution = None
     if not gains.any():
-        method, of = f"none: all {unit} equal", found
+        method, distribution = f"none: all {unit} equal", gaffke
     elif units < LEAST_UNITS:
         method = f"none: {units} {unit} are too few for a test of their mean"
     elif not stderr < math.inf or (limits is None and stderr <= rounding):
         method = f"none: all {unit} changed alike, or by values too large to be squared"
     else:
-        method, of = f"Gaffke's test over {unit}", found
-    return PairedTest(found.score(mean), method, units, alpha, of)
+        method, distribution = f"Gaffke's test over {unit}", gaffke
+    return PairedTest(gaffke.score(mean), method, units, alpha, distribution)
 
 
 def _numbers(labels: Sequence[str]) -> np.ndarray:
@@ -351,14 +364,14 @@ def false_discovery(
         [(0.02, 0.05), (0.04, 0.05), (0.04, 0.05)]
     """
     tests = list(zip(p_values, families or [None] * len(p_values), strict=True))
-    found: list[tuple[float | None, float | None]] = []
+    corrected: list[tuple[float | None, float | None]] = []
     for p, family in tests:
         if p is None:
-            found.append((None, None))
+            corrected.append((None, None))
             continue
-        others = [each for each, label in tests if each is not None and label == family]
+        others = [q for q, label in tests if q is not None and label == family]
         others.remove(p)
         q = stats.false_discovery_control([p, *others])[0]
         discoveries = (stats.false_discovery_control([0.0, *others]) < alpha).sum()
-        found.append((float(q), float(alpha * discoveries / (len(others) + 1))))
-    return found
+        corrected.append((float(q), float(alpha * discoveries / (len(others) + 1))))
+    return corrected

@@ -34,11 +34,6 @@ class Correlation:
     pearson_low: float | None = None
     pearson_high: float | None = None
 
-    @property
-    def interval(self) -> tuple[float | None, float | None]:
-        """Both ends of the interval."""
-        return self.pearson_low, self.pearson_high
-
 
 @dataclass(frozen=True)
 class Trend:
@@ -139,13 +134,13 @@ def over_ratios(
             scores[key] = np.log(values) if logs else values
             same = [paired_documents(members[0], run, *key, read) for run in members]
             rows = [pair[1].values for pair in same if pair]
-            found = Trend(len(same), float(np.polyfit(ratios, scores[key], 1)[0]))
+            slope = Trend(len(same), float(np.polyfit(ratios, scores[key], 1)[0]))
             if same[0] and len(rows) == len(same):
-                found = trend(ratios, rows, **grouping(same[0][1]), alpha=alpha)
-            trends.append(TaskTrend(name, *key, found))
+                slope = trend(ratios, rows, **grouping(same[0][1]), alpha=alpha)
+            trends.append(TaskTrend(name, *key, slope))
         for one, other in itertools.combinations(scores, 2):
             r = correlate(scores[one], scores[other], alpha=alpha)
             pairs.append(TaskCorrelation(name, (one, other), r))
-    qs = false_discovery([e.trend.p for e in trends], [e.series for e in trends])
-    told = [replace(each, q=q) for each, (q, _) in zip(trends, qs, strict=True)]
-    return tuple(pairs), tuple(told)
+    qs = false_discovery([t.trend.p for t in trends], [t.series for t in trends])
+    corrected = [replace(t, q=q) for t, (q, _) in zip(trends, qs, strict=True)]
+    return tuple(pairs), tuple(corrected)

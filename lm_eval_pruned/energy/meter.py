@@ -173,7 +173,7 @@ def _source(name: str, part: Any) -> ComponentSource:
     if mode == "GPU":
         devices = part.devices.devices
         library = "NVML" if "Nvidia" in type(devices[0]).__name__ else "AMD SMI"
-        counted = all(getattr(each, "_has_counter", False) for each in devices)
+        counted = all(getattr(card, "_has_counter", False) for card in devices)
         means = "energy counter" if counted else "power, sampled each second"
         count = len(part._get_gpu_ids())
         return ComponentSource("measured", f"{library} {means} of {count} device(s)")

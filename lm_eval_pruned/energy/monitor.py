@@ -54,9 +54,9 @@ class EnergyMonitor:
     def start(self) -> None:
         """Start the meter if it does not run; one that failed is not tried again."""
         if self._meter is not None and not self._running:
-            told = self._ask(self._meter.start, "did not start")
-            self._description = told or self._description
-            self._running = told is not None
+            description = self._ask(self._meter.start, "did not start")
+            self._description = description or self._description
+            self._running = description is not None
 
     def stop(self) -> None:
         """Stop the meter. A later window starts it again."""

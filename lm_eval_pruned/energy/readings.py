@@ -46,7 +46,7 @@ class EnergyReading:
 
     def __sub__(self, before: EnergyReading) -> EnergyReading:
         """Return by how much counters moved on."""
-        return _combined(lambda each: sub(*each), self, before)
+        return _combined(lambda figures: sub(*figures), self, before)
 
     def as_dict(self, idle: EnergyReading | None = None) -> dict[str, Any]:
         """Return the reading as JSON types; the keys carry the units.
@@ -69,7 +69,7 @@ class EnergyReading:
         if idle is not None:
             times, spent = ratio(self.seconds, idle.seconds), EnergyReading()
             if times is not None:
-                spent = _combined(lambda each: each[0] * times, idle)
+                spent = _combined(lambda figures: figures[0] * times, idle)
             record["idle_joules"] = asdict(spent.joules)
             record["net_joules"] = asdict((self - spent).joules)
         return record
@@ -93,8 +93,8 @@ def add_up(
     if not parts:
         return EnergyReading(0.0)
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    found = replace(_combined(sum, *parts), notes=notes)
-    return replace(found, seconds=_combined(max, *parts).seconds) if at_once else found
+    total = replace(_combined(sum, *parts), notes=notes)
+    return replace(total, seconds=_combined(max, *parts).seconds) if at_once else total
 
 
 def _combined(

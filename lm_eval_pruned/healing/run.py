@@ -11,10 +11,10 @@ import torch
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, adapted_shapes, read_healing
 from lm_eval_pruned.checkpoints.cards import adapter_card, model_card
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
-from lm_eval_pruned.checkpoints.load import load_request
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.load import load_checkpoint
 from lm_eval_pruned.healing.cost import TrainingCost
 from lm_eval_pruned.healing.text import digest_of, texts_of, token_blocks
 from lm_eval_pruned.pruning.arguments import PruneArguments
@@ -53,7 +53,7 @@ def prepare(
     texts: list[Text],
     options: HealingOptions,
     checkpoints: Path,
-) -> tuple[TrainingArguments, LoraConfig | None, LoadRequest, PreTrainedTokenizerBase]:
+) -> tuple[TrainingArguments, LoraConfig | None, Checkpoint, PreTrainedTokenizerBase]:
     """Return the arguments of Trainer, the adapter, the model with its pruning, and its tokenizer.
 
     Raises:
@@ -77,9 +77,9 @@ def prepare(
     loading = dict(model_args)
     pretrained = str(loading.pop("pretrained"))
     pruning = PruneArguments.taken_from(loading)
-    request = LoadRequest.resolve(AutoModelForCausalLM, pretrained, pruning, loading)
-    original = request.widths.original
-    if original.is_encoder_decoder:
+    base = Checkpoint.of(pretrained, pruning, loading, AutoModelForCausalLM)
+    config = base.config
+    if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{pretrained} is an encoder-decoder model, and plain text has no targets for its decoder: "
             "pass a decoder-only model."
@@ -92,16 +92,17 @@ def prepare(
         )
     if adapter is not None:
         # peft refuses modules that the model lacks.
-        adapted_shapes(request, original, adapter)
-    positions = getattr(original, "max_position_embeddings", None)
+        widths = base.widths
+        adapted_shapes(widths.build(widths.config), adapter)
+    positions = getattr(config, "max_position_embeddings", None)
     if positions and options.max_length > positions:
         raise ValueError(
             f"max_length={options.max_length} exceeds the {positions} positions of the model: "
             f"pass at most {positions}."
         )
-    tokenizer = request.load_tokenizer()
+    tokenizer = base.load_tokenizer()
     next(token_blocks(data, texts, tokenizer, options.max_length))
-    return arguments, adapter, request, tokenizer
+    return arguments, adapter, base, tokenizer
 
 
 def heal(
@@ -141,7 +142,7 @@ def heal(
         )
     last = _checkpoint(checkpoints, resume)
     texts, length = texts_of(data), options.max_length
-    arguments, adapter, request, tokenizer = prepare(
+    arguments, adapter, base, tokenizer = prepare(
         model_args, data, texts, options, checkpoints
     )
     blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
@@ -154,7 +155,7 @@ def heal(
     }
     before = (last and read_healing(str(last))) or {}
     _check_same(last, before, options.as_dict() | {"data": record["data"]})
-    model: Any = load_request(request, tokenizer)
+    model: Any = load_checkpoint(base, tokenizer)
     pruned: PruneRecord = model.prune_record
     record["pruning"] = pruned.as_dict()
     _check_same(last, before and _left(before["pruning"]), _left(record["pruning"]))
@@ -172,7 +173,7 @@ def heal(
         model = get_peft_model(model, adapter)
     teacher: PreTrainedModel | None = None
     if options.teacher_weight:
-        teacher = request.load()[0].eval().requires_grad_(False)
+        teacher = base.with_stored_widths().load_whole().eval().requires_grad_(False)
     running = contextlib.nullcontext() if teacher is None else runnable(teacher)
     metering = contextlib.closing(TrainingCost(metered=metered, before=before))
     with metering as cost, running:
@@ -203,7 +204,7 @@ def heal(
     if trainer.is_world_process_zero():
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         with appearing_whole(output) as unfinished:
-            _write(trained, request, pruned, unfinished, record, merge=merge)
+            _write(trained, base, pruned, unfinished, record, merge=merge)
             training.write_record(unfinished, record)
     trainer.accelerator.wait_for_everyone()
     return Healed(output, record, finished=True)
@@ -245,15 +246,15 @@ def _check_same(last: Path | None, before: Any, now: dict[str, Any]) -> None:
 
 def _write(
     model: Any,
-    request: LoadRequest,
+    base: Checkpoint,
     pruned: PruneRecord,
     folder: Path,
     record: dict[str, Any],
     *,
     merge: bool,
 ) -> None:
-    name, revision = request.pretrained, request.model_arguments.get("revision")
-    origin = (name, revision, source_folder(name, request.model_arguments), pruned)
+    name, revision = base.pretrained, base.model_arguments.get("revision")
+    origin = (name, revision, source_folder(name, base.model_arguments), pruned)
     method, text = record["method"], record["data"]
     trained = (
         f"The {'pruned ' * pruned.plan.prunes}model was then trained on {record['tokens_seen']:,} "
@@ -270,7 +271,7 @@ def _write(
         folder /= "merged"
         folder.mkdir()
     model.config.use_cache = True
-    save_loaded(model, request, origin[2], folder)
+    save_loaded(model, base, origin[2], folder)
     if pruned.plan.prunes:
         card = model_card(*origin, folder, trained)
         (folder / "README.md").write_text(card, encoding="utf-8")

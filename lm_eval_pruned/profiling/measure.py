@@ -30,7 +30,7 @@ from lm_eval_pruned.profiling.summary import MODES, cells_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import BatchEncoding, PreTrainedModel
 
@@ -48,22 +48,16 @@ def profile(
     *,
     monitor: EnergyMonitor,
     clock: Callable[[], float] = time.perf_counter,
-    load: Callable[..., Any] = load_pruned,
-    on_repeat: Callable[[dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """Measure the models of `request` on `prompts`; `clock` returns seconds, for tests.
+    load: Callable[..., PreTrainedModel] = load_pruned,
+) -> Iterator[dict[str, Any]]:
+    """Measure the models of `request` on `prompts`; `clock` and `load` are for tests.
 
-    Args:
-        load: `load_pruned`, or `lm_eval_pruned.profiling.engine.EngineModel`.
-        on_repeat: Called with what there is so far after each repeat.
-
-    Returns:
-        What ``profile.json`` holds (JSON types only), with ``models`` of `plan_models` and
-        ``cells`` of `cells_of`. After Ctrl-C, what was finished, with ``interrupted`` set.
+    Yields:
+        After each repeat what ``profile.json`` holds (JSON types only), with ``models`` of
+        `plan_models` and ``cells`` of `cells_of`; ``interrupted`` unless it is the last one.
 
     Raises:
         ValueError: A size is out of range, or a prompt is too long for the model.
-        KeyboardInterrupt: Before anything was finished.
     """
     from tqdm import trange
 
@@ -80,15 +74,9 @@ def profile(
             for spec in models[shift:] + models[:shift]:
                 profiler.measure(repeat, spec)
                 release_memory()
-            if on_repeat is not None:
-                on_repeat(profiler.result())
-    except KeyboardInterrupt:
-        if not profiler.rows:
-            raise
-        return profiler.result(interrupted=True)
+            yield profiler.result(interrupted=repeat + 1 < request.repeats)
     finally:
         monitor.stop()
-    return profiler.result()
 
 
 class _Profiler:
@@ -100,7 +88,7 @@ class _Profiler:
         prompts: Sequence[str],
         monitor: EnergyMonitor,
         clock: Callable[[], float],
-        load: Callable[..., Any],
+        load: Callable[..., PreTrainedModel],
     ) -> None:
         self.request, self.monitor, self.clock = request, monitor, clock
         self.load, self.models = load, plan_models(request)
@@ -120,11 +108,10 @@ class _Profiler:
             request.pretrained, device=request.device, dtype=request.dtype, **arguments
         )
         spec["model_bytes"] = int(model.get_memory_footprint())
-        ours = partial(generate, model, pad_token=self.pad_token)
-        timed = partial(getattr(model, "timed_generation", ours), clock=self.clock)
+        timed = partial(generate, model, pad_token=self.pad_token, clock=self.clock)
         for size, batches in self.batches.items():
             for batch in batches[:2]:
-                timed(batch, min(8, tokens), fixed=True)
+                timed(batch, max_new_tokens=min(8, tokens), fixed=True)
                 self.warm_up_batches += 1
             _peaks(model.device, clear=True)
             key = {"batch_size": size, "model": spec["name"], "repeat": repeat}
@@ -134,17 +121,15 @@ class _Profiler:
             rows = []
             for mode in MODES:
                 run = partial(timed, max_new_tokens=tokens, fixed=mode == "fixed")
-                found, both = self.window(run, size)
+                batch_rows, both = self.window(run, size)
                 shared = {f"both_{part}": joules for part, joules in both.items()}
-                rows += [{**key, "mode": mode, **shared, **each} for each in found]
+                rows += [{**key, "mode": mode, **shared, **row} for row in batch_rows]
                 if (ratio(both["total"], prefill["total"]) or 1) < 1:
                     self.notes.append(
                         f"{spec['name']}, batch size {size}, {mode}: in some repeat, generation took "
                         "less energy than the prefill, so the decode energy is noise"
                     )
-            # Of a pass that was interrupted, nothing counts.
             self.rows += [row | _peaks(model.device) for row in rows]
-        getattr(model, "close", lambda: None)()
 
     def window(
         self, run: Callable[..., dict[str, Any]], size: int, least: float = 0
@@ -163,10 +148,10 @@ class _Profiler:
                 f"{ENERGY_WINDOW_SECONDS:g} s and unreliable; use more prompts or tokens"
             )
         joules = asdict(reading.joules).items()
-        return timed, {part: ratio(each, len(timed)) for part, each in joules}
+        return timed, {part: ratio(energy, len(timed)) for part, energy in joules}
 
-    def result(self, *, interrupted: bool = False) -> dict[str, Any]:
-        """Return what `profile` does, of what was measured so far."""
+    def result(self, *, interrupted: bool) -> dict[str, Any]:
+        """Return what `profile` yields; `interrupted` is what it is called if nothing follows."""
         name = platform.processor() or platform.machine()
         if torch.device(self.request.device).type == "cuda":
             name = torch.cuda.get_device_name(self.request.device)
@@ -197,13 +182,11 @@ class _Profiler:
         }
 
 
-def _peaks(device: torch.device | None, *, clear: bool = False) -> dict[str, int]:
+def _peaks(device: torch.device, *, clear: bool = False) -> dict[str, int]:
     """Return the peaks of memory that are known; `clear` begins new ones."""
-    found: dict[str, int] = {}
-    if device is None:
-        return found
+    peaks: dict[str, int] = {}
     if device.type == "cuda":
-        found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+        peaks["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
         if clear:
             torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
@@ -212,8 +195,8 @@ def _peaks(device: torch.device | None, *, clear: bool = False) -> dict[str, int
             Path("/proc/self/clear_refs").write_text("5")
         status = Path("/proc/self/status").read_text()
         if high := re.search(r"VmHWM:\s*(\d+) kB", status):
-            found["peak_host_bytes"] = int(high[1]) * 1024
-    return found
+            peaks["peak_host_bytes"] = int(high[1]) * 1024
+    return peaks
 
 
 def generate(

@@ -80,13 +80,13 @@ def plan_models(request: ProfileRequest) -> list[dict[str, Any]]:
     Raises:
         ValueError, UnsupportedModelError, OSError: See `plan_rows`.
     """
-    asked: list[tuple[str, Any, int]] = [("prune_percent", 0, 1)]
+    sizes: list[tuple[str, Any, int]] = [("prune_percent", 0, 1)]
     for several, argument in SEVERAL_SIZES.items():
-        asked += product([argument], getattr(request, several), request.multiple_of)
+        sizes += product([argument], getattr(request, several), request.multiple_of)
     models: dict[tuple[float, str], dict[str, Any]] = {}
-    for argument, value, multiple in asked:
-        given = {"multiple_of": multiple, **request.source()}
-        (row,) = plan_rows(request.pretrained, argument, [value], **given)
+    for argument, value, multiple in sizes:
+        loading = {"multiple_of": multiple, **request.source()}
+        (row,) = plan_rows(request.pretrained, argument, [value], **loading)
         # A file may give all layers one width.
         by_layer = row.layer_widths if "," in row.layer_widths else ""
         name = f"{argument}={value}" + f" multiple_of={multiple}" * (multiple != 1)

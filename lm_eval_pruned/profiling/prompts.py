@@ -60,14 +60,16 @@ def batches_of(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat := request.apply_chat_template:
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        how = {"tokenize": False, "add_generation_prompt": True}
-        prompts = tokenizer.apply_chat_template(turns, **how)  # type: ignore[arg-type, assignment]
+        prompts = tokenizer.apply_chat_template(  # type: ignore[assignment]
+            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
     batches = {
         size: make_batches(tokenizer, prompts, size, request.device, bare=chat)
         for size in request.batch_sizes
     }
-    longest = max(each["input_ids"].shape[1] for each in chain(*batches.values()))
+    longest = max(batch["input_ids"].shape[1] for batch in chain(*batches.values()))
     config = AutoConfig.from_pretrained(name, **source).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest + tokens > limit:
@@ -87,10 +89,13 @@ def make_batches(
     bare: bool = False,
 ) -> list[BatchEncoding]:
     """Tokenise prompts, `bare` ones without special tokens, into left-padded batches in order."""
-    how = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     return [
-        tokenizer(prompts[at : at + size], add_special_tokens=not bare, **how).to(
-            device
-        )  # type: ignore[arg-type]
-        for at in range(0, len(prompts), size)
+        tokenizer(
+            list(prompts[start : start + size]),
+            add_special_tokens=not bare,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(device)
+        for start in range(0, len(prompts), size)
     ]

@@ -1,28 +1,23 @@
-"""What ``lm-eval-pruned profile`` writes: JSON, a Markdown table and plots."""
+"""What ``lm-eval-pruned profile`` writes: JSON and Markdown tables."""
 
 from __future__ import annotations
 
 import json
-from itertools import groupby
+from itertools import groupby, starmap
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.util.palette import plots_missing
-from lm_eval_pruned.util.tables import markdown_table
+from lm_eval_pruned.util.tables import Column, Table
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lm_eval_pruned.util.figures import Plot
-
-#: A column of a table: heading, key of a row, multiple of its unit, format.
-_Column = tuple[str, str, float, str]
-_COLUMNS: tuple[_Column, ...] = (
+#: What a column of a table shows: heading, key of a row, multiple of its unit, format.
+_Figure = tuple[str, str, float, str]
+_COLUMNS: tuple[_Figure, ...] = (
     ("output tokens per prompt", "mean_output_tokens", 1, ".1f"),
     ("first token ms", "seconds_to_first_token", 1000, ".1f"),
     ("ms per output token", "seconds_per_output_token", 1000, ".2f"),
@@ -35,7 +30,7 @@ _COLUMNS: tuple[_Column, ...] = (
     ("peak device MiB", "peak_device_bytes", 1 / 2**20, ",.0f"),
     ("peak host MiB", "peak_host_bytes", 1 / 2**20, ",.0f"),
 )
-_OF_MODELS: tuple[_Column, ...] = (
+_OF_MODELS: tuple[_Figure, ...] = (
     ("model", "name", 1, ""),
     ("intermediate size", "intermediate_size", 1, ","),
     ("expansion ratio", "expansion_ratio", 1, ".4f"),
@@ -43,7 +38,7 @@ _OF_MODELS: tuple[_Column, ...] = (
     ("model MiB", "model_bytes", 1 / 2**20, ",.1f"),
     ("widths by layer", "layer_widths", 1, ""),
 )
-_OF_CHANGES: tuple[_Column, ...] = (
+_OF_CHANGES: tuple[_Figure, ...] = (
     ("model", "model", 1, ""),
     ("against the baseline", "metric", 1, ""),
     ("difference, %", "percent", 1, "+.1f"),
@@ -54,19 +49,14 @@ _OF_CHANGES: tuple[_Column, ...] = (
 
 
 def write(profile: dict[str, Any], folder: Path) -> list[Path]:
-    """Write everything into `folder`, each file whole or not at all; return the paths."""
-    write_json(profile, folder)
-    files: dict[str, str | bytes] = {"profile.md": as_markdown(profile)}
-    if plots_missing() is None:
-        files |= draw(profile).files()
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in ("profile.json", *files)]
-
-
-def write_json(profile: dict[str, Any], folder: Path) -> None:
-    """Write the JSON alone, whole or not at all."""
-    write_atomically(folder / "profile.json", json.dumps(profile, indent=2) + "\n")
+    """Write both files into `folder`, each whole or not at all; return the paths."""
+    files = {
+        "profile.md": as_markdown(profile),
+        "profile.json": json.dumps(profile, indent=2) + "\n",
+    }
+    for name, text in files.items():
+        write_atomically(folder / name, text)
+    return [folder / name for name in files]
 
 
 def as_markdown(profile: dict[str, Any]) -> str:
@@ -78,13 +68,14 @@ def as_markdown(profile: dict[str, Any]) -> str:
     }
     chunks = [f"# Profile of {profile['request']['pretrained']}", _setting(profile)]
     chunks.append(_table(_OF_MODELS, profile["models"]))
-    of = itemgetter("batch_size", "mode")
-    for (size, mode), group in groupby(sorted(profile["cells"], key=of), of):
+    size_and_mode = itemgetter("batch_size", "mode")
+    in_order = sorted(profile["cells"], key=size_and_mode)
+    for (size, mode), group in groupby(in_order, size_and_mode):
         cells = list(group)
         changes = [
-            {"model": cell["model"], "metric": metric.replace("_", " "), **found}
+            {"model": cell["model"], "metric": metric.replace("_", " "), **delta}
             for cell in cells
-            for metric, found in cell["deltas"].items()
+            for metric, delta in cell["deltas"].items()
         ]
         chunks.append(f"## Batch size {size}, {mode} length: {headings[mode]}")
         chunks.append(_table((("model", "model", 1, ""), *_COLUMNS), cells))
@@ -100,8 +91,6 @@ def _setting(profile: dict[str, Any]) -> str:
         f"{environment['device']} ({environment['device_name']}), {environment['threads']} threads.",
         "Intervals are 95 %, over repeats. n/m: not measured.",
     ]
-    if profile["interrupted"]:
-        lines.append("**Interrupted**: the last repeat is not complete.")
     if energy["sources"]:
         lines.append(f"Energy by {energy['meter']}: {energy['scope']}.")
         for name, source in energy["sources"].items():
@@ -110,12 +99,13 @@ def _setting(profile: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _table(columns: Sequence[_Column], rows: list[dict[str, Any]]) -> str:
-    written = [
-        [_written(row[key], scale, form) for _, key, scale, form in columns]
-        for row in rows
-    ]
-    return markdown_table([heading for heading, *_ in columns], written)
+def _table(figures: Sequence[_Figure], rows: list[dict[str, Any]]) -> str:
+    def column(heading: str, key: str, scale: float, form: str) -> Column:
+        return Column(heading, lambda row: _written(row[key], scale, form), ">")
+
+    first, *others = figures
+    columns = [column(*first)._replace(form=""), *starmap(column, others)]
+    return Table("Profile", columns, rows).markdown()
 
 
 def _written(value: Any, scale: float, form: str) -> str:
@@ -127,32 +117,3 @@ def _written(value: Any, scale: float, form: str) -> str:
     if isinstance(value, str):
         return value
     return "n/m" if value is None else format(value * scale, form)
-
-
-def draw(profile: dict[str, Any]) -> Plot:
-    """Draw figures against expansion ratio, for models whose layers are equally wide.
-
-    There is a line for each batch size and output length.
-    """
-    import altair as alt
-
-    from lm_eval_pruned.util.figures import Plot, line_look, lines, over_ratios
-
-    models = pd.DataFrame(profile["models"]).set_index("name")
-    cells = pd.json_normalize(profile["cells"]).join(models, on="model")
-    cells = cells[cells["layer_widths"] == ""]
-    sizes = cells["batch_size"].astype(str)
-    cells["line"] = "batch size " + sizes + ", " + cells["mode"] + " length"
-    look = line_look(list(cells["line"].unique()))
-    panels = []
-    for label, metric, scale, _ in _COLUMNS[1:9]:
-        # The figures of latencies are those of batches; repeats have intervals.
-        where = "latency_estimates." * metric.startswith("seconds") + metric
-        parts = {f"{where}.{part}": part for part in ("mean", "low", "high")}
-        drawn = cells.reindex(columns=list(parts)).rename(columns=parts) * scale
-        drawn = cells[["line", "expansion_ratio"]].join(drawn.astype(float))
-        y = alt.Y("mean:Q", scale=alt.Scale(domainMin=0)).title(label)
-        over = over_ratios("expansion_ratio")
-        panels.append(lines(drawn.dropna(subset=["mean"]), over, y, look))
-    about = "Means over repeats, with bands of their 95 % intervals."
-    return Plot("profile", "Profile", about, alt.concat(*panels, columns=3))

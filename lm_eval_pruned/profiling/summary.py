@@ -62,11 +62,11 @@ def cells_of(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
     ratios, cells = _ratios(passes), []
     for key, batches in table.groupby(level=keys, sort=False):
         size, mode, name = key
-        sums, of = (found.xs(key, level=keys) for found in (passes, ratios))
+        sums, by_repeat = (table.xs(key, level=keys) for table in (passes, ratios))
         base = ratios.xs((size, mode, baseline), level=keys)
-        ours, theirs = of.align(base, join="inner")
-        changes = {m: change(ours[m], theirs[m]) for m in of if name != baseline}
-        estimates = {metric: estimate(of[metric]) for metric in _RATIOS}
+        ours, theirs = by_repeat.align(base, join="inner")
+        changes = {m: change(ours[m], theirs[m]) for m in _RATIOS if name != baseline}
+        estimates = {metric: estimate(by_repeat[metric]) for metric in _RATIOS}
         by_batch = _ratios(batches)
         joules = {
             phase: {p: _number(sums[f"{phase}_{p}"].mean(skipna=False)) for p in parts}
@@ -77,25 +77,27 @@ def cells_of(rows: list[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
             "model": name,
             "batch_size": int(size),
             "mode": mode,
-            "repeats": len(of),
+            "repeats": len(by_repeat),
             "prompts": int(sums["rows"].iloc[0]),
             "prompt_tokens": int(sums["prompt_tokens"].iloc[0]),
             **estimates,
             **{m: distribution(by_batch[m].dropna()) for m in _LATENCIES},
             "latency_estimates": {m: e for m in _LATENCIES if (e := estimates[m])},
-            "mean_output_tokens": float(of["mean_output_tokens"].mean()),
+            "mean_output_tokens": float(by_repeat["mean_output_tokens"].mean()),
             "joules": joules,
             **{m: None if np.isnan(peak) else int(peak) for m, peak in highest},
-            "deltas": {metric: found for metric, found in changes.items() if found},
+            "deltas": {metric: delta for metric, delta in changes.items() if delta},
         }
         cells.append(cell)
     return cells
 
 
 def _ratios(table: pd.DataFrame) -> pd.DataFrame:
-    found = {name: table[above] / table[of] for name, (above, of) in _RATIOS.items()}
+    ratios = {
+        name: table[above] / table[below] for name, (above, below) in _RATIOS.items()
+    }
     # Where nothing was decoded, there is nothing to divide by.
-    return pd.DataFrame(found).replace([np.inf, -np.inf], np.nan)
+    return pd.DataFrame(ratios).replace([np.inf, -np.inf], np.nan)
 
 
 def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
@@ -103,10 +105,10 @@ def distribution(seconds: Sequence[float]) -> dict[str, Any] | None:
 
     ``sd`` (n - 1) is None for one; below 100 samples, ``p99`` is close to the largest.
     """
-    found = pd.Series(seconds, dtype=float).describe([0.5, 0.9, 0.99])
+    described = pd.Series(seconds, dtype=float).describe([0.5, 0.9, 0.99])
     names = {"mean": "mean", "sd": "std", "p50": "50%", "p90": "90%", "p99": "99%"}
-    described = {k: _number(found[name]) for k, name in names.items()}
-    return {"n": len(seconds), **described} if len(seconds) else None
+    figures = {key: _number(described[name]) for key, name in names.items()}
+    return {"n": len(seconds), **figures} if len(seconds) else None
 
 
 def estimate(values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
@@ -132,9 +134,11 @@ def change(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]
     """
     if not len(values) or not (np.minimum(values, baseline) > 0).all():
         return None
-    found = estimate(np.log(values) - np.log(baseline)) or {}
-    del found["n"]
-    percent, low, high = (e and 100 * math.expm1(e) for e in found.values())
+    logs: dict[str, Any] = estimate(np.log(values) - np.log(baseline)) or {}
+    percent, low, high = (
+        end and 100 * math.expm1(end)
+        for end in (logs["mean"], logs["low"], logs["high"])
+    )
     verdict = "no difference seen"
     if low is None or high is None:
         verdict = "one repeat, no interval"

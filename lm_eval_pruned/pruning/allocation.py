@@ -51,29 +51,33 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
         return plan
     check_comparable(plan, widths)
     before, targets = widths.layers, widths.targets(plan)
-    # The MLPs to which the size of a layer refers.
-    held: dict[int, list[str]] = {n: [] for n in before if plan.includes_layer(n)}
-    for mlp in widths.mlps:
-        if mlp.block in held and widths.actual[mlp.name] == before[mlp.block]:
-            held[mlp.block].append(mlp.name)
-    kept = {layer: targets[names[0]] for layer, names in held.items()}
+    # What the size makes of the MLPs to which the size of a layer refers.
+    kept = {
+        mlp.block: targets[mlp.name]
+        for mlp in widths.mlps
+        if plan.includes_layer(mlp.block)
+        and widths.actual[mlp.name] == before[mlp.block]
+    }
     neurons, multiple = sum(kept.values()), plan.multiple_of
-    known = evidence.curves([(plan.criterion, plan.seed)], CUTS, plan.arguments.repair)
-    curves = {curve.layer: curve for curve in known.curves}
-    costs = [marginal_costs(before[n], curves[n].widths, curves[n].rises) for n in held]
-    text = {n: getattr(known, n) for n in ("file", "sha256", "texts", "tokens")}
-    text |= unless_cpu(torch.device(known.device))
+    measured = evidence.curves(plan.criterion, plan.arguments.repair)
+    curves = {curve.layer: curve for curve in measured.curves}
+    costs = [
+        marginal_costs(before[layer], curves[layer].widths, curves[layer].rises)
+        for layer in kept
+    ]
     # What is not known of narrower layers is not relied on without need.
     share = 1 - max(CUTS) / 100
-    needed = neurons // len(held) // multiple * multiple
-    fewest = min(math.ceil(min(before[layer] for layer in held) * share), needed) or 1
+    needed = neurons // len(kept) // multiple * multiple
+    fewest = min(math.ceil(min(before[layer] for layer in kept) * share), needed) or 1
     shared = allocate(costs, neurons, fewest=fewest, multiple_of=multiple)
-    kept = dict(zip(held, shared, strict=True))
+    kept = dict(zip(kept, shared, strict=True))
     logger.info(
         "allocation=%s gives the layers these widths: %s.",
         plan.allocation,
         written_by_layer(kept.items()),
     )
+    text = {n: getattr(measured, n) for n in ("file", "sha256", "texts", "tokens")}
+    text |= unless_cpu(torch.device(measured.device))
     return dataclasses.replace(plan.with_layers(kept), measured_on=text)
 
 
@@ -84,7 +88,7 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
         UnsupportedModelError: An allocation would have to weigh layers against each other that
             hold different MLPs, or their activations cannot be observed.
     """
-    model = widths.skeleton()
+    model = widths.skeleton
     check_observable(model, "allocation=uniform", stacked=True)
     held: dict[int, Counter[str]] = defaultdict(Counter)
     for mlp in widths.mlps:

@@ -58,12 +58,13 @@ LAST, BLOCK_INFLUENCE = "last", "block_influence"
 
 #: The recipe of arXiv 2512.22671, which is the default.
 STUDY = "study"
-#: What each recipe sets where the user does not.
+#: What each recipe sets where the user does not; the others set besides what the first does.
 RECIPES: dict[str, dict[str, str]] = {
-    STUDY: {"criterion": "maw", "repair": NO_REPAIR},
-    "fast": {"criterion": "maw", "repair": NO_REPAIR, "skip_layers": "0"},
+    STUDY: {"criterion": "maw", "repair": NO_REPAIR, "allocation": UNIFORM},
+    "fast": {"skip_layers": "0"},
     "best": {"criterion": OBS, "repair": LEAST_SQUARES},
 }
+RECIPES["uneven"] = RECIPES["best"] | {"allocation": SENSITIVITY}
 #: The text that is calibrated on where none is named; `docs/criteria.md` says what it holds.
 OWN_TEXT = Path(__file__).with_name("calibration_text.jsonl")
 
@@ -105,14 +106,14 @@ class PruneArguments(DeclaredOptions):
         drop_by: How to choose the layers if `drop_layers` is a count. ``last`` keeps the last layer and drops
             those before it; ``block_influence`` drops those that change the hidden states of
             `calibration` text least.
-        allocation: How to distribute the cut over the layers. ``uniform`` removes the same
-            share from every layer; ``sensitivity`` takes as many neurons in all, from the layers
-            whose cut raises the loss on `calibration` least. See
+        allocation: How to distribute the cut over the layers; default: uniform, or that of the
+            recipe. ``uniform`` removes the same share from every layer; ``sensitivity`` takes as
+            many neurons in all, from the layers whose cut costs least on `calibration`. See
             `lm_eval_pruned.pruning.allocation`.
-        recipe: Recipe for the cut: study, fast or best. It sets arguments that are not given:
-            ``study`` sets ``criterion=maw``, as in arXiv 2512.22671; ``fast``, which reads no text,
-            the same and ``skip_layers=0``; ``best`` sets ``criterion=obs`` and
-            ``repair=least_squares``.
+        recipe: Recipe for the cut: study, fast, best or uneven. It sets arguments that are not
+            given: ``study`` sets ``criterion=maw``, as in arXiv 2512.22671; ``fast``, which reads
+            no text, the same and ``skip_layers=0``; ``best`` sets ``criterion=obs`` and
+            ``repair=least_squares``; ``uneven`` the same and ``allocation=sensitivity``.
         criterion: Importance score; default: maw, or that of the recipe. One of ``maw`` (alias
             ``ppm``), ``max_abs``, ``l1``, ``l2``, ``vow``, ``pon`` and ``random``, the calibrated
             ``maw_act``, ``act`` and ``obs``, or one that another package declares; see
@@ -151,7 +152,7 @@ class PruneArguments(DeclaredOptions):
         text=(BLOCK_INFLUENCE,),
     )
     allocation: str = option(
-        *(object, UNIFORM, "NAME"),
+        *(object, None, "NAME"),
         choices=ALLOCATIONS,
         several="allocations",
         text=(SENSITIVITY,),
@@ -236,7 +237,7 @@ class PruneKeywords(TypedDict, total=False):
     skip_layers: Layers | None
     drop_layers: Layers | None
     drop_by: str
-    allocation: str
+    allocation: str | None
     recipe: str
     criterion: str
     repair: str
@@ -246,13 +247,13 @@ class PruneKeywords(TypedDict, total=False):
 
 
 def with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments completed by their recipe; an unknown recipe sets nothing."""
-    row = dict(RECIPES.get(str(values["recipe"]), {}))
-    if (
-        values["widths"] is not None
-        or values["layers"] is not None
-        or _sizeless(values)
-    ):
+    """Return arguments completed by their recipe."""
+    row = RECIPES[STUDY] | RECIPES.get(str(values["recipe"]), {})
+    if _sizeless(values) or values["widths"] is not None:
+        # There is nothing to share.
+        row["allocation"] = UNIFORM
+        row.pop("skip_layers", None)
+    if values["layers"] is not None:
         row.pop("skip_layers", None)
     return {n: row.get(n) if value is None else value for n, value in values.items()}
 
@@ -272,10 +273,12 @@ def _needs_text(values: Mapping[str, Any]) -> bool:
 
 def _written(values: Mapping[str, Any]) -> dict[str, str]:
     """Return those of some arguments that are not at their default, as ``name=value``."""
+    usual = {name: declared.default for name, declared in DECLARED.items()}
+    usual |= RECIPES[STUDY]
     chosen = {
-        name: values[name]
-        for name, declared in DECLARED.items()
-        if values[name] not in (None, declared.default)
+        name: value
+        for name in DECLARED
+        if (value := values[name]) not in (None, usual[name])
     }
     if "widths" in chosen:
         chosen["widths"] = written_source(chosen["widths"])

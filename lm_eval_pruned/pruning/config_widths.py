@@ -1,13 +1,7 @@
-"""The widths in a config: the key of each GLU-MLP, and what single layers override.
+"""The key of a config that sets the width of each GLU-MLP.
 
 Keys are found, not listed: a key belongs to the MLPs whose width doubles when it doubles, in a model
 without weights. LFM2 computes its width from several keys; here it is taken from one.
-
-Widths of single layers are in ``per_layer_config``, a sparse map from a layer to what differs
-there. transformers 5.24 knows it, older releases keep it as it is, and so far no class of
-transformers builds its MLPs from it.
-
-Source: `transformers.integrations.heterogeneity`.
 """
 
 from __future__ import annotations
@@ -29,7 +23,7 @@ from lm_eval_pruned.pruning.layouts import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -39,8 +33,6 @@ if TYPE_CHECKING:
 
 #: Names of keys that may set a width.
 _WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
-
-
 #: Whether LFM2 computes its width, rather than take it as it is.
 COMPUTES_WIDTH = "block_auto_adjust_ff_dim"
 
@@ -91,7 +83,7 @@ def find_keys(
 ) -> dict[str, WidthKey]:
     """Find the key of the width of each of the GLU-MLPs of `model`, by the MLP's name.
 
-    `config` is as `taken_apart` returns it, and `build` returns a model of one without weights.
+    `config` is as `plain_config` returns it, and `build` returns a model of one without weights.
 
     Raises:
         UnsupportedModelError: The width of one has no key, or shares its key.
@@ -152,28 +144,9 @@ def _parts(
             yield from _parts(value, (*path, name))
 
 
-def taken_apart(
-    config: PretrainedConfig,
-) -> tuple[PretrainedConfig, dict[WidthKey, int]]:
-    """Return a copy of a config that builds all layers alike, and the widths of single layers.
-
-    Raises:
-        UnsupportedModelError: Its widths are in a form that is not read.
-    """
+def plain_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a config whose keys are the widths, where the model computes them from the keys."""
     plain = copy.deepcopy(config)
-    found: dict[WidthKey, int] = {}
-    for path, part in _parts(plain):
-        if getattr(part, "block_configs", None):
-            raise UnsupportedModelError(
-                "block_configs in the config is not read: write the width of each layer as "
-                'per_layer_config, such as {"0": {"intermediate_size": 1200}}, and delete it.'
-            )
-        overrides = _overrides(part)
-        for layer, own in overrides.items():
-            for name in list(own):
-                if _WIDTH_NAME.search(name) and type(own[name]) is int:
-                    found[WidthKey(path, name, layer)] = own.pop(name)
-        _write(part, overrides)
     text: Any = text_config(plain)
     if getattr(text, COMPUTES_WIDTH, False):
         width = int(2 * text.intermediate_size / 3)
@@ -185,44 +158,4 @@ def taken_apart(
     if plain.model_type == "recurrent_gemma":
         # It builds half as many neurons, rounded down.
         text.intermediate_size -= text.intermediate_size % 2
-    return plain, found
-
-
-def copy_layers(
-    source: PretrainedConfig,
-    target: PretrainedConfig,
-    widths: Mapping[WidthKey, int] | None = None,
-) -> None:
-    """Give `target` what the single layers of `source` have of their own, and `widths` besides.
-
-    Raises:
-        ValueError: The config counts no such layer.
-    """
-    parts = dict(_parts(target))
-    for path, part in _parts(source):
-        if path not in parts:
-            continue
-        overrides = _overrides(part)
-        for key, width in (widths or {}).items():
-            if key.path == path and vars(parts[path]).get(key.name) != width:
-                overrides.setdefault(key.layer or 0, {})[key.name] = width
-        _write(parts[path], overrides)
-
-
-def renumber_layers(config: PretrainedConfig, new: Mapping[int, int]) -> None:
-    """Keep of ``per_layer_config`` what is about the layers of `new`, by their new numbers."""
-    _write(config, {new[n]: own for n, own in _overrides(config).items() if n in new})
-
-
-def _overrides(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
-    """Return what single layers have of their own: by layer, by name of a key."""
-    written = config.to_dict().get("per_layer_config") or {}
-    return {int(layer): dict(own) for layer, own in written.items()}
-
-
-def _write(config: Any, overrides: Mapping[int, dict[str, Any]]) -> None:
-    # The setter of transformers 5.24 looks at what is there already.
-    config.per_layer_config = None
-    vars(config).pop("per_layer_config", None)
-    if written := {str(n): own for n, own in sorted(overrides.items()) if own}:
-        config.per_layer_config = written
+    return plain

@@ -1,14 +1,15 @@
 """How much the loss minds an error in what a layer returns, from one backward pass over text.
 
-Let g be the gradient of the loss of a text at what a GLU-MLP returns for one of its tokens, and
-B the mean of g g' over the tokens. An error e of that output then raises the loss by about
-e' B e / 2, in nats: the second-order term of its Taylor series, with the Fisher information on the
-text in place of the Hessian, as K-FAC has it for the outputs of a layer. So errors of different
-layers are on one scale, on which they add up.
+After each token of a text, let the model draw the next one. Let g be the gradient of the loss of
+what was drawn, at what a GLU-MLP returns for one token, and B the mean of g g' over the tokens. An
+error e of that output then moves the model's predictions by about e' B e / 2, in nats: the
+second-order term of the KL divergence, which the Fisher information gives, as K-FAC has it for the
+outputs of a layer. So errors of different layers are on one scale, on which they add up. With the
+tokens of the text in place of drawn ones, B would be large where the text surprises the model.
 
 Source: Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
-Curvature", arXiv 1503.05671, section 3; with it, Wang et al. 2019, "EigenDamage", arXiv 1905.05934,
-and Kurtic et al. 2022, "The Optimal BERT Surgeon", arXiv 2203.07259, prune.
+Curvature", arXiv 1503.05671, section 3; Kunstner et al. 2019, "Limitations of the Empirical Fisher
+Approximation for Natural Gradient Descent", arXiv 1905.12558, on drawing.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def curvature(
 ) -> Curvature:
     """Run texts, each of shape (1, tokens), int64, through a model and back, where it is.
 
-    The loss is the sum over the tokens of a text, in nats. Only activations get gradients. Of a text
-    whose activations take more memory than the weights, each layer computes twice.
+    Only activations get gradients. Of a text whose activations take more memory than the weights,
+    each layer computes twice.
 
     Raises:
         ValueError: A gradient is NaN or infinite.
@@ -100,6 +101,7 @@ def curvature(
     hidden = {places[mlp.name]: mlp.hidden_size for mlp in mlps}
     sums = {n: torch.zeros(h, h, device=model.device) for n, h in hidden.items()}
     total, predicted = 0.0, 0
+    draws = torch.Generator(model.device).manual_seed(0)
 
     def add(module: nn.Module, gradient: Tensor) -> None:
         rows = gradient.flatten(0, -2).float()
@@ -115,10 +117,14 @@ def curvature(
             tokens = text.to(model.device)
             again = _takes_much(model, mlps, text.numel())
             with computing(_twice(model) if again else {}):
-                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-                loss = cross_entropy(logits.float(), tokens[0, 1:], reduction="sum")
-                loss.backward()
-            total, predicted = total + float(loss.detach()), predicted + len(logits)
+                logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+                # Where these are NaN, so are the gradients, which are refused below.
+                chances = logits.softmax(-1).nan_to_num(1)
+                drawn = torch.multinomial(chances, 1, generator=draws)
+                cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
+            before, after = logits.detach()[:-1], tokens[0, 1:]
+            total += float(cross_entropy(before, after, reduction="sum"))
+            predicted += len(after)
             step(1)
     seen = sum(text.numel() for text in texts)
     roots = {module: _root(each / seen, module) for module, each in sums.items()}

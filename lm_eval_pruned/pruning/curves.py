@@ -1,4 +1,4 @@
-"""Curves of layers: by how much the loss on calibration text rises when a single layer is cut.
+"""Curves of layers: by how much a model's predictions move when a single layer is cut.
 
 Pure data, without torch: the curves that allocations are made of, and that tables and plots show.
 """
@@ -18,63 +18,63 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: What a file of curves says it is, and the version of its entries.
-FORMAT, VERSION = "lm-eval-pruned sensitivity", 2
+FORMAT, VERSION = "lm-eval-pruned sensitivity", 3
 
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """What cutting a single layer costs, by one criterion.
+    """What cutting a single layer costs.
 
     Attributes:
         layer: Number of the layer, as ``layers=`` counts.
         width_before: Its width in the unpruned model, in neurons; that of its experts if any.
-        criterion: Canonical name of the criterion that chose the neurons.
-        seed: Seed of the criterion ``random``; None for any other.
         widths: Kept widths, in neurons, ascending, below `width_before`.
-        rises: By how much the loss rises with this layer cut to each of `widths`, in nats per token,
-            as `lm_eval_pruned.pruning.curvature` has it.
+        rises: What cutting this layer alone to each of `widths` costs, in nats per token, as
+            `lm_eval_pruned.pruning.curvature` has it.
     """
 
     layer: int
     width_before: int
-    criterion: str
-    seed: int | None
     widths: tuple[int, ...]
     rises: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The curves of one model, and the text that they hold for.
+    """The curves of one model, and the cut and the text that they hold for.
 
     Attributes:
-        model: Folder or Hub name of the model.
-        loss: Loss of the unpruned model, in nats per token, on the text of the backward pass.
-        curves: One curve for each layer, criterion and seed.
-        file: Name of the calibration file, without its folder.
-        sha256: SHA-256 of that file.
-        texts: Number of texts that were used.
-        tokens: Number of tokens in them, after cutting.
+        model: The folder or Hub name of the model.
+        loss: Its loss on the text, in nats per token, unpruned.
+        curves: One for each layer that has a GLU-MLP, ascending.
+        criterion: Which neurons are removed.
         repair: How the layer is repaired after its cut.
+        file: Name of the file of text.
+        sha256: Digest of the file.
+        texts: How many of its texts were used.
+        tokens: How many tokens these have.
         device: Where the model ran.
 
     Example:
-        >>> curve = LayerCurve(0, 100, "maw", None, (50, 90), (0.75, 0.25))
-        >>> curves = Sensitivity("folder", 3.25, (curve,), "text.jsonl", "ab12", 2, 256)
+        >>> curve = LayerCurve(0, 100, (50, 90), (0.75, 0.25))
+        >>> curves = Sensitivity(
+        ...     "folder", 3.25, (curve,), "maw", "none", "text.jsonl", "ab12", 2, 256
+        ... )
         >>> print(curves.as_csv(), end="")
-        layer,width,criterion,seed,rise
-        0,50,maw,,0.75
-        0,90,maw,,0.25
+        layer,width,rise
+        0,50,0.75
+        0,90,0.25
     """
 
     model: str
     loss: float
     curves: tuple[LayerCurve, ...]
+    criterion: str
+    repair: str
     file: str
     sha256: str
     texts: int
     tokens: int
-    repair: str = "none"
     device: str = "cpu"
 
     @classmethod
@@ -91,13 +91,12 @@ class Sensitivity:
 
     def as_csv(self) -> str:
         """Return one row for each point of each curve, as CSV with a header."""
-        columns = ("layer", "width", "criterion", "seed", "rise")
-        rows = (
-            (curve.layer, width, curve.criterion, curve.seed, rise)
+        rows = [
+            {"layer": curve.layer, "width": width, "rise": rise}
             for curve in self.curves
             for width, rise in zip(curve.widths, curve.rises, strict=True)
-        )
-        return csv_table([dict(zip(columns, row, strict=True)) for row in rows])
+        ]
+        return csv_table(rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a file holds (JSON types only)."""

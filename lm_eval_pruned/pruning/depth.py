@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lm_eval_pruned.pruning.argument_values import written_layers
-from lm_eval_pruned.pruning.config_widths import renumber_layers
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
     describe,
@@ -198,8 +197,16 @@ def _make_shallow(text: PretrainedConfig, depth: Depth) -> None:
             vars(text)[name] = type(value)(value[old] for old in depth.kept)
     if isinstance(first := getattr(text, _FIRST_DENSE, None), int):
         setattr(text, _FIRST_DENSE, sum(old < first for old in depth.kept))
-    renumber_layers(text, new)
+    overrides = text.to_dict().get("per_layer_config") or {}
+    # transformers checks the numbers of one when the other is set.
+    vars(text).pop("per_layer_config", None)
     text.num_hidden_layers = len(depth.kept)
+    if overrides:
+        text.per_layer_config = {
+            str(new[int(old)]): values
+            for old, values in overrides.items()
+            if int(old) in new
+        }
 
 
 def attributes_that_change(

@@ -6,6 +6,7 @@ gate and up with column i of down. Only this file knows names and kinds of weigh
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import nn
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 
 #: Projections of a GLU-MLP and the axis of their weight that counts neurons.
 NEURON_AXIS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
+
+
+def neuron_axis(projection: str, part: str) -> int:
+    """Return the axis of a ``weight`` or ``bias`` that counts neurons."""
+    return NEURON_AXIS[projection] if part == "weight" else 0
+
 
 #: What models call gate, up and down. One name for gate and up is one matrix that holds both.
 #: They name modules, or parameters in which a module stacks the matrices of its experts.
@@ -153,6 +160,14 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def without_weights(
+    build: Callable[..., PreTrainedModel], config: PretrainedConfig, **named: Any
+) -> PreTrainedModel:
+    """Return the model that a class, or another function, builds of a copy of `config`, on the meta device."""
+    with BUILDING, torch.device("meta"):
+        return build(copy.deepcopy(config), **named)
+
+
 def describe(model: PreTrainedModel) -> str:
     """Return what messages call `model`."""
     return f"{type(model).__name__} (model_type {model.config.model_type})"
@@ -221,6 +236,30 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
         for name, value in list(vars(mlp.module).items()):
             if _WIDTH_NAMES.fullmatch(name) and isinstance(value, int):
                 setattr(mlp.module, name, mlp.width)
+
+
+def with_widths(model_class: Any, widths: Mapping[str, int]) -> Any:
+    """Derive a class of models whose MLPs have other widths, by name, than their config says."""
+
+    def build(self, config, *args, **kwargs) -> None:
+        model_class.__init__(self, config, *args, **kwargs)
+        odd = [mlp for mlp in find_glu_mlps(self) if mlp.width != widths[mlp.name]]
+        pieces = {}
+        for mlp in odd:
+            for projection, part in mlp.regions:
+                weight = mlp.weight(projection, part)
+                shape = list(weight.shape)
+                shape[neuron_axis(projection, part)] = widths[mlp.name]
+                pieces[mlp.name, projection, part] = weight.new_empty(shape)
+        resize(odd, pieces)
+
+    # transformers asks for the name of the class.
+    names = {
+        name: getattr(model_class, name) for name in ("__module__", "__qualname__")
+    }
+    return type(model_class)(
+        model_class.__name__, (model_class,), {**names, "__init__": build}
+    )
 
 
 def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

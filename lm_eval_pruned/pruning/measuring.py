@@ -180,7 +180,7 @@ class LoadedModel:
     device: torch.device | None = None
     content: Hashable | None = None
 
-    def score(self, mlp: GluMlp, criterion: str, seed: int) -> Tensor:
+    def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
         activity = None
         if criterion in ACTIVITY:
@@ -191,28 +191,21 @@ class LoadedModel:
             up,
             criterion,
             layer=mlp.layer,
-            seed=seed,
+            seed=self.seed,
             down=down,
             activity=activity,
             name=mlp.name,
         )
         return scores.cpu()
 
-    def scores(
-        self,
-        criterion: str,
-        mlps: Sequence[GluMlp] | None = None,
-        seed: int | None = None,
-    ) -> Mapping[str, Tensor]:
-        """Return the scores of `mlps`, or of all, by a criterion and name of the MLP."""
-        seed = self.seed if seed is None else seed
-        mlps = find_glu_mlps(self.model) if mlps is None else mlps
+    def scores(self, criterion: str, mlps: Sequence[GluMlp]) -> Mapping[str, Tensor]:
+        """Return the scores of `mlps` by a criterion, by name of the MLP."""
         if mlps and criterion in ACTIVITY:
             # Text runs once, before threads ask for it.
             _ = self.observed
         # Most of scoring does not hold the lock of the interpreter.
         with ThreadPoolExecutor() as pool:
-            scores = pool.map(lambda mlp: self.score(mlp, criterion, seed), mlps)
+            scores = pool.map(lambda mlp: self.score(mlp, criterion), mlps)
             return {mlp.name: row for mlp, row in zip(mlps, scores, strict=True)}
 
     @functools.cached_property
@@ -235,8 +228,9 @@ class LoadedModel:
     @functools.cached_property
     def text(self) -> CalibrationText:
         """The calibration text that was asked for; see `CalibrationText.of`."""
-        given = (self.model, self.tokenizer, str(self.calibration), self.samples)
-        return CalibrationText.of(*given)
+        return CalibrationText.of(
+            self.model, self.tokenizer, str(self.calibration), self.samples
+        )
 
     @functools.cached_property
     def curvature(self) -> Curvature:
@@ -252,72 +246,69 @@ class LoadedModel:
         return Curvature.of(*self._measured_once(("curvature", text.key), measure))
 
     def curves(
-        self, ways: Sequence[tuple[str, int]], shares: Sequence[Number], repair: str
+        self, criterion: str, repair: str, shares: Sequence[Number] = CUTS
     ) -> Sensitivity:
-        """Return by how much the loss rises when one layer is cut, for each layer and width.
+        """Return what it costs to cut one layer, for each layer and width.
 
         Args:
-            ways: Criteria that choose the neurons, each with a seed, which counts for ``random``.
-            shares: Shares of neurons to remove, in percent.
+            criterion: Which neurons go.
             repair: What follows a cut: none or least_squares.
+            shares: Shares of neurons to remove, in percent.
         """
-        what = ("curves", self.text.key, tuple(ways), tuple(shares), repair)
-        # Nothing tells whether the code of another package is still the same.
-        if {name for name, _ in ways} - {OBS, RANDOM, *CRITERIA}:
-            return self._curves(ways, shares, repair)
 
         def measure() -> Measured:
-            return {}, self._curves(ways, shares, repair).as_dict()
+            return {}, self._curves(criterion, repair, shares).as_dict()
 
+        # Nothing tells whether the code of another package is still the same.
+        if criterion not in (OBS, RANDOM, *CRITERIA):
+            return Sensitivity.of(measure()[1])
+        what = ("curves", self.text.key, criterion, self.seed, tuple(shares), repair)
         return Sensitivity.of(self._measured_once(what, measure)[1])
 
     def _curves(
-        self, ways: Sequence[tuple[str, int]], shares: Sequence[Number], repair: str
+        self, criterion: str, repair: str, shares: Sequence[Number]
     ) -> Sensitivity:
-        model, held = self.model, self._held()
-        mlps = [mlp for own in held.values() for mlp in own]
-        before = {n: own[0].width for n, own in held.items()}
-        widths = {
-            n: sorted(
-                {width - math.floor(Fraction(s) / 100 * width) for s in shares}
-                - {0, width},
-                reverse=True,
-            )
-            for n, width in before.items()
-        }
-        # Other MLPs of a layer are cut in the same proportion.
-        narrowed = {
-            mlp.name: [math.ceil(Fraction(k * mlp.width, before[n])) for k in widths[n]]
-            for n, own in held.items()
-            for mlp in own
-        }
-        scores = [
-            {} if name == OBS else self.scores(name, seed=seed) for name, seed in ways
-        ]
-        minded, text = self.curvature, self.text
+        model, text, by_layer = self.model, self.text, self._mlps_by_layer()
+        mlps = [mlp for together in by_layer.values() for mlp in together]
+        widths, narrowed = {}, {}
+        for layer, together in by_layer.items():
+            width = together[0].width
+            kept = {width - math.floor(Fraction(s) / 100 * width) for s in shares}
+            widths[layer] = sorted(kept - {0, width}, reverse=True)
+            # Other MLPs of a layer are cut in the same proportion.
+            for mlp in together:
+                narrowed[mlp.name] = [
+                    math.ceil(Fraction(kept * mlp.width, width))
+                    for kept in widths[layer]
+                ]
+        scores = {} if criterion == OBS else self.scores(criterion, mlps)
+        roots = self.curvature.roots
         errors = errors_of_cuts(
-            *(model, text.tokens, mlps, narrowed, scores, minded.roots),
-            *(repair, self.device),
+            model, text.tokens, mlps, narrowed, scores, roots, repair, self.device
         )
-        curves, tokens = [], sum(each.numel() for each in text.tokens)
-        for way, (name, seed) in enumerate(ways):
-            for n, kept in widths.items():
-                each = zip(*(errors[mlp.name][way] for mlp in held[n]), strict=True)
-                # Half the squared error of a token, on average: the second-order term.
-                rises = [sum(some) / 2 / tokens for some in each]
-                own = (n, before[n], name, seed if name == RANDOM else None)
-                curves.append(LayerCurve(*own, tuple(kept[::-1]), tuple(rises[::-1])))
+        curves, tokens = [], sum(ids.numel() for ids in text.tokens)
+        for layer, kept in widths.items():
+            by_mlp = [errors[mlp.name] for mlp in by_layer[layer]]
+            # Half the squared error of a token, on average: the second-order term.
+            rises = [sum(both) / 2 / tokens for both in zip(*by_mlp, strict=True)]
+            before = by_layer[layer][0].width
+            curves.append(
+                LayerCurve(layer, before, tuple(kept[::-1]), tuple(rises[::-1]))
+            )
         return Sensitivity(
-            *(str(model.config.name_or_path), minded.loss, tuple(curves)),
+            str(model.config.name_or_path),
+            self.curvature.loss,
+            tuple(curves),
+            criterion,
+            repair,
             **text.as_dict(),
-            repair=repair,
             device=str(self.device or model.device),
         )
 
-    def _held(self) -> dict[int, list[GluMlp]]:
+    def _mlps_by_layer(self) -> dict[int, list[GluMlp]]:
         """Return the MLPs of each layer, ascending; those to which sizes refer come first."""
-        held: dict[int, list[GluMlp]] = defaultdict(list)
-        found = find_glu_mlps(self.model)
-        for mlp in sorted(found, key=lambda mlp: (mlp.block, mlp.kind != "expert")):
-            held[mlp.block].append(mlp)
-        return held
+        by_layer: dict[int, list[GluMlp]] = defaultdict(list)
+        mlps = find_glu_mlps(self.model)
+        for mlp in sorted(mlps, key=lambda mlp: (mlp.block, mlp.kind != "expert")):
+            by_layer[mlp.block].append(mlp)
+        return by_layer

@@ -114,6 +114,10 @@ class PrunePlan:
         """Whether the model becomes another: neurons are removed, or layers are dropped."""
         return self.prunes or self.depth is not None
 
+    def as_written(self) -> str:
+        """Return the sizes that were asked for, as they are written on the command line."""
+        return ", ".join(f"{name}={value}" for name, value in self.asked.items())
+
     def includes_layer(self, layer: int) -> bool:
         """Return whether the layer is to be pruned that has this number among those that stay."""
         number = layer if self.depth is None else self.depth.kept[layer]

@@ -7,13 +7,16 @@ text, in the sense of least squares with a ridge, are ::
     W_S + W_R G_RS (G_SS + lambda I)^-1,    G = sum over the tokens of x x'
 
 where R are the removed neurons. `repaired` computes them; `order_by_cost` removes the neurons
-whose removal costs least after that (optimal brain surgeon). Layers are cut one after the other,
-each on the inputs that the cut ones give it, so that errors do not add up unseen.
+whose removal costs least after that (optimal brain surgeon), in nats: with R W in place of W, R being
+the root of `Curvature`, an error of the output counts as far as it moves the model's predictions.
+Repair itself is the same for any R. Layers are cut one after the other, each on the inputs that the
+cut ones give it, so that errors do not add up unseen.
 
 Source: Hassibi and Stork 1993, "Second order derivatives for network pruning: Optimal brain
 surgeon"; Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv
 2204.09656, section 3.4 (least squares over the kept); Kurtic et al. 2023, "ZipLM", arXiv
-2302.04089, section 3 (blocks of columns).
+2302.04089, section 3 (blocks of columns); Wang et al. 2019, "EigenDamage", arXiv 1905.05934 (both
+Kronecker factors).
 """
 
 from __future__ import annotations
@@ -78,10 +81,11 @@ def repaired(gram: Tensor, down: Tensor, kept: Tensor) -> Tensor:
         Shape (H, k), float64.
     """
     gone = _others(kept, len(gram))
-    own, taken_over = gram[kept][:, kept], gram[kept][:, gone]
+    among_kept, across = gram[kept][:, kept], gram[kept][:, gone]
     down = down.to(gram)
-    lost = taken_over @ down[:, gone].T
-    return down[:, kept] + torch.cholesky_solve(lost, torch.linalg.cholesky(own)).T
+    lost = across @ down[:, gone].T
+    factor = torch.linalg.cholesky(among_kept)
+    return down[:, kept] + torch.cholesky_solve(lost, factor).T
 
 
 def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
@@ -92,7 +96,7 @@ def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
 
     Args:
         gram: G + lambda I, shape (I, I), float64.
-        down: Weights of down, shape (H, I), any float.
+        down: Weights of down, or R times those, shape (H, I), any float.
         width: Neurons to keep.
 
     Returns:
@@ -107,7 +111,6 @@ def removed_in_steps(
     down: Tensor,
     widths: Sequence[int],
     scores: Tensor | None = None,
-    root: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, float]]:
     """Yield for each of some widths which neurons stay, and the error of the output after repair.
 
@@ -117,11 +120,7 @@ def removed_in_steps(
     Args:
         widths: Neurons to keep, descending.
         scores: Shape (I,): those of the highest stay, as `kept_set` has it, whatever it costs.
-        root: Shape (H, H): errors are multiplied by it before they are squared, as the loss minds
-            them (see `Curvature`). Which neurons stay does not depend on it.
     """
-    if root is not None:
-        root = root.to(gram)
     # On a CPU this takes a third of the time of `torch.cholesky_inverse`.
     inverse = torch.cholesky_solve(
         torch.eye(len(gram), dtype=gram.dtype, device=gram.device),
@@ -144,12 +143,11 @@ def removed_in_steps(
             going, staying = order[: min(most, excess)], order[min(most, excess) :]
             staying = staying.sort().values
             rows = inverse[going]
-            own = torch.linalg.cholesky(rows[:, going])
+            factor = torch.linalg.cholesky(rows[:, going])
             both = torch.cat([rows[:, staying], weights[going]], 1)
-            both = torch.linalg.solve_triangular(own, both, upper=False)
+            both = torch.linalg.solve_triangular(factor, both, upper=False)
             across, taken = both.split([len(staying), weights.shape[1]], 1)
-            minded = taken if root is None else taken @ root.T
-            error += float(minded.square().sum())
+            error += float(taken.square().sum())
             weights = weights[staying] - across.T @ taken
             inverse = inverse.index_select(0, staying).index_select(1, staying)
             inverse.addmm_(across.T, across, alpha=-1)
@@ -209,6 +207,7 @@ def cut_layer_by_layer(
     mlps: Sequence[GluMlp],
     targets: Mapping[str, int],
     scores: Mapping[str, Tensor],
+    roots: Mapping[str, Tensor],
     repair: str,
     device: torch.device | str | None = None,
 ) -> dict[str, CutMlp]:
@@ -223,6 +222,7 @@ def cut_layer_by_layer(
         mlps: Those to cut.
         targets: Kept width of each by name.
         scores: Scores of each by name; those without any go by `order_by_cost`.
+        roots: Those of `Curvature`, of each MLP without scores.
         repair: ``none`` or ``least_squares``.
         device: Where texts run and matrices are; see `LayerByLayer`.
 
@@ -233,29 +233,38 @@ def cut_layer_by_layer(
         ValueError: An activation is NaN or infinite.
         UnsupportedModelError: See `check_observable`, without scores.
     """
-    left: dict[str, CutMlp] = {}
+    cut_mlps: dict[str, CutMlp] = {}
     home = model.device
 
-    def cut(own: Sequence[GluMlp], moments: LayerMoments) -> None:
-        for mlp in own:
-            name = mlp.name
-            left[name] = _cut(
-                *(mlp, moments.of(mlp), targets[name], scores.get(name)),
-                *(repair, home),
-            )
+    def cut(mlp: GluMlp, moments: Moments) -> None:
+        name, width = mlp.name, targets[mlp.name]
+        solves = repair == LEAST_SQUARES and moments.tokens >= width
+        gram = torch.empty(0)
+        if solves or name not in scores:
+            gram = regularised(moments, centred=_bias(mlp) is not None)
+        if name in scores:
+            kept = kept_set(scores[name], width)
+        else:
+            minded = weighted(roots[name], mlp.weight("down_proj").detach())
+            kept = order_by_cost(gram, minded, width)
+        _change(mlp, moments, kept, gram if solves else None)
+        down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
+        down = down.index_select(1, kept.to(down.device)).to(home)
+        bias = None if bias is None else bias.clone()
+        cut_mlps[name] = CutMlp(kept, down, bias, solves)
 
     _visit(model, texts, mlps, scores, cut, "repair", device)
-    done = sum(mlp.repaired for mlp in left.values())
-    if done < len(mlps) and repair != NO_REPAIR:
+    repaired_mlps = sum(mlp.repaired for mlp in cut_mlps.values())
+    if repaired_mlps < len(mlps) and repair != NO_REPAIR:
         logger.warning(
             "repair=%s: %d of %d GLU-MLPs are repaired; the others keep their weights, because "
             "their activations cannot be observed or the calibration text has fewer tokens for "
             "them than they keep neurons.",
             repair,
-            done,
+            repaired_mlps,
             len(mlps),
         )
-    return left
+    return cut_mlps
 
 
 def errors_of_cuts(
@@ -263,38 +272,40 @@ def errors_of_cuts(
     texts: Sequence[Tensor],
     mlps: Sequence[GluMlp],
     widths: Mapping[str, Sequence[int]],
-    scores: Sequence[Mapping[str, Tensor]],
+    scores: Mapping[str, Tensor],
     roots: Mapping[str, Tensor],
     repair: str,
     device: torch.device | str | None = None,
-) -> dict[str, list[list[float]]]:
-    """Return what cutting each GLU-MLP alone does to its output, for each of `scores` and widths.
+) -> dict[str, list[float]]:
+    """Return what cutting each GLU-MLP alone does to its output, at each of some widths.
 
-    It is the sum over tokens of the squared error, as the loss minds it. The model stays as it is. Takes what `cut_layer_by_layer` takes, and
+    It is the sum over tokens of the squared error, as the loss minds it. The model stays as it is.
+    Takes what `cut_layer_by_layer` takes, and
 
     Args:
         widths: Widths of each by name, in neurons, descending.
-        scores: Several ways to choose neurons.
+        roots: Those of `Curvature`.
     """
-    errors: dict[str, list[list[float]]] = {}
+    errors: dict[str, list[float]] = {}
 
-    def look(own: Sequence[GluMlp], moments: LayerMoments) -> None:
-        for mlp in own:
-            seen, name = _checked(mlp, moments.of(mlp)), mlp.name
-            down, gram = mlp.weight("down_proj").detach(), _gram(mlp, seen)
-            lost = None
-            if repair != LEAST_SQUARES:
-                minded = weighted(roots[name], down)
-                lost = seen.uncentred() * (minded.T @ minded)
-            # Where no token was, nothing is lost.
-            errors[name] = [
-                _errors(gram, down, widths[name], by.get(name), roots[name], lost)
-                if seen.tokens
-                else [0.0] * len(widths[name])
-                for by in scores
-            ]
+    def measure(mlp: GluMlp, moments: Moments) -> None:
+        name, kept = mlp.name, widths[mlp.name]
+        if not moments.tokens:
+            # Nothing is lost.
+            errors[name] = [0.0] * len(kept)
+            return
+        gram = regularised(moments, centred=_bias(mlp) is not None)
+        minded = weighted(roots[name], mlp.weight("down_proj").detach())
+        steps_down = removed_in_steps(gram, minded, kept, scores.get(name))
+        if repair == LEAST_SQUARES:
+            errors[name] = [error for _, error in steps_down]
+            return
+        # Entry (i, j) is what neurons i and j lose together.
+        lost = moments.uncentred() * (minded.T @ minded)
+        removed = [_others(left, mlp.width) for left, _ in steps_down]
+        errors[name] = [float(lost[rows][:, rows].sum()) for rows in removed]
 
-    _visit(model, texts, mlps, {}, look, "costs of cuts", device)
+    _visit(model, texts, mlps, {}, measure, "costs of cuts", device)
     return errors
 
 
@@ -303,11 +314,11 @@ def _visit(
     texts: Sequence[Tensor],
     mlps: Sequence[GluMlp],
     scores: Mapping[str, Tensor],
-    cut: Callable[[Sequence[GluMlp], LayerMoments], None],
+    visit: Callable[[GluMlp, Moments], None],
     what: str,
     device: torch.device | str | None = None,
 ) -> None:
-    """Let `cut` change the GLU-MLPs of one layer after the other, as texts arrive there.
+    """Let `visit` look at one GLU-MLP after the other, and change it, as texts arrive there.
 
     The texts go on with what it changed; the model ends as it was.
     """
@@ -322,16 +333,17 @@ def _visit(
     last = max(walk.layers.index(layer) for layer in by_stack)
     with torch.no_grad(), one_by_one(model, mlps), steps(last + 1, what) as step:
         for layer in walk.layers[: last + 1]:
-            own = by_stack.get(layer, [])
-            downs = [each for mlp in own for each in _down_of(mlp)]
+            visited = by_stack.get(layer, [])
+            downs = [weight for mlp in visited for weight in _down_of(mlp)]
             with walk.layer_lent(downs):
-                if own:
-                    replay = _replay(walk, model, own)
-                    moments = LayerMoments(walk, replay, own)
-                    chosen = any(mlp.name not in scores for mlp in own)
+                if visited:
+                    replay = _replay(walk, model, visited)
+                    moments = LayerMoments(walk, replay, visited)
+                    chosen = any(mlp.name not in scores for mlp in visited)
                     if chosen and not moments.observed:
                         check_observable(model)
-                    cut(own, moments)
+                    for mlp in visited:
+                        visit(mlp, _checked(mlp, moments.of(mlp)))
                     # What was removed changes what the layer returns.
                     walk.go_on(replay.again())
                 else:
@@ -340,57 +352,12 @@ def _visit(
 
 
 def _replay(
-    walk: LayerByLayer, model: PreTrainedModel, own: Sequence[GluMlp]
+    walk: LayerByLayer, model: PreTrainedModel, mlps: Sequence[GluMlp]
 ) -> Replay:
-    down = own[0].projection("down_proj")
-    alone = len(own) == 1 and down is not None and own[0].kind == "dense"
+    down = mlps[0].projection("down_proj")
+    alone = len(mlps) == 1 and down is not None and mlps[0].kind == "dense"
     fits = alone and Replay.fits(walk, model, down)
-    return Replay(walk, {mlp.module for mlp in own}, down if fits else None)
-
-
-def _cut(
-    mlp: GluMlp,
-    moments: Moments | None,
-    width: int,
-    scores: Tensor | None,
-    repair: str,
-    home: torch.device,
-) -> CutMlp:
-    """Choose neurons, then `_change` the weights; return what is left."""
-    moments, gram = _checked(mlp, moments), torch.empty(0)
-    if scores is None or (repair == LEAST_SQUARES and moments.tokens >= width):
-        gram = _gram(mlp, moments)
-    if scores is None:
-        kept = order_by_cost(gram, mlp.weight("down_proj").detach(), width)
-    else:
-        kept = kept_set(scores, width)
-    done = _change(mlp, moments, gram, kept, repair)
-    down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
-    down = down.index_select(1, kept.to(down.device)).to(home)
-    return CutMlp(kept, down, None if bias is None else bias.clone(), done)
-
-
-def _errors(
-    gram: Tensor,
-    down: Tensor,
-    widths: Sequence[int],
-    scores: Tensor | None,
-    root: Tensor,
-    lost: Tensor | None,
-) -> list[float]:
-    """Return the error at each width, after repair, or without it where `lost` is known.
-
-    Entry (i, j) of that is what neurons i and j lose together, of shape (I, I).
-    """
-    if lost is None:
-        steps_down = removed_in_steps(gram, down, widths, scores, root)
-        return [error for _, error in steps_down]
-    if scores is None:
-        sets = [left for left, _ in removed_in_steps(gram, down, widths)]
-    else:
-        sets = [kept_set(scores, width) for width in widths]
-    gone = [_others(kept.to(lost.device), len(lost)) for kept in sets]
-    return [float(lost[each][:, each].sum()) for each in gone]
+    return Replay(walk, {mlp.module for mlp in mlps}, down if fits else None)
 
 
 def _checked(mlp: GluMlp, moments: Moments | None) -> Moments:
@@ -404,27 +371,16 @@ def _checked(mlp: GluMlp, moments: Moments | None) -> Moments:
     return moments
 
 
-def _gram(mlp: GluMlp, moments: Moments) -> Tensor:
-    return regularised(moments, centred=_bias(mlp) is not None)
-
-
-def _change(
-    mlp: GluMlp, moments: Moments, gram: Tensor, kept: Tensor, repair: str
-) -> bool:
-    """Set the columns of removed neurons to 0, and the others to repaired ones.
-
-    Returns whether the MLP was repaired.
-    """
+def _change(mlp: GluMlp, moments: Moments, kept: Tensor, gram: Tensor | None) -> None:
+    """Set the columns of removed neurons to 0, and the others to repaired ones if there is G."""
     down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
-    solves = repair == LEAST_SQUARES and moments.tokens >= len(kept)
     here, gone = kept.to(down.device), _others(kept, mlp.width).to(down.device)
     before = down.clone()
-    if solves:
+    if gram is not None:
         down[:, here] = repaired(gram, before, here).to(down.dtype)
     down[:, gone] = 0
-    if bias is not None and solves:
+    if bias is not None and gram is not None:
         bias += ((before.double() - down.double()) @ moments.mean).to(bias)
-    return solves
 
 
 def _down_of(mlp: GluMlp) -> list[Tensor]:

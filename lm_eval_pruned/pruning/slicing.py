@@ -163,8 +163,16 @@ def carry_out(
             if asked.layer_by_layer:
                 text, device = evidence.text, evidence.device or model.device
                 few = tokens_per_neuron(model, text.tokens, cut, targets)
+                roots = evidence.curvature.roots if plan.criterion == OBS else {}
                 cut_mlps = cut_layer_by_layer(
-                    model, text.tokens, cut, targets, scores, asked.repair, device
+                    model,
+                    text.tokens,
+                    cut,
+                    targets,
+                    scores,
+                    roots,
+                    asked.repair,
+                    device,
                 )
                 kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
                 if asked.repair != NO_REPAIR:
@@ -181,7 +189,6 @@ def carry_out(
                 todo = functools.partial(_narrow_mlps, kept=kept, cut=cut_mlps)
                 list(pool.map(todo, together))
             widths.copy_keys(widths.narrowed_config(targets), model.config)
-            widths.describe_layers(model.config, targets)
         on_error.pop_all()
     record = PruneRecord.of(plan, widths, tuple(kept.values()), calibration, repaired)
     model.prune_record = record  # type: ignore[assignment]

@@ -107,17 +107,12 @@ def figure_section(
 
 
 def measure_plots(
-    name: str,
-    members: Sequence[Run],
-    base: Run,
-    comparison: Comparison,
-    measures: Sequence[str] = tuple(MEASURES),
+    name: str, members: Sequence[Run], base: Run, comparison: Comparison
 ) -> dict[str, Plot]:
-    """Return a plot of one series, or of one model, by measure; without those that have no points."""
+    """Return a plot of one series by measure; without those that have no points."""
     found = {}
     points = points_of(members, base, comparison)
-    for measure in measures:
-        file, title, _, more = MEASURES[measure]
+    for measure, (file, title, _, more) in MEASURES.items():
         drawn = points[points["measure"] == measure]
         # Text alone has no share that is kept.
         keeps = measure == "kept" and "%" in {*drawn["unit"]}

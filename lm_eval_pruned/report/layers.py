@@ -1,7 +1,6 @@
-"""The cost of cutting one layer at a time: the section of a report, its table and its plot.
+"""What cutting one layer at a time costs: the section of a report, its table and its plot.
 
-The curves are those of ``sensitivity.json``. The reference is the criterion ``random``: one that
-does worse than all its seeds misjudges the layer.
+The curves are those of ``sensitivity.json``.
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from lm_eval_pruned.report.page import MARKS, Section
+from lm_eval_pruned.report.page import Section
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import SENSITIVITY
-from lm_eval_pruned.util.tables import Cell, Column, Table
+from lm_eval_pruned.util.tables import Column, Table
 
 
 if TYPE_CHECKING:
@@ -24,13 +22,9 @@ if TYPE_CHECKING:
     from lm_eval_pruned.results.runs import SweepResults
     from lm_eval_pruned.util.figures import Plot
 
-#: The control, whose seeds are the range of chance.
-RANDOM = "random"
 #: Of the file's entries.
-VERSION = 2
-#: The table of a report is of the share that is nearest to this one, in percent.
-_SHOWN = 25
-#: Rises below this, in nats per token, are drawn on a linear scale, greater ones on a
+VERSION = 3
+#: Costs below this, in nats per token, are drawn on a linear scale, greater ones on a
 #: logarithmic one: one layer can cost a hundred times as much as another.
 _LINEAR = 0.02
 
@@ -40,22 +34,13 @@ class LayerCurves:
     """The curves of one model.
 
     Attributes:
-        text: Unpruned loss, in nats per token, and the text that it was measured on, in words.
-        criteria: Names of the criteria without ``random``, in the order of the curves.
-        shares: Shares of a layer that were removed, in whole percent, ascending.
-        seeds: How many seeds of ``random`` every layer was measured with.
-        rises: By ``layer``, ``criterion`` and ``share``: ``rise`` of the loss in nats per token, the
-            mean over seeds; ``low`` and ``high`` of the seeds of ``random`` there; ``verdict``,
-            which is ``worse`` or ``better`` than every one of them, or empty.
-        repair: How the layer was repaired after its cut.
+        explanation: How the numbers are to be read.
+        rises: What removing a share of a layer costs, in nats per token: by ``layer``, and by the
+            share in whole percent, both ascending.
     """
 
-    text: str
-    criteria: tuple[str, ...]
-    shares: tuple[int, ...]
-    seeds: int
+    explanation: str
     rises: pd.DataFrame = field(repr=False)
-    repair: str = "none"
 
     @classmethod
     def of(cls, data: Mapping[str, Any], source: str = "the curves") -> LayerCurves:
@@ -63,100 +48,57 @@ class LayerCurves:
         try:
             if data["version"] != VERSION:
                 raise ValueError(f"version {data['version']}, not {VERSION}")
-            loss, every = float(data["loss"]), pd.DataFrame(data["curves"])
-            text = f"{loss:.3f} unpruned, on {data['texts']} texts with {data['tokens']:,} tokens"
-            every = every.explode(["widths", "rises"]).astype({"layer": int})
-            removed = 1 - every["widths"].astype(float) / every["width_before"]
-            every["share"] = (100 * removed).round().astype(int)
-            every["rise"] = every["rises"].astype(float)
+            explanation = (
+                "Each number is what it costs to cut only that layer, in nats per token, to second order "
+                f"in the error of its output (criterion={data['criterion']}, repair={data['repair']}). "
+                f"The loss is {float(data['loss']):.3f} unpruned, on {data['texts']} texts with "
+                f"{data['tokens']:,} tokens."
+            )
+            points = pd.DataFrame(data["curves"]).explode(["widths", "rises"])
+            removed = 1 - points["widths"].astype(float) / points["width_before"]
+            points["share"] = (100 * removed).round().astype(int)
+            rises = points.astype({"layer": int, "rises": float}).pivot(
+                index="layer", columns="share", values="rises"
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(
                 f"{source} holds no readable sensitivity curves ({error}): measure them "
                 "again."
             ) from None
-        control = every[every["criterion"] == RANDOM].groupby(["layer", "share"])
-        chance = control["rise"].agg(low="min", high="max", seeds="size")
-        rises = every.groupby(["layer", "criterion", "share"], as_index=False)["rise"]
-        rises = rises.mean().join(chance, on=["layer", "share"])
-        above, below = rises["rise"] > rises["high"], rises["rise"] < rises["low"]
-        rises["verdict"] = np.select([above, below], ["worse", "better"], "")
-        rises.loc[rises["criterion"] == RANDOM, "verdict"] = ""
-        criteria = tuple(name for name in every["criterion"].unique() if name != RANDOM)
-        shares = tuple(sorted(every["share"].unique().tolist()))
-        seeds = 0 if chance.empty else int(chance["seeds"].min())
-        repair = str(data.get("repair", "none"))
-        return cls(text, criteria, shares, seeds, rises, repair)
+        return cls(explanation, rises)
 
-    def table(self, share: int) -> Table:
-        """Return the rise of the loss by layer and criterion where `share` percent are removed."""
-        names = {name: name for name in self.criteria}
-        names |= {RANDOM: f"random, seeds: {self.seeds}"} if self.seeds else {}
-        shown = self.rises[self.rises["share"] == share]
-        known = {(each.layer, each.criterion): each for each in shown.itertuples()}
+    def table(self) -> Table:
+        """Return a row for each layer and a column for each share."""
 
-        def of_criterion(name: str) -> Column:
-            cell = lambda layer: _rise(known.get((layer, name)))
-            return Column(names[name], cell, ">")
+        def of_share(share: int) -> Column:
+            cost = self.rises[share].dropna()
+            return Column(f"{share} % removed", cost.get, "+.3f")
 
-        layers = sorted(self.rises["layer"].unique().tolist())
-        columns = [Column("layer", str), *map(of_criterion, names)]
-        return Table(f"Rise of the loss at {share} %", columns, layers)
+        columns = [Column("layer", str), *map(of_share, self.rises.columns)]
+        return Table("What cutting one layer costs", columns, [*self.rises.index])
 
-    @property
-    def explanation(self) -> list[str]:
-        """How the numbers are to be read."""
-        first = (
-            "Each number is the rise of the loss, in nats per token, when only that layer is cut, to second "
-            f"order in the error of its output. The loss is {self.text}."
-        )
-        chance = (
-            f"The reference is the criterion random, seeds: {self.seeds}; \u25bc worse and \u25b2 better "
-            "than every seed. A criterion only as good as chance is worse than every seed in one of "
-            f"{self.seeds + 1} layers."
-        )
-        repaired = f"The layer is repaired after its cut (repair={self.repair})."
-        said = [repaired] * (self.repair != "none")
-        return [first, *said, *[chance] * bool(self.seeds)]
-
-    def plots(self) -> list[Plot]:
-        """Return the rise of the loss over the layers, by criterion. Needs the extra ``report``."""
+    def plot(self) -> Plot:
+        """Return the costs over the layers, a line for each share. Needs the extra ``report``."""
         import altair as alt
 
         from lm_eval_pruned.util.figures import Plot, line_look, lines
 
-        names = {"criterion": "line", "low": "least", "high": "most"}
-        rises = self.rises.rename(columns=names)
-        rises["removed"] = rises["share"].astype(str) + " % removed"
+        points = (
+            self.rises.melt(ignore_index=False, value_name="rise")
+            .dropna()
+            .reset_index()
+        )
+        points["line"] = points["share"].astype(str) + " % removed"
         over = alt.X("layer:Q", scale=alt.Scale(nice=False))
         scale = alt.Scale(type="symlog", constant=_LINEAR)
-        y = alt.Y("rise:Q", title="rise of the loss (nats per token)", scale=scale)
-        seeds = alt.Chart().mark_bar(size=14, opacity=0.25, color="var(--ink)")
-        seeds = seeds.transform_filter(f"datum.line == '{RANDOM}'")
-        seeds = seeds.encode(over, alt.Y("least:Q"), alt.Y2("most"))
-        look = line_look([*self.criteria, *[RANDOM] * bool(self.seeds)])
-        size = {
-            "width": max(240, min(720, 22 * rises["layer"].nunique())),
-            "height": 180,
-        }
-        panels = alt.layer(
-            seeds, *lines(rises, over, y, look).layer, data=rises, **size
+        y = alt.Y("rise:Q", title="cost (nats per token)", scale=scale)
+        look = line_look([f"{share} % removed" for share in self.rises.columns])
+        caption = (
+            "What it costs to cut one layer. The axis is linear up to "
+            f"{_LINEAR} nats and logarithmic beyond."
         )
-        panels = panels.facet(row=alt.Row("removed:N", sort=None, title=None))
-        said = (
-            "Rise of the loss when one layer is cut, by criterion; the bars span the seeds of "
-            f"random. The axis is linear up to {_LINEAR} nats and logarithmic beyond."
-        )
-        chart = panels.resolve_scale(y="independent")
-        return [Plot("sensitivity-by-layer", "Criteria by layer", said, chart)]
-
-
-def _rise(point: Any) -> Cell | None:
-    if point is None:
-        return None
-    text = f"{point.rise:+.3f} {MARKS.get(point.verdict, '')}".rstrip()
-    if point.criterion == RANDOM:
-        text += f" [{point.low:+.3f}, {point.high:+.3f}]"
-    return Cell(text, point.verdict)
+        chart = lines(points, over, y, look)
+        return Plot("sensitivity-by-layer", "Cost by layer", caption, chart)
 
 
 def layers_section(sweep: SweepResults) -> Section | None:
@@ -165,7 +107,5 @@ def layers_section(sweep: SweepResults) -> Section | None:
     if not file.is_file():
         return None
     curves = LayerCurves.of(read_json(file), str(file))
-    share = min(curves.shares, key=lambda each: (abs(each - _SHOWN), each))
-    rest = f"The table is for {share} % removed; {SENSITIVITY} has the others."
-    said, table = [*curves.explanation, rest], curves.table(share)
-    return Section("Layers", said, table=table, plots=curves.plots())
+    paragraphs = [curves.explanation]
+    return Section("Layers", paragraphs, table=curves.table(), plots=[curves.plot()])

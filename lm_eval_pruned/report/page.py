@@ -1,4 +1,4 @@
-"""The one page of `report`, `verdict` and `study`: sections as HTML and Markdown, with their plots."""
+"""The one page of `report` and `verdict`: sections as HTML and Markdown, with their plots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ MARKS = {
     "better": "\u25b2",
     "worse": "\u25bc",
     "different": "\u25c6",
+    "equivalent": "=",
     "not shown": "\u25cb",
+    "undecided": "\u25cb",
     "not tested": "\u00d7",
     "not comparable": "\u00d7",
 }

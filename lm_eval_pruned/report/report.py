@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison
+    from lm_eval_pruned.compare.margin import Margin
+    from lm_eval_pruned.report.page import Section
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.runs import SweepResults
 
 
 def write_report(
@@ -34,22 +37,23 @@ def write_report(
     alpha: float = 0.05,
     texts: bool = True,
     read: DocumentReader | None = None,
+    comparison: Comparison | None = None,
+    opening: Sequence[Section] = (),
 ) -> list[Path]:
     """Write the report of a sweep folder and return its files, ``report.html`` first.
 
     They go to `output_path`, by default ``report`` in the sweep folder. `alpha` is the level of the
     tests; without `texts`, ``flips.html`` does not show what was asked and answered; `read` knows
-    documents already. ResultsError if the folder holds no sweep that can be read, or no baseline;
-    ValueError if `alpha` is out of range.
+    documents already, and `comparison` is what `compared` returned with it. The report begins with
+    the sections of `opening`. ResultsError if the folder holds no sweep that can be read, or no
+    baseline; ValueError if `alpha` is out of range.
     """
     sweep = read_sweep(folder)
     base, others = split_sweep(list(sweep.runs), str(folder))
     target = Path(output_path) if output_path else sweep.path / "report"
     runs, read = [base, *others], read or DocumentReader()
     comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
-    asked = [*comparable, *sweep.floors] if comparable else []
-    # Answers are on the page of changed answers alone, which can be left out.
-    comparison = compare(base, asked, alpha=alpha, read=read, texts=False)
+    comparison = comparison or compared(sweep, alpha=alpha, read=read)
     known = {(row.run, row.task, row.metric): row.floor for row in comparison.rows}
     title = f"Width pruning of {_model_name(base)}"
     subtitle = (
@@ -58,6 +62,7 @@ def write_report(
     )
     answers, changes = changed_answers(title, base, others, read, texts=texts)
     found = [
+        *opening,
         words.families_section(runs, comparison),
         words.floors_section(comparison),
         figure_section(base, runs, comparison),
@@ -83,6 +88,21 @@ def write_report(
         # Of an earlier report, whose texts must not stay behind.
         (target / PAGE).unlink(missing_ok=True)
     return [*files, *(target / name for name in more)]
+
+
+def compared(
+    sweep: SweepResults,
+    *,
+    read: DocumentReader,
+    alpha: float = 0.05,
+    margin: Margin | None = None,
+) -> Comparison:
+    """Compare a sweep's runs with its unpruned model, within a `margin` if there is one; see `compare`."""
+    base, others = split_sweep(list(sweep.runs), str(sweep.path))
+    comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
+    runs = [*comparable, *sweep.floors] if comparable else []
+    # Answers are on the page of changed answers alone, which can be left out.
+    return compare(base, runs, alpha=alpha, margin=margin, read=read, texts=False)
 
 
 def _records(

@@ -123,6 +123,8 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         "\u2020 another metric of the same answers, excluded from the correction. \u2191 higher is "
         "better, \u2193 lower is better."
     )
+    if comparison.margin:
+        legend += f" = shown to lie within {comparison.margin.text} of the unpruned model's score."
     if floors:
         legend += f" {AT_FLOOR} not shown to be above the floor."
 

@@ -33,9 +33,9 @@ def with_contributions(
     Source: Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 6.
     """
     ambiguous = metric.startswith("amb")
-    own = [line for line in lines if _counts(line[2], ambiguous)]
+    counted = [line for line in lines if _counts(line[2], ambiguous)]
     right, follows, names = (
-        np.array([line[2][:3] for line in own], float).reshape(-1, 3).T
+        np.array([line[2][:3] for line in counted], float).reshape(-1, 3).T
     )
     if not follows.any():
         return []
@@ -47,7 +47,7 @@ def with_contributions(
         score = wrong * ratio
         influence = wrong * influence - ratio * (right - right.mean())
     values = (score + influence).tolist()
-    return [(*line[:2], v, *line[3:]) for line, v in zip(own, values, strict=True)]
+    return [(*line[:2], v, *line[3:]) for line, v in zip(counted, values, strict=True)]
 
 
 def _counts(logged: Any, ambiguous: bool) -> bool:

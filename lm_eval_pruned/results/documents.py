@@ -165,38 +165,35 @@ class Documents:
 
     def at(self, level: str) -> Documents:
         """Return the documents of a level, of which no score without knowledge is known."""
-        order = [n for n, of in enumerate(self.level) if of == level]
+        order = [n for n, name in enumerate(self.level) if name == level]
         keys = tuple(self.keys[index] for index in order)
         return replace(self._taken(order, keys), levels=Levels())
 
     def in_the_order_of(self, other: Documents) -> Documents | None:
         """Return these documents as `other` orders them; None where it has others."""
-        place = {key: index for index, key in enumerate(self.keys)}
-        order = [place.get(key, -1) for key in other.keys]
-        if -1 in order or len(order) < len(place):
+        indices = {key: index for index, key in enumerate(self.keys)}
+        if indices.keys() != {*other.keys}:
             return None
+        order = [indices[key] for key in other.keys]
         return self._taken(order, other.keys)
 
     def _taken(
         self, order: list[int], keys: tuple[tuple[str, str, int], ...]
     ) -> Documents:
-        found: dict[str, Any] = {"keys": keys}
-        found |= {"values": self.values[order], "weights": self.weights[order]}
-        for name in ("clusters", "samples"):
-            of = getattr(self, name)
-            found[name] = of and tuple(of[index] for index in order)
-        return replace(self, **found)
+        return replace(
+            self,
+            keys=keys,
+            values=self.values[order],
+            weights=self.weights[order],
+            clusters=self.clusters and tuple(self.clusters[n] for n in order),
+            samples=self.samples and tuple(self.samples[n] for n in order),
+        )
 
     @property
     def strata(self) -> tuple[str, ...] | None:
         """Task of each document, which another draw would have too; None for a single one."""
         tasks = tuple(task for task, _, _ in self.keys)
         return tasks if len(set(tasks)) > 1 else None
-
-
-def read_documents(run: Run, task: str, metric: str) -> Documents | None:
-    """Return the documents of one metric as `read_task` reads them, or None."""
-    return read_task(run, task).get(metric)
 
 
 def read_task(run: Run, task: str) -> dict[str, Documents]:
@@ -211,15 +208,15 @@ def read_task(run: Run, task: str) -> dict[str, Documents]:
     for leaf in run.leaves(task):
         read = read_samples(run, leaf, lines) if leaf in run.samples else {}
         # A score that some member has no documents of is not made of documents.
-        lines = {metric: of for metric, of in lines.items() if read.get(metric)}
-        for metric, of in lines.items():
+        lines = {metric: rows for metric, rows in lines.items() if read.get(metric)}
+        for metric, rows in lines.items():
             size = len(read[metric])
-            of += [((leaf, *key), size, *rest) for key, *rest in read[metric]]
-    scores = {metric: run.scores.get((task, metric)) for metric in lines}
-    made = {
-        metric: _documents(metric, of, scores[metric]) for metric, of in lines.items()
+            rows += [((leaf, *key), size, *rest) for key, *rest in read[metric]]
+    return {
+        metric: documents
+        for metric, rows in lines.items()
+        if (documents := _documents(metric, rows, run.scores.get((task, metric))))
     }
-    return {metric: documents for metric, documents in made.items() if documents}
 
 
 def _documents(
@@ -245,8 +242,7 @@ def _documents(
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
             levels = _levels(samples, weights, metric)
-            found = keys, values, weights, grouped, transform, levels, samples
-            return Documents(*found)
+            return Documents(keys, values, weights, grouped, transform, levels, samples)
     return None
 
 
@@ -259,7 +255,7 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     if all(map(is_number, raw)):
         yield np.array(raw, dtype=float), np.ones(len(raw))
         return
-    lists = all(isinstance(each, list) and each for each in raw)
+    lists = all(isinstance(value, list) and value for value in raw)
     if lists and all(map(is_number, itertools.chain(*raw))):
         lengths = np.array([*map(len, raw)], dtype=float)
         yield np.array([*map(np.mean, raw)]), lengths
@@ -269,17 +265,17 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _levels(samples: Sequence[Sample], weights: np.ndarray, metric: str) -> Levels:
-    chances = [each.chance for each in samples]
-    rights = [each.right for each in samples]
+    chances = [sample.chance for sample in samples]
+    rights = [sample.right for sample in samples]
     if None in chances or not metric.startswith(("acc", "mc1", "mc2", CHOICE_PROB)):
         return Levels()
     if metric.startswith("mc1"):
         # The best answer has to beat the false ones, and not the other true ones.
-        false = [len(each.choices) * (1 - (each.chance or 0)) for each in samples]
-        chances = [1 / (1 + each) for each in false]
+        false = [len(s.choices) * (1 - (s.chance or 0)) for s in samples]
+        chances = [1 / (1 + count) for count in false]
     chance = float(np.average(np.array(chances, dtype=float), weights=weights))
     # The same choice in words may be the right one in every other context.
-    if None in rights or len({each.choices for each in samples}) > 1:
+    if None in rights or len({sample.choices for sample in samples}) > 1:
         return Levels(chance)
     counts = np.bincount(np.array(rights, dtype=int), weights)
     return Levels(chance, float(counts.max() / weights.sum()))
@@ -308,26 +304,25 @@ def read_samples(
                     "or was not written by lm-eval 0.4.3 or later."
                 ) from None
             logged[row.get("filter")] += 1
-            place, sample = row.get("doc_id", number), read_sample(row, task, metadata)
-            for metric, found in rows.items():
-                name, _, of = metric.rpartition(",")
-                if row.get("filter") != of:
-                    continue
-                if metric == CHOICE_PROB:
-                    found.append((place, digest, sample.choice_prob, sample))
-                elif row.get(name) is not None:
-                    found.append((place, digest, row[name], sample))
-    for metric, found in rows.items():
-        of, score = metric.rpartition(",")[2], run.scores.get((task, metric))
-        if score and score.documents not in (None, logged[of]):
+            number, sample = row.get("doc_id", number), read_sample(row, task, metadata)
+            for metric, values in rows.items():
+                name, _, filter_name = metric.rpartition(",")
+                value = sample.choice_prob if metric == CHOICE_PROB else row.get(name)
+                if row.get("filter") == filter_name and (
+                    value is not None or metric == CHOICE_PROB
+                ):
+                    values.append((number, digest, value, sample))
+    for metric, values in rows.items():
+        name, score = metric.rpartition(",")[2], run.scores.get((task, metric))
+        if score and score.documents not in (None, logged[name]):
             raise ResultsError(
-                f"{file} holds {logged[of]} documents of {task} (filter {of!r}), but the results "
+                f"{file} holds {logged[name]} documents of {task} (filter {name!r}), but the results "
                 f"file says {score.documents}: one of them is incomplete."
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
         rows[metric] = [
             ((digest, next(seen[digest])), value, sample)
-            for _, digest, value, sample in sorted(found, key=lambda row: row[0])
+            for _, digest, value, sample in sorted(values, key=lambda row: row[0])
         ]
     return rows
 

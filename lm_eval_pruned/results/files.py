@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
 _SECTIONS = (
-    *("results", "config", "configs", "group_subtasks", "higher_is_better"),
-    *("n-samples", "n-shot", "task_hashes", "versions"),
-)
+    "results", "config", "configs", "group_subtasks", "higher_is_better", "n-samples", "n-shot",
+    "task_hashes", "versions",
+)  # fmt: skip
 #: The key of a task's metadata that names the metric which decides.
 PRIMARY = "primary_metric"
 #: What the configuration of a run has whose answers were scored after other questions.
@@ -98,7 +98,7 @@ class Run:
     def is_baseline(self) -> bool:
         """Whether ``pruned-hf`` removed nothing."""
         when = ("intermediate_size_before", "intermediate_size_after")
-        widths = {self.pruning.get(each) for each in when}
+        widths = {self.pruning.get(name) for name in when}
         return bool(self.pruning) and not self.is_shallow and len(widths) == 1
 
     @property
@@ -125,10 +125,10 @@ class Run:
 
     def members(self, task: str) -> list[str]:
         """Return `task` and all its subtasks, at any depth, each once."""
-        found = [task]
-        for name in found:
-            found += [each for each in self.subtasks.get(name, ()) if each not in found]
-        return found
+        names = [task]
+        for name in names:
+            names += [sub for sub in self.subtasks.get(name, ()) if sub not in names]
+        return names
 
     def leaves(self, task: str) -> list[str]:
         """Return the tasks without subtasks at or below `task`."""
@@ -185,10 +185,18 @@ def read_results_file(file: Path) -> Run:
     groups = data["group_subtasks"].items()
     subtasks = {group: tuple(members) for group, members in groups if members}
     samples = _find_samples(file, {*data["results"]}.union(*subtasks.values()))
-    found = file.stem, file, scores, data["versions"], subtasks, samples, config
     # Measured over all tasks of the file together.
     energy = {", ".join(data["results"]): config.get("energy")}
-    run = Run(*found, energy if config.get("energy") else {})
+    run = Run(
+        name=file.stem,
+        path=file,
+        scores=scores,
+        versions=data["versions"],
+        subtasks=subtasks,
+        samples=samples,
+        config=config,
+        energy=energy if config.get("energy") else {},
+    )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
     metadata = {task: _metadata(data, run.leaves(task)) for task in run.tasks()}
     _check_metadata(run, metadata)
@@ -211,7 +219,7 @@ def _check_metadata(run: Run, metadata: Mapping[str, Mapping[str, Any]]) -> None
     for task, declared in metadata.items():
         if run.subtasks.get(task):
             continue
-        metrics = [metric.partition(",")[0] for of, metric in run.scores if of == task]
+        metrics = [name.partition(",")[0] for key, name in run.scores if key == task]
         names, primary = listed([*dict.fromkeys(metrics)]), declared.get(PRIMARY)
         if primary not in (None, *metrics):
             raise ResultsError(
@@ -246,8 +254,8 @@ def _find_samples(file: Path, tasks: Iterable[str]) -> dict[str, Path]:
     # A results file that was renamed may lie beside samples of one date alone.
     date = _date_of(file) or "????-??-??T*"
     names = {task: f"samples_{glob.escape(task)}_{date}.jsonl" for task in tasks}
-    found = {task: list(file.parent.glob(name)) for task, name in names.items()}
-    return {task: files[0] for task, files in found.items() if len(files) == 1}
+    files = {task: list(file.parent.glob(name)) for task, name in names.items()}
+    return {task: paths[0] for task, paths in files.items() if len(paths) == 1}
 
 
 def _date_of(file: Path) -> str:

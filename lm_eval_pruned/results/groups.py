@@ -81,13 +81,13 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run in sized:
         if not run.is_baseline:
             series.setdefault((model(run), series_name(run)), []).append(run)
-    several = len({of for of, _ in series}) > 1
+    several = len({size for size, _ in series}) > 1
     return {
-        f"{of}, {name}" if several else name: [
-            *[run for run in sized if run.is_baseline and model(run) == of][:1],
+        f"{size}, {name}" if several else name: [
+            *[run for run in sized if run.is_baseline and model(run) == size][:1],
             *sorted(members, key=lambda run: -(run.expansion_ratio or 0)),
         ]
-        for (of, name), members in series.items()
+        for (size, name), members in series.items()
     }
 
 

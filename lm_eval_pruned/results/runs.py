@@ -132,7 +132,7 @@ def results_files(path: Path) -> list[Path]:
         return newest_first(path)
     name, (_, units) = path.resolve().name, read_definition(sweep)
     records = _records(sweep, name, units.get(name, {}))
-    return sort_by_date(each.results for each in records.values() if each.results)
+    return sort_by_date(unit.results for unit in records.values() if unit.results)
 
 
 def left_out(sweep: Path, counted: Collection[Path], name: str = "*") -> str:
@@ -212,27 +212,27 @@ def read_sweep(path: str | Path) -> SweepResults:
     """
     path = Path(path)
     definition, units = read_definition(path)
-    found: dict[str, Run] = {}
+    read: dict[str, Run] = {}
     counted: dict[Path, UnitRecord] = {}
     for name, listed in units.items():
         records = _records(path, name, listed)
         counted |= records
-        if files := [each.results for each in records.values() if each.results]:
-            parts = map(read_results_file, files)
-            found[name] = _joined(name, path / UNITS / name, [*parts])
+        if files := [unit.results for unit in records.values() if unit.results]:
+            parts = [*map(read_results_file, files)]
+            read[name] = _joined(name, path / UNITS / name, parts)
     failures = _failures(counted)
     notes = _notes(path, counted)
-    runs = [run for run in found.values() if not run.is_floor]
-    floors = [run for run in found.values() if run.is_floor]
+    runs = [run for run in read.values() if not run.is_floor]
+    floors = [run for run in read.values() if run.is_floor]
     if not runs:
         failed = "".join(
-            f"; {len(failures)} failed, such as {each.task} of {each.run} ({each.message})"
-            for each in failures[:1]
+            f"; {len(failures)} failed, such as {first.task} of {first.run} ({first.message})"
+            for first in failures[:1]
         )
         raise ResultsError(
             " ".join([f"{path} holds no finished unit yet{failed}.", *notes])
         )
-    if absent := [n for n in units if n not in found and not n.startswith(FLOOR)]:
+    if absent := [n for n in units if n not in read and not n.startswith(FLOOR)]:
         notes = (f"{path} holds no finished unit of {', '.join(absent)}.", *notes)
     runs[0] = replace(runs[0], notes=notes)
     return SweepResults(path, definition, tuple(runs), failures, tuple(floors))
@@ -242,9 +242,10 @@ def read_failures(sweep: str | Path) -> tuple[Failure, ...]:
     """Return what failed of a sweep folder, apart from models that know nothing."""
     sweep = Path(sweep)
     _, units = read_definition(sweep)
-    return _failures(
-        {k: v for each in units.items() for k, v in _records(sweep, *each).items()}
-    )
+    records: dict[Path, UnitRecord] = {}
+    for name, listed in units.items():
+        records |= _records(sweep, name, listed)
+    return _failures(records)
 
 
 def _failures(records: Mapping[Path, UnitRecord]) -> tuple[Failure, ...]:
@@ -277,7 +278,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     runs = [read_results_file(file) for file in files]
     models = [_model(run) for run in runs]
     # The units of a configuration are of one model, whatever its arguments say.
-    if sweep is None and any(each != models[0] for each in models):
+    if sweep is None and any(model != models[0] for model in models):
         listed = ", ".join(str(file.relative_to(path)) for file in files)
         raise ResultsError(
             f"{path} holds the results of several models ({listed}): name one of them."
@@ -294,18 +295,17 @@ def _model(run: Run) -> list[Any]:
 def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
     """Join results of one model, the oldest first; of each task the last counts."""
     by_task = (
-        *("scores", "versions", "subtasks", "samples", "energy", "settings"),
-        "metadata",
-    )
+        "scores", "versions", "subtasks", "samples", "energy", "settings", "metadata",
+    )  # fmt: skip
     joined: dict[str, Any] = {
-        each: {k: v for part in parts for k, v in getattr(part, each).items()}
-        for each in by_task
+        name: {k: v for part in parts for k, v in getattr(part, name).items()}
+        for name in by_task
     }
     return replace(parts[-1], name=name, path=path, **joined)
 
 
 def setting_of(run: Run, name: str) -> Any:
     """Return a setting of all tasks of a run; by task where they do not share it."""
-    by_task = {task: each.get(name) for task, each in run.settings.items()}
+    by_task = {task: settings.get(name) for task, settings in run.settings.items()}
     first, *others = by_task.values()
-    return first if all(each == first for each in others) else by_task
+    return first if all(value == first for value in others) else by_task

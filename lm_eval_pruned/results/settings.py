@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 #: What was asked. Scores under different ones are the scores of different tests.
 ASKED = (
-    *("documents", "num_fewshot", "fewshot_seed", "fewshot_as_multiturn"),
-    *("chat_template", "system_instruction", "gen_kwargs"),
-)
+    "documents", "num_fewshot", "fewshot_seed", "fewshot_as_multiturn", "chat_template",
+    "system_instruction", "gen_kwargs",
+)  # fmt: skip
 #: Without few-shot examples these change nothing.
 OF_FEWSHOT = ("fewshot_seed", "fewshot_as_multiturn")
 #: What else may move a score. ``task_hash`` is the harness's, over documents, prompts and
 #: targets in the order of evaluation; some chat templates put the date into each prompt.
 CIRCUMSTANCES = (
-    *("task_hash", "lm_eval_version", "transformers_version", "dtype"),
-    *("random_seed", "numpy_seed", "torch_seed"),
-)
+    "task_hash", "lm_eval_version", "transformers_version", "dtype", "random_seed", "numpy_seed",
+    "torch_seed",
+)  # fmt: skip
 #: What is compared. Two ways to answer differ by rounding.
 COMPARED = (*ASKED, *CIRCUMSTANCES, "answer_paths")
 #: Where the model comes from; paths are among them.
@@ -40,7 +40,7 @@ def settings_of(
     None for what was off or is not recorded.
     """
     config, every_hash = data["config"], data["task_hashes"]
-    pruning, paths = (config.get(each) or {} for each in ("pruning", "answer_paths"))
+    pruning, paths = config.get("pruning") or {}, config.get("answer_paths") or {}
     counts = [data["n-samples"].get(leaf, {}).get("effective") for leaf in leaves]
     # The harness gives a group a number only if all its members have the same.
     shots = {leaf: data["n-shot"].get(leaf) for leaf in leaves}
@@ -55,7 +55,7 @@ def settings_of(
     groups = pruning.get("groups") or alike
     of_run = ("fewshot_as_multiturn", "lm_eval_version", "transformers_version")
     seeds = [f"{kind}_seed" for kind in ("fewshot", "random", "numpy", "torch")]
-    found = {
+    settings = {
         **{name: data.get(name) for name in of_run},
         **{name: config.get(name) for name in (*seeds, "gen_kwargs", *MODEL)},
         "documents": None if None in counts else sum(counts),
@@ -68,10 +68,10 @@ def settings_of(
             name: sorted(path["requests"]) if isinstance(path, dict) else path
             for name, path in paths.items()
         },
-        "widths": ", ".join(f"{of['mlps']} x {of['width_after']}" for of in groups),
+        "widths": ", ".join(f"{g['mlps']} x {g['width_after']}" for g in groups),
         **dict(zip(WEIGHTS, left_of(pruning), strict=True)),
     }
-    return {k: v if v or type(v) is int else None for k, v in found.items()}
+    return {k: v if v or type(v) is int else None for k, v in settings.items()}
 
 
 def differing(

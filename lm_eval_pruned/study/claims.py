@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lm_eval_pruned.results.groups import KNOWLEDGE, SIDES, TEXT, is_perplexity
-from lm_eval_pruned.study.findings import against_text, size_of, way_text
-from lm_eval_pruned.study.sides import (
+from lm_eval_pruned.results.groups import (
+    KNOWLEDGE,
+    SIDES,
+    TEXT,
+    is_perplexity,
+    series_name,
+)
+from lm_eval_pruned.study.findings import (
     FALLS,
     KEEPS,
     OVER_TASKS,
     RISES,
     UNKNOWN,
     first_in,
-    state_at,
 )
-from lm_eval_pruned.util.tables import Column, Table
+from lm_eval_pruned.study.preset import EQUILIBRIUM
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from lm_eval_pruned.study.findings import Findings, TaskFinding
 
 INSTRUCTIONS, REASONING, TRUTH = "instruction_following", "reasoning", "truthfulness"
+#: Claims on a side or a family: the versions of the paper, of what, and the states that show it.
+ON_SIDES = {
+    "knowledge falls": ("v1, v3", KNOWLEDGE, [FALLS]),
+    "language modelling falls": ("v1, v3", TEXT, [FALLS]),
+    "instruction following improves": ("v1", INSTRUCTIONS, [RISES]),
+    "multi-step reasoning (MUSR) is robust": ("v1, v3", REASONING, [KEEPS, RISES]),
+}
+#: Claims on one request of a fixed length: the figure of a profile, and which way it goes.
+ON_COSTS = {
+    "less energy per token": ("joules_per_output_token", "lower"),
+    "a single request takes longer": ("seconds_end_to_end", "higher"),
+}
+#: What verdicts on tasks, whether one is better and whether one is worse, show of a claim.
+_BETTER_WORSE = {(True, False): "yes", (False, True): "no", (True, True): "in part"}
 
 
 class Claim(NamedTuple):
@@ -37,76 +56,115 @@ class Claim(NamedTuple):
     evidence: str
 
 
-def claims_table(findings: Findings) -> Table:
+def claims_of(findings: Findings) -> list[Claim]:
     """Return the claims, each with what a study shows of it, and why."""
-    rows = [
-        *_of_sides(findings),
-        *_of_sizes(findings),
-        *_of_criteria(findings),
-        *_of_cost(findings),
+    return [
+        *_on_sides(findings),
+        _on_truth(findings),
+        _on_equilibrium(findings),
+        _on_decline(findings),
+        *_on_criteria(findings),
+        *_on_costs(findings),
     ]
-    columns = (
-        Column("claim", lambda claim: claim.claim),
-        Column("paper", lambda claim: claim.versions),
-        Column("shown here", lambda claim: claim.shown),
-        Column("evidence", lambda claim: claim.evidence),
-    )
-    return Table("Claims of the paper", columns, rows)
+
+
+def states_text(findings: Findings, name: str) -> str:
+    """Return the tasks of a side or a family that count, by what they show."""
+    groups: dict[str, list[str]] = {state: [] for state in OVER_TASKS}
+    for task in findings.on(name):
+        groups[task.state].append(task.task)
+    text = _filled({f"{state} in {{}}": tasks for state, tasks in groups.items()}, ", ")
+    evaluated = any(task.is_in([name]) for task in findings.tasks)
+    why = "no task is shown to be above its floor" if evaluated else "it has no task"
+    return f"{name.replace('_', ' ')}: {text or f'{UNKNOWN}, because {why}'}"
+
+
+def against_text(tasks: Mapping[str, Collection[str]]) -> str:
+    """Return in which tasks the criterion keeps more or less than other cuts of the same size."""
+    phrases = {
+        (True, False): "the criterion keeps more in {}",
+        (False, True): "it keeps less in {}",
+        (True, True): "it keeps more at some sizes and less at others in {}",
+        (False, False): "no difference is shown in {}",
+    }
+    groups: dict[str, list[str]] = {phrase: [] for phrase in phrases.values()}
+    for task, verdicts in tasks.items():
+        groups[phrases["better" in verdicts, "worse" in verdicts]].append(task)
+    return _filled(groups, "; ") or "nothing was tested"
+
+
+def way_text(way: str) -> str:
+    """Return the name of other cuts in a sentence."""
+    return "random cuts" if way == "random" else f"`{way}`"
+
+
+def joined(words: Sequence[str]) -> str:
+    """Return words as a list in a sentence."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def _filled(groups: Mapping[str, Sequence[str]], separator: str) -> str:
+    """Return the phrases with their tasks filled in, without those that have none."""
+    phrases = (text.format(joined(tasks)) for text, tasks in groups.items() if tasks)
+    return separator.join(phrases)
 
 
 def _answer(state: str, *claimed: str) -> str:
     return UNKNOWN if state == UNKNOWN else "yes" if state in claimed else "no"
 
 
-def _of_sides(findings: Findings) -> Iterator[Claim]:
-    claimed = {
-        "knowledge falls": ("v1, v3", KNOWLEDGE, FALLS),
-        "language modelling falls": ("v1, v3", TEXT, FALLS),
-        "instruction following improves": ("v1", INSTRUCTIONS, RISES),
-        "multi-step reasoning (MUSR) is robust": ("v1, v3", REASONING, KEEPS, RISES),
-    }
-    for claim, (versions, of, *states) in claimed.items():
-        answer = _answer(findings.state(of), *states)
-        yield Claim(claim, versions, answer, findings.text(of))
-    texts = [findings.text(TRUTH), *_correlations(findings)]
+def _on_sides(findings: Findings) -> Iterator[Claim]:
+    for claim, (versions, name, states) in ON_SIDES.items():
+        answer = _answer(findings.state(name), *states)
+        yield Claim(claim, versions, answer, states_text(findings, name))
+
+
+def _on_truth(findings: Findings) -> Claim:
+    """Return the claim with Pearson's r of each task with each of knowledge, over the sizes."""
     answer = _answer(findings.state(TRUTH), RISES)
     if answer == "yes" and findings.state(KNOWLEDGE) != FALLS:
         answer = UNKNOWN
-    claim = "truthfulness improves as knowledge falls"
-    yield Claim(claim, "v1", answer, "; ".join(texts))
-
-
-def _correlations(findings: Findings) -> Iterator[str]:
-    """Yield Pearson's r of each task of truthfulness with each of knowledge, over the sizes."""
-    knowledge = {task.task for task in findings.on(KNOWLEDGE)}
-    truth = {task.task for task in findings.on(TRUTH)}
+    knowledge, truth = (
+        {task.task for task in findings.on(name)} for name in (KNOWLEDGE, TRUTH)
+    )
+    series, texts = series_name(findings.cuts[0]), [states_text(findings, TRUTH)]
     for pair in findings.comparison.correlations:
         one, other = (task for task, _ in pair.tasks)
         between = {one, other} & knowledge and {one, other} & truth
-        if between and pair.correlation.pearson is not None:
-            r, n = pair.correlation.pearson, pair.correlation.n
-            yield f"{one} and {other}: r = {r:.3f} over {n} sizes"
+        r, n = pair.correlation.pearson, pair.correlation.n
+        if between and r is not None and pair.series == series:
+            texts.append(f"{one} and {other}: r = {r:.3f} over {n} sizes")
+    claim = "truthfulness improves as knowledge falls"
+    return Claim(claim, "v1", answer, "; ".join(texts))
 
 
-def _of_sizes(findings: Findings) -> Iterator[Claim]:
-    names, states, texts = findings.at_equilibrium, [], []
-    for task in findings.tasks:
-        if task.family.name == INSTRUCTIONS:
-            for row in (row for row in task.rows if row.run in names):
-                states.append(state_at(row, task.can_fall))
-                change = f"{row.base_score:.3f} to {row.score:.3f}"
-                texts.append(f"{task.task} {states[-1]}: {change}, floor {task.level}")
-    why = "; ".join(texts) or "not evaluated"
+def _on_equilibrium(findings: Findings) -> Claim:
+    names = [
+        run.name
+        for run in findings.cuts
+        if run.pruning["intermediate_size_after"]
+        == math.ceil(EQUILIBRIUM * run.pruning["hidden_size"])
+    ]
+    states, texts = [], []
+    for task in (t for t in findings.tasks if t.family.name == INSTRUCTIONS):
+        for row in (row for row in task.rows if row.run in names):
+            states.append(task.state_at(row))
+            change = f"{row.base_score:.3f} to {row.score:.3f}"
+            texts.append(f"{task.task} {states[-1]}: {change}, floor {task.level}")
     claim = "instruction following improves at the expansion ratio 2.4"
-    yield Claim(claim, "v3", _answer(first_in(OVER_TASKS, states), RISES), why)
-    fits = [(task, *_fit(findings, task)) for task in findings.on(KNOWLEDGE, TEXT)]
-    answers = [answer for _, answer, _ in fits]
-    every = "no" if "no" in answers else UNKNOWN if UNKNOWN in answers else "yes"
-    why = "; ".join(f"{task.task} {text}" for task, _, text in fits)
+    answer = _answer(first_in(OVER_TASKS, states), RISES)
+    return Claim(claim, "v3", answer, "; ".join(texts) or "not evaluated")
+
+
+def _on_decline(findings: Findings) -> Claim:
+    fits = {task.task: _fit(findings, task) for task in findings.on(KNOWLEDGE, TEXT)}
+    answers = [answer for answer, _ in fits.values()]
+    shown = "no" if "no" in answers else UNKNOWN if UNKNOWN in answers else "yes"
+    why = "; ".join(f"{task} {text}" for task, (_, text) in fits.items())
     claim = "the decline can be predicted from the size"
-    yield Claim(
-        claim, "v1, v3", every if fits else UNKNOWN, why or "no task can show it"
-    )
+    if not fits:
+        return Claim(claim, "v1, v3", UNKNOWN, "no task can show it")
+    return Claim(claim, "v1, v3", shown, why)
 
 
 def _fit(findings: Findings, task: TaskFinding) -> tuple[str, str]:
@@ -115,59 +173,52 @@ def _fit(findings: Findings, task: TaskFinding) -> tuple[str, str]:
     It does within the margin of the study; it does not where it misses by more, and misses the
     interval of the difference.
     """
-    trends = (
-        trend
-        for trend in findings.comparison.trends
-        if (trend.task, trend.metric) == (task.task, task.metric)
-    )
-    known = next(trends, None)
-    if known is None or known.q is None or known.q >= findings.comparison.alpha:
+    comparison, key = findings.comparison, (task.task, task.metric)
+    trends = {(t.series, t.task, t.metric): t for t in comparison.trends}
+    known = trends.get((series_name(findings.cuts[0]), *key))
+    if known is None or known.q is None or known.q >= comparison.alpha:
         return UNKNOWN, "shows no trend over three or more sizes"
-    up = findings.base.scores[task.task, task.metric].higher_is_better
-    if (known.trend.slope > 0) != bool(up):
+    if (known.trend.slope > 0) != bool(findings.base.scores[key].higher_is_better):
         return "no", "does not decline"
-    ratios = [run.expansion_ratio or 0.0 for run in (findings.base, *findings.cuts)]
+    runs = {run.name: run for run in (findings.base, *findings.cuts)}
+    names = [findings.base.name, *(row.run for row in task.rows)]
+    ratios = np.array([runs[name].expansion_ratio for name in names])
     scores = np.array([task.rows[0].base_score, *(row.score for row in task.rows)])
     logs = is_perplexity(task.metric)
     heights = np.log(scores) if logs else scores
-    worst, missed, answer = 0.0, 0.0, "yes"
-    for place, row in enumerate(task.rows[:-1], 1):
-        others = np.delete(np.arange(len(scores)), place)
-        line = np.polyfit(np.array(ratios)[others], heights[others], 1)
-        at = float(np.polyval(line, ratios[place]))
-        predicted = float(np.exp(at)) if logs else at
-        error, margin = abs(predicted - row.score), findings.comparison.margin
-        if error >= worst:
-            worst, missed = error, size_of(findings.cuts[place - 1])
-        if margin and error > (margin.size(row.base_score, row.score) or 0):
-            change = predicted - row.base_score
-            ends = row.low, row.high
-            inside = ends[0] is None or ends[1] is None or ends[0] <= change <= ends[1]
-            answer = "no" if not inside or answer == "no" else UNKNOWN
-    return answer, f"is missed by {worst:.3f} at {missed:g} %"
+    misses, answers = [], {"yes"}
+    for index, row in enumerate(task.rows[:-1], 1):
+        line = np.polyfit(np.delete(ratios, index), np.delete(heights, index), 1)
+        height = float(np.polyval(line, ratios[index]))
+        predicted = math.exp(height) if logs else height
+        error = abs(predicted - row.score)
+        misses.append((error, runs[row.run].name))
+        margin = comparison.margin and comparison.margin.size(row.base_score, row.score)
+        if error > (margin or 0):
+            low = -math.inf if row.low is None else row.low
+            high = math.inf if row.high is None else row.high
+            inside = low <= predicted - row.base_score <= high
+            answers.add(UNKNOWN if inside else "no")
+    worst, name = max(misses)
+    answer = first_in(("no", UNKNOWN, "yes"), answers)
+    return answer, f"is missed by {worst:.3f} at {name}"
 
 
-def _of_criteria(findings: Findings) -> Iterator[Claim]:
+def _on_criteria(findings: Findings) -> Iterator[Claim]:
     counted = {task.task for task in findings.on(*SIDES[:-1])}
-    answers = {(True, False): "yes", (False, True): "no", (True, True): "in part"}
-    for way in (way for way in findings.beside if not way.startswith("recipe=")):
-        seen = set().union(
-            *(shown for task, shown in findings.against[way].items() if task in counted)
-        )
+    for way, tasks in findings.against.items():
+        if way.startswith("recipe="):
+            continue
+        shown = set().union(*(tasks[task] for task in counted & tasks.keys()))
+        answer = _BETTER_WORSE.get(("better" in shown, "worse" in shown), UNKNOWN)
         claim = f"`{findings.criterion}` keeps more than {way_text(way)}"
-        shown = answers.get(("better" in seen, "worse" in seen), UNKNOWN)
-        yield Claim(claim, "v3", shown, against_text(findings, way))
+        yield Claim(claim, "v3", answer, against_text(tasks))
 
 
-def _of_cost(findings: Findings) -> Iterator[Claim]:
-    claimed = {
-        "less energy per token": ("joules_per_output_token", "lower"),
-        "a single request takes longer": ("seconds_end_to_end", "higher"),
-    }
-    ratios = {
-        m["name"]: m["expansion_ratio"] for m in findings.profile.get("models", ())
-    }
-    for claim, (metric, direction) in claimed.items():
+def _on_costs(findings: Findings) -> Iterator[Claim]:
+    models = findings.profile.get("models", ())
+    ratios = {model["name"]: model["expansion_ratio"] for model in models}
+    for claim, (metric, direction) in ON_COSTS.items():
         changes = {
             ratios[cell["model"]]: cell["deltas"][metric]
             for cell in findings.profile.get("cells", ())

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.configs import clear_errors
 from lm_eval_pruned.checkpoints.planning import plan_rows, shipped_config
-from lm_eval_pruned.pruning.arguments import CUTS, SEVERAL
 from lm_eval_pruned.results.groups import FAMILIES
-from lm_eval_pruned.sweeps.options import read_file
+from lm_eval_pruned.sweeps.options import OF_SIZES, read_file
 from lm_eval_pruned.sweeps.plan import model_source
 
 
@@ -21,67 +20,54 @@ if TYPE_CHECKING:
 
 #: The expansion ratio at which arXiv 2512.22671 (v3) sees its gain.
 EQUILIBRIUM = Fraction("2.4")
-#: How far a score may be away from the unpruned model's and is kept.
-MARGIN = "5%"
 
 
 def options_of(
-    models: Sequence[str], given: Mapping[str, Any], kind: str | None, quick: bool
-) -> dict[str, dict[str, Any]]:
-    """Return the options of the sweep of each model, by the last part of the model's name.
+    model: str | None, given_options: Mapping[str, Any], kind: str | None, quick: bool
+) -> dict[str, Any]:
+    """Return the options of the sweep of a model.
 
     Args:
-        models: Folders or names on the Hub; without any, the default model.
-        given: Options of a sweep, which win over those of the study.
+        model: A folder or a name on the Hub; without one, the default model.
+        given_options: Options of a sweep, which win over those of the study.
         kind: ``base`` or ``instruct``; default: instruct where the tokenizer has a chat template
             and the name does not say otherwise.
         quick: Tasks that come with this package, two sizes, no other criteria.
 
     Raises:
-        ValueError: Two models share a name, or a model is named among the model arguments.
-        OSError: The config or the tokenizer of a model cannot be read.
+        ValueError: The model is named among the model arguments.
+        OSError: The config or the tokenizer of the model cannot be read.
     """
-    arguments, found = given.get("model_args") or {}, {}
+    arguments = given_options.get("model_args") or {}
     if "pretrained" in arguments:
         raise ValueError(
             f"model_args has pretrained={arguments['pretrained']}: name the model as an argument instead, as "
             "in `lm-eval-pruned study MODEL --output_path FOLDER`."
         )
-    for model in models or [""]:
-        source = model_source({**arguments, "pretrained": model})
-        name = Path(source["pretrained"]).name
-        if name in found:
-            raise ValueError(
-                f"{model} is the second model called {name}: pass another --output_path for it."
-            )
-        options = _preset(kind or _kind_of(**source)) | (
-            _preset("quick") if quick else {}
-        )
-        if any(SEVERAL[each] in CUTS for each in SEVERAL.keys() & given.keys()):
-            del options["prune_percents"], options["ratios"]
-        elif not _adds_equilibrium(options["prune_percents"], source):
-            del options["ratios"]
-        if "random" not in given.get("criteria", ["random"]):
-            del options["seeds"]
-        options |= given
-        options["model_args"] = {**arguments, "pretrained": source["pretrained"]}
-        options["output_path"] = str(Path(given["output_path"], name))
-        found[name] = options
-    return found
+    source = model_source({**arguments, "pretrained": model})
+    options = _preset(kind or _kind_of(**source)) | (_preset("quick") if quick else {})
+    if OF_SIZES.keys() & given_options.keys():
+        del options["prune_percents"], options["ratios"]
+    elif not _adds_equilibrium(options["prune_percents"], source):
+        del options["ratios"]
+    if "random" not in given_options.get("criteria", ["random"]):
+        del options["seeds"]
+    model_args = {**arguments, "pretrained": source["pretrained"]}
+    return {**options, **given_options, "model_args": model_args}
 
 
-def checked_families(given: Mapping[str, str]) -> dict[str, str]:
+def checked_families(named_families: Mapping[str, str]) -> dict[str, str]:
     """Return the family of each task that declares none; ValueError for an unknown family."""
     import yaml
 
     names = [family.name for family in FAMILIES[:-1]]
-    for task, family in given.items():
+    for task, family in named_families.items():
         if family not in names:
             raise ValueError(
                 f"--families {task}={family} names no family: pass one of {', '.join(names)}."
             )
     text = Path(__file__).with_name("families.yaml").read_text(encoding="utf-8")
-    return {**yaml.safe_load(text), **given}
+    return {**yaml.safe_load(text), **named_families}
 
 
 def _adds_equilibrium(percents: Sequence[str], source: Mapping[str, Any]) -> bool:

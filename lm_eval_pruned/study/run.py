@@ -1,4 +1,4 @@
-"""``lm-eval-pruned study``: the sweep of each model, its profile and report, and one page of all."""
+"""``lm-eval-pruned study``: a sweep, a profile, and a report that begins with what they show."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import read_sweep
-from lm_eval_pruned.study.estimate import estimate, missing, operations_per_second
-from lm_eval_pruned.study.preset import MARGIN, checked_families, options_of
+from lm_eval_pruned.study.preset import checked_families, options_of
 from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
 
 def run_study(
-    models: Sequence[str],
-    given: Mapping[str, Any],
+    model: str | None,
+    given_options: Mapping[str, Any],
     measure: Callable[..., int],
     *,
+    margin: str,
     kind: str | None = None,
     quick: bool = False,
-    dry_run: bool = False,
-    margin: str = MARGIN,
     families: Mapping[str, str] = MappingProxyType({}),
-    **which: Any,
+    **how: Any,
 ) -> int:
-    """Study each model in a separate folder, and write the page of all.
+    """Study a model in a sweep folder.
 
-    `measure` is ``lm-eval-pruned`` as a function of words, for the profiles; `margin` and
-    `families` are what `read_findings` takes, and `which` units run what `run_sweep` takes; for the
-    others see `options_of`.
+    Args:
+        model, given_options, kind, quick: See `options_of`.
+        measure: ``lm-eval-pruned`` as a function of words, for the profile.
+        margin: How far a score may be away from the unpruned model's and is kept.
+        families: The family of each task that declares none.
+        **how: What `run_sweep` takes.
 
     Returns:
         Exit code: 0 where everything is done, 1 where something failed, 130 after Ctrl-C.
@@ -47,50 +48,39 @@ def run_study(
     """
     Margin("margin", margin)
     families = checked_families(families)
-    for line in (line for model in models for line in missing(model)):
-        print(line, file=sys.stderr)
-    studies = options_of(models, given, kind, quick)
-    # All are planned before one is run: what is wrong with the last is said at once.
-    sweeps = {name: plan_sweep(options) for name, options in studies.items()}
-    if dry_run:
-        for name, sweep in sweeps.items():
-            dtype = studies[name]["model_args"].get("dtype")
-            speed = operations_per_second(given.get("device"), dtype)
-            print(estimate(name, studies[name], sweep, speed))
-        return 0
+    options = options_of(model, given_options, kind, quick)
+    code = run_sweep(plan_sweep(options), **how)
+    if code == 130 or how["dry_run"]:
+        return code
+    folder = Path(options["output_path"])
+    profile = folder / "profile" / "profile.json"
+    measured = profile.is_file() and not read_json(profile)["interrupted"]
+    if not measured and not options.get("ray") and not how["shard"]:
+        ended = measure(_profile_words(options, profile.parent, quick))
+        if ended == 130:
+            return ended
+        code = code or ended
     # Needs the extra `report`, without which a dry run works.
-    from lm_eval_pruned.report.report import write_report
-    from lm_eval_pruned.study.findings import read_findings, sentences
-    from lm_eval_pruned.study.page import write_study
+    from lm_eval_pruned.report.report import compared, write_report
+    from lm_eval_pruned.study.findings import read_findings
+    from lm_eval_pruned.study.sections import study_sections
 
-    code, findings = 0, {}
-    for sweep in sweeps.values():
-        code = max(code, run_sweep(sweep, **which))
-        if code == 130:
-            return code
-    for name, options in studies.items():
-        folder = Path(options["output_path"])
-        file = folder / "profile" / "profile.json"
-        elsewhere = given.get("ray") or which.get("shard")
-        measured = file.is_file() and not read_json(file)["interrupted"]
-        try:
-            read = DocumentReader()
-            write_report(folder, read=read)
-            if not measured and not elsewhere:
-                ended = measure(_profile_words(options, file.parent, quick))
-                if ended == 130:
-                    return ended
-                code = code or ended
-            findings[name] = read_findings(
-                read_sweep(folder), margin=margin, families=families, read=read
-            )
-        except ResultsError as error:
-            print(f"{name} is not on the page yet: {error}", file=sys.stderr)
-    for name, of_model in findings.items():
-        print(sentences(name, of_model)[0])
-    if findings:
-        print(f"Written: {write_study(Path(given['output_path']), findings)[0]}")
-    return code or int(len(findings) < len(studies))
+    try:
+        sweep, read = read_sweep(folder), DocumentReader()
+        within = Margin("equivalent", margin)
+        comparison = compared(sweep, read=read, margin=within)
+        findings = read_findings(sweep, comparison, families, read)
+        opening = study_sections(
+            Path(options["model_args"]["pretrained"]).name, findings
+        )
+        page, *_ = write_report(
+            folder, read=read, comparison=comparison, opening=opening
+        )
+    except ResultsError as error:
+        print(f"There is no report yet: {error}", file=sys.stderr)
+        return 1
+    print(f"{opening[0].paragraphs[0]}\nWritten: {page}")
+    return code
 
 
 def _profile_words(options: Mapping[str, Any], folder: Path, quick: bool) -> list[str]:

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.configs import not_found
-from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, PruneArguments
 from lm_eval_pruned.sweeps.plan import MODELS, SOURCES, find_misspelt, model_source
 
@@ -30,8 +30,8 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
     source, prunes = model_source(arguments), model in MODELS
     pretrained = source.pop("pretrained")
     check_files(model, {**arguments, "pretrained": pretrained}, where)
-    if found := find_misspelt(arguments, model, DECLARED if prunes else ()):
-        name, near = found
+    if misspelling := find_misspelt(arguments, model, DECLARED if prunes else ()):
+        name, near = misspelling
         raise ValueError(
             f"{where} has {name}={arguments[name]}, which {model} does not know: did you mean "
             f"{near}?"
@@ -40,9 +40,9 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
     if "vllm" not in model:
         check_quantiser(pretrained, {**source, **arguments}, where)
     if prunes:
-        asked = PruneArguments.taken_from(dict(arguments))
+        pruning = PruneArguments.taken_from(dict(arguments))
         try:
-            LoadRequest.resolve(None, pretrained, asked, source)
+            Checkpoint.of(pretrained, pruning, source)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where} cannot be used: {error}") from error
     elif cut := next((name for name in CUTS if name in arguments), None):
@@ -68,15 +68,15 @@ def check_quantiser(pretrained: str, arguments: Mapping[str, Any], where: str) -
     how = {n: arguments[n] for n in ("revision", "subfolder") if arguments.get(n)}
     stored, _ = PretrainedConfig.get_config_dict(pretrained, **how)
     bits = {n: True for n in ("load_in_8bit", "load_in_4bit") if arguments.get(n)}
-    asked = arguments.get("quantization_config") or (
+    requested = arguments.get("quantization_config") or (
         {"quant_method": "bitsandbytes", **bits} if bits else None
     )
-    config = asked or stored.get("quantization_config")
+    config = requested or stored.get("quantization_config")
     if not config:
         return
     try:
         quantiser = AutoHfQuantizer.from_config(dict(config))
-        quantiser.validate_environment(device_map=None, pre_quantized=not asked)
+        quantiser.validate_environment(device_map=None, pre_quantized=not requested)
     except ImportError as error:
         raise ValueError(f"{where} cannot be loaded: {error}") from None
 

@@ -82,7 +82,7 @@ class SweepFolder:
         scores: dict[str, float] = {}
         if error is None:
             (results,) = folder.glob("results_*.json")
-            scores = _own_scores(json.loads(results.read_text(encoding="utf-8")))
+            scores = _scores_of(json.loads(results.read_text(encoding="utf-8")))
         else:
             for file in folder.iterdir():
                 file.unlink()
@@ -102,9 +102,9 @@ class SweepFolder:
         if before and before.error:
             shutil.rmtree(target)
         elif target.exists():
-            place = self.path / "superseded" / target.parent.name / target.name
-            place.mkdir(parents=True, exist_ok=True)
-            os.rename(target, place / folder.name)
+            earlier = self.path / "superseded" / target.parent.name / target.name
+            earlier.mkdir(parents=True, exist_ok=True)
+            os.rename(target, earlier / folder.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, target)
         for path in (target.parent, target.parent.parent, self.path):
@@ -174,7 +174,7 @@ def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:
         )
 
 
-def _own_scores(results: dict[str, Any]) -> dict[str, float]:
+def _scores_of(results: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a results file's group, or of its only task."""
     rows = results.get("groups") or results["results"]
     return {

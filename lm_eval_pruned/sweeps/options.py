@@ -12,8 +12,7 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, help_of
-from lm_eval_pruned.results.files import MISMATCHED
+from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, SEVERAL, SIZES, help_of
 from lm_eval_pruned.util import options as declaring
 
 
@@ -56,16 +55,11 @@ def _samples(value: Any) -> dict[str, list[int]]:
 
 
 def _boolean(value: Any) -> bool:
-    place = ("false", "0", "no", "true", "1", "yes").index(str(value).lower())
-    return place > 2
+    return ("false", "0", "no", "true", "1", "yes").index(str(value).lower()) > 2
 
 
 def _name_or_flag(value: Any) -> bool | str:
     return value if isinstance(value, bool) else _text(value)
-
-
-def _floors(value: Any) -> bool | str:
-    return MISMATCHED if value == MISMATCHED else _boolean(value)
 
 
 #: What is declared of an option besides, by the function that converts it.
@@ -75,7 +69,6 @@ _SHAPES: dict[Any, dict[str, Any]] = {
     _mapping: {"nargs": "+", "expected": "key=value pairs or a mapping"},
     _samples: {"expected": 'JSON such as {"boolq": [0, 1]}, or a file of it'},
     _boolean: {"nargs": "?", "expected": "true or false"},
-    _floors: {"nargs": "?", "expected": f"true, false or {MISMATCHED}"},
     _name_or_flag: {"nargs": "?", "expected": "true, false or a name"},
     float: {"least": 0},
 }
@@ -94,6 +87,8 @@ def _option(kind: Any, decides: str, metavar: str | None, about: str) -> Any:
 
 #: Arguments of pruning of which all models of a sweep have one value.
 SHARED = tuple(name for name in DECLARED if name not in (*SIZES, *SEVERAL.values()))
+#: Options of which each value makes a configuration, with the argument of pruning that takes it.
+OF_SIZES = {name: argument for name, argument in SEVERAL.items() if argument in CUTS}
 _PAIRS = "KEY=VALUE"
 # fmt: off
 #: The options under their headings for ``--help``.
@@ -106,9 +101,8 @@ GROUPS = {
            for name, argument in SEVERAL.items()},
         **{name: _option(_text, "what", DECLARED[name].metadata["metavar"], help_of(name))
            for name in SHARED},
-        "floors": _option(_floors, "what", "WHICH",
-            "also evaluate models that know nothing, whose scores are the floors of the tasks: true (default), "
-            f"false, or {MISMATCHED}: also the unpruned model after other documents' questions"),
+        "floors": _option(_boolean, "what", "BOOL",
+            "also evaluate models that know nothing, whose scores are the floors of the tasks (default: true)"),
     },
     "evaluation, as in lm_eval run": {
         "tasks": _option(_texts, "what", "TASK", "tasks, groups, tags, patterns or YAML files"),
@@ -148,8 +142,6 @@ GROUPS = {
             "GPUs of one Ray worker (default: 1 where the cluster has any)"),
         "cpus_per_unit": _option(float, "where", "N",
             "CPUs of one Ray worker, and its threads (default: 1, and threads for the CPUs that are free)"),
-        "minutes_per_unit": _option(float, "where", "N",
-            "time limit for a unit on a Ray worker, after which it is recorded as failed"),
     },
 }
 #: Options of a command alone.
@@ -163,7 +155,11 @@ WHICH = (
 # fmt: on
 _SweepOptions: Any = make_dataclass(
     "SweepOptions",
-    [(name, Any, each) for group in GROUPS.values() for name, each in group.items()],
+    [
+        (name, Any, option)
+        for group in GROUPS.values()
+        for name, option in group.items()
+    ],
     bases=(declaring.DeclaredOptions,),
 )
 OPTIONS = tuple(_SweepOptions.declared().values())
@@ -175,7 +171,9 @@ OF_HARNESS = tuple(
 
 def deciding(*what: str) -> tuple[str, ...]:
     """Return the names of the options that decide this; see `_option`."""
-    return tuple(each.name for each in OPTIONS if each.metadata["decides"] in what)
+    return tuple(
+        option.name for option in OPTIONS if option.metadata["decides"] in what
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -219,13 +217,13 @@ def read_file(path: str) -> dict[str, Any]:
             f"--config {path} is not a YAML mapping of options such as `ratios: [3.6, 2.0]`: "
             f"{' '.join(str(error).split())}."
         ) from None
-    given = {name: value for name, value in content.items() if value is not None}
-    return _checked(given, f"--config {path}")
+    options = {name: value for name, value in content.items() if value is not None}
+    return _checked(options, f"--config {path}")
 
 
-def _checked(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    read = _SweepOptions.of(given, where)
-    return {name: getattr(read, name) for name in given}
+def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    converted = _SweepOptions.of(options, where)
+    return {name: getattr(converted, name) for name in options}
 
 
 def read_mapping(value: Any, where: str) -> dict[str, Any]:
@@ -241,12 +239,12 @@ def parse_shard(text: str) -> tuple[int, int] | str:
     """Return ``(I, N)`` of ``I/N``, or ``next``; ValueError for anything else."""
     if text == "next":
         return text
-    found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
-    if found is None or int(found[1]) >= int(found[2]):
+    part = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if part is None or int(part[1]) >= int(part[2]):
         raise ValueError(
             f"--shard {text} is not I/N with I from 0 to N-1: pass one such as 0/4, or next."
         )
-    return int(found[1]), int(found[2])
+    return int(part[1]), int(part[2])
 
 
 def parse_number(text: str) -> int | float | str:

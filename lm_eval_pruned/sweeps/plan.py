@@ -12,7 +12,8 @@ import functools
 import itertools
 import operator
 from argparse import Namespace
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,10 +30,9 @@ from lm_eval_pruned.pruning import arguments as of_pruning
 from lm_eval_pruned.pruning.argument_values import read_widths
 from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
-from lm_eval_pruned.results.files import MISMATCHED
 from lm_eval_pruned.results.runs import FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
-from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
+from lm_eval_pruned.sweeps.options import OF_HARNESS, OF_SIZES, deciding, parse_number
 
 
 if TYPE_CHECKING:
@@ -82,8 +82,10 @@ class Configuration:
 #: Each with a text for what is generated and a rule for choices, so that few of them do for any task.
 #: Not ``first``: data sets such as TruthfulQA list the right answer first, where no model sees it.
 FLOORS = tuple(
-    Configuration(f"{FLOOR}{name}-{rule}", {**told, "loglikelihood": rule}, floor=kind)
-    for kind, name, told, rule in (
+    Configuration(
+        f"{FLOOR}{name}-{rule}", {**arguments, "loglikelihood": rule}, floor=kind
+    )
+    for kind, name, arguments, rule in (
         ("constant", "yes", {"answer": "Yes"}, "commonest"),
         ("constant", "dot", {"answer": "."}, "shortest"),
         ("constant", "the-the", {"answer": "the the"}, "longest"),
@@ -102,6 +104,27 @@ class Unit(NamedTuple):
     def names(self) -> tuple[str, str]:
         """The id of the configuration and the name of the task."""
         return self.configuration.id, self.task.name
+
+
+class Waiting:
+    """Units that wait to be run, by whoever holds a model."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = list(units)
+        #: The id of the configuration whose model someone holds, by who it is.
+        self.held: dict[Any, str] = {}
+
+    def take(self, holder: Any) -> Unit:
+        """Take a unit of the model it holds, else of one nobody holds, else of the one with most left."""
+        mine, held = self.held.get(holder), [*self.held.values()]
+        left = Counter(unit.configuration.id for unit in self.units)
+
+        def rank(unit: Unit) -> tuple[bool, bool, int]:
+            name = unit.configuration.id
+            return name != mine, name in held, -left[name]
+
+        self.units.remove(unit := min(self.units, key=rank))
+        return unit
 
 
 @dataclass(eq=False)
@@ -155,8 +178,6 @@ class Sweep:
             for kind in kinds
             for task in self.tasks
             for configuration in kind
-            # Without given answers, there is nothing to score after another question.
-            if task.offers_answers or MISMATCHED not in configuration.arguments
         ]
         return sorted(dealt[part::parts], key=lambda unit: order.index(unit[0].id))
 
@@ -273,16 +294,7 @@ def plan_sweep(options: dict[str, Any]) -> Sweep:
     _check_names(arguments, model)
     settings = harness_settings(options, model, arguments)
     configurations = _configurations(options, settings.model_args)
-    wanted = options.get("floors", True)
-    floors = FLOORS if wanted else ()
-    if wanted == MISMATCHED:
-        if model != MODELS[0]:
-            raise ValueError(
-                f"floors={MISMATCHED} needs the model type {MODELS[0]}, and this sweep has "
-                f"model={model}: pass --floors true."
-            )
-        name, exchanged = f"{FLOOR}mismatched-questions", {MISMATCHED: True}
-        floors += (replace(configurations[0], id=name, arguments=exchanged),)
+    floors = FLOORS if options.get("floors", True) else ()
     return Sweep(options, settings, configurations, floors)
 
 
@@ -302,9 +314,9 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
         return {"sha256": of_tasks.hash_folder(inner if inner.is_dir() else Path(name))}
     commit = None
     with contextlib.suppress(OSError, ValueError, IndexError):
-        found = cached_file(name, file, revision=base.get("revision") or "main")
-        path = Path(found or "").parts
-        commit = path[path.index("snapshots") + 1]
+        cached = cached_file(name, file, revision=base.get("revision") or "main")
+        parts = Path(cached or "").parts
+        commit = parts[parts.index("snapshots") + 1]
     return {"name": name, "commit": commit}
 
 
@@ -367,9 +379,7 @@ def _configurations(
     configurations = {"baseline": Configuration("baseline", {}, *_size(whole))}
     variants = [*_variants(options)]
     shared = {name: base[name] for name in _WITH_SIZES if base.get(name) is not None}
-    for option, argument in SEVERAL.items():
-        if argument not in of_pruning.CUTS:
-            continue
+    for option, argument in OF_SIZES.items():
         is_size, values = argument in SIZES, options.get(option, [])
         if argument != "widths":
             values = [*map(parse_number, values)]

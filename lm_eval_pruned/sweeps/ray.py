@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import socket
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,9 +25,8 @@ from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
-    from lm_eval_pruned.sweeps.plan import Sweep, Unit
+    from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting
     from lm_eval_pruned.sweeps.unit import Ended
-    from lm_eval_pruned.sweeps.waiting import Waiting
     from lm_eval_pruned.util.progress import Progress
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
@@ -63,11 +60,11 @@ def run_on_ray(
         free, nodes = ray.available_resources(), [n for n in ray.nodes() if n["Alive"]]
 
         def places(resources: Mapping[str, float]) -> int:
-            asked = {"CPU": cpus, "GPU": gpus}.items()
-            shares = [resources.get(name, 0) / n for name, n in asked if n]
+            needed = {"CPU": cpus, "GPU": gpus}.items()
+            shares = [resources.get(name, 0) / n for name, n in needed if n]
             return int(min([*shares, count]) + 1e-9)
 
-        most = min(count, sum(places(each["Resources"]) for each in nodes))
+        most = min(count, sum(places(node["Resources"]) for node in nodes))
         needs = f"cpus_per_unit={cpus:g} and gpus_per_unit={gpus:g}"
         if not most:
             raise ValueError(f"{needs} are more than any node has: pass lower values.")
@@ -79,33 +76,24 @@ def run_on_ray(
         restarts = {"max_restarts": -1, "max_task_retries": 3}
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **restarts)(Worker)
         started, moved = 0, set()
-        limit = 60 * (options.get("minutes_per_unit") or math.inf)
-        # A worker with its unit and when that has to end; without one until the worker has a place.
-        running: dict[Any, tuple[Any, Unit | None, float]] = {}
-        while waiting.units or any(unit for _, unit, _ in running.values()):
+        #: A worker with its unit, or without one until the worker has a place.
+        running: dict[Any, tuple[Any, Unit | None]] = {}
+        while waiting.units or any(unit for _, unit in running.values()):
             for _ in range(min(most, len(waiting.units)) - len(running)):
                 name = f"{part}_worker{started}"
                 worker = remote.remote(options, os.getcwd(), name, threads)
                 stack.callback(ray.kill, worker)
-                running[worker.ready.remote()] = worker, None, math.inf
+                running[worker.ready.remote()] = worker, None
                 started += 1
-            first = min(running, key=lambda each: running[each][2])
-            end = running[first][2]
-            left = None if end == math.inf else max(0.0, end - time.monotonic())
-            ended, _ = ray.wait(list(running), timeout=left)
-            future = ended[0] if ended else first
-            worker, unit, _ = running.pop(future)
+            (future, *_), _ = ray.wait(list(running))
+            worker, unit = running.pop(future)
             try:
-                if not ended:
-                    told = f"it took longer than minutes_per_unit={limit / 60:g}."
-                    raise TimeoutError(told)
                 answer = ray.get(future)
-            except (TimeoutError, ray.exceptions.RayError) as error:
+            except ray.exceptions.RayError as error:
                 if unit is None:
                     message = f"--ray: a worker cannot start ({error})."
                     raise ValueError(message) from None
-                seconds = 0.0 if ended else limit
-                answer = Answer(seconds, failure=describe_error(error), usable=False)
+                answer = Answer(failure=describe_error(error), usable=False)
                 moved.add(unit.names)
             # The device may be to blame, or the unit: another worker will tell.
             if unit and not answer.usable and unit.names not in moved:
@@ -116,15 +104,13 @@ def run_on_ray(
                     for name, content in answer.files.items():
                         Path(folder, name).write_bytes(content)
                     yield unit, folder, answer.seconds, answer.failure
-                if answer.failure is None:
-                    waiting.known.append((unit.task.name, answer.seconds))
             if waiting.units and answer.usable:
                 unit = waiting.take(worker)
                 waiting.held[worker] = unit.configuration.id
                 progress.workers = len(waiting.held)
                 progress.start(*unit.names)
                 future = worker.run.remote(*unit.names, unit.task.digest)
-                running[future] = worker, unit, time.monotonic() + limit
+                running[future] = worker, unit
             else:
                 # Its resources go to whoever waits for them, another worker among them.
                 waiting.held.pop(worker, None)
@@ -132,7 +118,7 @@ def run_on_ray(
 
 
 @contextlib.contextmanager
-def _cluster(asked: bool | str) -> Iterator[Any]:
+def _cluster(address: bool | str) -> Iterator[Any]:
     """Yield the module of Ray, connected to the cluster."""
     # Ray reports its use over the network unless told otherwise before it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -146,12 +132,15 @@ def _cluster(asked: bool | str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    address = asked if isinstance(asked, str) else None
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(
+            address if isinstance(address, str) else None,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(
-            f"--ray {asked}: the cluster cannot be reached ({error}); pass the address "
+            f"--ray {address}: the cluster cannot be reached ({error}); pass the address "
             "of its head node, or --ray without an address to start a cluster here."
         ) from None
     try:

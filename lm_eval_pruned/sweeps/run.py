@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.results import runs as layout
 from lm_eval_pruned.sweeps.checks import check_files, check_installed
 from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
-from lm_eval_pruned.sweeps.plan import Sweep, Unit, model_source
+from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting, model_source
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.unit import UnitRunner
-from lm_eval_pruned.sweeps.waiting import Waiting
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.progress import Progress
 from lm_eval_pruned.util.tables import Column, Table
@@ -101,7 +100,7 @@ def run_sweep(
         quick = [unit.names for unit in to_run if unit.configuration.floor]
         failed = len(units) - len(to_run) - states[DONE]
         progress = Progress(states[DONE], failed, timed, known, quick)
-        waiting = Waiting(to_run, known)
+        waiting = Waiting(to_run)
         mine: Iterable[Unit] = to_run
         if shared:
             mine = _open_units(folder, entries, waiting, progress)

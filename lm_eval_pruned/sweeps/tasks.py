@@ -38,15 +38,13 @@ class SweepTask:
     """One task, or one group that has a score; `build` makes it with a factory, and loads data.
 
     The `digest` is the hash of its settings, the folders of its functions and its local data. The
-    `metrics` are those that its YAML names; none for a task that is a Python class. `offers_answers`
-    says whether all its documents have given answers, as far as its YAML tells.
+    `metrics` are those that its YAML names; none for a task that is a Python class.
     """
 
     name: str
     digest: str
     build: Callable[[TaskFactory], Any] = field(repr=False, compare=False)
     metrics: tuple[str, ...] = field(default=(), compare=False)
-    offers_answers: bool = field(default=False, compare=False)
 
 
 def index_tasks(include_path: str | None) -> TaskManager:
@@ -116,15 +114,13 @@ class _Planning(TaskFactory):
         members = self._build_group_members(listed, group_name, shared, registry)
         if not raw_cfg.get("aggregate_metric_list"):
             return members
-        leaves = _flat(members)
-        below = [(task.name, task.digest) for task in leaves]
+        below = [(task.name, task.digest) for task in _flat(members)]
         arguments = group_name, raw_cfg, overrides, self._index
         build = operator.methodcaller("_build_group", *arguments)
         digest = fingerprint(_described([raw_cfg, shared, below]))
         listed = raw_cfg["aggregate_metric_list"]
         metrics = _metric_names(listed if isinstance(listed, list) else [listed])
-        answers = all(task.offers_answers for task in leaves)
-        return SweepTask(group_name, digest, build, metrics, answers)
+        return SweepTask(group_name, digest, build, metrics)
 
     def _build_group_members(
         self, member_list, group_name, overrides, registry
@@ -159,8 +155,7 @@ def _task(config: dict[str, Any], build: Callable[[TaskFactory], Any]) -> SweepT
     usual = [{"metric": name} for name in DEFAULT_METRIC_REGISTRY.get(kind, ())]
     listed = [] if "class" in config else config.get("metric_list") or usual
     digest = fingerprint(_described(config))
-    answers = kind == "multiple_choice" and "class" not in config
-    return SweepTask(config["task"], digest, build, _metric_names(listed), answers)
+    return SweepTask(config["task"], digest, build, _metric_names(listed))
 
 
 def _metric_names(listed: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -184,7 +179,7 @@ def _described(value: Any, key: str = "") -> Any:
             if name != "config_source"
         }
     if isinstance(value, (list, tuple)):
-        return [_described(each, key) for each in value]
+        return [_described(item, key) for item in value]
     if isinstance(value, functools.partial):
         return _described([value.func, value.args, value.keywords])
     if callable(value):
@@ -193,11 +188,11 @@ def _described(value: Any, key: str = "") -> Any:
         code = file and hash_folder(Path(file).parent, without=without)
         return [getattr(value, "__qualname__", type(value).__qualname__), code]
     if key in _DATA and isinstance(value, str):
-        found = map(Path, sorted(glob.glob(value)))
-        hashed = (
-            hash_folder(p, deep=True) if p.is_dir() else hash_file(p) for p in found
+        paths = map(Path, sorted(glob.glob(value)))
+        hashes = (
+            hash_folder(p, deep=True) if p.is_dir() else hash_file(p) for p in paths
         )
-        return [*hashed] or value
+        return [*hashes] or value
     return value
 
 
@@ -212,10 +207,10 @@ def hash_folder(folder: Path, deep: bool = False, without: tuple[str, ...] = ())
     """Return the hash of the files in `folder`, and below it if `deep`."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*") if deep else folder.iterdir()):
-        place = path.relative_to(folder)
-        hidden = any(part.startswith((".", "__pycache__")) for part in place.parts)
+        inner = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__pycache__")) for part in inner.parts)
         if path.is_file() and not hidden and path.suffix not in without:
-            digest.update(f"{place}\0{hash_file(path)}\n".encode())
+            digest.update(f"{inner}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One unit of a sweep: evaluating it with the model that is loaded, and recording failures."""
+"""One unit of a sweep: evaluating it with the model that is loaded, tracking it, recording failures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import re
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -17,18 +18,19 @@ import torch
 from accelerate.utils import release_memory
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
-from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers import EvaluationTracker, TrackioLogger, WandbLogger
 from torch.utils import collect_env
 
 from lm_eval_pruned.sweeps.folder import write_results
 from lm_eval_pruned.sweeps.options import deciding
 from lm_eval_pruned.sweeps.plan import OF_MODEL, Unit
 from lm_eval_pruned.sweeps.tasks import fingerprint
-from lm_eval_pruned.sweeps.tracking import check_tracking, report
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lm_eval.config.evaluate_config import EvaluatorConfig
 
     from lm_eval_pruned.sweeps.plan import Configuration, Sweep
 
@@ -113,7 +115,7 @@ class UnitRunner:
             results = self._evaluate(configuration, manager, tasks, tracker)
             add_to(results)
         seconds = time.perf_counter() - start
-        report(" ".join(unit.names), results, sweep.settings)
+        _track(" ".join(unit.names), results, sweep.settings)
         write_results(results, tracker, folder)
         return seconds
 
@@ -204,3 +206,35 @@ def describe_error(error: BaseException) -> dict[str, str]:
     name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     text = "".join(traceback.format_exception(error))
     return {"type": name, "message": str(error), "traceback": text}
+
+
+def check_tracking(settings: EvaluatorConfig) -> None:
+    """Raise ValueError where a package is missing."""
+    for package in ("wandb", "trackio"):
+        if getattr(settings, f"{package}_args") and find_spec(package) is None:
+            raise ValueError(
+                f"{package}_args was given, but {package} is not installed: run "
+                f"`pip install {package}`, or leave {package}_args out."
+            )
+
+
+def _track(label: str, results: dict[str, Any], settings: EvaluatorConfig) -> None:
+    """Make a unit one run of W&B and Trackio, by the harness's loggers; what fails here is a warning, for its files are whole."""
+    for service, options, kind, *more in (
+        ("W&B", settings.wandb_args, WandbLogger, settings.wandb_config_args),
+        ("Trackio", settings.trackio_args, TrackioLogger),
+    ):
+        if not options:
+            continue
+        name = f"{options['name']} {label}" if options.get("name") else label
+        try:
+            # They change what they are given.
+            run: Any = kind({**options, "name": name}, *map(dict, more))
+            run.post_init({k: v for k, v in results.items() if k != "samples"})
+            run.log_eval_result()
+            if "samples" in results:
+                run.log_eval_samples(results["samples"])
+            (run if service == "Trackio" else run.run).finish()
+        except Exception as error:  # noqa: BLE001
+            what = f"{type(error).__name__}: {error}"
+            logger.warning("%s was not logged to %s: %s", label, service, what)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lm_eval.pruned.cache")
 
 #: Raise it when something is measured in another way, so that what was kept before is not used.
-_VERSION = 1
+_VERSION = 2
 
 
 def cache_folder() -> Path:

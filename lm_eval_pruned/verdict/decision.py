@@ -7,17 +7,22 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.comparison import compare
-from lm_eval_pruned.compare.judge import Case, Difference, judged as judge
-from lm_eval_pruned.compare.kept import NO_LOSS
-from lm_eval_pruned.compare.margin import Margin
-from lm_eval_pruned.compare.measures import (
+from lm_eval_pruned.compare.floors import NO_LOSS
+from lm_eval_pruned.compare.judge import (
+    CLAIM_LEVEL,
+    Case,
+    Difference,
+    decisions,
+    judged as judge,
+)
+from lm_eval_pruned.compare.margins import (
+    Margin,
     judged_keys,
     usual_margin,
     with_choice_prob,
 )
 from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
 from lm_eval_pruned.compare.pooled import claim_text, mean_of, p_of_claim, pools_of
-from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions
 from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics

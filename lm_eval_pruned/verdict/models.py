@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
-from lm_eval_pruned.compare.measures import check_measure, with_choice_prob
+from lm_eval_pruned.compare.margins import check_measure, with_choice_prob
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
 from lm_eval_pruned.results.files import ResultsError, Run

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.compare.judge import CLAIM_LEVEL
 from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
-from lm_eval_pruned.gate.check import CLAIM_LEVEL
 from lm_eval_pruned.results.files import as_mapping, read_json
 from lm_eval_pruned.results.runs import read_unit, results_files
 

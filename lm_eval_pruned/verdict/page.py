@@ -14,8 +14,8 @@ from lm_eval_pruned.compare.comparison_table import (
     FLOOR,
     record,
 )
-from lm_eval_pruned.compare.kept import NO_LOSS
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.floors import NO_LOSS
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.report.changed_answers import LOST, Change, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, write_page
 from lm_eval_pruned.report.sections import energy_section

@@ -65,12 +65,12 @@ class AttentionInParts(TorchFunctionMode):
         rows, heads, queries, _ = query.shape
         # Models want heads side by side, as the kernel returns them.
         whole = value.new_empty(rows, queries, heads, value.shape[-1]).transpose(1, 2)
-        for part, own_mask in self._parts:
+        for part, part_mask in self._parts:
             whole[part.rows, :, part.queries] = func(
                 query[part.rows, :, part.queries],
                 _keys(key[part.rows], -2, part),
                 _keys(value[part.rows], -2, part),
-                **{**kwargs, "attn_mask": own_mask},
+                **{**kwargs, "attn_mask": part_mask},
             )
         return whole
 

@@ -60,6 +60,9 @@ def unsupported_reason(lm: Any) -> str | None:
     """Return why an `HFLM` cannot take a fast path, or None if nothing speaks against it."""
     if is_encoder_decoder(lm):
         return "the model is an encoder-decoder"
+    accelerator = getattr(lm, "accelerator", None)
+    if accelerator and accelerator.distributed_type == "FSDP":
+        return "its weights are spread over processes that have to keep step"
     for adapter in (getattr(lm.model, "peft_config", None) or {}).values():
         kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
         if kind not in ("LORA", "IA3"):

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from .answer_paths import AnswerPath, TokenCounts, computing_linear, paths_record
-from .attention_support import base_model, unsupported_reason
+from .answer_paths import AnswerPaths, TokenCounts
+from .attention_support import base_model, is_encoder_decoder, unsupported_reason
+from .generation import count_generated, end_tokens
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     # The mixins' neighbour among the bases, whose attributes they use.
     from lm_eval.models.huggingface import HFLM as _Neighbour
 else:
     _Neighbour = object
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -32,10 +31,7 @@ class FastPath:
     Attributes:
         argument: The model argument that turns it off, such as ``prefix_sharing``.
         is_on: Whether requests may take it.
-        notice: What the log says before the reason where requests do not take it.
         unit: What the size of a pass is counted in, such as ``tokens``.
-        smaller: What a user can pass for smaller passes; ``{}`` is half of the size.
-        unsupported: Says of an `HFLM` what about its model speaks against it, if anything.
         reason: Why it is off, if it is.
         most: The size of a pass that a shortage of memory left, in `unit`; None: any.
         logged: Reasons that were logged.
@@ -46,13 +42,10 @@ class FastPath:
 
     argument: str
     is_on: bool
-    notice: str
     unit: str
-    smaller: str
-    unsupported: Callable[[Any], str | None] = unsupported_reason
     reason: str = field(init=False)
     most: int | None = None
-    logged: list[str] = field(default_factory=list)
+    logged: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         check_flag(self.argument, self.is_on)
@@ -64,44 +57,30 @@ class FastPath:
 
 
 class FastPathMixin(_Neighbour):
-    """Decides whether a fast path is taken, runs its passes and records what answered.
+    """Decides whether a fast path is taken, runs it, counts tokens and records what answered.
 
     It comes before `HFLM` among the bases, behind all mixins that are built on it.
 
     Attributes:
-        token_counts: Totals since the model was loaded. Of what `HFLM` itself computes, only the
-            prompts of scored requests count; a class that measures more adds it.
+        token_counts: Totals since the model was loaded.
         answer_paths: How many requests of each type took which path, and why, since the last
             `get_model_info`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.token_counts = TokenCounts()
-        self.answer_paths: dict[str, AnswerPath] = defaultdict(AnswerPath)
+        self.answer_paths = AnswerPaths()
         super().__init__(*args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
         """Return `HFLM`'s model information and what answered since the last call."""
-        paths, self.answer_paths = self.answer_paths, defaultdict(AnswerPath)
-        record = {**paths_record(paths), "linear": computing_linear(paths, self.model)}
+        linear = self.answer_paths.computing_linear(self.model)
+        record = {**self.answer_paths.take(), "linear": linear}
         return {**super().get_model_info(), "answer_paths": record}
-
-    @property
-    def _shares_model(self) -> bool:
-        """Whether several processes hold a part of each of the model's tensors."""
-        return (getattr(base_model(self.model), "tp_size", None) or 1) > 1
-
-    def _free_memory(self) -> int | None:
-        """Return the bytes that are free on the card; None: not known, or not the same for all."""
-        card: Any = getattr(torch, self.device.type, None)
-        if self._shares_model or not hasattr(card, "mem_get_info"):
-            return None
-        unused = card.memory_reserved(self.device) - card.memory_allocated(self.device)
-        return int(card.mem_get_info(self.device)[0] + unused)
 
     def _can_take(self, path: FastPath) -> bool:
         """Return whether nothing about the model speaks against `path`; say once what does."""
-        if path.is_on and (reason := path.unsupported(self)) is not None:
+        if path.is_on and (reason := unsupported_reason(self)) is not None:
             path.is_on = False
             path.reason = reason
             self._complain(path, reason)
@@ -110,52 +89,76 @@ class FastPathMixin(_Neighbour):
     def _complain(self, path: FastPath, reason: str) -> None:
         """Log why requests do not take `path`, once for each reason."""
         if reason not in path.logged:
-            path.logged.append(reason)
+            path.logged.add(reason)
             if self.rank == 0:
-                path.logger.warning("%s: %s.", path.notice, reason)
+                path.logger.warning(
+                    "Requests are answered as by hf, without %s: %s.",
+                    path.argument,
+                    reason,
+                )
 
-    def _run_or_shrink(
-        self,
-        path: FastPath,
-        run: Callable[[], T],
-        size: int,
-        shrink: Callable[[int], None],
-    ) -> T | None:
-        """Return what a pass returns, or None where the memory was too short for it.
+    def _run(self, path: FastPath, run: Callable[[int], None], size: int) -> None:
+        """Call ``run(size)``; after a shortage of memory once more, with half of `size`, for good.
 
         Args:
-            path: Whose pass it is.
-            run: Runs the pass. It takes no arguments: they would live as long as this call.
-            size: How much the pass may hold, in the path's unit.
-            shrink: Takes half of `size` after a shortage: lets go of what the failed pass
-                holds, and makes the next one smaller.
+            path: What runs.
+            run: Runs passes of up to so much, in the path's unit, and goes on where it failed.
+            size: What memory seems to allow.
 
         Raises:
-            RuntimeError: The pass failed otherwise, or at size 1; or it was too large
-                for one of several processes that share the model: the others wait for
-                this one within the pass.
+            RuntimeError: It failed otherwise, or at size 1, or where several processes share the
+                model: the others wait for this one within the pass.
         """
-        try:
-            return run()
-        except RuntimeError as error:
-            if size == 1 or not should_reduce_batch_size(error):
-                raise
-            if self._shares_model:
-                raise RuntimeError(
-                    f"Out of memory with {size} {path.unit} at once, and processes that "
-                    "share a model (tp_plan) cannot take fewer one by one: give "
-                    f"{path.smaller.format(size // 2)}."
-                ) from error
-            path.most = size // 2
+        shared = (getattr(base_model(self.model), "tp_size", None) or 1) > 1
+        while True:
+            try:
+                run(size)
+            except RuntimeError as error:
+                if size == 1 or shared or not should_reduce_batch_size(error):
+                    raise
+            else:
+                return
+            # Outside the handler, whose traceback holds on to the failed pass's tensors.
+            size = path.most = size // 2
             path.logger.warning(
-                "Out of memory: continuing with at most %d %s at once.",
-                path.most,
-                path.unit,
+                "Out of memory: continuing with at most %d %s at once.", size, path.unit
             )
-            shrink(path.most)
-        # Outside the handler, whose traceback holds on to the failed pass's tensors.
-        clear_device_cache(garbage_collection=True)
-        return None
+            clear_device_cache(garbage_collection=True)
+
+    # --- tokens that `HFLM` computes
+
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None
+    ) -> torch.Tensor:
+        # What an encoder reads; `_select_cont_toks` sees the decoder's part.
+        if attn_mask is not None:
+            self.token_counts.processed += int(attn_mask.sum())
+        return super()._model_call(inps, attn_mask=attn_mask, labels=labels)
+
+    def _select_cont_toks(
+        self,
+        logits: torch.Tensor,
+        contlen: int | None = None,
+        inplen: int | None = None,
+    ) -> torch.Tensor:
+        # HFLM calls this once for each row that it sent through the model, with the
+        # row's length before padding (the decoder's, in an encoder-decoder model).
+        self.token_counts.processed += inplen or contlen or 0
+        return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> torch.Tensor:
+        output = super()._model_generate(context, max_length, stop, **options)
+        mask = options.get("attention_mask")
+        prompt = context.numel() if mask is None else int(mask.sum())
+        start = 1 if is_encoder_decoder(self) else context.shape[1]
+        generated = count_generated(output[:, start:], end_tokens(self.model))
+        self.token_counts.prompt += prompt
+        self.token_counts.generated += generated
+        # The last token of a row is never fed back.
+        self.token_counts.processed += prompt + generated - context.shape[0]
+        return output
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.backends import cuda
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_in_parts import AttentionInParts
 from .attention_support import base_model
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 #: sdpa's memory-efficient kernel wants the rows of a mask to begin at multiples of so
 #: many elements (8 or 16, by version), and else copies the mask in each layer.
 ALIGNMENT = 16
+#: Kernels of attention that a card may take: not cuDNN's, which is planned anew for each shape.
+KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 # Has transformers group keys under a mask, too.
 _GROUP_KEYS = "TRANSFORMERS_SDPA_FORCE_GQA"
 
@@ -45,29 +51,30 @@ def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return whole[..., :keys].masked_fill_(hidden[:, None], float("-inf"))
 
 
-def rounds_shapes(device: torch.device) -> bool:
-    """Return whether a device plans attention for each shape, and little for what is hidden."""
-    return device.type != "cpu"
+def kernel_of_shared_keys(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> SDPBackend | None:
+    """Return what a card attends with under a mask to keys that several heads share.
 
+    transformers copies such keys for each head. That is right where torch would take its math
+    kernel, which has all scores in memory at once. Only a private function of torch says so.
 
-def _groups_masked_keys(config: PretrainedConfig, forward: Forward) -> bool:
-    """Return whether cuDNN attends under a mask to keys that several heads share.
-
-    transformers copies such keys for each head, since most kernels cannot.
+    Returns:
+        None where there is no card, no key is shared, or torch does not say.
     """
     config = config.get_text_config()
     shared = getattr(config, "num_key_value_heads", None)
-    if forward.device.type != "cuda" or not shared or forward.dtype.itemsize > 2:
-        return False
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    if device.type != "cuda" or not shared or choose is None:
+        return None
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     shapes = ((heads, 64, size), (shared, 64, size), (shared, 64, size), (1, 64, 64))
     query, key, value, mask = (
-        torch.empty(1, *shape, dtype=forward.dtype, device=forward.device)
-        for shape in shapes
+        torch.empty(1, *shape, dtype=dtype, device=device) for shape in shapes
     )
-    asked = cuda.SDPAParams(query, key, value, mask, 0.0, False, True)
-    return cuda.can_use_cudnn_attention(asked)
+    with sdpa_kernel(KERNELS):
+        return SDPBackend(choose(query, key, value, attn_mask=mask, enable_gqa=True))
 
 
 class Forward:
@@ -80,7 +87,7 @@ class Forward:
         model: A causal language model, or an adapter around one.
         device: Where its inputs belong.
         dtype: Of queries, and so of masks.
-        rounds: Whether shapes are rounded up to sizes that repeat: on a card.
+        groups_keys: Whether keys that heads share are not copied for each head under a mask.
     """
 
     def __init__(self, lm: Any) -> None:
@@ -89,8 +96,9 @@ class Forward:
         self.device = lm.device
         self._autocast_dtype = lm.mixed_precision_dtype
         self.dtype = self._autocast_dtype or lm.model.dtype
-        self.rounds = rounds_shapes(self.device)
-        self._groups_keys = _groups_masked_keys(base_model(lm.model).config, self)
+        config = base_model(lm.model).config
+        kernel = kernel_of_shared_keys(config, self.device, self.dtype)
+        self.groups_keys = kernel == SDPBackend.EFFICIENT_ATTENTION
         # glibc keeps memory of up to twice the largest block that was freed, at most 32 MiB,
         # instead of having the system clear its pages anew in each layer.
         torch.empty(31 << 20, dtype=torch.uint8)
@@ -129,7 +137,9 @@ class Forward:
                 stack.enter_context(
                     torch.autocast(self.device.type, self._autocast_dtype)
                 )
-            if self._groups_keys and _GROUP_KEYS not in os.environ:
+            if self.device.type == "cuda":
+                stack.enter_context(sdpa_kernel(KERNELS))
+            if self.groups_keys and _GROUP_KEYS not in os.environ:
                 os.environ[_GROUP_KEYS] = "1"
                 stack.callback(os.environ.pop, _GROUP_KEYS)
             if parts:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from .attention_in_parts import Part
 from .attention_support import cache_argument
 from .forward import additive_mask
-from .token_tree import TokenTree, best_cut, build_tree, rounded
+from .token_tree import TokenTree, best_cut, build_tree
 
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Work:
     greedy: np.ndarray
 
     @classmethod
-    def of(cls, requests: list[Request], max_length: int) -> Work:
+    def from_requests(cls, requests: list[Request], max_length: int) -> Work:
         # The model's input is cut from the left as HFLM does, and lacks the last token.
         tree = build_tree(
             (context + continuation)[-(max_length + 1) :][:-1]
@@ -96,14 +96,12 @@ class PathCache(DynamicCache):
 
     Attributes:
         length: Tokens of the path.
-        held: What is held of it, with what a card's rounding adds at its end.
     """
 
-    def __init__(self, *, rounds: bool = False) -> None:
-        """Begin with an empty path; `rounds`: hold rounded numbers of tokens."""
+    def __init__(self) -> None:
+        """Begin with an empty path."""
         super().__init__()
         self.length = 0
-        self._rounds = rounds
         self._path: dict[int, Layer] = {}
         self._kept: torch.Tensor | None = None
         self._next: dict[int, Layer] = {}
@@ -112,14 +110,7 @@ class PathCache(DynamicCache):
         return self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.held + query_length, 0
-
-    @property
-    def held(self) -> int:
-        return self._held(self.length)
-
-    def _held(self, length: int) -> int:
-        return rounded(length) if self._rounds else length
+        return self.length + query_length, 0
 
     def update(
         self,
@@ -146,9 +137,7 @@ class PathCache(DynamicCache):
     def begin_pass(self, kept: np.ndarray | None) -> None:
         """Say which tokens of [path, row] are the next path; None: a beginning of the path."""
         self.forget_pass()
-        if kept is not None:
-            kept = np.pad(kept, (0, self._held(len(kept)) - len(kept)))
-            self._kept = torch.from_numpy(kept)
+        self._kept = None if kept is None else torch.from_numpy(kept)
 
     def end_pass(self, length: int) -> None:
         """Take over the next path, of `length` tokens."""
@@ -158,7 +147,7 @@ class PathCache(DynamicCache):
             self._path = {}
         elif length < self.length:
             self._path = {
-                layer: tuple(s[..., : self._held(length), :].clone() for s in states)
+                layer: tuple(s[..., :length, :].clone() for s in states)
                 for layer, states in self._path.items()
             }
         self.length = length
@@ -180,8 +169,6 @@ def run_pack(
     """Run the nodes of `pack` through the model and look up what is wanted at them."""
     tree, device = work.tree, forward.device
     count, width = len(pack.rows), max(len(row) for row in pack.rows)
-    if forward.rounds:
-        count, width = rounded(count, 1), rounded(width, 16)
     nodes = np.full((count, width), -1)
     for i, row in enumerate(pack.rows):
         nodes[i, : len(row)] = row
@@ -194,26 +181,24 @@ def run_pack(
     path = tree.path(int(tree.parent[pack.stop]) if pack.stop < len(tree) else -1)
     kept = None
     if len(path) and path[-1] >= pack.start:
-        kept = np.where(
-            path < pack.start, tree.depth[path], cache.held + path - pack.start
-        )
+        kept = _places(tree, pack, path, cache.length)
     arguments: dict[str, Any] = {"use_cache": False}
     if cache.length or kept is not None:
         cache.begin_pass(kept)
         arguments = {"use_cache": True, cache_argument(forward.model): cache}
     parts: list[Part] = []
     if not pack.chains:
-        mask = _mask(tree, pack, nodes, forward.dtype, device, cache.held)
+        mask = _mask(tree, pack, nodes, forward.dtype, device)
         arguments["attention_mask"] = mask
-        if len(nodes) == 1 and width > _BLOCK_QUERIES and not forward.rounds:
-            parts = _parts(tree, pack, mask.shape[-1] - width)
+        if count == 1 and width > _BLOCK_QUERIES and device.type == "cpu":
+            parts = _parts(tree, pack, cache.length)
 
     scored = work.scored_before
     wanted = np.flatnonzero((scored[nodes + 1] > scored[nodes]) & real)
-    places = torch.from_numpy(wanted if len(wanted) else np.zeros(1, np.int64))
+    rows = torch.from_numpy(wanted if len(wanted) else np.zeros(1, np.int64))
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.flatten(0, -2).index_select(0, places.to(hidden.device))[None]
+        return hidden.flatten(0, -2).index_select(0, rows.to(hidden.device))[None]
 
     logits = forward(
         torch.from_numpy(tokens).to(device),
@@ -233,26 +218,27 @@ def _mask(
     nodes: np.ndarray,
     dtype: torch.dtype,
     device: torch.device,
-    held: int = 0,
 ) -> torch.Tensor:
-    """Return the additive mask, [rows, 1, width, path + width], of a path `held` tokens long.
+    """Return the additive mask, [rows, 1, width, path + width].
 
-    What is held beyond the path ends before all begin, so nobody sees it. Padding gets numbers above all nodes' and sees itself only: a row without
-    anything to see would be NaN.
+    Padding gets numbers above all nodes' and sees itself only: a row without anything to see
+    would be NaN.
     """
     padding = len(tree) + np.arange(nodes.size).reshape(nodes.shape)
     number = np.where(nodes >= 0, nodes, padding)
     end = np.where(nodes >= 0, tree.end[nodes], padding + 1)
-    path = tree.path(int(tree.parent[pack.start]))
-    beyond = (0, max(0, held - len(path)))
-    paths = [np.pad(each, beyond) for each in (path, tree.end[path])]
-    path, path_end = (np.tile(each, (len(nodes), 1)) for each in paths)
+    path = np.tile(tree.path(int(tree.parent[pack.start])), (len(nodes), 1))
     key, key_end = (
-        torch.from_numpy(np.concatenate(both, 1)).to(device)
-        for both in ([path, number], [path_end, end])
+        torch.from_numpy(np.concatenate(path_and_row, 1)).to(device)
+        for path_and_row in ([path, number], [tree.end[path], end])
     )
     query = torch.from_numpy(number).to(device)[:, :, None]
     return additive_mask((key[:, None] > query) | (query >= key_end[:, None]), dtype)
+
+
+def _places(tree: TokenTree, pack: Pack, path: np.ndarray, cached: int) -> np.ndarray:
+    """Return where the keys of `path` lie behind the `cached` ones, in the one row of `pack`."""
+    return np.where(path < pack.start, tree.depth[path], cached + path - pack.start)
 
 
 def _parts(tree: TokenTree, pack: Pack, cached: int) -> list[Part]:
@@ -263,12 +249,10 @@ def _parts(tree: TokenTree, pack: Pack, cached: int) -> list[Part]:
         if stop - start > _BLOCK_QUERIES:
             stop = best_cut(tree, start, start + _BLOCK_QUERIES)
         path = tree.path(int(tree.parent[start]))
-        before = np.where(
-            path < pack.start, tree.depth[path], cached + path - pack.start
-        )
+        before = _places(tree, pack, path, cached)
         queries = slice(start - pack.start, stop - pack.start)
-        own = np.arange(cached + queries.start, cached + queries.stop)
-        keys = torch.from_numpy(np.concatenate([before, own]))
+        block = np.arange(cached + queries.start, cached + queries.stop)
+        keys = torch.from_numpy(np.concatenate([before, block]))
         parts.append(Part(slice(0, 1), queries, keys))
         start = stop
     return parts

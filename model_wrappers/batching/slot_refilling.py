@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -21,12 +20,7 @@ from lm_eval.models.utils import (
 )
 from tqdm import tqdm
 
-from .attention_support import (
-    base_model,
-    config_of,
-    sequence_limit,
-    unsupported_reason,
-)
+from .attention_support import base_model, config_of, sequence_limit
 from .fast_path import FastPath, FastPathMixin, check_count
 from .forward import Forward
 from .generation import end_tokens, unsupported_setting
@@ -35,7 +29,7 @@ from .slots import Row, run_rows, slot_bytes
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     from lm_eval.api.instance import Instance
 
@@ -43,8 +37,6 @@ if TYPE_CHECKING:
 # A step reads all weights, however many slots share it: with 16 a token takes a CPU twice
 # as long as with 64, with 1 ten times as long.
 _USUAL_SLOTS = 64
-# On a card, whose host needs as long for a step of 64.
-_SLOTS_ON_CARD = 256
 # Bytes of keys and values that these may take unasked, the same on every machine.
 _SMALL = 2 * 2**30
 
@@ -54,8 +46,8 @@ class SlotRefillingMixin(FastPathMixin):
 
     Put it before `HFLM` among the bases. Answers are those of `HFLM` at batch size 1,
     up to tokens whose logits are equal but for rounding. Without ``slots`` there are
-    ``batch_size`` of them, or `_USUAL_SLOTS` if that is more and their keys and values are
-    small; with ``batch_size=auto``, HFLM's ``max_batch_size``. Sampling, beams, penalties and
+    `_USUAL_SLOTS`, or HFLM's ``max_batch_size`` with ``batch_size=auto``; fewer where their
+    keys and values are not small, and at least ``batch_size``. Sampling, beams, penalties and
     models whose attention does not allow it take `HFLM`'s own path, and one logged line
     says why.
     """
@@ -80,14 +72,7 @@ class SlotRefillingMixin(FastPathMixin):
         """
         check_count("slots", slots)
         self.slots = slots
-        self._refilling = FastPath(
-            "slot_refilling",
-            slot_refilling,
-            "Slots are not refilled, generation takes the usual path",
-            unit="requests",
-            smaller="slots={}",
-            unsupported=_unsupported,
-        )
+        self._refilling = FastPath("slot_refilling", slot_refilling, "requests")
         super().__init__(*args, **kwargs)
 
     @property
@@ -106,23 +91,25 @@ class SlotRefillingMixin(FastPathMixin):
         path = self.answer_paths["generate_until"]
         before = self.token_counts.processed
         if jobs:
-            for job in tqdm(
-                self._generate(jobs),
+            with tqdm(
                 total=len(jobs),
                 disable=disable_tqdm or self.rank != 0,
                 desc="Running generate_until requests",
-            ):
-                answer = answers[job.index] = self._text(job)
-                self.cache_hook.add_partial(
-                    "generate_until", requests[job.index].args, answer
-                )
+            ) as bar:
+
+                def finish(job: SlotJob) -> None:
+                    answer = answers[job.index] = self._text(job)
+                    arguments = requests[job.index].args
+                    self.cache_hook.add_partial("generate_until", arguments, answer)
+                    bar.update()
+
+                self._generate(jobs, finish)
             path.add("slots", len(jobs), self.token_counts.processed - before)
         if reasons:
             before = self.token_counts.processed
             others = plain([requests[i] for i in reasons], disable_tqdm=disable_tqdm)
-            # Zero where the class counts nothing of what `HFLM` computes.
             computed = self.token_counts.processed - before
-            path.add("plain", len(reasons), computed or None, reasons.values())
+            path.add("plain", len(reasons), computed, reasons.values())
             for index, answer in zip(reasons, others, strict=True):
                 answers[index] = answer
         return answers
@@ -133,9 +120,9 @@ class SlotRefillingMixin(FastPathMixin):
         if not self._can_take(path):
             return [path.reason] * len(requests)
         work = [self._job(i, *request.args) for i, request in enumerate(requests)]
-        for each in work:
-            if isinstance(each, str):
-                self._complain(path, each)
+        for reason in work:
+            if isinstance(reason, str):
+                self._complain(path, reason)
         return work
 
     def _job(
@@ -184,29 +171,17 @@ class SlotRefillingMixin(FastPathMixin):
 
     def _slots(self, jobs: list[SlotJob], length: int) -> int:
         """Return how many requests of up to `length` tokens to run at once."""
-        each = slot_bytes(self, length)
-        usual, room, free = _USUAL_SLOTS, _SMALL, self._free_memory()
-        if free is not None:
-            usual, room = _SLOTS_ON_CARD, free // 3
-        if self.slots is not None:
-            slots = self.slots
-        elif isinstance(self.batch_size, int):
-            slots = max(self.batch_size, min(usual, room // each))
-        elif free is not None:
-            # HFLM's ceiling of 64 was not chosen for this model.
-            ceiling = self.max_batch_size
-            slots = min(usual if ceiling == 64 else ceiling, room // each)
-        else:
-            # "auto": a device that is short of memory says so in the first pass, the
-            # system's memory never. Processes that share a model need as many slots.
-            slots = self.max_batch_size
-            if self.device.type == "cpu" and not self._shares_model:
-                free = psutil.virtual_memory().available
-                slots = min(slots, free // 3 // each)
+        slots = self.slots
+        if slots is None:
+            by_batch = isinstance(self.batch_size, int)
+            usual = _USUAL_SLOTS if by_batch else self.max_batch_size
+            slots = min(usual, _SMALL // slot_bytes(self, length))
+            if by_batch:
+                slots = max(slots, self.batch_size)
         return max(1, min(slots, self._refilling.most or slots, len(jobs)))
 
-    def _generate(self, jobs: list[SlotJob]) -> Iterator[SlotJob]:
-        """Run the requests through the model; yield each when its answer is done."""
+    def _generate(self, jobs: list[SlotJob], finish: Callable[[SlotJob], None]) -> None:
+        """Run the requests through the model; call `finish` with each when its answer is done."""
         counts = self.token_counts
         counts.prompt += sum(job.prompt for job in jobs)
         ends = set(end_tokens(base_model(self.model)))
@@ -214,36 +189,28 @@ class SlotRefillingMixin(FastPathMixin):
         forward = Forward(self)
         # From the longest prompt to the shortest: neighbours need little padding, and a
         # lack of memory shows early.
-        waiting = deque(sorted(jobs, key=lambda job: (-job.prompt, job.tokens)))
-        slots = self._slots(jobs, longest)
-        table = SlotTable(slots, longest)
+        in_order = sorted(jobs, key=lambda job: (-job.prompt, job.tokens))
+        unfinished = {job.index: job for job in in_order}
 
-        def run() -> list[tuple[int, int]]:
-            group = table.admit(waiting, self._prefill_budget()) or table.step()
-            rows: list[Row] = [(s, job.tokens[held:], held) for s, job, held in group]
-            logits = run_rows(forward, table.cache, rows)
-            counts.processed += sum(len(tokens) for _, tokens, _ in rows)
-            chosen = logits.float().argmax(-1).tolist()
-            return [(row[0], token) for row, token in zip(rows, chosen, strict=True)]
-
-        def shrink(fewer: int) -> None:
-            nonlocal slots, table
-            slots = fewer
-            waiting.extendleft(reversed(table.jobs.values()))
-            table = SlotTable(slots, longest)
-
-        while waiting or table.jobs:
-            new_tokens = self._run_or_shrink(self._refilling, run, slots, shrink)
-            if new_tokens is None:
-                continue
+        def run(slots: int) -> None:
             self.answer_paths["generate_until"].slots = slots
-            counts.generated += len(new_tokens)
-            for slot, token in new_tokens:
-                job = table.jobs[slot]
-                job.tokens.append(token)
-                if token in ends or self._is_done(job):
-                    del table.jobs[slot]
-                    yield job
+            waiting, table = deque(unfinished.values()), SlotTable(slots, longest)
+            while unfinished:
+                group = table.admit(waiting, self._prefill_budget()) or table.step()
+                rows: list[Row] = [
+                    (s, job.tokens[held:], held) for s, job, held in group
+                ]
+                logits = run_rows(forward, table.cache, rows)
+                counts.processed += sum(len(tokens) for _, tokens, _ in rows)
+                counts.generated += len(rows)
+                chosen = logits.float().argmax(-1).tolist()
+                for (slot, job, _), token in zip(group, chosen, strict=True):
+                    job.tokens.append(token)
+                    if token in ends or self._is_done(job):
+                        del table.jobs[slot], unfinished[job.index]
+                        finish(job)
+
+        self._run(self._refilling, run, self._slots(jobs, longest))
 
     def _is_done(self, job: SlotJob) -> bool:
         generated = job.generated
@@ -253,11 +220,3 @@ class SlotRefillingMixin(FastPathMixin):
     def _prefill_budget(self) -> int:
         """Return how many tokens, with padding, of several prompts run together."""
         return 256 * torch.get_num_threads() if self.device.type == "cpu" else 8192
-
-
-def _unsupported(lm: Any) -> str | None:
-    """Return why slots cannot be refilled on an `HFLM`, or None if nothing speaks against it."""
-    accelerator = getattr(lm, "accelerator", None)
-    if accelerator and accelerator.distributed_type == "FSDP":
-        return "its weights are spread over processes that have to keep step"
-    return unsupported_reason(lm)

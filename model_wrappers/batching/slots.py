@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 from .attention_in_parts import Part
 from .attention_support import cache_argument, config_of
 from .forward import additive_mask
-from .token_tree import rounded
 
 
 if TYPE_CHECKING:
@@ -36,8 +35,8 @@ def slot_bytes(lm: Any, length: int) -> int:
     queries = config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or queries
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
-    each = 2 * heads * size * lm.model.dtype.itemsize
-    return config.num_hidden_layers * each * length
+    in_layer = 2 * heads * size * lm.model.dtype.itemsize
+    return config.num_hidden_layers * in_layer * length
 
 
 class _SlotLayer(DynamicLayer):
@@ -151,21 +150,10 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
         cache: Keys and values of the slots.
         work: The rows; those of one token each are fastest in the slots 0, 1, ...
     """
-    asked, width = len(work), max(start + len(new) for _, new, start in work)
-    shows_slots = any(start for _, _, start in work)
-    if forward.rounds:
-        width = min(rounded(width, 128), cache.capacity)
-        count = min(1 << (asked - 1).bit_length(), cache.slots)
-        # A step takes the first slots, so that those behind them fill it up.
-        fill = range(asked, count) if work[-1][0] == asked - 1 else [0] * count
-        place = cache.capacity - 1
-        work = [*work, *((slot, [0], place) for slot in fill)][:count]
     slots = [slot for slot, _, _ in work]
     start = np.array([start for _, _, start in work])
     counts = np.array([len(new) for _, new, _ in work])
     longest = int(counts.max())
-    if forward.rounds and longest > 1:
-        longest = rounded(longest, 16)
     tokens = np.zeros((len(work), longest), dtype=np.int64)
     for row, (_, new, _) in zip(tokens, work, strict=True):
         row[: len(new)] = new
@@ -176,16 +164,16 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
     sent = torch.from_numpy(host).to(forward.device)
     position = sent[:, longest : 2 * longest]
     cache.row_slots, cache.row_places = sent[:, -2:-1], position
-    cache.width = width
+    cache.width = int((start + counts).max())
     cache.in_order = slots == list(range(len(work)))
-    cache.shows_slots = shows_slots
+    cache.shows_slots = bool(start.any())
     cache.on_cpu = forward.device.type == "cpu"
     mask: torch.Tensor | None = None
     parts: list[Part] = []
     if cache.shows_slots:
         keys = torch.arange(cache.width, device=forward.device)
         mask = additive_mask(keys > position[:, :, None], forward.dtype)
-        is_step = longest == 1 and cache.in_order and not forward.rounds
+        is_step = longest == 1 and cache.in_order and cache.on_cpu
         whole = len(work) * cache.width
         if is_step and tokens_read(start + 1) < (1 - _WORTH_GROUPS) * whole:
             parts = [
@@ -194,8 +182,8 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
             ]
 
     def last(states: torch.Tensor) -> torch.Tensor:
-        place = sent[:, -1].to(states.device)
-        return states[torch.arange(len(place), device=place.device), place][:, None]
+        index = sent[:, -1].to(states.device)
+        return states[torch.arange(len(index), device=index.device), index][:, None]
 
     cached: dict[str, Any] = {cache_argument(forward.model): cache}
     logits = forward(
@@ -207,4 +195,4 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
         use_cache=True,
         **cached,
     )
-    return logits[:asked, -1]
+    return logits[:, -1]

@@ -16,7 +16,7 @@ Pure Python and NumPy: knows nothing of models.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
 from typing import TYPE_CHECKING
@@ -105,8 +105,8 @@ def build_tree(sequences: Iterable[Sequence[int]]) -> TokenTree:
     # Stable: of two equal ranks, a sequence and what continues it, the shorter stays first.
     keys = [keys[i] for i in sorted(range(len(keys)), key=ranks.__getitem__)]
     tree = _numbered(keys)
-    place = {key: i for i, key in enumerate(keys)}
-    return replace(tree, last=tree.last[[place[key] for key in members]])
+    index = {key: i for i, key in enumerate(keys)}
+    return replace(tree, last=tree.last[[index[key] for key in members]])
 
 
 def _numbered(keys: list[bytes]) -> TokenTree:
@@ -186,21 +186,17 @@ class Budget:
         scored: Most nodes whose logits are computed. At least 1.
         mask: Most entries of a mask, one per token and each that is in its row or before
             it; chains from the root need none. A single token may exceed it.
-        rounds: Whether rows and their number are rounded up to sizes that repeat, which
-            the bounds allow for.
     """
 
     tokens: int
     row_tokens: int
     scored: int
     mask: int = 2**24
-    rounds: bool = False
 
-    def halved(self) -> Budget:
-        """Return half of this budget, rounded down to one token at least."""
-        *bounds, _ = astuple(self)
-        halves = Budget(*(max(1, bound // 2) for bound in bounds))
-        return replace(halves, rounds=self.rounds)
+    def within(self, tokens: int) -> Budget:
+        """Return what is left of this budget in a pass of so many tokens at most."""
+        bounds = (self.tokens, self.row_tokens, self.scored)
+        return Budget(*(min(bound, tokens) for bound in bounds), self.mask)
 
 
 def next_pack(
@@ -237,14 +233,8 @@ def next_pack(
     # as `row_tokens` allows.
     size = end - start
     in_row = 1 if chains else max(1, budget.row_tokens // size)
-    row = size * in_row
-    if budget.rounds:
-        row = rounded(row, 16)
-    most_rows = max(1, budget.tokens // row)
+    most_rows = max(1, budget.tokens // (size * in_row))
     length = min(budget.tokens // most_rows, longest)
-    if budget.rounds:
-        most_rows = rounded(most_rows, 1, up=False)
-        length = max(size, rounded(length, 16, up=False))
     if not chains:
         most_rows = min(most_rows, max(1, budget.mask // (length * (path + length))))
     rows: list[list[np.ndarray]] = []
@@ -271,15 +261,6 @@ def next_pack(
         room[row] -= size
         stop = end
     return Pack(start, stop, tuple(map(np.concatenate, rows)), chains)
-
-
-def rounded(count: int, least: int = 64, *, up: bool = True) -> int:
-    """Return the next multiple of `least`, or of a larger power of two: at most an eighth away.
-
-    A card's attention is planned anew for each shape, which takes it as long as some passes.
-    """
-    step = max(least, 1 << max(0, count.bit_length() - 4))
-    return (count + (step - 1) * up) // step * step
 
 
 def best_cut(tree: TokenTree, start: int, limit: int) -> int:

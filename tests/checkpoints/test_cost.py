@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lm_eval_pruned
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints import cost
-from lm_eval_pruned.compare.kept import share_kept
+from lm_eval_pruned.compare.floors import share_kept
 from lm_eval_pruned.results.documents import Documents
 from lm_eval_pruned.results.files import Run, Score
 from tests.contract.commands import pruned

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.request import LoadRequest
 from lm_eval_pruned.cli import main
 from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.layouts import save_family
@@ -147,9 +147,9 @@ def test_a_full_disk_is_noticed_before_the_model_is_loaded_if_its_size_is_known(
     weights = load_file(tmp_path / "a" / "model.safetensors").values()
     needed = sum(each.numel() * each.itemsize for each in weights)
     assert needed < whole.weight_bytes < needed + 10_000
-    usage, loads, load = shutil.disk_usage(tmp_path), [], LoadRequest.load_stored
+    usage, loads, load = shutil.disk_usage(tmp_path), [], Checkpoint.load_stored
     monkeypatch.setattr(
-        LoadRequest, "load_stored", lambda *a, **k: loads.append(1) or load(*a, **k)
+        Checkpoint, "load_stored", lambda *a, **k: loads.append(1) or load(*a, **k)
     )
     monkeypatch.setattr(
         "shutil.disk_usage", lambda folder: usage._replace(free=needed - 1)

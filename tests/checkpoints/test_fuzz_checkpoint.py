@@ -136,10 +136,6 @@ def config(**changes):
     return lambda folder: edit_config(folder, **changes)
 
 
-def per_layer(layer, **widths):
-    return config(per_layer_config={layer: widths})
-
-
 def overflowing(folder):
     edit_weights(folder, lambda t: t[GATE].fill_(1e6))
     load_pruned(str(folder), ratio=2, dtype="bfloat16")
@@ -191,12 +187,6 @@ DAMAGED = [
     (one_layer, "88 neurons .* says 20"),
     (torch_file, "88 neurons .* says 20"),
     (of_experts, "0.mlp has 16 .* 20: correct intermediate_size"),
-    (per_layer("0", intermediate_size=87), "has 88 neurons in"),
-    (per_layer("0", intermediate_size=89), "has 88 neurons in"),
-    (per_layer("0", intermediate_size=0), "in the checkpoint, but its"),
-    (per_layer("0", moe_intermediate_size=9), "moe_intermediate"),
-    (per_layer("7", intermediate_size=9), "layer 7|layer indices"),
-    (config(block_configs=[{}]), "^block_configs .* as per_layer_config"),
 ]
 HEAD, WORDS = "lm_head.weight", torch.ones(200, 32)
 CASES = [

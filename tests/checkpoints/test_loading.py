@@ -30,9 +30,8 @@ from lm_eval_pruned.checkpoints.default_model import _packaged_gguf, find_defaul
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.pruning.config_widths import WidthKey, copy_layers, taken_apart
 from tests.helpers import by_hand, checkpoints
-from tests.helpers.checkpoints import TINY, edit_config, edit_weights, save_tiny
+from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
 from tests.helpers.layouts import logits
 from tests.helpers.ways_to_load import (
     assert_same_model,
@@ -172,7 +171,7 @@ def test_what_the_hub_holds_is_known_by_name_and_commit(tiny_llama):
         dataclasses.replace(request, pretrained=name) for name in ("org/a", "org/b")
     )
     assert one.content_key() is None
-    request.widths.original._commit_hash = "1" * 40
+    request.config._commit_hash = "1" * 40
     assert one.content_key() not in (None, other.content_key())
 
 
@@ -195,18 +194,6 @@ def test_shapes_may_differ_outside_of_the_mlps_on_request(tiny_llama, tmp_path, 
     edit_config(copied, vocab_size=300)
     model = load_pruned(str(copied), ignore_mismatched_sizes=True, **sizes)
     assert model.lm_head.weight.shape == (300, 32)
-
-
-def test_what_else_a_layer_has_of_its_own_stays():
-    """In Gemma 4, layers differ in their heads."""
-    config, again = checkpoints.tiny_config(), checkpoints.tiny_config()
-    config.per_layer_config = {"1": {"rms_norm_eps": 0.5, "intermediate_size": 30}}
-    plain, widths = taken_apart(config)
-    assert widths == {WidthKey((), "intermediate_size", 1): 30}
-    assert plain.intermediate_size == TINY["intermediate_size"]
-    assert plain.to_dict()["per_layer_config"] == {"1": {"rms_norm_eps": 0.5}}
-    copy_layers(plain, again, widths)
-    assert again.to_dict() == config.to_dict()
 
 
 _MODEL_CODE = """

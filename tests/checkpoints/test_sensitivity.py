@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.curvature import curvature
@@ -65,12 +65,13 @@ def ids_of_text() -> list[torch.Tensor]:
     return [torch.tensor([each]) for each in byte_tokenizer()(WORDS)["input_ids"]]
 
 
-def request_of(folder, auto_class=AutoModelForCausalLM) -> LoadRequest:
-    return LoadRequest.resolve(auto_class, str(folder), PruneArguments(), {})
-
-
-def curves(folder, text, criteria=("maw",), **asked):
-    return measure_sensitivity(request_of(folder), text, criteria=criteria, **asked)
+def curves(
+    folder, text, percents=(25, 50, 75), auto_class=AutoModelForCausalLM, **asked
+):
+    asked |= {"allocation": "sensitivity", "prune_percent": 50, "calibration": text}
+    arguments = PruneArguments(**asked)
+    checkpoint = Checkpoint.of(str(folder), arguments, {}, auto_class)
+    return measure_sensitivity(checkpoint, percents)
 
 
 @pytest.mark.parametrize("family", breadth(("llama", "phi3", "gemma2"), "llama"))
@@ -78,7 +79,7 @@ def test_without_repair_a_rise_is_half_the_error_that_the_loss_minds(
     family, tmp_path, text
 ):
     folder = save_tiny(tmp_path / "model", family)
-    found = curves(folder, text, prune_percents=(25, 50))
+    found = curves(folder, text, (25, 50))
     model, ids = AutoModelForCausalLM.from_pretrained(folder).eval(), ids_of_text()
     roots = curvature(model, ids, find_glu_mlps(model)).roots
     scores = load_pruned(str(folder), prune_percent=50).prune_record.kept
@@ -116,8 +117,7 @@ def test_the_layer_that_costs_most_is_the_one_that_costs_most_by_the_curves(
     folder, text
 ):
     """On the scale of the loss, too, within what the second order leaves out."""
-    asked = {"criteria": ("obs",), "repair": REPAIR}
-    found = curves(folder, text, prune_percents=(50,), **asked)
+    found = curves(folder, text, (50,), recipe="best")
     whole = loss_of(AutoModelForCausalLM.from_pretrained(folder))
     assert found.loss == pytest.approx(whole, rel=1e-5)
     rises = {}
@@ -132,34 +132,28 @@ def test_the_layer_that_costs_most_is_the_one_that_costs_most_by_the_curves(
 
 
 def test_what_neurons_make_up_for_each_other_costs_nothing_after_repair(folder, text):
-    percents = {"prune_percents": (25, 50, 75)}
-    plain = curves(folder, text, **percents)
-    repaired = curves(folder, text, ("maw", "obs"), repair=REPAIR, **percents)
-    assert (plain.repair, repaired.repair) == ("none", REPAIR)
-    unrepaired = {curve.layer: curve.rises for curve in plain.curves}
-    for curve in repaired.curves:
-        if curve.layer == 1:
-            assert max(curve.rises) < 0.02 * max(unrepaired[1])
-        else:
-            # Narrower is worse.
-            assert [*curve.rises] == sorted({*curve.rises}, reverse=True)
-            assert all(
-                a < b for a, b in zip(curve.rises, unrepaired[curve.layer], strict=True)
-            )
-    # The order of removal that minds the loss costs least.
-    by = {(c.layer, c.criterion): c.rises for c in repaired.curves}
-    for layer in (0, 2):
-        assert by[layer, "obs"][0] < by[layer, "maw"][0]
+    plain = curves(folder, text)
+    repaired = curves(folder, text, repair=REPAIR)
+    best = curves(folder, text, recipe="best")
+    assert (plain.criterion, plain.repair) == ("maw", "none")
+    assert (best.criterion, best.repair) == ("obs", REPAIR)
+    for layer, rises in enumerate(curve.rises for curve in repaired.curves):
+        before, chosen = plain.curves[layer].rises, best.curves[layer].rises
+        if layer == 1:
+            assert max(rises) < 0.02 * max(before)
+            continue
+        # Narrower is worse.
+        assert [*rises] == sorted({*rises}, reverse=True)
+        assert all(after < rise for after, rise in zip(rises, before, strict=True))
+        # The order of removal that minds the loss costs least.
+        assert chosen[0] < rises[0]
 
 
-def test_random_has_curves_for_each_seed_and_none_depends_on_the_others(
-    tiny_llama, text
-):
-    alone = curves(tiny_llama, text, ("random",), seeds=(5,)).curves
-    every = curves(tiny_llama, text, ("l2", "act", "random"), seeds=(0, 5)).curves
-    ways = [*dict.fromkeys((curve.criterion, curve.seed) for curve in every)]
-    assert ways == [("l2", None), ("act", None), ("random", 0), ("random", 5)]
-    assert every[-3:] == alone
+def test_random_cuts_have_curves_for_each_seed(tiny_llama, text):
+    zero, again, five = (
+        curves(tiny_llama, text, criterion="random", seed=seed) for seed in (0, 0, 5)
+    )
+    assert zero == again != five
 
 
 @pytest.mark.parametrize("family", breadth(LAYOUTS, "qwen2_moe", "gemma3n_text"))
@@ -191,27 +185,22 @@ def test_an_allocation_takes_from_what_repair_makes_up_for(folder, text):
 
 
 @pytest.mark.parametrize(
-    ("asked", "word"),
+    ("percents", "asked", "word"),
     [
-        ({"criteria": ()}, "nothing to measure"),
-        ({"prune_percents": ()}, "nothing to measure"),
-        ({"prune_percents": (0, 25)}, "prune_percents=0 25"),
-        ({"prune_percents": (100,)}, "prune_percents=100"),
-        ({"prune_percents": ("much",)}, "prune_percents=much"),
-        ({"calibration_samples": 9}, "holds 2 texts, but 9"),
-        ({"criteria": ("nonsense",)}, "criterion=nonsense"),
-        ({"seeds": (1,)}, "only the criterion random"),
-        ({"criteria": ("random",), "seeds": (-1,)}, "seeds=-1"),
-        ({"repair": "bias"}, "repair=bias has no curves"),
+        ((), {}, "nothing to measure"),
+        ((0, 25), {}, "prune_percents=0 25"),
+        ((100,), {}, "prune_percents=100"),
+        (("much",), {}, "prune_percents=much"),
+        ((25,), {"calibration_samples": 9}, "holds 2 texts, but 9"),
+        ((25,), {"criterion": "nonsense"}, "criterion=nonsense"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(asked, word, tiny_llama, text):
+def test_what_cannot_be_measured_is_refused(percents, asked, word, tiny_llama, text):
     with pytest.raises(ValueError, match=word):
-        curves(tiny_llama, text, **asked)
+        curves(tiny_llama, text, percents, **asked)
 
 
 def test_a_model_with_an_encoder_cannot_be_measured(tmp_path, text):
     save_family(tmp_path / "t5", "t5", 40)
-    request = request_of(tmp_path / "t5", AutoModelForSeq2SeqLM)
     with pytest.raises(UnsupportedModelError, match="encoder"):
-        measure_sensitivity(request, text)
+        curves(tmp_path / "t5", text, auto_class=AutoModelForSeq2SeqLM)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from lm_eval_pruned import cli
 from lm_eval_pruned.compare import comparison, comparison_table
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Transform
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run

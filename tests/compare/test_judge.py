@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare.judge import judged
-from lm_eval_pruned.compare.kept import kept_sides
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.floors import kept_sides
+from lm_eval_pruned.compare.judge import CLAIM_LEVEL, decisions, judged
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.compare.statistics import paired_difference
-from lm_eval_pruned.gate.check import CLAIM_LEVEL, decisions
 from tests.helpers.cases import case_of
 
 

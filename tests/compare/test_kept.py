@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 
-from lm_eval_pruned.compare.kept import share_kept
+from lm_eval_pruned.compare.floors import share_kept
 
 
 def lifts(seed, *, kept=0.8, mean=5.0, blocks=40, noise=2.0):

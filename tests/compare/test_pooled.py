@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned.compare.pairing import paired_test
-from lm_eval_pruned.compare.pooled import guards_of, mean_of, p_of_claim
+from lm_eval_pruned.compare.pooled import mean_of, p_of_claim, p_of_guards
 from lm_eval_pruned.compare.statistics import paired_difference
 from tests.helpers.cases import case_of
 
@@ -63,8 +63,9 @@ def test_clusters_stay_together():
 
 
 def test_the_guard_is_two_and_a_half_times_the_margin():
-    (guard,) = guards_of([case_of(*soft(0, 100))])
-    assert (guard.margin.text, guard.margin_size) == ("5pt", pytest.approx(0.05))
+    values = soft(0, 100)
+    alone = p_of_claim([case_of(*values, margin="5pt")])
+    assert p_of_guards([case_of(*values)]) == pytest.approx(alone)
 
 
 def test_the_claim_is_shown_where_its_mean_and_each_guard_are():

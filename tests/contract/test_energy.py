@@ -8,7 +8,6 @@ import re
 import signal
 import threading
 import time
-from itertools import chain
 
 import pytest
 from lm_eval.api.registry import get_model
@@ -65,7 +64,7 @@ def evaluated(tiny_llama, made):
     return evaluated
 
 
-WITH_ALL = "energy=true,energy_per_task=true,energy_idle_seconds=0.2,energy_country=fra"
+WITH_ALL = "energy=true,energy_idle_seconds=0.2,energy_country=fra"
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +81,7 @@ def block(results):
 @pytest.fixture(scope="module")
 def records(block):
     """Every record of requests."""
-    tasks = (task.values() for task in block["tasks"].values())
-    return [*block["request_types"].values(), *chain(*tasks), block["total"]]
+    return [*block["request_types"].values(), block["total"]]
 
 
 def test_the_results_file_has_all_figures_under_config_energy(block, records):
@@ -100,16 +98,8 @@ def test_the_results_file_has_all_figures_under_config_energy(block, records):
     assert {source["kind"] for source in block["sources"].values()} <= kinds
 
 
-def test_each_request_type_and_each_task_is_measured(block):
+def test_each_request_type_is_measured(block):
     assert block["request_types"].keys() == {*TYPES.values()}
-    assert {task: {*types} for task, types in block["tasks"].items()} == {
-        task: {kind} for task, kind in TYPES.items()
-    }
-    for task, kind in TYPES.items():
-        apart, whole = block["tasks"][task][kind], block["request_types"][kind]
-        for name in ("requests", "prompt_tokens", "generated_tokens"):
-            assert apart[name] == whole[name]
-        assert apart["seconds"] <= whole["seconds"]
     for name in ("requests", "prompt_tokens", "seconds"):
         parts = [record[name] for record in block["request_types"].values()]
         assert block["total"][name] == pytest.approx(sum(parts))
@@ -239,9 +229,8 @@ def test_set_up_is_in_no_other_figure(forced, evaluated, tmp_path):
         assert known["config"]["energy"]["total"][name] == block["total"][name]
 
 
-def test_cached_answers_never_reach_the_model_and_are_in_no_other_figure(forced):
+def test_answers_from_the_cache_never_reach_the_model_and_are_in_no_figure(forced):
     blocks = [results["config"]["energy"] for results in forced]
-    assert [block["cached_answers"] for block in blocks] == [0, 8, 12]
     assert [block["total"]["requests"] for block in blocks] == [8, 4, 0]
     assert blocks[2]["request_types"] == {}
     assert blocks[2]["total"]["joules"]["total"] is None
@@ -249,13 +238,10 @@ def test_cached_answers_never_reach_the_model_and_are_in_no_other_figure(forced)
 
 
 def test_scores_are_those_of_a_run_that_measures_nothing(results, evaluated, tmp_path):
-    """Task by task, batches hold other requests: float32 rounds them to within 1e-4."""
     plain = evaluated(tmp_path, "energy=false")
     assert "energy" not in plain["config"]
     for task in TYPES:
         for name, value in plain["results"][task].items():
-            if isinstance(value, float):
-                value = pytest.approx(value, rel=1e-4)
             assert results["results"][task][name] == value
 
 
@@ -285,7 +271,6 @@ def test_slots_1_generates_one_answer_after_the_other(evaluated, tmp_path):
     ("text", "message"),
     [
         ("energy_country=FRA", "energy_country=FRA.*energy=true"),
-        ("energy_per_task=true", "energy_per_task=True.*energy=true"),
         ("energy=true,energy_country=France", "energy_country=France"),
         ("energy=true,energy_idle_seconds=long", "energy_idle_seconds=long"),
         ("energy=maybe", "energy=.?maybe"),
@@ -335,14 +320,10 @@ def measured(profile):
     return json.loads((profile / "profile.json").read_text())
 
 
-def test_profile_writes_json_with_a_schema_version_markdown_and_a_figure(
-    profile, measured
-):
-    names = {"profile.json", "profile.md", "profile.png", "profile.svg"}
+def test_profile_writes_json_with_a_schema_version_and_markdown(profile, measured):
+    names = {"profile.json", "profile.md"}
     assert {path.name for path in profile.iterdir()} == names
     assert measured["schema_version"] == 1
-    assert (profile / "profile.png").read_bytes().startswith(b"\x89PNG")
-    assert "batch size 1, fixed length" in (profile / "profile.svg").read_text()
     assert "|0:80,1:88,2:20|" in (profile / "profile.md").read_text()
 
 
@@ -399,7 +380,7 @@ def test_what_cannot_be_profiled_is_refused(
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_the_finished_passes(profiled, tmp_path):
+def test_ctrl_c_keeps_the_finished_repeats(profiled, tmp_path):
     folder = tmp_path / "out"
 
     def interrupt_after_a_repeat():
@@ -417,6 +398,6 @@ def test_ctrl_c_keeps_the_finished_passes(profiled, tmp_path):
         signal.signal(signal.SIGINT, ignoring)
     assert done.code == 130, done.err
     found = json.loads((folder / "profile.json").read_text())
-    assert found["interrupted"]
-    assert {cell["repeats"] for cell in found["cells"]} <= {1, 2}
-    assert "**Interrupted**" in (folder / "profile.md").read_text()
+    (repeats,) = {cell["repeats"] for cell in found["cells"]}
+    assert found["interrupted"] and 1 <= repeats < 50
+    assert "repeats, each of which loads" in (folder / "profile.md").read_text()

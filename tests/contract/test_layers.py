@@ -6,7 +6,6 @@ import csv
 import json
 import re
 import shutil
-from collections import defaultdict
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned, results_in
-from tests.helpers.checkpoints import ROOT, edit_config
+from tests.helpers.checkpoints import ROOT
 from tests.helpers.layouts import save_family
 from tests.helpers.results_files import write_sweep
 
@@ -59,79 +58,42 @@ def tiny(tiny_llama, tmp_path):
 # Measure what cutting one layer costs
 
 
-def test_sensitivity_writes_and_prints_a_curve_for_each_layer_criterion_and_seed(
-    tiny, text, tmp_path
-):
-    pytest.importorskip("altair", reason="plots need the extra `report`")
-    out = tmp_path / "out"
-    words = ["sensitivity", "--model_args", f"pretrained={tiny}", "--calibration", text]
-    words += ["--criteria", "ppm", "act", "random", "--seeds", 0, 5]
-    words += ["--prune_percents", 25, 50, "--output_path", out]
-    done = pruned(*words)
-    assert done.code == 0, done.err
-    # A table for each share, with a row for each layer.
-    tables = done.out.split("|layer|")[1:]
-    assert len(tables) == 2
-    assert all(f"\n|{layer} " in table for table in tables for layer in "012")
-    names = {"sensitivity.json", "sensitivity.csv"}
-    names |= {f"sensitivity-by-layer.{kind}" for kind in ("png", "svg")}
-    assert {file.name for file in out.iterdir()} == names
-    found = json.loads((out / "sensitivity.json").read_text())
-    assert (found["file"], found["texts"], len(found["sha256"])) == (
-        "texts.jsonl",
-        3,
-        64,
-    )
-    ways = {(c["layer"], c["criterion"], c.get("seed")) for c in found["curves"]}
-    ranked = (("maw", None), ("act", None), ("random", 0), ("random", 5))
-    assert ways == {(layer, *way) for layer in range(3) for way in ranked}
-    with (out / "sensitivity.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 3 * len(ranked) * 2
-    assert pruned(*words).out == done.out
-
-
-@pytest.mark.slow
-def test_a_mark_says_worse_or_better_than_every_seed_and_a_report_shows_the_table(
+def test_sensitivity_prints_and_writes_what_each_layer_costs_and_a_report_shows_it(
     tiny, text, tmp_path
 ):
     pytest.importorskip("altair", reason="plots need the extra `report`")
     tasks = {"boolq": {"acc,none": [0.0, 1.0]}}
     sweep = write_sweep(tmp_path / "sweep", {"base": (0, tasks), "p40": (40, tasks)})
     words = ["sensitivity", "--model_args", f"pretrained={tiny}", "--calibration", text]
-    criteria = "maw", "act", "l2", "vow", "pon"
-    words += ["--criteria", *criteria, "random", "--seeds", 2, 3]
     words += ["--prune_percents", 25, 50, "--output_path", sweep]
+    before = {path.name for path in sweep.iterdir()}
     done = pruned(*words)
     assert done.code == 0, done.err
-    rises = defaultdict(list)
-    for curve in json.loads((sweep / "sensitivity.json").read_text())["curves"]:
-        for width, rise in zip(curve["widths"], curve["rises"], strict=True):
-            rises[curve["layer"], curve["criterion"], width].append(rise)
-    marks, tables = set(), done.out.split("|layer|")[1:]
-    for table, width in zip(tables, (66, 44), strict=True):
-        rows = [
-            row.split("|")[1:-1] for row in table.splitlines() if row[1:2].isdigit()
-        ]
-        for layer, row in enumerate(rows):
-            chance = rises[layer, "random", width]
-            for criterion, cell in zip(criteria, row[1:], strict=False):
-                (rise,) = rises[layer, criterion, width]
-                mark = "▼" * (rise > max(chance)) + "▲" * (rise < min(chance))
-                assert re.sub(r"[-+.\d\s]", "", cell) == mark
-                marks.add(mark)
-    assert {"▼", "▲"} <= marks
-    # The section of the sweep's report.
+    names = {"sensitivity.json", "sensitivity.csv"}
+    names |= {f"sensitivity-by-layer.{kind}" for kind in ("png", "svg")}
+    assert {path.name for path in sweep.iterdir()} - before == names
+    content = json.loads((sweep / "sensitivity.json").read_text())
+    assert (content["criterion"], content["repair"]) == ("obs", "least_squares")
+    assert (content["file"], content["texts"]) == ("texts.jsonl", 3)
+    assert len(content["sha256"]) == 64
+    rows = [f"{c['layer']}|{c['rises'][1]:+.3f}" for c in content["curves"]]
+    assert [curve["widths"] for curve in content["curves"]] == 3 * [[44, 66]]
+    with (sweep / "sensitivity.csv").open() as file:
+        points = [*csv.DictReader(file)]
+    assert len(points) == 3 * 2
+    # The table, and that in the report's section.
     assert pruned("report", sweep).code == 0
     report = (sweep / "report" / "report.md").read_text("utf-8")
-    _, section = report.split("## Layers\n")
-    cells = [re.sub(r" *\| *", "|", line) for line in tables[0].splitlines()[2:5]]
-    assert all(row in section for row in cells)
+    for shown in (done.out, report.split("## Layers\n")[1]):
+        bare = re.sub(r" *\| *", "|", shown)
+        assert all(f"|{row}|" in bare for row in rows)
     assert [*(sweep / "report").glob("plots/sensitivity-by-layer.*")]
+    assert pruned(*words).out == done.out
 
 
 def test_sensitivity_uses_the_texts_of_the_package_by_default(tiny):
     words = ["sensitivity", "--model_args", f"pretrained={tiny}"]
-    words += ["--criteria", "maw", "--prune_percents", 50, "--calibration_samples", 3]
+    words += ["--prune_percents", 50, "--calibration_samples", 3]
     done = pruned(*words)
     assert done.code == 0, done.err
     assert "on 3 texts" in done.out
@@ -139,14 +101,10 @@ def test_sensitivity_uses_the_texts_of_the_package_by_default(tiny):
     assert pruned(*words, "--calibration", text).out == done.out
 
 
-def test_the_entry_repair_says_what_was_measured(tiny, text, tmp_path):
+@pytest.mark.parametrize("cut", [["--criterion", "maw"], ["--recipe", "study"]])
+def test_sensitivity_takes_what_says_how_a_layer_is_cut(cut, tiny, text):
     words = ["sensitivity", "--model_args", f"pretrained={tiny}", "--calibration", text]
-    words += ["--repair", "least_squares", "--criteria", "obs"]
-    words += ["--output_path", tmp_path]
-    assert pruned(*words).code == 0
-    found = json.loads((tmp_path / "sensitivity.json").read_text())
-    assert found["repair"] == "least_squares"
-    assert {curve["criterion"] for curve in found["curves"]} == {"obs"}
+    assert "criterion=maw, repair=none" in pruned(*words, *cut).out
 
 
 # Let the layers share a cut
@@ -307,12 +265,9 @@ def uneven(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "uneven")
 
 
-def test_several_widths_are_saved_with_per_layer_config(uneven):
+def test_several_widths_are_those_of_the_tensors(uneven):
     config = json.loads((uneven / "config.json").read_text())
     assert config["intermediate_size"] == WIDTH
-    assert config["per_layer_config"] == {
-        str(n): {"intermediate_size": width} for n, width in enumerate((40, 60))
-    }
     model = load_pruned(str(uneven))
     assert widths_of(model) == [40, 60, 88]
     assert all(
@@ -321,7 +276,7 @@ def test_several_widths_are_saved_with_per_layer_config(uneven):
 
 
 def test_stock_transformers_refuses_it(uneven):
-    with pytest.raises(Exception, match=r"per-layer|size"):
+    with pytest.raises(Exception, match="size"):
         AutoModelForCausalLM.from_pretrained(uneven)
 
 
@@ -359,9 +314,11 @@ def test_sizes_of_a_model_of_several_widths_that_is_pruned_again(size, widths, u
     assert widths_of(load_pruned(str(uneven), **size)) == widths
 
 
-def test_widths_are_read_from_the_tensors_and_a_contradiction_names_the_layer(uneven):
-    edit_config(uneven, per_layer_config=None)
-    assert widths_of(load_pruned(str(uneven))) == [40, 60, 88]
-    edit_config(uneven, per_layer_config={"0": {"intermediate_size": 41}})
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp has 40 .* says 41"):
-        load_pruned(str(uneven))
+def test_plan_reads_the_widths_from_the_headers_of_the_files(uneven):
+    words = ["--model_args", f"pretrained={uneven}", "--format", "json"]
+    (row,) = json.loads(pruned("plan", *words, "--prune_percents", 50).out)
+    record = load_pruned(str(uneven), prune_percent=50).prune_record
+    assert row["parameters"] == record.parameters_after
+    assert row["reduction"] == pytest.approx(
+        1 - record.parameters_after / record.parameters_before
+    )

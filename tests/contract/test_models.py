@@ -13,8 +13,6 @@ from threading import Thread
 
 import pytest
 import torch
-import yaml
-from huggingface_hub import parse_eval_result_entries
 from lm_eval.api.registry import get_model
 from lm_eval.utils import simple_parse_args_string
 from peft import LoraConfig, get_peft_model
@@ -32,7 +30,6 @@ from tests.helpers.checkpoints import (
     tiny_model,
 )
 from tests.helpers.made_tasks import write_made_tasks
-from tests.helpers.results_files import answered, pruning, write_run, write_sweep
 
 
 def prune(source, output, *words):
@@ -427,62 +424,3 @@ def test_an_adapter_of_another_width_is_refused_before_weights_are_read(
     load, said = get_model("pruned-hf"), f"{trained_on} neurons, but .* 53 .*{advice}"
     with pytest.raises(ValueError, match=said):
         load(str(source), prune_percent=40, peft=str(adapter), device="cpu")
-
-
-@pytest.mark.slow
-def test_scores_of_the_same_neurons_are_exported_as_the_hub_reads_them(
-    tiny_llama, tmp_path
-):
-    digest = load_pruned(str(tiny_llama), prune_percent=50).prune_record.digest
-    configs = {
-        name: {"dataset_path": place, "metric_list": [{"metric": "acc"}], **more}
-        for name, place, more in (
-            ("gpqa", "Idavidrein/gpqa", {"dataset_name": "gpqa_diamond"}),
-            ("local", "json", {}),
-        )
-    }
-    tasks = {name: {"acc,none": [1, 0, 1, 0]} for name in configs}
-    repaired = {"repair": "least_squares", "calibration": {"sha256": "ab"}}
-    for name, found in ((digest, {}), ("another", {}), ("repaired", repaired)):
-        left = name if name == "another" else digest
-        pruning = {"kept_digest": left, **found}
-        write_run(tmp_path / name, tasks, pruning=pruning, configs=configs)
-    out, half = tmp_path / "out", ("--prune_percent", 50, "--recipe", "study")
-    for wrong in ("another", "repaired"):
-        done = prune(tiny_llama, out, *half, "--results", tmp_path / wrong)
-        assert "with other neurons or another repair" in done.sentence
-    assert not out.exists()
-    assert prune(tiny_llama, out, *half, "--results", tmp_path / digest).code == 0
-    text = (out / ".eval_results" / "lm_eval.yaml").read_text()
-    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
-    assert (entry.dataset_id, entry.task_id) == ("Idavidrein/gpqa", "gpqa_diamond")
-    assert entry.value == 0.5
-    assert entry.notes == ("lm-evaluation-harness, gpqa: acc,none, 0-shot, 4 documents")
-
-
-def test_scores_of_a_sweep_are_exported_with_the_share_that_is_kept(
-    tiny_llama, tmp_path
-):
-    digest = load_pruned(str(tiny_llama), prune_percent=50).prune_record.digest
-    rights = [n % 2 for n in range(200)]
-    picks = [r if n < 140 else 1 - r for n, r in enumerate(rights)]
-    runs = {
-        "baseline": (0, {"gpqa": answered(rights, rights)}),
-        "half": (
-            pruning(50) | {"kept_digest": digest},
-            {"gpqa": answered(picks, rights)},
-        ),
-    }
-    half = write_sweep(tmp_path / "sweep", runs) / "units" / "half"
-    (file,) = half.rglob("results_*.json")
-    results = json.loads(file.read_text())
-    of = {"dataset_path": "Idavidrein/gpqa", "metric_list": [{"metric": "acc"}]}
-    file.write_text(json.dumps(results | {"configs": {"gpqa": of}}))
-    words = "--prune_percent", 50, "--recipe", "study", "--results", half
-    assert prune(tiny_llama, tmp_path / "out", *words).code == 0
-    text = (tmp_path / "out" / ".eval_results" / "lm_eval.yaml").read_text()
-    (entry,) = parse_eval_result_entries(yaml.safe_load(text))
-    assert re.search(
-        r"200 documents; kept of the score above the floor: 40 % \[\d\d, \d\d\]$",
-        entry.notes,
-    )

@@ -115,7 +115,7 @@ def test_the_criterion_of_the_page_works_in_all_commands(install, tiny_llama):
     assert loaded.config.intermediate_size == 64
     model = ["--model_args", f"pretrained={tiny_llama}"]
     measured = pruned(
-        "sensitivity", *model, "--criteria", "disagreement", "--calibration_samples", 2
+        "sensitivity", *model, "--criterion", "disagreement", "--calibration_samples", 2
     )
     assert measured.code == 0
     assert "disagreement" in measured.out

@@ -120,31 +120,6 @@ def test_energy_is_measured_for_each_request_type(llama, in_this_process):
         pruned_vllm(llama, energy_country="FRA")
 
 
-def test_a_profile_holds_one_engine_at_a_time_and_no_peak_memory(
-    llama, tmp_path, in_this_process
-):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("The capital\nOnce upon a time\n")
-    more = ",".join(f"{name}={value}" for name, value in ENGINE.items())
-    done = pruned(
-        *("profile", "--model", "pruned-vllm", "--ratios", "2.0", "--repeats", "2"),
-        *("--model_args", f"pretrained={llama},{more}"),
-        *("--prompts", str(prompts), "--batch_sizes", "2"),
-        *("--max_new_tokens", "4", "--output_path", str(tmp_path / "profile")),
-    )
-    assert done.code == 0, done.err
-    profile = json.loads((tmp_path / "profile" / "profile.json").read_text())
-    assert [model["intermediate_size"] for model in profile["models"]] == [176, 128]
-    assert all(model["model_bytes"] > 0 for model in profile["models"])
-    assert profile["models_held"] == "one at a time"
-    for cell in profile["cells"]:
-        assert cell["peak_host_bytes"] is cell["peak_device_bytes"] is None
-        first = cell["seconds_to_first_token"]["mean"]
-        assert 0 < first < cell["seconds_end_to_end"]["mean"]
-        if cell["mode"] == "fixed":
-            assert cell["mean_output_tokens"] == 4
-
-
 def test_each_of_two_processes_keeps_its_part_of_the_kept_neurons(
     llama, tmp_path, two_processes
 ):

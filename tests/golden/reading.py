@@ -166,7 +166,7 @@ def observed() -> Iterator[tuple[str, str]]:
             yield f"update_{rule}.txt", printed(*update)
             if rule == "absolute":
                 yield "baseline.json", rounded(Path(file).read_text("utf-8"))
-            for form in ("text", "json", "junit", "github"):
+            for form in ("text", "json", "github"):
                 yield (
                     f"check_{rule}.{form}",
                     printed("check", "changed", "--baseline", file, "--format", form),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lm_eval_pruned import cli, load_pruned, prune_model
 from lm_eval_pruned.checkpoints import cost, export
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.pruning.repair import Moments
 from tests.helpers import simulated_card
 from tests.helpers.checkpoints import (
@@ -152,13 +152,14 @@ def test_an_export_measures_what_the_cut_costs_on_the_card(
         measured.append(model.device.type)
         return measure(model, tokenizer)
 
-    def end(record):
+    def end(*_, **__):
         # What is on this card cannot be written: its tensors have no addresses.
         raise InterruptedError
 
     monkeypatch.setattr(export, "quality_of", noted)
+    monkeypatch.setattr(export, "save_loaded", end)
     asked = {"prune_arguments": {"prune_percent": 40}, "device": "card"}
-    asked |= {"measured": (cost.UNPRUNED, cost.PRUNED), "more_files": end}
+    asked |= {"measured": (cost.UNPRUNED, cost.PRUNED)}
     with pytest.raises(InterruptedError):
         export.export_pruned(str(tiny_llama), tmp_path / "out", **asked)
     assert measured == ["card", "card"]
@@ -190,7 +191,7 @@ def test_a_model_that_does_not_fit_on_the_card_stays_and_says_so(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = write_texts(tmp_path / "text.jsonl")
     asked = {"ratio": 1, "criterion": "act", "calibration": text}
-    expected, request = load_pruned(str(tiny_llama), **asked), LoadRequest.placed
+    expected, request = load_pruned(str(tiny_llama), **asked), Checkpoint.place
     put = simulated_card._put
 
     def with_room(*given):
@@ -198,8 +199,8 @@ def test_a_model_that_does_not_fit_on_the_card_stays_and_says_so(
         monkeypatch.setattr(simulated_card, "_put", put)
         return request(*given)
 
-    monkeypatch.setattr(LoadRequest, "placed", with_room)
-    monkeypatch.setattr(LoadRequest, "device", lambda _: torch.device("card", 0))
+    monkeypatch.setattr(Checkpoint, "place", with_room)
+    monkeypatch.setattr(Checkpoint, "device", lambda _: torch.device("card", 0))
     monkeypatch.setattr(simulated_card, "_put", full)
     model = load_pruned(str(tiny_llama), device="card", **asked)
     assert_same_on_the_card(model, expected)

@@ -9,15 +9,12 @@ from pathlib import Path
 
 import torch.distributed
 
-from lm_eval_pruned.model_wrappers.batching import slot_refilling
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from tests.helpers.answering import GENERATED, SCORED
 
 
 def main(pretrained: str, folder: str, short: str) -> None:
     rank, passes = os.environ["RANK"], []
-    # Free memory differs between processes, the number of slots must not.
-    slot_refilling.psutil.virtual_memory = None
     given = {"batch_size": "auto"} if short == "none" else {"batch_size": 8, "slots": 4}
     given |= {"tp_plan": "auto", "device": "cpu", "dtype": "float32"}
     lm = PrefixHFLM(pretrained, max_length=64, **given)

@@ -11,9 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.checkpoints.checkpoint import (
+    Checkpoint,
+    as_stored,
+    tensors_of,
+)
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.load import Stored, tensors_of
-from lm_eval_pruned.checkpoints.request import LoadRequest
+from lm_eval_pruned.checkpoints.load import Stored
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from tests.helpers.checkpoints import auto_class, byte_tokenizer
 from tests.helpers.layouts import EAGER
@@ -56,9 +60,9 @@ class Uneven(Source):
 
 def request_of(
     folder, auto_class=AutoModelForCausalLM, arguments=None, **asked
-) -> LoadRequest:
-    return LoadRequest.resolve(
-        auto_class, str(folder), PruneArguments(**asked), dict(arguments or {})
+) -> Checkpoint:
+    return Checkpoint.of(
+        str(folder), PruneArguments(**asked), dict(arguments or {}), auto_class
     )
 
 
@@ -125,7 +129,10 @@ def _exported(source, asked, folder):
 def _streamed(source, asked, folder):
     """The tensors that other engines are handed, under the keys of an exported checkpoint."""
     source.export(folder, **asked)
-    model = Stored.of(request_of(source.folder, source.auto, **asked)).pruned()
+    checkpoint = request_of(source.folder, source.auto, **asked)
+    stored = Stored.of(checkpoint.with_stored_widths())
+    model = stored.narrowed()
+    as_stored(stored.rounded)
     tensors = {name: tensor.clone() for name, tensor in tensors_of(model)}
     assert tensors.keys() == load_file(folder / WEIGHTS).keys()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
@@ -179,4 +186,4 @@ def forbid_reading(monkeypatch):
     def load(*given, **named):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(LoadRequest, "_load", load)
+    monkeypatch.setattr(Checkpoint, "_built", load)

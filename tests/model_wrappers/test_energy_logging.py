@@ -71,7 +71,6 @@ def rolling(text):
 
 
 ONE = [scored("abc", "de")]
-PER_TASK = {"energy": True, "energy_per_task": True}
 
 
 def energy_of(model):
@@ -165,22 +164,6 @@ def test_generated_tokens_stop_at_the_end_of_text(lm, monkeypatch):
     assert model.token_counts == TokenCounts(prompt=8, generated=6, processed=8 + 6 - 2)
 
 
-def test_tasks_are_windows_of_their_own_and_answers_keep_their_places(lm):
-    requests = [scored("abcd", "x", "one", 0), scored("The sky", " is", "two", 0)]
-    requests.append(scored("efgh", "y", "one", 1))
-    plain = lm().loglikelihood(requests)
-    model = lm(**PER_TASK)
-    assert model.loglikelihood(requests) == [
-        (pytest.approx(score, abs=1e-4), greedy) for score, greedy in plain
-    ]
-    block = energy_of(model)
-    one, two = (block["tasks"][name]["loglikelihood"] for name in ("one", "two"))
-    assert (one["requests"], two["requests"]) == (2, 1)
-    whole = block["request_types"]["loglikelihood"]
-    for key in ("seconds", "prompt_tokens", "processed_tokens", "kwh"):
-        assert one[key] + two[key] == pytest.approx(whole[key])
-
-
 SAMPLED = generated("xy", do_sample=True, temperature=0.5)
 
 
@@ -190,7 +173,6 @@ SAMPLED = generated("xy", do_sample=True, temperature=0.5)
     [
         # Two batches, as HFLM searches before each.
         ([scored("a" * n, "b") for n in (9, 7, 5, 3)], "auto:2", {}, 2),
-        ([*ONE, scored("ab", "c", "u")], "auto", PER_TASK, 2),
         ([rolling("abcdef"), rolling("xy")], "auto", {}, 1),
         # Greedy requests run in slots; the one that HFLM gets makes it search.
         ([generated("abc", max_gen_toks=130), SAMPLED], "auto", {}, 1),
@@ -207,8 +189,8 @@ def test_the_search_for_a_batch_size_is_a_window_of_its_own(
         getattr(model, name)(requests)
         blocks.append(energy_of(model))
     fixed, found = blocks
-    for section in ("request_types", "total", "tasks"):
-        assert found.get(section) == fixed.get(section)
+    for section in ("request_types", "total"):
+        assert found[section] == fixed[section]
     assert "batch_size_search" not in fixed["set_up"]
     # HFLM sends five passes through the model in each search.
     search = found["set_up"]["batch_size_search"][name]
@@ -242,11 +224,11 @@ def test_idle_energy_is_measured_first_and_once_and_negative_net_energy_is_warne
 def test_without_the_energy_of_the_gpu_there_is_none_per_token(
     lm, on_a_gpu, watts, status
 ):
-    model = on_a_gpu(lm(log_of(watts, idle_seconds=2), **PER_TASK), [])
+    model = on_a_gpu(lm(log_of(watts, idle_seconds=2)), [])
     model.loglikelihood(ONE)
     block = energy_of(model)
     assert block["status"] == status
-    for record in (block["tasks"]["t"]["loglikelihood"], block["total"]):
+    for record in (block["request_types"]["loglikelihood"], block["total"]):
         assert record["joules"]["cpu"] > 0
         totals = {record[key]["total"] for key in ("joules", "net_joules")}
         for found in (*totals, record["joules_per_processed_token"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from lm_eval.api.instance import Instance
 
 from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers.engines import (
     HEADS,
     pruned_hf,
     pruned_vllm,
     scores,
 )
-from tests.helpers.layouts import save_gemma3n
+from tests.helpers.layouts import save_family, save_gemma3n
+from tests.helpers.ways_to_load import Source, request_of
 
 
 pytestmark = pytest.mark.vllm
@@ -98,6 +101,38 @@ def test_errors_come_before_the_engine_starts(
     monkeypatch.setattr(VLLM, "__init__", lambda *_, **__: pytest.fail("it started"))
     with pytest.raises(error, match=sentence):
         pruned_vllm(llama, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [
+        ({"ratio": 2, "allocation": "sensitivity"}, "^allocation=sensitivity"),
+        ({"ratio": 2, "drop_layers": 1}, "^drop_layers"),
+        ({"ratio": 2, "layers": "0"}, ""),
+    ],
+)
+def test_what_an_engine_cannot_build_is_refused(asked, word, llama):
+    from lm_eval_pruned.model_wrappers.vllm_loader import check_buildable
+
+    refused = contextlib.nullcontext()
+    if word:
+        refused = pytest.raises(UnsupportedModelError, match=word)
+    with refused:
+        check_buildable(request_of(llama, **asked))
+
+
+def test_engines_build_experts_from_one_number_and_dense_layers_anew(tmp_path, llama):
+    from lm_eval_pruned.model_wrappers.vllm_loader import check_buildable
+
+    save_family(tmp_path / "full", "mixtral", 48)
+    asked = {"prune_percent": 50, "layers": "0"}
+    Source(tmp_path / "full").export(tmp_path / "odd", **asked)
+    for name, more in (("full", asked), ("odd", {})):
+        checkpoint = request_of(tmp_path / name, **more).with_stored_widths()
+        with pytest.raises(UnsupportedModelError, match=r"model.layers.0.mlp.experts"):
+            check_buildable(checkpoint)
+    Source(llama).export(tmp_path / "dense", **asked)
+    check_buildable(request_of(tmp_path / "dense").with_stored_widths())
 
 
 def test_a_width_that_is_typed_beside_the_derived_one_is_refused(

@@ -30,7 +30,7 @@ END = checkpoints.TINY["eos_token_id"]
 def run(tiny_llama):
     """Return a function that profiles models which take `PREFILL` + `STEP` per step."""
 
-    def run_(*, meter=None, edit=None, on_repeat=None, interrupt_at=None, **changes):
+    def run_(*, meter=None, edit=None, seen=None, interrupt_at=None, **changes):
         watts = {"watts": {"cpu": 10.0, "ram": 2.0}}
         (monitor, clock), passes = monitor_of(**watts | (meter or {})), []
 
@@ -53,14 +53,13 @@ def run(tiny_llama):
                 edit(model, arguments)
             return model
 
-        def told(found):
-            on_repeat(len(passes))
-
         given = {"ratios": ("1.375",), "max_new_tokens": 5, "repeats": 2, **changes}
         request = measure.ProfileRequest(str(tiny_llama), **given)
         how = {"monitor": monitor, "clock": clock, "load": load}
-        how |= {"on_repeat": told} if on_repeat else {}
-        return measure.profile(request, PROMPTS, **how)
+        for so_far in measure.profile(request, PROMPTS, **how):
+            if seen is not None:
+                seen.append((len(passes), so_far))
+        return so_far
 
     return run_
 
@@ -175,40 +174,17 @@ def test_padding_is_no_work_and_changes_no_text(run, tiny_llama):
         assert torch.equal(together[row, 6:], expected)
 
 
-def test_an_engine_times_itself_and_hides_its_memory(run):
-    closed = []
-
-    def timed(batch, tokens=None, *, max_new_tokens=None, fixed, clock):
-        clock.sleep(2.25)
-        counts = {"rows": 1, "prompt_tokens": 2, "output_tokens": 5, "steps": 5}
-        return {**counts, "first": 0.25, "total": 2.25}
-
-    def edit(model, arguments):
-        # What `lm_eval_pruned.profiling.engine.EngineModel` has.
-        model.timed_generation = timed
-        model.close = lambda: closed.append(model)
-        model.__class__ = type("Engine", (type(model),), {"device": None})
-
-    found = cell(run(edit=edit))
-    assert len(closed) == 4
-    assert means(found)["seconds_to_first_token"] == 0.25
-    assert means(found)["seconds_per_output_token"] == 0.5
-    assert found["peak_host_bytes"] is found["peak_device_bytes"] is None
-
-
 @pytest.mark.slow
-def test_an_interrupt_keeps_what_was_finished(run):
+def test_an_interrupt_comes_after_a_result_for_each_finished_repeat(run):
     repeats: list = []
-    run(repeats=4, on_repeat=repeats.append)
-    # In the third repeat, which begins with the baseline, within the pass of the other model.
-    found = run(repeats=4, interrupt_at=repeats[2] - 1)
-    assert found["interrupted"]
-    assert cell(found)["repeats"] == 3
-    assert cell(found, SMALL)["repeats"] == 2
-    assert cell(found, SMALL)["deltas"]["seconds_end_to_end"]["low"] is not None
-    assert "Interrupted" in report.as_markdown(found)
+    run(repeats=3, seen=repeats)
+    assert [found["interrupted"] for _, found in repeats] == [True, True, False]
+    finished: list = []
     with pytest.raises(KeyboardInterrupt):
-        run(interrupt_at=10)
+        run(repeats=4, seen=finished, interrupt_at=repeats[1][0] + 1)
+    assert [cell(found, SMALL)["repeats"] for _, found in finished] == [1, 2]
+    assert cell(found := finished[1][1])["repeats"] == 2
+    assert cell(found, SMALL)["deltas"]["seconds_end_to_end"]["low"] is not None
 
 
 @pytest.mark.slow
@@ -219,7 +195,6 @@ def test_without_a_total_there_are_times_and_no_energy_per_token(run):
     assert cell(found)["joules_per_output_token"] is None
     assert any("no total" in each for each in found["energy"]["notes"])
     assert "n/m" in report.as_markdown(found)
-    assert report.draw(found).spec
 
 
 def test_a_model_on_a_gpu_requires_its_energy(run, monkeypatch):

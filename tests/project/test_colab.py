@@ -27,4 +27,4 @@ def test_its_studies_can_be_planned(tiny_llama, tmp_path, monkeypatch, capsys):
         assert main(["study", str(tiny_llama), *words, *offline]) == 0
         plans.append(capsys.readouterr().out)
     assert plans[0] == plans[1]
-    assert "|pruned_demo_truthfulness|" in plans[0]
+    assert "Tasks: pruned_demo_truthfulness, " in plans[0]

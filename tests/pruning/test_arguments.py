@@ -22,7 +22,6 @@ from lm_eval_pruned.sweeps.plan import plan_sweep
 DEFAULTS = {
     "multiple_of": 1,
     "drop_by": "last",
-    "allocation": "uniform",
     "recipe": "study",
     "seed": 0,
 }
@@ -89,3 +88,16 @@ OPEN = {"allocation": "sensitivity", "calibration": "a", "ratio": 2}
 )
 def test_what_is_idle_beside_the_others_is_left_out(given, told):
     assert without_idle(given) == told
+
+
+def test_the_uneven_recipe_is_the_best_with_shared_widths():
+    best, uneven = (
+        PruneArguments(prune_percent=20, recipe=name) for name in ("best", "uneven")
+    )
+    assert (best.allocation, uneven.allocation) == ("uniform", "sensitivity")
+    assert (best.criterion, best.repair) == (uneven.criterion, uneven.repair)
+    some = PruneArguments(prune_percent=20, recipe="uneven", layers="1+2")
+    assert some.allocation == "sensitivity"
+    # There is nothing to share, or the user says how.
+    for asked in ({}, {"widths": {0: 8}}, {"ratio": 1, "allocation": "uniform"}):
+        assert PruneArguments(recipe="uneven", **asked).allocation == "uniform"

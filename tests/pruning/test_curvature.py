@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned.pruning import curvature as module
-from lm_eval_pruned.pruning.curvature import curvature
+from lm_eval_pruned.pruning.curvature import curvature, weighted
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
-from lm_eval_pruned.pruning.repair import removed_in_steps, repaired
+from lm_eval_pruned.pruning.repair import order_by_cost, removed_in_steps, repaired
 from tests.helpers.checkpoints import byte_tokenizer
 from tests.helpers.layouts import breadth
-from tests.pruning.test_repair import SHAPES, TEXTS, layer, made, objective, tiny
+from tests.pruning.test_repair import SHAPES, TEXTS, layer, made, tiny
 
 
 seeds = st.integers(0, 2**20)
@@ -42,8 +42,9 @@ class Linear(torch.nn.Module):
 
 
 def test_curvature_of_a_linear_model_has_a_closed_form():
-    """At a token the gradient is H' (p - y), p being what is predicted and y what follows."""
-    model, texts = Linear(), [torch.tensor([[3, 1, 4, 1, 5]]), torch.tensor([[9, 2]])]
+    """It is H' (diag(p) - p p') H at a token, p being what is predicted; of drawn tokens, the mean."""
+    model, generator = Linear(), torch.Generator().manual_seed(1)
+    texts = [torch.randint(11, (1, 3000), generator=generator) for _ in range(2)]
     mlp = SimpleNamespace(
         name="mlp",
         kind="dense",
@@ -52,21 +53,23 @@ def test_curvature_of_a_linear_model_has_a_closed_form():
         width=6,
         projection=lambda _: model.down,
     )
-    found = curvature(model, texts, [mlp])
-    gradients, loss = [], 0.0
+    curved = curvature(model, texts, [mlp])
+    expected, squares, loss = torch.zeros(4, 4), torch.zeros(4, 4), 0.0
     for text in texts:
         with torch.no_grad():
-            predicted = model(text, False).logits[0, :-1].log_softmax(-1)
-        for row, after in zip(predicted, text[0, 1:], strict=True):
-            loss -= float(row[after])
-            wrong = row.exp()
-            wrong[after] -= 1
-            gradients.append(wrong @ model.head)
-    gradients = torch.stack(gradients)
-    # What is returned for the last token of a text predicts nothing.
-    expected = gradients.T @ gradients / 7
-    torch.testing.assert_close(found.roots["mlp"].T @ found.roots["mlp"], expected)
-    assert found.loss == pytest.approx(loss / 5)
+            predicted = model(text, False).logits[0].log_softmax(-1)
+        after = text[0, 1:, None]
+        loss -= float(predicted[:-1].gather(1, after).sum())
+        p = predicted.exp()
+        # Of each token that can be drawn, the gradient, shape (tokens, 11, 4).
+        gradients = (p[:, None] - torch.eye(11)) @ model.head
+        products = gradients[..., :, None] * gradients[..., None, :]
+        expected += torch.einsum("td,tdij->ij", p, products) / 6000
+        squares += torch.einsum("td,tdij->ij", p, products**2) / 6000
+    root = curved.roots["mlp"]
+    # Five standard errors of the mean of what is drawn.
+    assert ((root.T @ root - expected).abs() < 5 * (squares / 6000).sqrt()).all()
+    assert curved.loss == pytest.approx(loss / 5998, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +80,10 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
     model = made(tmp_path, family).double()
     mlps = find_glu_mlps(model)
     wanted = [each.requires_grad for each in model.parameters()]
-    found = curvature(model, IDS, mlps)
+    curved = curvature(model, IDS, mlps)
     assert [each.requires_grad for each in model.parameters()] == wanted
     assert all(each.grad is None for each in model.parameters())
-    assert found.roots.keys() == {mlp.name for mlp in mlps}
+    assert curved.roots.keys() == {mlp.name for mlp in mlps}
     place = model.get_submodule(mlps[-1].stack)
     if mlps[-1].kind == "dense":
         place = mlps[-1].projection("down_proj")
@@ -90,6 +93,10 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
     # The slope of the loss of each token's error, by finite differences of one text.
     text, size, squares = IDS[0][:, :9], 1e-3, 0.0
     alone = curvature(model, [text], mlps).roots[mlps[-1].name]
+    with torch.no_grad():
+        logits = model(input_ids=text, use_cache=False).logits[0].float()
+    chance = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(logits.softmax(-1), 1, generator=chance)[:, 0]
 
     @torch.no_grad()
     def loss_with(step: float, token: int) -> float:
@@ -98,11 +105,9 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
             returned.view(-1, len(error))[token] += step * error
 
         handle = place.register_forward_hook(shift)
-        logits = model(input_ids=text, use_cache=False).logits[0, :-1].double()
+        logits = model(input_ids=text, use_cache=False).logits[0].double()
         handle.remove()
-        return float(
-            torch.nn.functional.cross_entropy(logits, text[0, 1:], reduction="sum")
-        )
+        return float(torch.nn.functional.cross_entropy(logits, drawn, reduction="sum"))
 
     for token in range(9):
         slope = (loss_with(size, token) - loss_with(-size, token)) / (2 * size)
@@ -139,20 +144,32 @@ def test_gradients_that_are_not_finite_are_refused():
         curvature(model, IDS, find_glu_mlps(model))
 
 
-@given(seeds)
-def test_the_error_in_nats_is_what_the_loss_minds_and_chooses_no_neuron(seed):
+@given(seeds, st.booleans())
+def test_the_error_in_nats_is_what_the_loss_minds(seed, by_scores):
     _, down, gram = layer(seed)
-    root = torch.randn(5, 5, generator=torch.Generator().manual_seed(seed))
-    widths = [23, 17, 4]
-    steps = removed_in_steps(gram, down, widths, root=root)
-    for (kept, error), (plain, _) in zip(
-        steps, removed_in_steps(gram, down, widths), strict=True
-    ):
-        assert kept.equal(plain)
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(5, 5, generator=generator)
+    scores = torch.rand(24, generator=generator) if by_scores else None
+    steps = removed_in_steps(gram, weighted(root, down), [23, 17, 4], scores)
+    minded = root.double().T @ root.double()
+    for kept, error in steps:
+        # Repair does not depend on what the loss minds.
+        new = repaired(gram, down, kept)
+        torch.testing.assert_close(
+            weighted(root, new), repaired(gram, weighted(root, down), kept)
+        )
         change = -down.clone()
-        change[:, kept] += repaired(gram, down, kept)
-        minded = root.double().T @ root.double()
+        change[:, kept] += new
         expected = float((minded @ change @ gram @ change.T).diagonal().sum())
         assert error == pytest.approx(expected, rel=1e-6)
-        # Without them it is the plain objective.
-        assert objective(gram, down, kept, repaired(gram, down, kept)) > 0
+
+
+@given(seeds, st.integers(1, 23), st.integers(0, 9))
+def test_where_the_loss_minds_all_directions_alike_the_order_is_that_of_the_output(
+    seed, width, power
+):
+    _, down, gram = layer(seed)
+    root = 2.0**power * torch.eye(5)
+    assert order_by_cost(gram, weighted(root, down), width).equal(
+        order_by_cost(gram, down, width)
+    )

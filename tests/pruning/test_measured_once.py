@@ -59,8 +59,8 @@ LOADS = [
         [ACT | {"dtype": dtype} for dtype in (torch.bfloat16, torch.float16)],
         {"calibrate": 1},
     ),
-    # Layer after layer, on what the layers in front leave.
-    ([{"ratio": n, "recipe": "best"} for n in (1, 2)], {}),
+    # The rest is measured layer after layer, on what the layers in front leave.
+    ([{"ratio": n, "recipe": "best"} for n in (1, 2)], {"curvature": 1}),
     (
         [SHARED, SHARED | {"ratio": 1}, SHARED | {"repair": "least_squares"}],
         {"calibrate": 1, "curvature": 1, "_curves": 2},

@@ -73,7 +73,8 @@ def test_one_matrix_exists_at_a_time_and_memory_does_not_change_the_result(
         mlps = find_glu_mlps(model)
         targets = {mlp.name: mlp.width // 2 for mlp in mlps}
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        asked = (targets, {}, "least_squares")
+        roots = {mlp.name: torch.eye(mlp.hidden_size) for mlp in mlps}
+        asked = (targets, {}, roots, "least_squares")
         results.append(cut_layer_by_layer(model, texts, mlps, *asked))
         assert_state(model, before)
     assert (len(matrices), max(alive)) == (3 * len(mlps), 1)

@@ -52,14 +52,14 @@ class MadeUp:
     def __init__(self, rises):
         self._rises = rises
 
-    def curves(self, ways, shares, repair):
-        ((criterion, _),) = ways
+    def curves(self, criterion, repair):
         widths = tuple(sorted({WIDTH - math.floor(s / 100 * WIDTH) for s in (25, 50)}))
         curves = tuple(
-            LayerCurve(layer, WIDTH, criterion, None, widths, rises)
+            LayerCurve(layer, WIDTH, widths, rises)
             for layer, rises in enumerate(self._rises)
         )
-        return Sensitivity("m", 3.0, curves, "t.jsonl", "0" * 64, 2, 9)
+        cut, text = (criterion, repair), ("t.jsonl", "0" * 64, 2, 9)
+        return Sensitivity("m", 3.0, curves, *cut, *text)
 
 
 FAMILIES = ("mixtral", "qwen2_moe", "olmoe", "gpt_oss", "granitemoeshared")

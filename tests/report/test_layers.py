@@ -13,75 +13,58 @@ from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers.results_files import write_sweep
 
 
-def made_curves(
-    layers=4, width=100, kept=(50, 90), criteria=("maw", "act"), seeds=(0, 1, 2)
-) -> dict:
-    """Return the content of ``sensitivity.json``, where ``maw`` misjudges layer 0, and ``act`` no layer.
-
-    A share s of removed neurons costs s at random, 0.1 s more with each seed; by ``maw``
-    4 s in layer 0 and 1.05 s elsewhere, by ``act`` 0.1 s.
-    """
-    loss, known = 3.0, {"maw": (4.0, 1.05), "act": (0.1, 0.1)}
-    slopes: list = [(name, None, known[name]) for name in criteria]
-    slopes += [("random", seed, (1 + 0.1 * seed,) * 2) for seed in seeds]
+def made_curves(layers=4, width=100, kept=(50, 90)) -> dict:
+    """Return the content of ``sensitivity.json``: a share s of layer n costs (n + 1) s."""
     return {
         "format": "lm-eval-pruned sensitivity",
-        "version": 2,
+        "version": 3,
         "model": "a model",
-        "loss": loss,
+        "loss": 3.0,
+        "criterion": "obs",
+        "repair": "least_squares",
         "curves": [
-            {"layer": layer, "width_before": width, "criterion": criterion}
-            | {"seed": seed, "widths": [*kept]}
-            | {"rises": [slope[layer > 0] * (1 - k / width) for k in kept]}
+            {"layer": layer, "width_before": width, "widths": [*kept]}
+            | {"rises": [(layer + 1) * (1 - k / width) for k in kept]}
             for layer in range(layers)
-            for criterion, seed, slope in slopes
         ],
         "file": "text.jsonl",
         "sha256": "0" * 64,
         "texts": 2,
-        "tokens": 256,
+        "tokens": 1256,
     }
 
 
-def test_what_the_tables_read_is_what_the_measurement_writes(tmp_path):
+def test_what_the_table_reads_is_what_the_measurement_writes(tmp_path):
     """Rooms keep the two apart; the file is what they share."""
     file = tmp_path / "sensitivity.json"
     made = made_curves()
-    curves = tuple(LayerCurve(**each) for each in made.pop("curves"))
+    curves = tuple(LayerCurve(**curve) for curve in made.pop("curves"))
     del made["format"], made["version"]
-    measured = Sensitivity(curves=curves, **made)
-    measured.write(file)
+    Sensitivity(curves=curves, **made).write(file)
     read = LayerCurves.of(json.loads(file.read_text()))
-    rises = read.rises.set_index(["layer", "criterion", "share"])["rise"]
-    assert read.criteria == ("maw", "act")
-    for curve in measured.curves:
+    for curve in curves:
         for width, rise in zip(curve.widths, curve.rises, strict=True):
-            if curve.criterion != "random":
-                key = curve.layer, curve.criterion, round(100 - width)
-                assert rises[key] == pytest.approx(rise)
+            assert read.rises.loc[curve.layer, 100 - width] == rise
 
 
-def test_rises_are_judged_only_where_there_are_seeds_of_chance():
-    """`tests/contract/test_layers.py` has the marks."""
+def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_share():
     curves = LayerCurves.of(made_curves())
-    assert (curves.shares, curves.seeds) == ((10, 50), 3)
-    table = curves.table(50)
-    assert table.titles == ["layer", "maw", "act", "random, seeds: 3"]
-    *_, chance = next(iter(table.cells()))
-    assert chance.text == "+0.550 [+0.500, +0.600]"
-    text = " ".join(curves.explanation)
-    assert "3.000 unpruned, on 2 texts with 256 tokens" in text
-    assert "one of 4 layers" in text
-    alone = LayerCurves.of(made_curves(seeds=()))
-    verdicts = {cell.verdict for row in alone.table(50).cells() for cell in row}
-    assert (alone.table(50).titles, verdicts) == (["layer", "maw", "act"], {""})
-    assert len(alone.explanation) == 1
+    table = curves.table()
+    assert table.titles == ["layer", "10 % removed", "50 % removed"]
+    assert [cell.text for cell in table.cells()[3]] == ["3", "+0.400", "+2.000"]
+    for words in (
+        "criterion=obs, repair=least_squares",
+        "3.000 unpruned, on 2 texts with 1,256 tokens",
+    ):
+        assert words in curves.explanation
 
 
-def test_layers_of_different_widths_share_their_shares():
+def test_layers_of_different_widths_have_a_dash_at_the_shares_of_others():
     data, others = made_curves(width=99, kept=(49, 89)), made_curves()["curves"]
-    data["curves"] += [{**each, "layer": each["layer"] + 4} for each in others]
-    assert LayerCurves.of(data).shares == (10, 50, 51)
+    data["curves"] += [{**curve, "layer": curve["layer"] + 4} for curve in others]
+    table = LayerCurves.of(data).table()
+    assert table.titles[1:] == [f"{share} % removed" for share in (10, 50, 51)]
+    assert [cell.text for cell in table.cells()[0]][2] == "-"
 
 
 @pytest.mark.parametrize(
@@ -100,21 +83,14 @@ def test_damaged_curves_are_refused(damage):
         LayerCurves.of(data, "FILE")
 
 
-@pytest.mark.parametrize(
-    ("made", "share"),
-    [
-        (made_curves(layers=1, kept=(50,)), 50),
-        (made_curves(criteria=()), 10),
-    ],
-)
-def test_the_section_of_a_sweep(tmp_path, made, share):
+def test_the_section_of_a_sweep(tmp_path):
     pytest.importorskip("altair", reason="plots need the extra `report`")
     write_sweep(tmp_path, {"base": (0, {"boolq": {"acc,none": [0.0, 1.0]}})})
     sweep = read_sweep(tmp_path)
     assert layers_section(sweep) is None
-    (tmp_path / "sensitivity.json").write_text(json.dumps(made))
+    (tmp_path / "sensitivity.json").write_text(json.dumps(made_curves()))
     section = layers_section(sweep)
-    assert f"The table is for {share} % removed" in section.paragraphs[-1]
+    assert section.table.titles[-1] == "50 % removed"
     (plot,) = section.plots
     assert plot.png.startswith(b"\x89PNG")
     assert "nats per token" in plot.svg

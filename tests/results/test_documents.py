@@ -12,8 +12,8 @@ from lm_eval_pruned.results.documents import (
     Documents,
     Levels,
     Reply,
-    read_documents,
     read_sample,
+    read_task,
 )
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
@@ -27,7 +27,7 @@ PAIRS = [[-float(v), int(w)] for v, w in zip(GAMMA, range(1, 13), strict=True)]
 def documents_of(folder, metrics, task="t"):
     """Write one task and return its documents by metric."""
     run = read_run(write_run(folder, {task: metrics}))
-    return [read_documents(run, task, metric) for metric in metrics]
+    return [read_task(run, task).get(metric) for metric in metrics]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_hostile_samples(tmp_path, change, words):
     file = run.samples["tf"]
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ResultsError, match=words) as caught:
-        read_documents(run, "tf", "acc,none")
+        read_task(run, "tf").get("acc,none")
     assert str(file) in str(caught.value)
 
 
@@ -100,13 +100,13 @@ def test_members_of_a_group_are_strata_and_count_as_its_score_does(tmp_path, wei
     file = write_run(tmp_path, tasks, groups=groups, group_scores=scores)
     run = read_run(file)
     assert run.tasks(subtasks=False) == ["all"]
-    found = read_documents(run, "all", "acc,none")
+    found = read_task(run, "all").get("acc,none")
     assert np.average(found.values, weights=found.weights) == pytest.approx(score)
     assert (found.clusters, set(found.strata)) == (None, {"two", "four"})
     chance = (3 * 0.5 + 9 * 0.25) / 12 if weighted else (0.5 + 0.25) / 2
     assert found.levels == Levels(pytest.approx(chance))
     run.samples["two"].unlink()
-    assert read_documents(read_run(file), "all", "acc,none") is None
+    assert read_task(read_run(file), "all").get("acc,none") is None
 
 
 def test_documents_in_another_order_keep_what_belongs_to_each():
@@ -161,7 +161,7 @@ def test_guessing_beats_false_answers_in_mc1_and_draws_true_ones_in_mc2(
     row = offering([" a", " c", " b", " d"]) | {"doc": DOC}
     scored = {metric: {"values": [1.0] * 4, "rows": dict.fromkeys(range(4), row)}}
     run = read_run(write_run(tmp_path, {"demo": scored}))
-    assert read_documents(run, "demo", metric).levels == Levels(chance)
+    assert read_task(run, "demo").get(metric).levels == Levels(chance)
 
 
 def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):

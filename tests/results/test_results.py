@@ -8,10 +8,9 @@ import math
 import pytest
 
 from lm_eval_pruned.results import runs
-from lm_eval_pruned.results.documents import read_documents
+from lm_eval_pruned.results.documents import read_task
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import series_of
-from lm_eval_pruned.results.hub import eval_results
 from lm_eval_pruned.results.runs import read_run, read_sweep, setting_of
 from tests.helpers.results_files import DATE, pruning, write_run, write_sweep
 
@@ -45,7 +44,7 @@ def test_of_several_results_in_a_folder_the_newest_of_each_task_counts(tmp_path,
     assert scores == {"tf": 0.0, "boolq": 1.0}
     assert DATE in run.samples["boolq"].name
     assert NEW in run.samples["tf"].name
-    assert read_documents(run, "boolq", "acc,none").values.tolist() == [1.0]
+    assert read_task(run, "boolq").get("acc,none").values.tolist() == [1.0]
     versions = {"boolq": "0.4.13", "tf": "0.4.14"}
     assert setting_of(run, "lm_eval_version") == versions
     assert (run.name, setting_of(run, "num_fewshot")) == (tmp_path.name, 0)
@@ -121,23 +120,6 @@ def test_hostile_sweep_folders(tmp_path, definition, words):
             read_run(path)
 
 
-def test_scores_for_the_hub_are_those_that_count_in_their_sweep(tmp_path):
-    unit = {"acc,none": [1.0, 0.0]}
-    folder = write_sweep(tmp_path, {"candidate": (20, {"new": unit, "old": unit})})
-    candidate = folder / "units" / "candidate"
-    for name in ("new", "old"):
-        (file,) = (candidate / name).glob("results_*.json")
-        of = {"dataset_path": f"org/{name}", "metric_list": [{"metric": "acc"}]}
-        file.write_text(
-            json.dumps(json.loads(file.read_text()) | {"configs": {name: of}})
-        )
-    assert "org/old" in eval_results(candidate, {})
-    record = candidate / "old" / "unit.json"
-    record.write_text(record.read_text().replace('"0"', '"1"'))
-    assert "org/old" not in eval_results(candidate, {})
-    assert "org/new" in eval_results(candidate, {})
-
-
 def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
     widths = {"layer_widths": {"0": 9}}
     described = [
@@ -186,7 +168,7 @@ def test_what_the_harness_writes(tmp_path):
         assert (settings["num_fewshot"], settings["fewshot_seed"]) == (0, 1234)
         assert len(settings["task_hash"]) == 64
     for task, metric in run.scores:
-        documents = read_documents(run, task, metric)
+        documents = read_task(run, task).get(metric)
         assert len(documents.keys) == run.scores[task, metric].documents
         assert run.scores[task, metric].higher_is_better
 

@@ -14,15 +14,14 @@ from tests.helpers.results_files import pruning, write_sweep
 
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
+from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.pairing import DocumentReader
+from lm_eval_pruned.report.report import compared
 from lm_eval_pruned.results.groups import SIDES
 from lm_eval_pruned.results.runs import read_sweep
-from lm_eval_pruned.study.claims import claims_table
-from lm_eval_pruned.study.findings import (
-    open_questions,
-    over_all,
-    read_findings,
-    sentences,
-)
+from lm_eval_pruned.study.claims import claims_of, states_text
+from lm_eval_pruned.study.findings import read_findings
+from lm_eval_pruned.study.sections import open_questions, sentences
 
 
 N = 200
@@ -64,7 +63,14 @@ def made(folder, tasks, *, sizes=(20, 40), metadata=None, cuts=(), **how):
         runs[name] = record, base | answers
     runs["floor-constant"] = "constant", dict.fromkeys(tasks, right(0, 50))
     write_sweep(folder, runs, metadata=metadata)
-    return read_findings(read_sweep(folder), **how)
+    return found_in(folder, **how)
+
+
+def found_in(folder, margin="5%", families=None):
+    """Return what the sweep in a folder shows."""
+    sweep, read = read_sweep(folder), DocumentReader()
+    comparison = compared(sweep, read=read, margin=Margin("equivalent", margin))
+    return read_findings(sweep, comparison, families or {}, read)
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +172,7 @@ def test_a_task_counts_by_its_metadata_or_by_the_option_and_not_by_its_name(tmp_
 
 def test_the_margin_decides_what_keeps_and_is_told(tmp_path):
     found = made(tmp_path, {"mmlu": "cannot tell"}, families={"mmlu": "knowledge"})
-    wide = read_findings(
-        read_sweep(tmp_path), margin="20%", families={"mmlu": "knowledge"}
-    )
+    wide = found_in(tmp_path, margin="20%", families={"mmlu": "knowledge"})
     assert (found.state(SIDES[0]), wide.state(SIDES[0])) == ("cannot tell", "keeps")
     assert "shown to lie within 5% of the unpruned" in sentences("tiny", found)[1]
     assert "shown to lie within 20% of the unpruned" in sentences("tiny", wide)[1]
@@ -187,8 +191,8 @@ def test_a_loss_on_text_needs_no_floor(tmp_path):
             {"text": {"bits_per_byte,none": {"values": pairs, **how}}},
         )
     write_sweep(tmp_path, runs)
-    found = read_findings(read_sweep(tmp_path), families={"text": "language_modeling"})
-    assert found.text(SIDES[1]) == "language modelling: falls in text"
+    found = found_in(tmp_path, families={"text": "language_modeling"})
+    assert states_text(found, SIDES[1]) == "language modelling: falls in text"
 
 
 def test_what_is_compared_with_random_cuts_is_shown_against_each_of_them(tmp_path):
@@ -217,9 +221,7 @@ CLAIMS = {
 
 
 def claimed(found):
-    return {
-        str(row[0]): [str(each) for each in row[1:]] for row in claims_table(found).rows
-    }
+    return {claim: [*answer] for claim, *answer in claims_of(found)}
 
 
 def test_each_claim_of_the_paper_is_named_with_what_is_shown(tmp_path):
@@ -303,7 +305,7 @@ def test_a_decline_is_predictable_where_a_line_meets_each_size(shares, shown, tm
     }
     floor = {"floor-constant": ("constant", {"facts": right(0, 50)})}
     write_sweep(tmp_path, runs | floor)
-    found = read_findings(read_sweep(tmp_path), families=CLAIMS)
+    found = found_in(tmp_path, families=CLAIMS)
     assert claimed(found)["the decline can be predicted from the size"][1] == shown
 
 
@@ -315,18 +317,7 @@ def test_energy_and_latency_are_claims_beside_the_others(tmp_path):
     profile = {"models": [{"name": "p", "expansion_ratio": 2.4}], "cells": [cell]}
     (tmp_path / "profile").mkdir()
     (tmp_path / "profile" / "profile.json").write_text(json.dumps(profile))
-    table = claimed(read_findings(read_sweep(tmp_path)))
+    table = claimed(found_in(tmp_path))
     assert table["less energy per token"][1] == "yes"
     assert table["less energy per token"][2].endswith("-7.5 % at 2.40 [-9.0, -6.0]")
     assert table["a single request takes longer"][1] == "no"
-
-
-def test_several_models_have_one_line_over_all(every):
-    models = {
-        "one": only(every, "facts falls", "prose falls", "chat keeps"),
-        "two": only(every, "facts keeps", "prose falls", "chat falls"),
-        "three": only(every, "facts falls", "prose falls", "chat rises"),
-    }
-    assert over_all(models) == (
-        "Of 3 models, the dichotomy holds for 2 (one and three); does not hold for 1 (two)."
-    )

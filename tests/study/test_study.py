@@ -1,15 +1,10 @@
-"""A study from its command to its page: its options, what it will take, what it found."""
+"""A study from its options to how its report begins."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-import torch
-from torch.overrides import TorchFunctionMode
 
-from tests.helpers.meters import Clock
 from tests.helpers.results_files import pruning, write_sweep
 
 
@@ -29,10 +24,14 @@ def answers(share, seed):
 
 
 def studied(folder, tasks, percents=(0, 20, 40, 60)):
-    """Write the sweep of a study, with random cuts and a floor, and return what was found."""
+    """Write the sweep of a study, with random cuts and a floor, and return its report and its files."""
+    from lm_eval_pruned.compare.margin import Margin
+    from lm_eval_pruned.compare.pairing import DocumentReader
+    from lm_eval_pruned.report.report import compared, write_report
     from lm_eval_pruned.results.runs import read_sweep
     from lm_eval_pruned.study.findings import read_findings
     from lm_eval_pruned.study.preset import checked_families
+    from lm_eval_pruned.study.sections import study_sections
 
     def at(done):
         shares = {task: a + (b - a) * done for task, (a, b, _) in tasks.items()}
@@ -46,47 +45,35 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
         task: answers(share, n) for n, (task, (*_, share)) in enumerate(tasks.items())
     }
     write_sweep(folder, {**runs, "floor-constant": ("constant", floor)})
-    return read_findings(read_sweep(folder), families=checked_families({}))
+    sweep, read = read_sweep(folder), DocumentReader()
+    comparison = compared(sweep, read=read, margin=Margin("equivalent", "5%"))
+    findings = read_findings(sweep, comparison, checked_families({}), read)
+    opening = study_sections("Llama-3.2-1B", findings)
+    files = write_report(folder, read=read, comparison=comparison, opening=opening)
+    return files[1].read_text("utf-8"), files
 
 
 @pytest.mark.slow
-def test_the_page_is_short_and_shows_floors_and_what_was_published(tmp_path):
-    from lm_eval_pruned.study.page import write_study
-
+def test_the_report_begins_with_the_study_and_shows_what_was_published(tmp_path):
     tasks = FALLS | RISES | RISES_BELOW | {"gsm8k": (0.3, 0.0, 0.0)}
     tasks |= dict.fromkeys(("boolq", "hellaswag", "winogrande"), (0.6, 0.4, 0.5))
     tasks |= dict.fromkeys(("arc_challenge", "lambada_openai"), (0.5, 0.3, 0.2))
     tasks |= {"truthfulqa_mc1": (0.3, 0.4, 0.2), "leaderboard_musr": (0.4, 0.4, 0.3)}
-    found = studied(tmp_path, tasks, (0, 10, 20, 30, 40, 50, 60))
-    page, text, *plots = write_study(tmp_path / "page", {"Llama-3.2-1B": found})
-    assert "## All models" not in text.read_text("utf-8")
-    told = text.read_text("utf-8")
-    assert len(told.split()) < 2500
-    assert {plot.stem for plot in plots} >= {"capabilities-llama-3-2-1b"}
-    # Its score, at the floor of a model that answers the same to everything, and the study's.
-    assert "|ifeval|maw|0.400 (constant)|0.100 ≤|" in told
-    assert "|mmlu|as published|-|0.311|0.251|" in told
-    assert "ifeval cannot show a loss" in told
-    assert (
-        "ifeval goes from 0.100 to 0.350 at 60 %, not shown to be above its floor"
-        in told
-    )
-    assert page.read_text("utf-8").count("<figure") == 2
-    assert "|knowledge falls|v1, v3|yes|knowledge: falls in" in told
-    of_two = write_study(tmp_path / "two", {"1B": found, "3B": found})[1]
-    line = f"Of 2 models, the dichotomy {found.verdict} for 2 (1B and 3B)."
-    assert f"\n## All models\n\n{line}\n" in of_two.read_text("utf-8")
-
-
-def test_a_page_says_which_figure_nothing_is_left_for(tmp_path):
-    from lm_eval_pruned.study.page import write_study
-
-    found = studied(tmp_path, {"mmlu": (0.25, 0.2, 0.25)})
-    page, text, *plots = write_study(tmp_path / "page", {"Llama-3.2-1B": found})
-    assert {plot.stem for plot in plots} == {"capabilities-llama-3-2-1b"}
-    told = text.read_text("utf-8")
-    assert "What is kept: not drawn, because no task is left." in told
-    assert "What is kept: not drawn" in page.read_text("utf-8")
+    text, files = studied(tmp_path, tasks, (0, 10, 20, 30, 40, 50, 60))
+    headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert headings[:4] == [
+        "Verdict of the study",
+        "Claims of the paper",
+        "Scores that the study published",
+        "Limits of the study",
+    ]
+    assert "capabilities-maw" in {file.stem for file in files}
+    assert "|task|metric|0 %|10 %|" in text
+    assert "|mmlu|acc,none|0.311|0.251|" in text
+    assert "ifeval cannot show a loss" in text
+    assert "|knowledge falls|v1, v3|yes|knowledge: falls in" in text
+    # Its score is at the floor of a model that answers the same to everything.
+    assert "= shown to lie within 5% of the unpruned model's score." in text
 
 
 BASE = {"tasks": ["pruned_dichotomy", "pruned_probes"], "seeds": ["0", "1", "2"]}
@@ -116,9 +103,9 @@ def test_what_is_given_wins_over_the_study(given, kind, quick, expected, tiny_ll
     from lm_eval_pruned.study.preset import options_of
 
     given = {"output_path": "out", **given}
-    (options,) = options_of([str(tiny_llama)], given, kind, quick).values()
+    options = options_of(str(tiny_llama), given, kind, quick)
     assert {name: options.get(name) for name in expected} == expected
-    assert options["output_path"] == f"out/{tiny_llama.name}"
+    assert options["output_path"] == "out"
 
 
 @pytest.mark.parametrize(
@@ -141,52 +128,6 @@ def test_the_expansion_ratio_2_4_is_among_the_sizes(hidden, width, ratios, tmp_p
 
     LlamaConfig(hidden_size=hidden, intermediate_size=width).save_pretrained(tmp_path)
     given = {"output_path": "out"}
-    (options,) = options_of([str(tmp_path)], given, "base", True).values()
+    options = options_of(str(tmp_path), given, "base", True)
     assert options.get("ratios") == ratios
     assert options["prune_percents"] == ["10", "40"]
-
-
-def test_the_estimate_counts_documents_tokens_hours_and_bytes(
-    tiny_llama, tmp_path, monkeypatch
-):
-    full = SimpleNamespace(free=0)
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: full)
-    from lm_eval_pruned.study.estimate import estimate
-    from lm_eval_pruned.study.preset import options_of
-
-    size = SimpleNamespace(parameters=10**9)
-    tasks = [SimpleNamespace(name=name) for name in ("mmlu", "ifeval", "mine")]
-    planned = SimpleNamespace(tasks=tasks, baseline=size, configurations=[size] * 3)
-    given = {"output_path": str(tmp_path), "limit": 10.0}
-    ((name, options),) = options_of([str(tiny_llama)], given, "base", False).items()
-    told = estimate(name, options, planned, 1e12)
-    assert "|mmlu|570|427,500|0|" in told and "|ifeval|10|600|12,800|" in told
-    # 2 x 3e9 parameters x (427,500 + 600 + 5 x 12,800) tokens / (0.4 x 1e12 a second).
-    assert "About 2.1 hours" in told and "Not counted: mine." in told
-    assert f"; {tmp_path} has only 0.0 GB free." in told
-
-
-class Machine(TorchFunctionMode):
-    """Computes no matrix product, and moves a clock on by what one takes at a speed."""
-
-    def __init__(self, speed):
-        super().__init__()
-        self.speed, self.clock = speed, Clock()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.Tensor.matmul:
-            return function(*args, **kwargs or {})
-        tokens, weight = args
-        self.clock.sleep(2 * len(tokens) * weight.numel() / self.speed)
-        return tokens
-
-
-@pytest.mark.parametrize("speed", [1e7, 1e9, 3e10, 1e11, 2e12, 1e15])
-def test_the_speed_is_measured_in_less_than_a_second(speed):
-    """From float16 on a processor that converts each number, to a card."""
-    from lm_eval_pruned.study.estimate import operations_per_second
-
-    with Machine(speed) as machine:
-        found = operations_per_second("cpu", "float16", machine.clock)
-    assert found == pytest.approx(speed)
-    assert machine.clock.now < 1

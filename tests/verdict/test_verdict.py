@@ -14,7 +14,8 @@ from huggingface_hub import parse_eval_result_entries
 from lm_eval_pruned import cli, tasks
 from lm_eval_pruned.sweeps.plan import FLOORS
 from lm_eval_pruned.util.atomic import write_atomically
-from tests.helpers.results_files import write_run
+from lm_eval_pruned.verdict.hub import eval_results
+from tests.helpers.results_files import write_run, write_sweep
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -196,6 +197,23 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     assert (entry.dataset_id, entry.value) == ("google/boolq", 0.8)
     assert "; kept of the score above the floor: 100 % [" in entry.notes
     assert answer(*given, "me/wrong") == (2, "")
+
+
+def test_scores_for_the_hub_are_those_that_count_in_their_sweep(tmp_path):
+    unit = {"acc,none": [1.0, 0.0]}
+    folder = write_sweep(tmp_path, {"candidate": (20, {"new": unit, "old": unit})})
+    candidate = folder / "units" / "candidate"
+    for name in ("new", "old"):
+        (file,) = (candidate / name).glob("results_*.json")
+        of = {"dataset_path": f"org/{name}", "metric_list": [{"metric": "acc"}]}
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"configs": {name: of}})
+        )
+    assert "org/old" in eval_results(candidate, {})
+    record = candidate / "old" / "unit.json"
+    record.write_text(record.read_text().replace('"0"', '"1"'))
+    assert "org/old" not in eval_results(candidate, {})
+    assert "org/new" in eval_results(candidate, {})
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned.model_wrappers.batching import (
-    forward,
     prefix_pass,
     prefix_sharing,
     slot_refilling,
@@ -74,14 +73,14 @@ ADAPTERS = {
 class Variant:
     """A model, how far the numbers of two paths may lie apart, and arguments of both.
 
-    With `card`, passes are as large as that, and rounded as on a card.
+    With `bounds`, passes are as large as that.
     """
 
     model: Callable = tiny
     tolerance: float = 1e-9
     both: dict[str, Any] = field(default_factory=dict)
     ours: dict[str, Any] = field(default_factory=dict)
-    card: Budget | None = None
+    bounds: Budget | None = None
 
 
 PRUNED = {"prune_percent": 40}
@@ -93,9 +92,9 @@ def in_16_bits(dtype, tolerance, **both):
     return Variant(partial(tiny, dtype=dtype), tolerance, both, PRUNED)
 
 
-def on_a_card(slots, *bounds):
-    card, both = Budget(*bounds, rounds=True), {"max_length": 256}
-    return Variant(both=both, ours={"slots": slots}, card=card)
+def passes_of(slots, *bounds):
+    both = {"max_length": 256}
+    return Variant(both=both, ours={"slots": slots}, bounds=Budget(*bounds))
 
 
 FLOAT32 = {"softmax_dtype": "float32"}
@@ -118,9 +117,9 @@ VARIANTS = {
         for size in (1, 20, "auto", "auto:3")
     },
     **{name: Variant(partial(adapted, config)) for name, config in ADAPTERS.items()},
-    "small passes on a card": on_a_card(1, 9, 5, 9),
-    "passes on a card": on_a_card(3, 70, 40, 20),
-    "large passes on a card": on_a_card(7, 600, 256, 600),
+    "small passes": passes_of(1, 9, 5, 9),
+    "passes": passes_of(3, 70, 40, 20),
+    "large passes": passes_of(7, 600, 256, 600),
 }
 MARKS = {
     "pruned": pytest.mark.smoke,
@@ -137,9 +136,8 @@ MARKS = {
     [pytest.param(v, id=n, marks=MARKS.get(n, ())) for n, v in VARIANTS.items()],
 )
 def test_answers_are_those_of_hf(kind, variant, monkeypatch):
-    if variant.card:
-        monkeypatch.setattr(forward, "rounds_shapes", lambda device: True)
-        monkeypatch.setattr(PrefixHFLM, "_budget", lambda *_: variant.card)
+    if variant.bounds:
+        monkeypatch.setattr(PrefixHFLM, "_budget", lambda *_: variant.bounds)
     cls = PrunedHFLM if "prune_percent" in variant.ours else PrefixHFLM
     lm = wrapped(cls, variant.model(), **variant.both, **variant.ours)
     asked, model = copy.deepcopy(kind.asked), lm.model
@@ -186,11 +184,10 @@ def pair(request):
         10, st.tuples(st.integers(0, 13), st.integers(0, 4), lists(5)), least=0
     ),
     bounds=st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(1, 30)),
-    rounds=st.booleans(),
     block=st.integers(1, 20),
 )
 def test_any_requests_in_any_passes_are_scored_as_by_hf(
-    pair, pairs, relatives, bounds, rounds, block
+    pair, pairs, relatives, bounds, block
 ):
     plain, shared, tolerance = pair
     for index, cut, tail in relatives:
@@ -198,11 +195,10 @@ def test_any_requests_in_any_passes_are_scored_as_by_hf(
         pairs = [*pairs, (context[: max(1, len(context) - cut)], tail)]
     asked = [(("", str(n)), *both) for n, both in enumerate(pairs)]
     tokens, *others = bounds
-    budget = Budget(tokens, *(min(other, tokens) for other in others), rounds=rounds)
+    budget = Budget(tokens, *(min(other, tokens) for other in others))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_sharing, "_least_saving", lambda device: -9.0)
         patch.setattr(prefix_pass, "_BLOCK_QUERIES", block)
-        patch.setattr(forward, "rounds_shapes", lambda device: rounds)
         patch.setattr(shared, "_budget", lambda _: budget)
         for lm in (plain, shared):
             patch.setattr(lm, "_max_length", 24)
@@ -229,11 +225,10 @@ SETTINGS = {"until": lists(3, STOP, least=0), "max_gen_toks": st.integers(1, 40)
     most_in_mask=st.integers(1, 2000),
     groups=st.integers(1, 5),
     cost_of_order=st.sampled_from([0, 4]),
-    rounds=st.booleans(),
     failing=st.integers(0, 4),
 )
 def test_any_requests_in_any_slots_are_answered_as_one_by_one(
-    pair, drawn, slots, budget, most_in_mask, groups, cost_of_order, rounds, failing
+    pair, drawn, slots, budget, most_in_mask, groups, cost_of_order, failing
 ):
     """Also where the memory is too short for one of the copies between slots."""
     plain, refilled, _ = pair
@@ -251,7 +246,6 @@ def test_any_requests_in_any_slots_are_answered_as_one_by_one(
         patch.setattr(slot_table, "_COST_OF_ORDER", cost_of_order)
         patch.setattr(slots_module, "_GROUPS", groups)
         patch.setattr(slots_module, "_WORTH_GROUPS", 0)
-        patch.setattr(forward, "rounds_shapes", lambda device: rounds)
         patch.setattr(refilled, "slots", slots)
         patch.setattr(refilled._refilling, "most", None)
         patch.setattr(SlotCache, "copy", short_of_memory)
@@ -324,7 +318,6 @@ def test_slots_depend_on_shapes_and_on_what_is_asked_for(
     arguments, small, slots, monkeypatch
 ):
     """Neither on the memory that is free nor on a clock: on every machine the same."""
-    monkeypatch.setattr(slot_refilling.psutil, "virtual_memory", None)
     monkeypatch.setattr(slot_refilling, "_USUAL_SLOTS", 5)
     monkeypatch.setattr(slot_refilling, "_SMALL", small)
     lm = ours(tiny(), **{"slots": None, **arguments})

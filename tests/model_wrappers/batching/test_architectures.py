@@ -49,7 +49,7 @@ def check_scores(plain, shared, lengths):
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 200, (max(lengths),), generator=generator).tolist()
     asked = [
-        (None, text[: max(1, length - len(end) - len(tail))] + end, tail)
+        (("", ""), text[: max(1, length - len(end) - len(tail))] + end, tail)
         for length in lengths
         for end in ([1, 2], [length % 100] * 7)
         for tail in ([3, 4], [5], [6, 7, 8])

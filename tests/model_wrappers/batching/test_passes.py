@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations import sdpa_attention
@@ -18,7 +18,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lm_eval_pruned.model_wrappers.batching import (
     forward as forward_module,
     prefix_pass,
-    slot_refilling,
 )
 from lm_eval_pruned.model_wrappers.batching.forward import (
     ALIGNMENT,
@@ -30,6 +29,7 @@ from lm_eval_pruned.model_wrappers.batching.slot_table import SlotJob, SlotTable
 from lm_eval_pruned.model_wrappers.batching.slots import SlotCache, run_rows
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget, next_pack
 from tests.helpers.answering import GENERATED, SCORED, assert_close, hf, ours, tiny
+from tests.helpers.checkpoints import tiny_config
 
 
 class Devices(TorchDispatchMode):
@@ -65,7 +65,7 @@ QUESTIONS = [(None, [*STEM, q, q], [a, a]) for q in range(1, 6) for a in range(1
 
 def run_tree(forward, asked, budget):
     """Run the passes of a prefix tree without looking at logits; return how many copies each took."""
-    work, cache, start = Work.of(asked, 512), PathCache(rounds=budget.rounds), 0
+    work, cache, start = Work.from_requests(asked, 512), PathCache(), 0
     copies = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_pass, "_score", lambda *_: None)
@@ -168,7 +168,7 @@ def test_a_token_is_greedy_where_argmax_takes_it(rows, wanted):
     """Three values in four places: most rows have equals."""
     logits = torch.tensor(rows, dtype=torch.float32)
     requests = [(None, [9, r % len(rows)], [t]) for r, t in wanted]
-    work = Work.of(requests, 8)
+    work = Work.from_requests(requests, 8)
     nodes = np.flatnonzero(np.diff(work.scored_before))
     prefix_pass._score(work, nodes, logits[work.tree.tokens[nodes]], None)
     expected = logits.log_softmax(-1).argmax(-1).tolist()
@@ -266,50 +266,49 @@ def test_a_pass_on_a_cpu_holds_no_more_than_a_batch_and_a_floor():
 # --- what is decided otherwise on a card
 
 
-def test_five_hundred_steps_have_twelve_shapes_at_most():
-    """Counted on torch's device without data, in front of the model."""
-    forward = MagicMock(device=torch.device("meta"), dtype=torch.float16, rounds=True)
-    forward.model, steps = tiny(), 0
-    drawn = np.random.default_rng(0).integers([30, 20], [300, 260], (80, 2)).tolist()
-    jobs = jobs_of(([n, *range(p)], most) for n, (p, most) in enumerate(drawn))
-    table = SlotTable(24, 600)
-    for group in passes_of(table, jobs, 8192):
-        rows = [(slot, job.tokens[held:], held) for slot, job, held in group]
-        if all(len(new) == 1 for _, new, _ in rows):
-            run_rows(forward, table.cache, rows)
-            steps += 1
-    assert steps >= 500
-    called = forward.call_args_list
-    seen = {(c.args[0].shape, c.kwargs["attention_mask"].shape) for c in called}
-    assert 2 < len(seen) <= 12
+@pytest.mark.parametrize(
+    ("choice", "device", "kernel"),
+    [
+        (SDPBackend.EFFICIENT_ATTENTION, "cuda", SDPBackend.EFFICIENT_ATTENTION),
+        (SDPBackend.MATH, "cuda", SDPBackend.MATH),
+        (SDPBackend.EFFICIENT_ATTENTION, "cpu", None),
+        (None, "cuda", None),
+    ],
+    ids=str,
+)
+def test_torch_is_asked_which_kernel_takes_keys_that_heads_share(
+    choice, device, kernel, monkeypatch
+):
+    """Asked of a device without data, with torch's answer replaced: no card is here."""
+    calls, empty = [], torch.empty
+
+    def choose(query, key, value, *, attn_mask, enable_gqa):
+        shapes = [tuple(t.shape) for t in (query, key, value, attn_mask)]
+        calls.append((*shapes, enable_gqa, torch.backends.cuda.cudnn_sdp_enabled()))
+        return choice.value
+
+    if choice is None:
+        monkeypatch.delattr(torch, "_fused_sdp_choice")
+    else:
+        monkeypatch.setattr(torch, "_fused_sdp_choice", choose)
+    on_meta = lambda *size, **more: empty(*size, **{**more, "device": "meta"})
+    monkeypatch.setattr(torch, "empty", on_meta)
+    config = tiny_config(num_attention_heads=4, num_key_value_heads=2)
+    asked = config, torch.device(device), torch.float16
+    assert forward_module.kernel_of_shared_keys(*asked) == kernel
+    keys = (1, 2, 64, 8)
+    expected = ((1, 4, 64, 8), keys, keys, (1, 1, 64, 64), True, False)
+    assert calls == [expected] * (choice is not None and device == "cuda")
 
 
 @pytest.mark.parametrize(
-    ("gibibytes", "bounds", "slots"),
-    [
-        # An H100, a small card, and one that does not say.
-        (64, Budget(8192, 256, 5592, 2**29, True), 256),
-        (6, Budget(960, 256, 524, 50331648, True), 64),
-        (None, Budget(512, 256, 512, 2**24, True), 64),
-    ],
+    ("batch_size", "bounds"),
+    [("auto", Budget(8192, 256, 2048)), (1, Budget(512, 256, 512))],
 )
-def test_bounds_come_from_the_free_memory(gibibytes, bounds, slots, monkeypatch):
-    lm = ours(tiny(), batch_size=1, slots=None)
-    lm.model.config.vocab_size, lm.model.config.hidden_size = 128000, 4096
+def test_a_pass_on_a_card_is_larger(batch_size, bounds):
+    lm = ours(tiny(), batch_size=batch_size)
     lm._device = torch.device("meta")
-    if gibibytes:
-        # Of what torch holds, one GiB is unused.
-        card = SimpleNamespace(
-            mem_get_info=lambda _: ((gibibytes - 1) * 2**30, 2**37),
-            memory_reserved=lambda _: 3 * 2**29,
-            memory_allocated=lambda _: 2**29,
-        )
-        monkeypatch.setattr(torch, "meta", card, raising=False)
     assert lm._budget([(None, [1] * 20, [2])]) == bounds
-    monkeypatch.setattr(slot_refilling, "slot_bytes", lambda *_: 2**25)
-    for size in (1, "auto"):
-        lm.batch_size_per_gpu = size
-        assert lm._slots([None] * 999, 100) == slots
 
 
 def test_keys_are_not_copied_for_each_head_where_a_card_can_group_them(
@@ -317,7 +316,8 @@ def test_keys_are_not_copied_for_each_head_where_a_card_can_group_them(
 ):
     lm = ours(tiny(num_attention_heads=4, num_key_value_heads=2))
     expected = SCORED.ask(hf(lm.model))
-    monkeypatch.setattr(forward_module, "_groups_masked_keys", lambda *_: True)
+    efficient = SDPBackend.EFFICIENT_ATTENTION
+    monkeypatch.setattr(forward_module, "kernel_of_shared_keys", lambda *_: efficient)
     monkeypatch.delattr(sdpa_attention, "repeat_kv")
     assert_close(SCORED.ask(lm), expected)
     assert "TRANSFORMERS_SDPA_FORCE_GQA" not in forward_module.os.environ

@@ -1,9 +1,10 @@
-"""Which scores of a task decide whether a model may replace another, and by how much they may be worse."""
+"""Margins: how far a score may be away from that of the base, and which scores of a task are held to one."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
@@ -18,8 +19,84 @@ if TYPE_CHECKING:
 
     Key = tuple[str, str]
 
+#: What may be claimed with a margin, by the option that asks for it.
+CLAIMS = ("equivalent", "not_worse")
 #: Metrics that are the probability of the right answers, which needs fewer documents than their share.
 PROBABILITIES = ("mc2", CHOICE_PROB.partition(",")[0])
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How far a score may be away from that of the base.
+
+    `claim` is ``equivalent``, neither better nor worse by the margin, or ``not_worse``; `text` is as
+    the user wrote it: ``1pt``, a percentage point of a score between 0 and 1; ``2%``, a share of the
+    base's score; or ``0.5``, in the metric's own unit.
+
+    Example:
+        >>> Margin("equivalent", "1pt").size(0.4, 0.41)
+        0.01
+        >>> Margin("not_worse", "2%").size(20.0, 21.0)
+        0.4
+    """
+
+    claim: str
+    text: str
+
+    def __post_init__(self) -> None:
+        self._parts()
+
+    def size(self, base: float, score: float) -> float | None:
+        """Return the margin in the metric's own unit, for the scores of base and run.
+
+        None for percentage points of scores that are not between -1 and 1, and for a share of 0.
+        """
+        number, unit = self._parts()
+        if unit == "%":
+            return number / 100 * abs(base) or None
+        if not unit:
+            return number
+        return number / 100 if max(abs(base), abs(score)) <= 1 else None
+
+    @property
+    def share(self) -> float | None:
+        """The share of the base's score that may be lost, or None where the margin is in another unit."""
+        number, unit = self._parts()
+        return number / 100 if unit == "%" else None
+
+    def _parts(self) -> tuple[float, str]:
+        parts = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(pts?|%|)", str(self.text).strip())
+        if not parts or not 0 < float(parts[1]) < math.inf:
+            raise ValueError(
+                f"{self.claim}={self.text} is not a margin: pass percentage points such as 1pt, a "
+                "share of the base's score such as 2%, or a positive number in the metric's own "
+                "unit."
+            )
+        return float(parts[1]), parts[2]
+
+    def check(self, task: str, metric: str, *scores: float) -> None:
+        """Raise ValueError where two scores cannot differ by more: the unit was forgotten.
+
+        `scores` are what is known of the metric; without any its name decides.
+        """
+        number, unit = self._parts()
+        if not unit and number >= 1 and is_share(metric, scores):
+            raise ValueError(
+                f"{self.claim}={self.text} allows any difference of {task} {metric.partition(',')[0]}, "
+                f"whose scores lie between 0 and 1: did you mean {str(self.text).strip()}pt?"
+            )
+
+    @property
+    def verdict(self) -> str:
+        """What is claimed, in words."""
+        return self.claim.replace("_", " ")
+
+    def misfit(self, tasks: str) -> str:
+        """Return what to say of tasks for which `size` is None."""
+        return (
+            f"{self.text} is not a margin for {tasks}, whose scores are not between 0 and 1: pass "
+            "a share such as 2%, or a number in the metric's own unit."
+        )
 
 
 def with_choice_prob(run: Run, read: Reader, tasks: Sequence[str] = ()) -> Run:
@@ -49,9 +126,9 @@ def judged_keys(
     """
     for task, primary in primary_metrics([base], subtasks=subtasks):
         metrics = {
-            name.partition(",")[0]: name
-            for of, name in base.scores
-            if of == task and math.isfinite(base.scores[of, name].value)
+            metric.partition(",")[0]: metric
+            for scored, metric in base.scores
+            if scored == task and math.isfinite(base.scores[scored, metric].value)
         }
         beside = [
             name for name in metrics.values() if is_bias(name) and name != primary

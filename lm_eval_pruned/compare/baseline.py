@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lm_eval_pruned.compare.margin import CLAIMS, Margin
+from lm_eval_pruned.compare.margins import CLAIMS, Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
 from lm_eval_pruned.results.files import (
     ResultsError,
@@ -127,18 +127,16 @@ def read_baseline(file: str | Path) -> Baseline:
                         floors[task][metric.partition(",")[0]] = record["floor"]
                     if "documents" in record:
                         baseline.documents[key] = _from_dict(**record["documents"])
-            versions = {task: of.get("version") for task, of in tasks.items()}
-            about = {task: of.get("settings", {}) for task, of in tasks.items()}
-            declared = {task: {"floors": of} for task, of in floors.items()}
-            run = Run(
+            baseline.runs[name] = Run(
                 "the baseline",
                 file,
                 scores,
-                versions,
-                settings=about,
-                metadata=declared,
+                versions={task: item.get("version") for task, item in tasks.items()},
+                settings={t: item.get("settings", {}) for t, item in tasks.items()},
+                metadata={
+                    task: {"floors": by_name} for task, by_name in floors.items()
+                },
             )
-            baseline.runs[name] = run
         if not baseline.rules:
             raise ValueError("it expects no scores")
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Results compared with a baseline, by the tests and the correction of ``compare``."""
+"""``lm-eval-pruned check``: results compared with a committed baseline, by the tests of ``compare``."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_eval_pruned.compare.baseline import OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.compare.comparison import settings_notes
-from lm_eval_pruned.compare.judge import Case, Difference, judged
-from lm_eval_pruned.compare.margin import CLAIMS
-from lm_eval_pruned.compare.measures import (
+from lm_eval_pruned.compare.findings import ONLY_RUN, Finding
+from lm_eval_pruned.compare.judge import (
+    CLAIM_LEVEL,
+    IMPROVED,
+    TOLERANCE,
+    Case,
+    Decision,
+    decisions,
+    judged,
+)
+from lm_eval_pruned.compare.margins import (
+    CLAIMS,
     judged_keys,
     usual_margin,
     with_choice_prob,
 )
 from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
-from lm_eval_pruned.compare.statistics import (
-    LEAST_UNITS,
-    LEAST_UNITS_OF_MARGIN,
-    false_discovery,
-)
-from lm_eval_pruned.gate.baseline import OF_DOCUMENTS, Baseline, Key, Rule
-from lm_eval_pruned.gate.findings import ONLY_RUN, Finding
 from lm_eval_pruned.results.documents import CHOICE_PROB
 from lm_eval_pruned.results.files import ResultsError, Run, Score
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
@@ -31,21 +34,10 @@ from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from lm_eval_pruned.results.documents import Documents
-
-#: A status and a sentence, see `Finding`.
-Decision = tuple[str, str]
-#: Level of the tests behind a rule with a margin.
-CLAIM_LEVEL = 0.05
-_IMPROVED = (
-    "improved",
-    "Better than the baseline; to expect this from now on, run with --update.",
-)
-_TOLERANCE = "use a tolerance for this metric."
-_NEW = "new", "Not in the baseline; to add it, run with --update."
 
 
 def read_results(path: str | Path) -> dict[str, Run]:
@@ -85,53 +77,66 @@ def make_baseline(
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
             score = run.scores[task, metric]
             usual = usual_margin(run, (task, metric), score.value)
-            own = kept.get(key) or Rule(kind, usual if value is None else value)
-            own.check(task, metric, score)
-            baseline.rules[key] = own
-            found = own.kind in OF_DOCUMENTS and _documents(read, run, task, metric)
-            if found:
-                baseline.documents[key] = found
+            rule = kept.get(key) or Rule(kind, usual if value is None else value)
+            rule.check(task, metric, score)
+            baseline.rules[key] = rule
+            documents = None
+            if rule.kind in OF_DOCUMENTS:
+                documents = _documents(read, run, task, metric)
+            if documents:
+                baseline.documents[key] = documents
     return baseline
 
 
 def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
-    """Compare results with a baseline; return a finding per metric, sorted by run, task and metric.
-
-    Tests are one-sided where the direction is known: the rule asks whether a result is worse.
-    """
+    """Compare results with a baseline; return a finding per metric, sorted by run, task and metric."""
     read = DocumentReader()
     if any(metric == CHOICE_PROB for _, _, metric in baseline.rules):
         runs = {name: with_choice_prob(run, read) for name, run in runs.items()}
-    before, after = (
-        {(name, *key): score for name in of for key, score in of[name].scores.items()}
-        for of in (baseline.runs, runs)
+    before, after = _scores(baseline.runs), _scores(runs)
+    decided: dict[Key, Decision] = dict.fromkeys(
+        after, ("new", "Not in the baseline; to add it, run with --update.")
     )
-    found: dict[Key, Decision] = dict.fromkeys(after, _NEW)
     cases: dict[Key, Case] = {}
     for key, rule in baseline.rules.items():
         name, task, metric = key
         if key not in after:
-            found[key] = "fail", f"The results have no {' '.join(key[name in runs :])}."
+            missing = " ".join(key[name in runs :])
+            decided[key] = "fail", f"The results have no {missing}."
         elif refused := _refused(baseline.runs[name], runs[name], task, metric):
-            found[key] = refused
+            decided[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
-            found[key] = _within_tolerance(rule, before[key], after[key].value)
+            decided[key] = _within_tolerance(rule, before[key], after[key].value)
         else:
             try:
                 cases[key] = _case(key, runs[name], baseline, read)
             except ResultsError as why:
-                found[key] = "undecided", str(why)
-    rows = judged([*cases.values()])
+                decided[key] = "undecided", str(why)
     levels = [
         CLAIM_LEVEL if case.margin else float(baseline.rules[key].value)
         for key, case in cases.items()
     ]
-    found |= zip(cases, decisions([*cases.values()], rows, levels), strict=True)
-    findings = []
-    for key, (status, said) in sorted(found.items()):
-        one, other = (of[key].value if key in of else None for of in (before, after))
-        findings.append(Finding(*key, status, one, other, said))
-    return findings
+    judgeable = [*cases.values()]
+    answers = decisions(judgeable, judged(judgeable), levels)
+    decided |= zip(cases, answers, strict=True)
+    return [
+        Finding(
+            *key,
+            status,
+            before[key].value if key in before else None,
+            after[key].value if key in after else None,
+            message,
+        )
+        for key, (status, message) in sorted(decided.items())
+    ]
+
+
+def _scores(runs: Mapping[str, Run]) -> dict[Key, Score]:
+    return {
+        (name, *key): score
+        for name, run in runs.items()
+        for key, score in run.scores.items()
+    }
 
 
 def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
@@ -163,7 +168,7 @@ def _within_tolerance(rule: Rule, expected: Score, score: float) -> Decision:
         return "pass", f"Within {allowed} of the baseline."
     change, up = score - expected.value, expected.higher_is_better
     if up is not None and (change > 0) == up:
-        return _IMPROVED
+        return IMPROVED
     direction = "Changed" if up is None else "Worse"
     return "fail", f"{direction} by {abs(change):.6g}, and the rule allows {allowed}."
 
@@ -179,7 +184,7 @@ def _documents(
     return None
 
 
-def _case(key: Key, run: Run, baseline: Baseline, known: DocumentReader) -> Case:
+def _case(key: Key, run: Run, baseline: Baseline, read: DocumentReader) -> Case:
     """Pair documents; raise ResultsError without any, or if they are others or weigh otherwise.
 
     The rules ``alpha`` are one family, and those with a margin another: a gate of many metrics does
@@ -187,84 +192,26 @@ def _case(key: Key, run: Run, baseline: Baseline, known: DocumentReader) -> Case
     """
     name, task, metric = key
     before, stored = baseline.runs[name], baseline.documents.get(key)
+
+    def read_either(which: Run, *of_task: str) -> Documents | None:
+        return stored if which is before else _documents(read, run, *of_task)
+
+    pair = paired_documents(before, run, task, metric, read_either)
     rule = baseline.rules[key]
-    read = lambda each, *of: stored if each is before else _documents(known, run, *of)
-    pair = paired_documents(before, run, task, metric, read)
     if pair is None:
         raise ResultsError(
             f"The rule {rule.kind} needs logged samples from which {metric} of {task} can "
-            f"be computed, weighted as in the baseline: evaluate with --log_samples, or {_TOLERANCE}"
+            f"be computed, weighted as in the baseline: evaluate with --log_samples, or {TOLERANCE}"
         )
     family = rule.margin is not None
     return Case(before, run, (task, metric), pair, family, margin=rule.margin)
 
 
-def decisions(
-    cases: Sequence[Case], rows: Sequence[Difference], levels: Sequence[float]
-) -> Iterator[Decision]:
-    """Decide what `judged` made of cases: a margin, or else whether a score is worse.
-
-    Tests are one-sided where the direction is known.
-    """
-    families = [case.family for case in cases]
-    sides = [*map(_sides, cases, rows)]
-    worse, better = (
-        [q for q, _ in false_discovery([ps[way] for ps in sides], families)]
-        for way in (0, 1)
-    )
-    for case, row, alpha, *qs in zip(cases, rows, levels, worse, better, strict=True):
-        yield _decision(case, row, alpha, *qs)
-
-
-def _decision(
-    case: Case, row: Difference, alpha: float, worse: float | None, better: float | None
-) -> Decision:
-    margin, claim = case.margin, row.claim
-    way = "different" if case.scores[0].higher_is_better is None else "worse"
-    within = f"{margin.verdict} within {margin.text}" if margin else ""
-    too_few = (
-        f"{row.units} independent documents are too few to decide, which takes at least "
-        f"{LEAST_UNITS}: {_TOLERANCE}"
-    )
-    if margin and claim is None and case.margin_size and row.p is not None:
-        return "undecided", (
-            f"A margin of a score without bounds takes {LEAST_UNITS_OF_MARGIN - row.units} more "
-            f"independent documents than the {row.units} that were evaluated."
-        )
-    if margin and claim is None:
-        said = f"The margin {margin.text} cannot be tested here: {_TOLERANCE}"
-        return "undecided", said
-    if claim and claim.q < alpha:
-        return "pass", f"Shown to be {within} (q = {claim.q:.3g})."
-    if worse is None or row.units < LEAST_UNITS:
-        return "undecided", too_few
-    if worse < alpha:
-        change = f"{way} by {abs(row.difference):.6g}"
-        return "fail", f"Significantly {change} (q = {worse:.3g} < {alpha:g})."
-    if better is not None and better < alpha:
-        return _IMPROVED
-    if claim:
-        return "undecided", (
-            f"Not decided whether {within} (q = {claim.q:.3g} >= {alpha:g}) or worse: "
-            "`lm-eval-pruned power` estimates how many documents would decide."
-        )
-    return "pass", f"Not significantly {way} (q = {worse:.3g} >= {alpha:g})."
-
-
-def _sides(case: Case, row: Difference) -> tuple[float | None, float | None]:
-    """Return p of a change for the worse and for the better; of any change where neither is better."""
-    up = case.scores[0].higher_is_better
-    if up is None or row.p is None:
-        return row.p, None
-    toward, away = row.p / 2, 1 - row.p / 2
-    return (away, toward) if (row.difference > 0) == up else (toward, away)
-
-
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
     """Return what differs from the baseline besides the scores, one sentence each."""
-    found = [note for run in runs.values() for note in run.notes]
+    sentences = [note for run in runs.values() for note in run.notes]
     for name, before in baseline.runs.items():
         if run := runs.get(name):
             tasks = [task for task in before.tasks() if task in run.tasks()]
-            found += settings_notes(before, run, tasks)
-    return found
+            sentences += settings_notes(before, run, tasks)
+    return sentences

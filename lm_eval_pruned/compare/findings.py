@@ -1,4 +1,4 @@
-"""What the gate says about each metric: for people, as JSON, as JUnit XML, for GitHub Actions."""
+"""What the gate says about each metric: for people, as JSON, for GitHub Actions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 
 from lm_eval_pruned.results.files import finite_or_none
 
@@ -16,13 +15,13 @@ if TYPE_CHECKING:
 
 #: Name of the run where the results are not a sweep's.
 ONLY_RUN = "run"
-#: By status: element of JUnit XML, annotation of GitHub Actions, and words of the summary.
+#: By status: annotation of GitHub Actions, and words of the summary.
 STATUSES = {
-    "fail": ("failure", "error", "failed"),
-    "undecided": ("error", "error", "undecided"),
-    "pass": ("", "", "as expected"),
-    "improved": ("", "notice", "improved"),
-    "new": ("", "notice", "not in the baseline"),
+    "fail": ("error", "failed"),
+    "undecided": ("error", "undecided"),
+    "pass": ("", "as expected"),
+    "improved": ("notice", "improved"),
+    "new": ("notice", "not in the baseline"),
 }
 
 
@@ -61,62 +60,47 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 def _summary(findings: Sequence[Finding]) -> str:
     counts = Counter(finding.status for finding in findings)
-    told = {s: counts[s] for s in STATUSES if counts[s] or s != "undecided"}
-    parts = [f"{count} {STATUSES[status][2]}" for status, count in told.items()]
+    parts = [
+        f"{counts[status]} {words}"
+        for status, (_, words) in STATUSES.items()
+        if counts[status] or status != "undecided"
+    ]
     word = ("passed", "failed", "undecided")[exit_code(findings)]
     return f"Check {word}: {', '.join(parts)}.\n"
 
 
 def _text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     lines = [
-        f"{each.status.upper():8} {each.title}: {each.scores('{} -> {}')}. {each.message}\n"
-        for each in findings
-        if each.status != "pass"
+        f"{finding.status.upper():8} {finding.title}: {finding.scores('{} -> {}')}. "
+        f"{finding.message}\n"
+        for finding in findings
+        if finding.status != "pass"
     ]
     lines += [f"NOTE     {note}\n" for note in notes]
     return "".join([*lines, _summary(findings)])
 
 
 def _json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    rows = [asdict(each) | {"score": finite_or_none(each.score)} for each in findings]
+    rows = [asdict(f) | {"score": finite_or_none(f.score)} for f in findings]
     data = {"passed": not exit_code(findings), "findings": rows, "notes": list(notes)}
     return json.dumps(data, indent=2) + "\n"
-
-
-def _junit(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    counts = Counter(finding.status for finding in findings)
-    sums = {"failures": counts["fail"], "errors": counts["undecided"]}
-    about = {"name": "lm-eval-pruned check", "tests": len(findings), **sums}
-    root = ElementTree.Element("testsuites")
-    texts = {name: str(value) for name, value in about.items()}
-    suite = ElementTree.SubElement(root, "testsuite", texts)
-    for each in findings:
-        name = {"classname": f"{each.run}.{each.task}", "name": each.metric}
-        case = ElementTree.SubElement(suite, "testcase", name)
-        if element := STATUSES[each.status][0]:
-            said = ElementTree.SubElement(case, element, message=each.message)
-            said.text = each.scores()
-    if notes:
-        ElementTree.SubElement(suite, "system-out").text = "\n".join(notes)
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def _github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     in_text = str.maketrans({"%": "%25", "\r": "%0D", "\n": "%0A"})
     in_title = in_text | str.maketrans({":": "%3A", ",": "%2C"})
-    said = [
-        (STATUSES[each.status][1], each.title, f"{each.message} ({each.scores()})")
-        for each in findings
+    annotations = [
+        (STATUSES[f.status][0], f.title, f"{f.message} ({f.scores()})")
+        for f in findings
     ]
-    said += [("warning", "not as in the baseline", note) for note in notes]
+    annotations += [("warning", "not as in the baseline", note) for note in notes]
     lines = [
         f"::{kind} title={title.translate(in_title)}::{text.translate(in_text)}\n"
-        for kind, title, text in said
+        for kind, title, text in annotations
         if kind
     ]
     return "".join([*lines, _summary(findings)])
 
 
 #: What writes findings and notes, by the value of ``--format``.
-FORMATS = {"text": _text, "json": _json, "junit": _junit, "github": _github}
+FORMATS = {"text": _text, "json": _json, "github": _github}

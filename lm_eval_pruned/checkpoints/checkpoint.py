@@ -1,0 +1,437 @@
+"""A checkpoint: its config, the plan for its MLPs, loading it, and placing what is left of it.
+
+Shapes make a plan, before a weight is read. Then the model is loaded whole in its stored dtype, whose
+files are mapped; it is cut in memory, and what is left is cast and placed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from lm_eval_pruned.checkpoints.configs import (
+    HUB,
+    PLACING,
+    READING,
+    argument_errors,
+    auto_class_for,
+    clear_errors,
+    config_and_rest,
+)
+from lm_eval_pruned.checkpoints.weights import (
+    check_filled,
+    checkpoint_files,
+    stored_widths,
+    tensor_in,
+    tensors_in,
+)
+from lm_eval_pruned.pruning.allocation import check_comparable
+from lm_eval_pruned.pruning.argument_values import UNIFORM
+from lm_eval_pruned.pruning.calibration import check_observable, read_texts
+from lm_eval_pruned.pruning.config_widths import plain_config
+from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, check_finite
+from lm_eval_pruned.pruning.depth import Depth, layers_of
+from lm_eval_pruned.pruning.layouts import (
+    BUILDING,
+    regions_by_parameter,
+    text_config,
+    with_widths,
+    without_weights,
+)
+from lm_eval_pruned.pruning.widths import Widths
+
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+    from lm_eval_pruned.checkpoints.weights import StoredTensor
+    from lm_eval_pruned.pruning.arguments import PruneArguments
+    from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.record import PruneRecord
+
+    #: A module, the name of a tensor in it, and that tensor as it is stored. A module that goes to a
+    #: device and back stays the same object; its parameters may not.
+    Rounded = tuple[nn.Module, str, Tensor]
+
+
+#: Values of ``device_map`` that leave it to accelerate which part goes where.
+_SHARED = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in files, and what is to become of it, known before any weight is read.
+
+    Attributes:
+        pretrained: Folder or Hub name of the model.
+        auto_class: The transformers class to load with.
+        config: Its config, with the settings among the arguments of ``from_pretrained``.
+        model_arguments: The other arguments of ``from_pretrained``.
+        widths: The widths of the GLU-MLPs in the layers that stay.
+        plan: What to do to them, with the arguments of pruning.
+    """
+
+    pretrained: str
+    auto_class: Any
+    config: PretrainedConfig
+    model_arguments: dict[str, Any]
+    widths: Widths
+    plan: PrunePlan
+
+    @classmethod
+    def of(
+        cls,
+        pretrained: str,
+        prune_arguments: PruneArguments,
+        from_pretrained: dict[str, Any],
+        auto_class: Any = None,
+    ) -> Checkpoint:
+        """Read the config of a model, of `auto_class` or else of the config's class, and plan.
+
+        Raises:
+            ValueError: An argument is out of range.
+            UnsupportedModelError: The model cannot be pruned.
+            OSError: The config cannot be read.
+        """
+        trusted = bool(from_pretrained.get("trust_remote_code"))
+        with clear_errors(pretrained):
+            config, rest = config_and_rest(pretrained, from_pretrained)
+            auto_class = auto_class or auto_class_for(config)
+            skeleton = without_weights(
+                auto_class.from_config, plain_config(config), trust_remote_code=trusted
+            )
+            widths, plan = _planned(Widths(skeleton, config), prune_arguments)
+        return cls(pretrained, auto_class, config, rest, widths, plan)
+
+    def asking(
+        self, prune_arguments: PruneArguments, whole: Widths | None = None
+    ) -> Checkpoint:
+        """Return the same model with other arguments of pruning, or `whole` other widths."""
+        with clear_errors(self.pretrained):
+            widths, plan = _planned(whole or self.widths.whole, prune_arguments)
+        return dataclasses.replace(self, widths=widths, plan=plan)
+
+    def with_stored_widths(self) -> Checkpoint:
+        """Return the same model with the widths that its tensors have, by the headers of its files.
+
+        Raises:
+            ValueError: The tensors of an MLP do not fit together, or the config.
+        """
+        whole = self.widths.whole
+        shapes = {name: tensor.shape for name, tensor in self.stored.items()}
+        expected = tensors_of(whole.skeleton)
+        if not shapes or all(shapes.get(name) == t.shape for name, t in expected):
+            return self
+        # transformers knows which parameters they become.
+        reading = {n: v for n, v in self.model_arguments.items() if n in READING}
+        verbosity = logging.get_verbosity()
+        # It would report what does not fit, at length.
+        logging.set_verbosity_error()
+        try:
+            _, loading = self._built({**reading, "device_map": "meta"})
+        finally:
+            logging.set_verbosity(verbosity)
+        actual = stored_widths(loading["mismatched_keys"], whole)
+        if actual == whole.actual:
+            return self
+        return self.asking(self.plan.arguments, whole.with_actual(actual))
+
+    @functools.cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """The floating-point tensors of its files, by name, in the order of the files.
+
+        Empty for GGUF files, whose blocks have neither dtype nor shape.
+        """
+        arguments = self.model_arguments
+        if arguments.get("gguf_file") is not None:
+            return {}
+        with clear_errors(self.pretrained, arguments):
+            files = checkpoint_files(self.pretrained, self.config, arguments)
+            return {
+                tensor.name: tensor for file in files for tensor in tensors_in(file)
+            }
+
+    def content_key(self) -> tuple[Hashable, ...] | None:
+        """Identify the unpruned model as stored; None where the checkpoint's content is not known."""
+        folder = Path(self.pretrained, self.model_arguments.get("subfolder") or "")
+        # A commit of the Hub never changes.
+        commit = getattr(self.config, "_commit_hash", None)
+        content: Hashable = commit and (str(folder), commit)
+        if Path(self.pretrained).is_dir():
+            content = tuple(stamp(p) for p in sorted(folder.iterdir()) if p.is_file())
+        if content is None:
+            return None
+        reading = sorted(
+            (name, repr(value))
+            for name, value in self.model_arguments.items()
+            if value and not (name in HUB or PLACING.fullmatch(name))
+        )
+        # Arguments that transformers knows as settings of the config are in no file.
+        config = self.config.to_diff_dict()
+        settings = sorted((k, repr(v)) for k, v in config.items() if "dtype" not in k)
+        return (content, self.auto_class, tuple(reading), tuple(settings))
+
+    def check_text(self) -> None:
+        """Refuse what cannot be calibrated, and an unknown device, before a weight is read."""
+        self.device()
+        arguments, skeleton = self.plan.arguments, self.widths.skeleton
+        if arguments.calibration is None:
+            return
+        samples: Any = arguments.calibration_samples
+        read_texts(arguments.calibration, samples and int(samples))
+        if self.plan.is_open:
+            check_comparable(self.plan, self.widths)
+        if self.plan.criterion in CALIBRATED:
+            # Layers that are cut one after the other show what their experts are given.
+            check_observable(skeleton, stacked=self.plan.criterion == OBS)
+        if arguments.layer_by_layer or self.plan.is_open:
+            layers_of(skeleton)
+
+    def check_divides(self, processes: int, argument: str) -> None:
+        """Refuse widths that do not divide among the processes that `argument` asked for."""
+        plan, targets = self.plan, self.widths.targets(self.plan)
+        odd = [
+            f"{n} {width} neurons" for n, width in targets.items() if width % processes
+        ]
+        # What an allocation finds is not known yet.
+        if plan.prunes and plan.allocation != UNIFORM and plan.multiple_of % processes:
+            odd = [f"each layer multiples of {plan.multiple_of} neurons"]
+        if odd:
+            raise ValueError(
+                f"{plan.as_written() or 'The checkpoint'} gives {odd[0]}, which cannot be divided among "
+                f"the {processes} processes of {argument}: pass "
+                f"multiple_of={math.lcm(processes, plan.multiple_of)}, or use a number of processes "
+                "that divides it."
+            )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that belongs to the model.
+
+        Raises:
+            ValueError: There is none, or it cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        names = (*HUB, "trust_remote_code", "gguf_file")
+        reading = {
+            n: v
+            for n, v in self.model_arguments.items()
+            if n in names and v is not None
+        }
+        try:
+            return AutoTokenizer.from_pretrained(self.pretrained, **reading)
+        except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0].rstrip(" .:")
+            raise ValueError(
+                f"no tokenizer can be loaded from {self.pretrained} ({reason})"
+            ) from error
+
+    def device(self) -> torch.device:
+        """Return where calibration text runs: the first device that the model is asked for.
+
+        Without one, and where that is a disk, it is the CPU.
+
+        Raises:
+            ValueError: This machine has no such device.
+        """
+        placed = self.model_arguments.get("device_map")
+        name = next(iter(placed.values()), None) if isinstance(placed, dict) else placed
+        if name in _SHARED or (name is None and self.model_arguments.get("tp_plan")):
+            # Each process of tp_plan has an accelerator for itself.
+            rank = int(os.environ.get("LOCAL_RANK", "0"))
+            name = rank if torch.accelerator.is_available() else None
+        name = "cpu" if name in (None, "disk") else name
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError):
+            raise ValueError(
+                f"device={name} is not a device of this machine: pass one that torch finds here, such "
+                "as cpu, or cuda:0 where there is a GPU."
+            ) from None
+
+    def load_whole(self) -> PreTrainedModel:
+        """Load the model unpruned, with all its layers; see `with_stored_widths`.
+
+        Raises:
+            ValueError: It is damaged, or an argument is wrong.
+        """
+        return self._filled(self.model_arguments)
+
+    def load_stored(self) -> tuple[PreTrainedModel, list[Rounded]]:
+        """Do the same as the model is stored, on the CPU, whatever the user asked for.
+
+        It gets one dtype, so that text can run: the widest of its MLPs, which rounds none of what
+        is ranked, and copies nothing where the tensors have it already.
+
+        Returns:
+            The model, and the tensors outside of the MLPs that the dtype rounded, each as it is
+            stored.
+        """
+        arguments = {
+            name: value
+            for name, value in self.model_arguments.items()
+            if not PLACING.fullmatch(name)
+        }
+        whole, stored = self.widths.whole, self.stored
+        # Tensors of other names may become part of an MLP.
+        outside = whole.skeleton.state_dict().keys() - regions_by_parameter(whole.mlps)
+        inside = {
+            tensor.dtype for name, tensor in stored.items() if name not in outside
+        }
+        if inside:
+            arguments["dtype"] = functools.reduce(torch.promote_types, inside)
+        model = self._filled(arguments)
+        state, rounded = model.state_dict(keep_vars=True), []
+        for name in outside & stored.keys():
+            weight = state[name]
+            if torch.promote_types(stored[name].dtype, weight.dtype) != weight.dtype:
+                exact = tensor_in(stored[name].file, name)
+                # Of another shape where the user lets shapes differ.
+                if torch.equal(exact.to(weight.dtype), weight):
+                    path, _, attribute = name.rpartition(".")
+                    rounded.append((model.get_submodule(path), attribute, exact))
+        return model, rounded
+
+    def _filled(self, arguments: Mapping[str, Any]) -> PreTrainedModel:
+        arguments = dict(arguments)
+        if arguments.get("gguf_file") is not None:
+            from transformers import GgufConfig
+
+            # Its blocks can be neither ranked nor sliced, and are exact in float32.
+            arguments.setdefault("dtype", torch.float32)
+            arguments["quantization_config"] = GgufConfig(dequantize=True)
+        ignore_sizes = arguments.get("ignore_mismatched_sizes")
+        model, loading = self._built(arguments)
+        check_filled(model, loading, self.widths.whole, ignore_sizes)
+        return model
+
+    def place(
+        self, model: PreTrainedModel, rounded: Iterable[Rounded]
+    ) -> PreTrainedModel:
+        """Return a pruned model in the dtype, and on the devices, that the user asked for.
+
+        Args:
+            model: On the CPU, in the dtype of `load_stored`.
+            rounded: What `load_stored` returned.
+        """
+        arguments = {
+            name: value
+            for name, value in self.model_arguments.items()
+            if name not in READING and value is not None
+        }
+        dtype = arguments.pop("dtype", "auto")
+        if dtype == "auto":
+            dtype = self._default_dtype(model)
+        elif isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        if dtype == model.dtype and not any(map(PLACING.fullmatch, arguments)):
+            return model
+        as_stored(rounded)
+        state = stored_once(model)
+        for name, tensor in state.items():
+            exceeds = tensor.is_floating_point() and torch.finfo(tensor.dtype).max
+            if exceeds > torch.finfo(dtype).max:
+                check_finite(name, tensor.to(dtype))
+        record: PruneRecord = model.prune_record  # type: ignore[assignment]
+        targets = self.widths.targets(record.plan)
+        arguments |= {"dtype": dtype, "state_dict": state}
+        placed, _ = self._built(arguments, targets)
+        placed.config.name_or_path = model.config.name_or_path
+        placed.generation_config = model.generation_config
+        # What `save_pretrained` takes apart again.
+        placed._weight_conversions = getattr(  # type: ignore[assignment]
+            model, "_weight_conversions", None
+        )
+        placed.prune_record = record  # type: ignore[assignment]
+        return placed
+
+    def _default_dtype(self, model: PreTrainedModel) -> torch.dtype:
+        """Return the dtype in which `from_pretrained` loads the whole model if it is not told any."""
+        config: Any = self.config
+        if type(config) is not type(model.config):
+            config = text_config(config)
+        first = next((tensor.dtype for tensor in self.stored.values()), model.dtype)
+        return config.dtype or first
+
+    def _built(
+        self, arguments: dict[str, Any], targets: Mapping[str, int] | None = None
+    ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+        """Build the whole model from its files, or one with MLPs of `targets` from a state dict.
+
+        Returns:
+            The model, and transformers' loading info.
+        """
+        widths, config = self.widths, self.config
+        loader, source = self.auto_class, None
+        if targets is None:
+            widths, source = widths.whole, self.pretrained
+            targets = widths.actual
+            # What does not fit is told by `stored_widths` and `check_filled`.
+            arguments = arguments | {"ignore_mismatched_sizes": True}
+        if source is None or not widths.fit(targets):
+            loader, config = type(widths.skeleton), widths.narrowed_config(targets)
+        if widths.inexpressible(targets):
+            loader = with_widths(loader, targets)
+        with BUILDING, clear_errors(self.pretrained, self.model_arguments):
+            model, loading = loader.from_pretrained(
+                source, config=config, output_loading_info=True, **arguments
+            )
+        model.__class__ = type(widths.skeleton)
+        return model, loading
+
+
+def _planned(whole: Widths, arguments: PruneArguments) -> tuple[Widths, PrunePlan]:
+    """Return the widths of the layers that stay, and the plan, as far as the config tells."""
+    widths = whole
+    if arguments.drop_layers is not None:
+        _, layers = layers_of(whole.skeleton)
+        shallow = whole.without_layers(Depth.of(arguments, len(layers)))
+        # Where text decides which layers stay, only their number is known.
+        widths = whole if arguments.measures_depth else shallow
+    with argument_errors():
+        return widths, widths.plan(arguments)
+
+
+def as_stored(rounded: Iterable[Rounded]) -> None:
+    """Undo what the dtype of a load rounded; see `Checkpoint.load_stored`."""
+    for module, name, stored in rounded:
+        getattr(module, name).data = stored
+
+
+def stored_once(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the state dict of a model with tied tensors under one of their names."""
+    state = model.state_dict()
+    for name in model.all_tied_weights_keys:
+        state.pop(name, None)
+    return state
+
+
+def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model under the keys that its checkpoint has for them.
+
+    Source: `transformers.PreTrainedModel.save_pretrained`, which renames them in the same way.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    yield from revert_weight_conversion(model, stored_once(model)).items()
+
+
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Identify what a file holds by its path, size in bytes and time of change in ns."""
+    status = path.stat()
+    return str(path.resolve()), status.st_size, status.st_mtime_ns

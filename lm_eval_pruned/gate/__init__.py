@@ -1,1 +1,0 @@
-"""``lm-eval-pruned check``: results compared with a committed baseline, for CI."""

@@ -1,0 +1,124 @@
+"""A verdict on the Hub: a section of the model card, and the scores in ``.eval_results/verdict.yaml``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.results.files import ResultsError, read_json
+from lm_eval_pruned.results.runs import results_files
+from lm_eval_pruned.util.atomic import write_atomically
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from huggingface_hub import EvalResultEntry
+
+    Kept = Mapping[tuple[str, str], str | None]
+
+#: Where the scores lie in a repository.
+_SCORES = ".eval_results/verdict.yaml"
+#: What the section of a card that belongs to this package lies between.
+_BEGIN, _END = "<!-- lm-eval-pruned verdict -->", "<!-- end of the verdict -->"
+
+
+def check_repository(repository: str) -> None:
+    """Raise the Hub's own error, an OSError, if the user cannot write to a repository."""
+    from huggingface_hub import HfApi
+
+    HfApi().auth_check(repository, write=True)
+
+
+def push_verdict(
+    repository: str, section: str, results: Path, folder: Path, kept: Kept
+) -> str:
+    """Write a section into a repository's card, in place of an earlier one, and scores beside it.
+
+    `kept` is as `eval_results` takes it. What is pushed is written to `folder`. Returns a sentence on
+    what was pushed.
+    """
+    from huggingface_hub import HfApi
+
+    api, card = HfApi(), ""
+    if api.file_exists(repository, "README.md"):
+        file = Path(api.hf_hub_download(repository, "README.md"))
+        card = file.read_text("utf-8")
+    start, end = card.rfind(_BEGIN), card.rfind(_END)
+    earlier = 0 <= start < end
+    before = card[:start] if earlier else card + "\n" * bool(card)
+    after = card[end + len(_END) :] if earlier else "\n"
+    text = f"{before}{_BEGIN}\n\n{section}\n{_END}{after}"
+    write_atomically(folder / "README.md", text)
+    try:
+        write_atomically(folder / _SCORES, eval_results(results, kept))
+        what = f"and scores ({_SCORES})"
+    except ResultsError as error:
+        (folder / _SCORES).unlink(missing_ok=True)
+        what = f"without scores: {error}"
+    message = "Add a verdict by lm-eval-pruned"
+    api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    return f"{repository} has the verdict in its README.md, {what}"
+
+
+def eval_results(path: Path, kept: Kept) -> str:
+    """Return the scores of a results file, or of a folder of them, as the Hub reads them.
+
+    `kept` says of scores, by task and metric, what they keep of those of the unpruned model.
+
+    Raises:
+        ResultsError: There are none that a data set of the Hub has all documents of.
+    """
+    import yaml
+    from huggingface_hub import eval_result_entries_to_yaml
+
+    entries: dict[str, EvalResultEntry] = {}
+    for file in results_files(path):
+        entries = {**dict(_entries(read_json(file), kept)), **entries}
+    if not entries:
+        raise ResultsError(
+            f"{path} has no score over all documents of a data set on the Hub: evaluate a task such "
+            "as mmlu_pro without limit."
+        )
+    listed = eval_result_entries_to_yaml([entries[task] for task in sorted(entries)])
+    return yaml.safe_dump(listed, sort_keys=False, allow_unicode=True)
+
+
+def _entries(
+    content: dict[str, Any], kept: Kept
+) -> Iterator[tuple[str, EvalResultEntry]]:
+    from huggingface_hub import EvalResultEntry
+
+    day = time.strftime("%Y-%m-%d", time.gmtime(content["date"]))
+    for task, config in content.get("configs", {}).items():
+        dataset, counts = (
+            str(config.get("dataset_path")),
+            content["n-samples"].get(task),
+        )
+        # The name of a builder, such as json, and a local folder are not data sets of the Hub.
+        if dataset.count("/") != 1 or Path(dataset).exists() or not counts:
+            continue
+        if counts["effective"] != counts["original"]:
+            continue
+        first = next(iter(config.get("metric_list") or [{}])).get("metric")
+        for metric, value in content["results"].get(task, {}).items():
+            if metric.partition(",")[0] != first:
+                continue
+            notes = (
+                f"lm-evaluation-harness, {task}: {metric}, {content['n-shot'].get(task, 0)}-shot, "
+                f"{counts['effective']} documents"
+            )
+            if share := kept.get((task, metric)):
+                notes += f"; kept of the score above the floor: {share}"
+            yield (
+                task,
+                EvalResultEntry(
+                    dataset_id=dataset,
+                    task_id=config.get("dataset_name") or "default",
+                    value=value,
+                    date=day,
+                    notes=notes,
+                ),
+            )
+            break
