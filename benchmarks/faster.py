@@ -1,4 +1,4 @@
-"""Compare ``hf-prefix`` with the harness's ``hf`` on ten kinds of task: the table of docs/faster.md.
+"""Compare ``hf-prefix`` with the harness's ``hf`` on ten kinds of task.
 
 Both sides answer the same requests with the same weights in one process, taking
 turns; times are CPU seconds of the answers, tokenising included. ``hf`` runs at the
@@ -235,7 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     file = arguments.csv and arguments.csv.absolute()
     print(f"{machine(arguments.device)}, {arguments.dtype}\n")
     both = BesideHF.asked(arguments)
-    rows, manager = [], TaskManager()
+    manager = TaskManager()
+    rows: list[dict[str, str | int | float]] = []
     for name in arguments.tasks:
         for side in (both.ours, *both.candidates):
             side.clear()
