@@ -35,34 +35,34 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "act": [{"criterion": "act"}],
     "act, repaired": [{"criterion": "act", "repair": "least_squares"}],
     "best": [{"recipe": "best"}],
-    "best, sensitivity": [{"recipe": "best", "allocation": "sensitivity"}],
+    "uneven": [{"recipe": "uneven"}],
 }
 
 
-def held_text(given: list[str], tokenizer: Any, documents: int) -> dict[str, list]:
+def held_text(sources: list[str], tokenizer: Any, documents: int) -> dict[str, list]:
     """Return the first 128 tokens of each held document, by kind."""
-    found: dict[str, list] = defaultdict(list)
-    files = [("", str(HELD_TEXT)), *(each.split("=", 1) for each in given)]
+    held: dict[str, list] = defaultdict(list)
+    files = [("", str(HELD_TEXT)), *(source.split("=", 1) for source in sources)]
     for kind, file in files:
         lines = map(json.loads, Path(file).read_text("utf-8").splitlines())
         for line in lines:
             text = line.get("text") or line.get("passage")
-            of = found[kind or line["kind"]]
-            if len(of) < documents:
-                of.append(torch.tensor(tokenizer(text)["input_ids"][:128]))
-    return found
+            of_kind = held[kind or line["kind"]]
+            if len(of_kind) < documents:
+                of_kind.append(torch.tensor(tokenizer(text)["input_ids"][:128]))
+    return held
 
 
 @torch.no_grad()
 def losses(model: Any, held: dict[str, list]) -> dict[str, float]:
     """Return the mean loss over the documents of each kind, in nats per token."""
-    found = {}
+    means = {}
     for kind, documents in held.items():
-        each = []
+        by_document = []
         for tokens in documents:
-            each.append(text_loss(model, tokens[None]) / (len(tokens) - 1))
-        found[kind] = sum(each) / len(each)
-    return found
+            by_document.append(text_loss(model, tokens[None]) / (len(tokens) - 1))
+        means[kind] = sum(by_document) / len(by_document)
+    return means
 
 
 def main() -> None:
@@ -76,21 +76,21 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=16, help="of each kind")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--prune_percents", nargs="+", type=int, default=[20, 40])
-    given = parser.parse_args()
+    options = parser.parse_args()
     load = find_default_model().model_args()
-    if given.pretrained:
-        named = {"pretrained": given.pretrained, "gguf_file": given.gguf_file}
+    if options.pretrained:
+        named = {"pretrained": options.pretrained, "gguf_file": options.gguf_file}
         load = {name: value for name, value in named.items() if value}
     load["dtype"] = "float32"
     whole = load_pruned(**load)
     source = {n: v for n, v in load.items() if n == "gguf_file"}
     tokenizer = AutoTokenizer.from_pretrained(load["pretrained"], **source)
-    held = held_text(given.held, tokenizer, given.documents)
+    held = held_text(options.held, tokenizer, options.documents)
     columns = ["row", "removed", *held, "mean", "seconds"]
     print(f"# {machine('cpu')}\n{','.join(columns)}", flush=True)
 
-    def show(row: str, removed: int, found: list[dict[str, float]], seconds: float):
-        mean = {kind: sum(f[kind] for f in found) / len(found) for kind in held}
+    def show(row: str, removed: int, seeds: list[dict[str, float]], seconds: float):
+        mean = {kind: sum(by[kind] for by in seeds) / len(seeds) for kind in held}
         cells = {kind: f"{value:.3f}" for kind, value in mean.items()}
         total = f"{sum(mean.values()) / len(mean):.3f}"
         line = {"row": row, "removed": removed, **cells, "mean": total}
@@ -98,16 +98,16 @@ def main() -> None:
         print(csv_table([line]).splitlines()[1], flush=True)
 
     show("unpruned", 0, [losses(whole, held)], 0)
-    for removed in given.prune_percents:
-        for row in given.rows:
-            found, start = [], time.process_time()
+    for removed in options.prune_percents:
+        for row in options.rows:
+            seeds, start = [], time.process_time()
             spent = 0.0
-            for asked in ROWS[row]:
-                model = load_pruned(**load, prune_percent=removed, **asked)
+            for arguments in ROWS[row]:
+                model = load_pruned(**load, prune_percent=removed, **arguments)
                 spent = time.process_time() - start
-                found.append(losses(model, held))
+                seeds.append(losses(model, held))
                 start = time.process_time()
-            show(row, removed, found, spent)
+            show(row, removed, seeds, spent)
 
 
 if __name__ == "__main__":

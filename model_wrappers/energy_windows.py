@@ -17,7 +17,6 @@ from lm_eval_pruned.energy.meter import CodecarbonMeter, MeterDescription, check
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, add_up, ratio
 from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
-from lm_eval_pruned.model_wrappers.batching.fast_path import check_flag
 
 
 if TYPE_CHECKING:
@@ -211,7 +210,6 @@ class EnergyWindows(TemplateLM):
         Raises:
             ValueError: An argument is out of range, or needs ``energy=true``.
         """
-        check_flag("energy", energy)
         wait, country = energy_idle_seconds, energy_country
         if type(wait) not in (int, float) or not 0 <= wait < float("inf"):
             raise ValueError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from lm_eval_pruned.checkpoints.configs import (
     misspelt,
 )
 from lm_eval_pruned.checkpoints.default_model import find_default_model
-from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
 from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
 from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
@@ -36,61 +34,123 @@ from lm_eval_pruned.model_wrappers.mismatched_questions import (
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from lm_eval.api.instance import Instance
 
 eval_logger = logging.getLogger("lm_eval.models.pruned")
 
-_FLAGS = (
-    "add_bos_token",
-    "energy",
-    "load_in_4bit",
-    "load_in_8bit",
-    "logits_cache",
-    "parallelize",
-    "prefix_sharing",
-    "slot_refilling",
-    "truncation",
-    "trust_remote_code",
-    "use_fast_tokenizer",
-    ARGUMENT,
-)
-_COUNTS = ("max_batch_size", "max_length", "slots")
-_TEXTS = (
-    "attn_implementation",
-    "delta",
-    "device",
-    "gguf_file",
-    "peft",
-    "pretrained",
-    "subfolder",
-    "tokenizer",
-)
-_DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
-def check_values(arguments: Mapping[str, Any]) -> None:
-    """Refuse values of arguments that the harness's model would stumble over.
-
-    Raises:
-        ValueError: A value cannot be used.
-    """
-    for name, value in arguments.items():
-        if name in _FLAGS and value is not None:
-            check_flag(name, value)
-        elif name in _COUNTS:
-            check_count(name, value)
-        elif name in _DTYPES:
-            check_dtype(name, value)
-        elif (expected := _expected_instead(name, value)) is not None:
-            raise ValueError(f"{name}={value} is not understood: pass {expected}.")
+def _check_flag(name: str, value: Any) -> None:
+    if value is not None:
+        check_flag(name, value)
 
 
-class PrefixHFLM(EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM):
-    check_values = staticmethod(check_values)
+def _check_text(name: str, value: Any) -> None:
+    if type(value) in (bool, int, float):
+        example = "one such as cpu, or cuda:0" if name == "device" else "a name"
+        raise ValueError(f"{name}={value} is not understood: pass {example}.")
 
+
+def _check_backend(name: str, value: Any) -> None:
+    if value not in ("default", "causal", "seq2seq"):
+        raise ValueError(
+            f"{name}={value} is not understood: pass default, causal or seq2seq."
+        )
+
+
+def _check_batch_size(name: str, value: Any) -> None:
+    if type(value) not in (int, str) or not _BATCH_SIZE.fullmatch(str(value)):
+        raise ValueError(
+            f"{name}={value} is not understood: pass a whole number of 1 or more, auto or auto:4."
+        )
+
+
+def _check_quantisation(name: str, value: Any) -> None:
+    if type(value) in (str, bool, int, float):
+        raise ValueError(
+            f"{name}={value} is not understood: pass a dict, or load_in_8bit=true instead."
+        )
+
+
+#: What refuses a value of an argument that the harness's model would stumble over.
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "add_bos_token": _check_flag,
+    "attn_implementation": _check_text,
+    "backend": _check_backend,
+    "batch_size": _check_batch_size,
+    "delta": _check_text,
+    "device": _check_text,
+    "dtype": check_dtype,
+    "energy": _check_flag,
+    "gguf_file": _check_text,
+    "load_in_4bit": _check_flag,
+    "load_in_8bit": _check_flag,
+    "logits_cache": _check_flag,
+    "max_batch_size": check_count,
+    "max_length": check_count,
+    "mixed_precision_dtype": check_dtype,
+    "parallelize": _check_flag,
+    "peft": _check_text,
+    "prefix_sharing": _check_flag,
+    "pretrained": _check_text,
+    "quantization_config": _check_quantisation,
+    "slot_refilling": _check_flag,
+    "slots": check_count,
+    "softmax_dtype": check_dtype,
+    "subfolder": _check_text,
+    "tokenizer": _check_text,
+    "truncation": _check_flag,
+    "trust_remote_code": _check_flag,
+    "use_fast_tokenizer": _check_flag,
+    ARGUMENT: _check_flag,
+}
+
+
+class CheckedArguments:
+    """The arguments of a model type, with what is wrong with their names and values."""
+
+    #: Names that it takes besides those in the signatures of its classes.
+    more_arguments: Collection[str] = ()
+
+    @classmethod
+    def argument_names(cls) -> set[str]:
+        """Return the names of all arguments but those that the model type hands on."""
+        names = {*cls.more_arguments}
+        for base in cls.__mro__:
+            if "__init__" in vars(base):
+                names |= inspect.signature(vars(base)["__init__"]).parameters.keys()
+        return names - {"self", "args", "kwargs"}
+
+    @staticmethod
+    def check_values(arguments: Mapping[str, Any]) -> None:
+        """Refuse values of arguments; raise ValueError for one that cannot be used."""
+        for name, value in arguments.items():
+            if name in _CHECKS:
+                _CHECKS[name](name, value)
+
+    @classmethod
+    def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
+        """Refuse misspelt names, and values that the harness's model would stumble over.
+
+        Raises:
+            ArgumentError: A name is unknown and resembles one of `argument_names`, or a value
+                cannot be used.
+        """
+        with argument_errors():
+            if misspelling := misspelt(arguments, cls.argument_names()):
+                name, near = misspelling
+                raise ValueError(
+                    f"{name}={arguments[name]} is not understood: did you mean {near}?"
+                )
+            cls.check_values(arguments)
+
+
+class PrefixHFLM(
+    CheckedArguments, EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM
+):
     def __init__(
         self,
         pretrained: Any = None,
@@ -113,7 +173,7 @@ class PrefixHFLM(EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM):
             ValueError: The name of an argument is misspelt, or its value cannot be used.
         """
         named = {"pretrained": pretrained, ARGUMENT: mismatched_questions}
-        check_arguments(type(self), kwargs | named)
+        self.check_arguments(kwargs | named)
         self._mismatched_questions = mismatched_questions
         super().__init__(given_or_default(pretrained), *args, **kwargs)
 
@@ -180,54 +240,6 @@ class PrefixHFLM(EnergyWindows, PrefixSharingMixin, SlotRefillingMixin, HFLM):
         with self._set_up("batch_size_search"):
             return super()._detect_batch_size(*args, **kwargs)
 
-    @classmethod
-    def argument_names(cls) -> set[str]:
-        """Return the names of all arguments but those that HFLM hands on to transformers."""
-        return argument_names(cls)
-
-
-def check_arguments(model_type: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuse misspelt names, and values that the harness's model would stumble over.
-
-    Raises:
-        ArgumentError: A name is unknown and resembles one of the ``argument_names()`` of
-            `model_type`, or a value cannot be used.
-    """
-    with argument_errors():
-        misspelling = misspelt(
-            arguments, model_type.argument_names(), lambda: _config(arguments)
-        )
-        if misspelling is not None:
-            name, near = misspelling
-            raise ValueError(
-                f"{name}={arguments[name]} is not understood: did you mean {near}?"
-            )
-        model_type.check_values(arguments)
-
-
-def _expected_instead(name: str, value: Any) -> str | None:
-    """Return what to pass for an argument; None if `value` will do."""
-    if name in _TEXTS and isinstance(value, (bool, int, float)):
-        return "one such as cpu, or cuda:0" if name == "device" else "a name"
-    if name == "backend" and value not in ("default", "causal", "seq2seq"):
-        return "default, causal or seq2seq"
-    if name == "batch_size":
-        known = type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value))
-        return None if known else "a whole number of 1 or more, auto or auto:4"
-    if name == "quantization_config" and isinstance(value, (str, int, float)):
-        return "a dict, or load_in_8bit=true instead"
-    return None
-
-
-def argument_names(model_type: type) -> set[str]:
-    """Return the names of the arguments of a model type, without those that it passes on."""
-    return {
-        name
-        for base in model_type.__mro__
-        if "__init__" in vars(base)
-        for name in inspect.signature(vars(base)["__init__"]).parameters
-    } - {"self", "args", "kwargs"}
-
 
 def given_or_default(pretrained: Any) -> Any:
     """Return `pretrained`; if it is None the default model."""
@@ -239,13 +251,3 @@ def given_or_default(pretrained: Any) -> Any:
         default.source,
     )
     return default.pretrained
-
-
-def _config(arguments: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    pretrained = arguments.get("pretrained")
-    if not isinstance(pretrained, (str, os.PathLike)):
-        return getattr(pretrained, "config", None)
-    source = {n: arguments[n] for n in SOURCE_ARGUMENTS if arguments.get(n)}
-    return AutoConfig.from_pretrained(pretrained, **source)

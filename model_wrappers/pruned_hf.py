@@ -15,7 +15,7 @@ from lm_eval_pruned.checkpoints.configs import (
     quantising_arguments,
 )
 from lm_eval_pruned.checkpoints.load import load_checkpoint
-from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM, check_arguments
+from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
 
@@ -29,6 +29,7 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_hf")
 
 
 class PrunedHFLM(PrefixHFLM):
+    more_arguments = DECLARED
     # HFLM's, which sets them in ways that a type checker does not follow.
     AUTO_MODEL_CLASS: Any
     _model: Any
@@ -74,7 +75,7 @@ class PrunedHFLM(PrefixHFLM):
                 )
         self._peft_stage = peft_stage or "after"
         # HFLM passes what its config says under this name, and would pass ours beside it.
-        check_arguments(type(self), {"quantization_config": quantization_config})
+        self.check_arguments({"quantization_config": quantization_config})
         self._quantisation = quantization_config
         super().__init__(pretrained, peft=peft, **kwargs)
         if not isinstance(self.pretrained, str):
@@ -86,11 +87,6 @@ class PrunedHFLM(PrefixHFLM):
             self._world_size = accelerator.num_processes
         if self.rank == 0:
             eval_logger.info("Pruning:\n%s", self._prune_record.as_table())
-
-    @classmethod
-    def argument_names(cls) -> set[str]:
-        """Return the names of all arguments but those that HFLM hands on to transformers."""
-        return super().argument_names() | {*DECLARED}
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with argument_errors(), clear_errors(pretrained):

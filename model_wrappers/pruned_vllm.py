@@ -34,9 +34,7 @@ from lm_eval_pruned.checkpoints.configs import argument_errors
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths, TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import (
-    argument_names,
-    check_arguments,
-    check_values,
+    CheckedArguments,
     given_or_default,
 )
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_checkpoint
@@ -50,9 +48,9 @@ eval_logger = logging.getLogger("lm_eval.models.pruned_vllm")
 _EXTENSION = "lm_eval_pruned.model_wrappers.vllm_loader.PruneRecordExtension"
 
 
-class PrunedVLLM(EnergyWindows, VLLM):
+class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
     engine_died = False
-    check_values = staticmethod(check_values)
+    more_arguments = (*DECLARED, *(field.name for field in fields(EngineArgs)))
 
     def __init__(
         self,
@@ -74,7 +72,7 @@ class PrunedVLLM(EnergyWindows, VLLM):
         seed = {"seed": kwargs["seed"]} if kwargs.get("seed") is not None else {}
         with argument_errors():
             arguments = PruneArguments.taken_from(kwargs)
-            check_arguments(type(self), {**kwargs, "pretrained": pretrained})
+            self.check_arguments({**kwargs, "pretrained": pretrained})
             for name, ours in (
                 ("load_format", LOAD_FORMAT),
                 ("worker_extension_cls", _EXTENSION),
@@ -129,12 +127,6 @@ class PrunedVLLM(EnergyWindows, VLLM):
         if adapter is not None and tells:
             check_kept(adapter, self._pruning, argument="lora_local_path")
         eval_logger.info("Pruning:\n%s", pruned["table"])
-
-    @classmethod
-    def argument_names(cls) -> set[str]:
-        """Return the names of all arguments, those of vLLM's engine among them."""
-        names = {argument.name for argument in fields(EngineArgs)}
-        return argument_names(cls) | names | {*DECLARED}
 
     def _runs_on_gpu(self) -> bool:
         from vllm.platforms import current_platform

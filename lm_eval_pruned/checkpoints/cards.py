@@ -97,8 +97,8 @@ def adapter_card(
 ) -> str:
     """Return the README.md of an adapter by a `method`, ``lora`` or ``dora``; see `model_card`."""
     plan, name = record.plan, _name(pretrained)
-    asked = {"pretrained": name, **({"revision": revision} if revision else {})}
-    arguments = ",".join(f"{k}={v}" for k, v in {**asked, **plan.asked}.items())
+    loading = {"pretrained": name, **({"revision": revision} if revision else {})}
+    arguments = ",".join(f"{k}={v}" for k, v in {**loading, **plan.asked}.items())
     title = f"{method} adapter for {name}"
     if plan.changes_model:
         title += f", {_what(plan)}"
@@ -127,8 +127,8 @@ def _card(
     from huggingface_hub import ModelCard, ModelCardData
 
     known: dict[str, Any] = {}
-    if (own := folder / "README.md").is_file():
-        known = ModelCard.load(own, ignore_metadata_errors=True).data.to_dict()
+    if (card := folder / "README.md").is_file():
+        known = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     fields = ModelCardData(
         base_model=None if Path(pretrained).is_dir() else pretrained,
         library_name=library,

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from lm_eval_pruned.util.options import nearest
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from transformers import PretrainedConfig
 
@@ -74,21 +75,27 @@ def argument_errors() -> Iterator[None]:
 
 
 def misspelt(
-    given: Iterable[str], known: Collection[str], config: Callable[[], Any]
+    arguments: Mapping[str, Any], known: Collection[str]
 ) -> tuple[str, str] | None:
     """Return the first name that is unknown but resembles a known one, and that one.
 
-    What transformers or the `config` of the model knows may be given as well.
+    What transformers or the config of ``pretrained`` knows may be among `arguments` as well.
     """
-    from transformers import PreTrainedModel
+    from transformers import AutoConfig, PreTrainedModel
 
     taken = inspect.signature(PreTrainedModel.from_pretrained).parameters
-    for name in given:
+    pretrained = arguments.get("pretrained")
+    for name in arguments:
         if name in known or name in taken or name in _TAKEN_UNNAMED:
             continue
         near = difflib.get_close_matches(str(name), known, 1, cutoff=0.8)
-        if near and not hasattr(config(), str(name)):
-            return name, near[0]
+        if near:
+            config = getattr(pretrained, "config", None)
+            if isinstance(pretrained, (str, os.PathLike)):
+                source = {n: arguments[n] for n in READING if arguments.get(n)}
+                config = AutoConfig.from_pretrained(pretrained, **source)
+            if not hasattr(config, str(name)):
+                return name, near[0]
     return None
 
 
@@ -197,18 +204,20 @@ def config_and_rest(
         raise ValueError(
             f"trust_remote_code={trusted!r} is not understood: pass true or false."
         )
-    given = _with_quantisation(from_pretrained)
-    if (dtype := given.pop("torch_dtype", None)) is not None:
-        given["dtype"] = given.get("dtype") or dtype
-    check_dtype("dtype", given.get("dtype"))
+    arguments = _with_quantisation(from_pretrained)
+    if (dtype := arguments.pop("torch_dtype", None)) is not None:
+        arguments["dtype"] = arguments.get("dtype") or dtype
+    check_dtype("dtype", arguments.get("dtype"))
     # AutoConfig would take the dtype for a setting.
-    placing = {name: given.pop(name) for name in list(given) if PLACING.fullmatch(name)}
-    kept = {name: given[name] for name in READING if name in given}
+    placing = {
+        name: arguments.pop(name) for name in list(arguments) if PLACING.fullmatch(name)
+    }
+    kept = {name: arguments[name] for name in READING if name in arguments}
     config, unused = AutoConfig.from_pretrained(
-        pretrained, return_unused_kwargs=True, **given
+        pretrained, return_unused_kwargs=True, **arguments
     )
     quantised = getattr(config, "quantization_config", None)
-    if quantised is not None and given.get("gguf_file") is None:
+    if quantised is not None and arguments.get("gguf_file") is None:
         method = quantised.get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"The checkpoint is quantised already (quant_method={method}), and quantised neurons "
@@ -223,9 +232,9 @@ def check_dtype(name: str, value: Any) -> None:
     Raises:
         ValueError: It is something else.
     """
-    found = getattr(torch, value, value) if isinstance(value, str) else value
-    is_floating = isinstance(found, torch.dtype) and found.is_floating_point
-    if not (is_floating or found in (None, "auto")):
+    dtype = getattr(torch, value, value) if isinstance(value, str) else value
+    is_floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not (is_floating or dtype in (None, "auto")):
         raise ValueError(
             f"{name}={value} is not understood: pass a dtype such as bfloat16."
         )
@@ -234,17 +243,17 @@ def check_dtype(name: str, value: Any) -> None:
 def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of ``from_pretrained`` with one object that says how to quantise."""
     others = {k: v for k, v in arguments.items() if not _BITSANDBYTES.fullmatch(k)}
-    given = {k: v for k, v in arguments.items() if k not in others}
+    of_bitsandbytes = {k: v for k, v in arguments.items() if k not in others}
     config = others.get("quantization_config")
-    asked = quantising_arguments(given)
-    if asked and config is not None:
+    quantising = quantising_arguments(of_bitsandbytes)
+    if quantising and config is not None:
         raise ValueError(
-            f"{asked[0]} and quantization_config both say how to quantise: pass one."
+            f"{quantising[0]} and quantization_config both say how to quantise: pass one."
         )
-    if asked:
+    if quantising:
         from transformers import BitsAndBytesConfig
 
-        others["quantization_config"] = BitsAndBytesConfig(**given)
+        others["quantization_config"] = BitsAndBytesConfig(**of_bitsandbytes)
     elif isinstance(config, dict):
         from transformers.quantizers import AutoQuantizationConfig
 

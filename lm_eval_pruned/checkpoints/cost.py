@@ -48,7 +48,7 @@ TOKENS = 128
 #: What the model goes on from.
 PROMPTS = ("Name three colours.", "The capital of France is", "Water boils at")
 #: Tokens of a continuation.
-_SAID = 16
+_CONTINUED = 16
 #: Tasks by name, and how many of their documents are scored: the first, whole blocks of all families.
 PROBES = {"pruned_probe_knowledge": 200, "pruned_probe_instructions": 150}
 
@@ -67,13 +67,13 @@ class Quality:
     Attributes:
         losses: Loss of each text, summed over its tokens but the first, in nats, shape (n,).
         tokens: How many tokens these are, shape (n,).
-        said: What the model says to each of `PROMPTS`, by greedy decoding.
+        continuations: What the model says to each of `PROMPTS`, by greedy decoding.
         probed: Where it was measured.
     """
 
     losses: np.ndarray
     tokens: np.ndarray
-    said: tuple[str, ...]
+    continuations: tuple[str, ...]
     probed: Probed | None = None
 
     @property
@@ -94,9 +94,11 @@ def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qu
 
     run_texts(model, text.tokens, "held text", run=add)
     with watched(model, {}):
-        said = tuple(_said(model, tokenizer, prompt) for prompt in PROMPTS)
+        continuations = tuple(
+            _continued(model, tokenizer, prompt) for prompt in PROMPTS
+        )
     counts = np.array([tokens.numel() - 1 for tokens in text.tokens])
-    return Quality(np.array(losses), counts, said)
+    return Quality(np.array(losses), counts, continuations)
 
 
 def probed(
@@ -158,45 +160,45 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
         del model.tie_weights
 
 
-def _said(
+def _continued(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
 ) -> str:
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}]
-        given: Any = tokenizer.apply_chat_template(
+        encoded: Any = tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
-        given = tokenizer(prompt, return_tensors="pt")
-    ids = given["input_ids"].to(model.device)
-    found: Any = model.generate(  # type: ignore[operator]
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids = encoded["input_ids"].to(model.device)
+    generated: Any = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=_SAID,
+        max_new_tokens=_CONTINUED,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id,
     )
-    said = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
-    return str(said).strip()
+    text = tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(text).strip()
 
 
 def random_cut(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with a random cut of the same size and layers, without repair."""
-    asked = checkpoint.plan.arguments
+    arguments = checkpoint.plan.arguments
     names = [*CUTS, "layers", "skip_layers", "multiple_of"]
-    if asked.measures_depth:
+    if arguments.measures_depth:
         names += ["drop_by", "calibration", "calibration_samples"]
-    same = {n: v for n in names if (v := getattr(asked, n)) is not None}
+    same = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     return checkpoint.asking(PruneArguments(**same, criterion=RANDOM))
 
 
 def cost_table(qualities: Mapping[str, Quality]) -> str:
     """Return what was measured as Markdown, one column for each model by its name."""
-    losses = (f"{each.loss:.3f}" for each in qualities.values())
+    losses = (f"{quality.loss:.3f}" for quality in qualities.values())
     rows = [("loss, nats per token", *losses), *_beside_unpruned(qualities)]
     for number, prompt in enumerate(PROMPTS):
-        said = (" ".join(each.said[number].split()) for each in qualities.values())
-        rows.append((f"“{prompt}”", *(text.replace("|", "¦") for text in said)))
+        texts = (" ".join(q.continuations[number].split()) for q in qualities.values())
+        rows.append((f"“{prompt}”", *(text.replace("|", "¦") for text in texts)))
     return markdown_table(["", *qualities], rows)
 
 
@@ -205,17 +207,20 @@ def _beside_unpruned(qualities: Mapping[str, Quality]) -> list[tuple[str, ...]]:
     base = qualities.get(UNPRUNED)
     if base is None or len(qualities) == 1:
         return []
-    more = ("more than unpruned", *(_more(base, each) for each in qualities.values()))
-    known = {name: each.probed for name, each in qualities.items() if each.probed}
+    more = (
+        "more than unpruned",
+        *(_more(base, quality) for quality in qualities.values()),
+    )
+    known = {name: q.probed for name, q in qualities.items() if q.probed}
     of_base = known.pop(UNPRUNED, None)
     if of_base is None:
         return [more]
     of_run = {UNPRUNED: of_base, **known}
-    keys = primary_metrics([each.run for each in of_run.values()])
-    found = standings(
+    keys = primary_metrics([probed.run for probed in of_run.values()])
+    standing = standings(
         of_base.run,
         [],
-        [(each.run, key, True) for each in known.values() for key in keys],
+        [(probed.run, key, True) for probed in known.values() for key in keys],
         0.05,
         lambda run, *key: of_run[run.name].documents.get(key),
     )
@@ -225,7 +230,7 @@ def _beside_unpruned(qualities: Mapping[str, Quality]) -> list[tuple[str, ...]]:
         score = of_base.run.scores[task, metric].value
         cells = {UNPRUNED: f"{metric.partition(',')[0]} {score:.2f}"}
         for name in known:
-            cells[name] = found[name, task, metric].kept_text or "-"
+            cells[name] = standing[name, task, metric].kept_text or "-"
         rows.append((label, *(cells.get(name, "-") for name in qualities)))
     return rows
 

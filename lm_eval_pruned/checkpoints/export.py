@@ -134,13 +134,13 @@ def export_pruned(
         raise ValueError(
             f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
         )
-    given = {name: v for name, v in from_pretrained.items() if v is not None}
+    source_arguments = {name: v for name, v in from_pretrained.items() if v is not None}
     checkpoint = Checkpoint.of(
         pretrained,
         PruneArguments(**prune_arguments),
-        {**given, "dtype": dtype, "device_map": {"": device}},
+        {**source_arguments, "dtype": dtype, "device_map": {"": device}},
     )
-    source = source_folder(pretrained, given)
+    source = source_folder(pretrained, source_arguments)
     check_writable(output, _least_bytes(checkpoint, source, stored))
     tokenizer = _tokenizer_of_measurable(checkpoint) if measured else None
     checkpoint = checkpoint.with_stored_widths()
@@ -182,7 +182,7 @@ def export_pruned(
             max_shard_size,
             keeps_dtype=dtype is None,
         )
-        revision = given.get("revision")
+        revision = source_arguments.get("revision")
         card = model_card(pretrained, revision, source, record, unfinished, cost=cost)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         shards = shard_sizes(unfinished)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.calibration import tell_device
 from lm_eval_pruned.pruning.measuring import (
     LoadedModel,
     check_weights,
@@ -143,8 +142,6 @@ class Stored(LoadedModel):
         """Load a model of `Checkpoint.with_stored_widths`; takes what `load_checkpoint` takes."""
         arguments, content = checkpoint.plan.arguments, checkpoint.content_key()
         device = checkpoint.device()
-        if arguments.calibration is not None:
-            tell_device(device)
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
@@ -176,7 +173,8 @@ class Stored(LoadedModel):
 
     def narrowed(self) -> PreTrainedModel:
         """Prune the model in place and return it, in the dtype in which it was loaded."""
-        return carry_out(self, self.checkpoint.plan, self.checkpoint.widths)
+        checkpoint = self.checkpoint
+        return carry_out(self, checkpoint.plan, checkpoint.widths, whole_on_error=False)
 
     def placed(self) -> PreTrainedModel:
         """Prune the model, then cast and place what is left as the user asked."""

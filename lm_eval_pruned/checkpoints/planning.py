@@ -86,9 +86,11 @@ def suggested_recipe(
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 
-    given = dict(loading)
+    from_pretrained = dict(loading)
     calibrated = PruneArguments(**{**prune_arguments, "recipe": "best"})
-    checkpoint = Checkpoint.of(given.pop("pretrained"), calibrated, given)
+    checkpoint = Checkpoint.of(
+        from_pretrained.pop("pretrained"), calibrated, from_pretrained
+    )
     try:
         checkpoint.check_text()
     except UnsupportedModelError as error:
@@ -109,17 +111,17 @@ def shipped_config(pretrained: str) -> str | None:
 
     The repositories of these models on the Hub can only be read by those who accepted a licence.
     """
-    found = re.fullmatch(r"meta-llama/Llama-3\.2-([13])B(-Instruct)?", pretrained)
-    if found is None or Path(pretrained).exists():
+    llama = re.fullmatch(r"meta-llama/Llama-3\.2-([13])B(-Instruct)?", pretrained)
+    if llama is None or Path(pretrained).exists():
         return None
-    return str(Path(__file__).parent / "known" / f"llama-3.2-{found[1]}b")
+    return str(Path(__file__).parent / "known" / f"llama-3.2-{llama[1]}b")
 
 
 def plan_rows(
     pretrained: str,
     argument: str,
     values: Iterable[Number | LayerWidths | Layers],
-    **given: Any,
+    **more: Any,
 ) -> list[PlanRow]:
     """Plan a model at several sizes, without reading weights where that can be.
 
@@ -127,7 +129,7 @@ def plan_rows(
         pretrained: Folder or Hub name.
         argument: ``ratio``, ``prune_percent``, ``widths`` or ``drop_layers``.
         values: One size, or depth, per row.
-        **given: Those of `SOURCE_ARGUMENTS`, and others of
+        **more: Those of `SOURCE_ARGUMENTS`, and others of
             `lm_eval_pruned.pruning.arguments.PruneArguments`. An allocation that is not uniform
             looks at weights and text.
 
@@ -136,15 +138,15 @@ def plan_rows(
         UnsupportedModelError: The model cannot be pruned.
         OSError: The config cannot be read.
     """
-    others: dict[str, Any] = take_prune_arguments(given)
-    asked = [PruneArguments(**{argument: value, **others}) for value in values]
-    if not asked:
+    others: dict[str, Any] = take_prune_arguments(more)
+    variants = [PruneArguments(**{argument: value, **others}) for value in values]
+    if not variants:
         return []
-    source = {name: value for name, value in given.items() if value}
+    source = {name: value for name, value in more.items() if value}
     shipped = None if source else shipped_config(pretrained)
-    deep = [arguments for arguments in asked if arguments.drop_layers is not None]
+    deep = [arguments for arguments in variants if arguments.drop_layers is not None]
     if not source and not deep and (dense := _Dense.read(shipped or pretrained)):
-        plans = [dense.plan(arguments) for arguments in asked]
+        plans = [dense.plan(arguments) for arguments in variants]
         if not any(plan.is_open for plan in plans):
             return [dense.row(plan) for plan in plans]
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
@@ -153,7 +155,7 @@ def plan_rows(
         whole = Checkpoint.of(model, PruneArguments(), source)
         if Path(model).is_dir():
             whole = whole.with_stored_widths()
-        return [whole.asking(arguments) for arguments in asked]
+        return [whole.asking(arguments) for arguments in variants]
 
     planned = planned_for(shipped or pretrained)
     if shipped and any(map(_needs_weights, planned)):
@@ -256,8 +258,8 @@ class _Dense:
 
     def plan(self, arguments: PruneArguments) -> PrunePlan:
         """Resolve the arguments of pruning; ValueError if one is out of range."""
-        own = dict.fromkeys(range(self.layers), self.width)
-        return PrunePlan.of(arguments, self.hidden_size, self.width, own)
+        widths = dict.fromkeys(range(self.layers), self.width)
+        return PrunePlan.of(arguments, self.hidden_size, self.width, widths)
 
     def row(self, plan: PrunePlan) -> PlanRow:
         """Describe what becomes of the model."""

@@ -49,24 +49,27 @@ def parser():
         """Suggests a known option for one that is unknown, as do the parsers of its commands."""
 
         def parse_known_args(self, args=None, namespace=None):
-            found, unknown = super().parse_known_args(args, namespace)
+            parsed, unknown = super().parse_known_args(args, namespace)
             if unknown:
-                known = [name for each in self._actions for name in each.option_strings]
-                names = [word.split("=")[0] for word in unknown if word[:1] == "-"]
-                hints = [nearest(name, known, "see --help.") for name in names[:1]]
-                told = f"unrecognized arguments: {' '.join(unknown)}"
-                self.error(": ".join([told, *hints]))
-            return found, unknown
+                message = f"unrecognized arguments: {' '.join(unknown)}"
+                for word in unknown:
+                    if word.startswith("-"):
+                        known = [n for row in self._actions for n in row.option_strings]
+                        hint = nearest(word.split("=")[0], known, "see --help.")
+                        message += f": {hint}"
+                        break
+                self.error(message)
+            return parsed, unknown
 
-    every = Parser(
+    program = Parser(
         prog="lm-eval-pruned",
         description="Width pruning around lm-evaluation-harness. To evaluate a pruned model, "
         "run `lm_eval --model pruned-hf --model_args ratio=2.0 --tasks ...`.",
     )
-    every.add_argument(
+    program.add_argument(
         "--version", action=Version, nargs=0, help="show the version and exit"
     )
-    commands = every.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = program.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
         module = import_module(f"lm_eval_pruned.cli.{name}")
         command = commands.add_parser(name, help=about, description=module.__doc__)
@@ -77,7 +80,7 @@ def parser():
             help="show warnings of other packages that change no result, too",
         )
         command.set_defaults(run=module.run)
-    return every
+    return program
 
 
 def hide_noise() -> None:

@@ -7,6 +7,7 @@ are too few documents for a test, or input cannot be read.
 """
 
 from pathlib import Path
+from typing import Any
 
 from lm_eval_pruned.cli.compare import margins
 from lm_eval_pruned.util.options import row
@@ -45,19 +46,18 @@ def run(arguments) -> int:
     from lm_eval_pruned.compare import baseline as files, check as gate
     from lm_eval_pruned.compare.findings import FORMATS, exit_code
 
-    given = {kind: getattr(arguments, kind) for kind in files.RULES}
-    (kind, value), *_ = [
-        *((kind, of) for kind, of in given.items() if of is not None),
-        ("absolute", 0.0),
-    ]
-    value = None if value == USUAL else value
+    kind: str = "absolute"
+    value: Any = 0.0
+    for name in files.RULES:
+        if (limit := getattr(arguments, name)) is not None:
+            kind, value = name, None if limit == USUAL else limit
+            if not arguments.update:
+                raise ValueError(
+                    f"--{name} {limit} sets the rule for a new baseline: pass it together with "
+                    "--update, or edit the rules in the baseline file."
+                )
     if value is not None:
         files.Rule(kind, value)
-    if given[kind] is not None and not arguments.update:
-        raise ValueError(
-            f"--{kind} {given[kind]} sets the rule for a new baseline: pass it together with "
-            "--update, or edit the rules in the baseline file."
-        )
     runs, file = gate.read_results(arguments.results), arguments.baseline
     if not arguments.update:
         baseline = files.read_baseline(file)

@@ -44,8 +44,8 @@ def run(arguments) -> None:
     from lm_eval_pruned.compare.comparison_table import FORMATS, as_table
     from lm_eval_pruned.compare.margins import CLAIMS, Margin
 
-    asked = {claim: getattr(arguments, claim) for claim in CLAIMS}
-    margin = next((Margin(n, v) for n, v in asked.items() if v is not None), None)
+    claims = {claim: getattr(arguments, claim) for claim in CLAIMS}
+    margin = next((Margin(n, v) for n, v in claims.items() if v is not None), None)
     options = {"alpha": arguments.alpha, "subtasks": arguments.subtasks}
     result = compare(*read_comparands(arguments.paths), margin=margin, **options)
     if arguments.format != "table":

@@ -2,8 +2,6 @@
 Writes an adapter that `lm_eval --model pruned-hf --model_args ...,peft=DIR` checks and applies.
 """
 
-import sys
-
 from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.util.options import row
@@ -25,21 +23,23 @@ OPTIONS = (
 # fmt: on
 
 
-def run(arguments) -> int:
-    """Train the model; return the exit code, 130 where training was stopped."""
+def run(arguments) -> None:
+    """Train the model, and print what was done."""
     from accelerate import PartialState
 
     from lm_eval_pruned.healing.run import heal
 
     options = HealingOptions.of(HealingOptions.parsed(arguments), "heal")
-    model_args = loading.with_default_model(loading.read(arguments), "healing")
-    where = (arguments.data, arguments.output_path)
-    how = {"resume": arguments.resume, "merge": arguments.merge}
-    healed = heal(model_args, *where, options, **how)
-    steps, tokens = healed.record["steps"], healed.record["tokens_seen"]
-    told = f"Trained {steps} steps on {tokens:,} tokens; wrote {healed.folder}."
-    if not healed.finished:
-        told = f"Stopped after {steps} steps: repeat the command with --resume to continue."
+    record = heal(
+        loading.with_default_model(loading.read(arguments), "healing"),
+        arguments.data,
+        arguments.output_path,
+        options,
+        resume=arguments.resume,
+        merge=arguments.merge,
+    )
     if PartialState().is_main_process:
-        print(told, file=sys.stdout if healed.finished else sys.stderr)
-    return 0 if healed.finished else 130
+        print(
+            f"Trained {record['steps']} steps on {record['tokens_seen']:,} tokens; "
+            f"wrote {arguments.output_path}."
+        )

@@ -37,25 +37,27 @@ def read_with_pruning(
         ValueError: One was given in both ways, or one of loading is not among `loading`.
     """
     model_args, known = read(arguments), ("pretrained", *loading)
-    given = {n: v for n in options if (v := getattr(arguments, n)) is not None}
-    pruning = merged(take_prune_arguments(model_args), given)
+    values = {name: getattr(arguments, name) for name in options}
+    values = {name: value for name, value in values.items() if value is not None}
+    pruning = merged(take_prune_arguments(model_args), values)
     if arguments.trust_remote_code:
         model_args["trust_remote_code"] = True
-    for name in [each for each in model_args if each not in known]:
-        names = f"it knows {', '.join(known)} and the arguments of pruning."
-        raise ValueError(
-            f"model_args has {name}={model_args[name]}, which {arguments.command} does not take: "
-            f"{nearest(name, [*known, *DECLARED], names)}"
-        )
+    for name, value in model_args.items():
+        if name not in known:
+            names = f"it knows {', '.join(known)} and the arguments of pruning."
+            raise ValueError(
+                f"model_args has {name}={value}, which {arguments.command} does not take: "
+                f"{nearest(name, [*known, *DECLARED], names)}"
+            )
     return model_args, pruning
 
 
-def with_default_model(given: dict[str, Any], doing: str) -> dict[str, Any]:
+def with_default_model(model_args: dict[str, Any], doing: str) -> dict[str, Any]:
     """Return arguments of loading that name a model; `doing` is for the notice of the default."""
-    if "pretrained" in given:
-        return given
+    if "pretrained" in model_args:
+        return model_args
     from lm_eval_pruned.checkpoints.default_model import find_default_model
 
     default = find_default_model()
     print(f"pretrained was not given: {doing} {default.source}.", file=sys.stderr)
-    return given | default.model_args()
+    return model_args | default.model_args()

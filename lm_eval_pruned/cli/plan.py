@@ -28,16 +28,16 @@ def run(arguments) -> None:
 
     source = planning.SOURCE_ARGUMENTS
     model_args, pruning = loading.read_with_pruning(arguments, _SHARING, source)
-    given = {name: getattr(arguments, option) for option, name in _SIZES.items()}
-    sizes = {name: values for name, values in given.items() if values is not None}
-    asked = merged({n: [pruning.pop(n)] for n in CUTS if n in pruning}, sizes)
-    if not asked:
+    options = {name: getattr(arguments, option) for option, name in _SIZES.items()}
+    options = {name: values for name, values in options.items() if values is not None}
+    sizes = merged({n: [pruning.pop(n)] for n in CUTS if n in pruning}, options)
+    if not sizes:
         raise ValueError(f"No size was given: pass one of --{', --'.join(_SIZES)}.")
     model = loading.with_default_model(model_args, "planning") | pruning
     # Sizes of two kinds are refused by the arguments of pruning, in one sentence.
-    first, *others = asked
+    first, *others = sizes
     rows = []
-    for values in product(*(asked[name] for name in others)):
+    for values in product(*(sizes[name] for name in others)):
         fixed = model | dict(zip(others, values, strict=True))
-        rows += planning.plan_rows(argument=first, values=asked[first], **fixed)
+        rows += planning.plan_rows(argument=first, values=sizes[first], **fixed)
     print(planning.FORMATS[arguments.format](rows), end="")

@@ -15,12 +15,14 @@ from lm_eval_pruned.util.palette import plots_missing
 
 #: How each layer is cut.
 _CUT = ("recipe", "criterion", "repair", "seed", "calibration", "calibration_samples")
+_RECIPE = "recipe for the cut of each layer: study, fast or best (default: best)"
 # fmt: off
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--prune_percents", "P", "shares of a layer to remove, in percent (default: 10 25 50)",
         nargs="+", default=(10, 25, 50)),
-    *map(option_row, _CUT),
+    row("--recipe", "NAME", _RECIPE),
+    *map(option_row, _CUT[1:]),
     loading.TRUST_REMOTE_CODE,
     row("--device", None, "such as cuda:0 (default: cpu)", default="cpu"),
     row("--output_path", "DIR", "folder for sensitivity.json, sensitivity.csv and the plots"),

@@ -14,7 +14,7 @@ OPTIONS = (options.add_arguments,)
 
 def read(arguments, **needs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options of a sweep, and how its units are run; log as `lm_eval` does."""
-    asked = options.read_options(arguments, **needs)
+    chosen = options.read_options(arguments, **needs)
     shard = options.parse_shard(arguments.shard) if arguments.shard else None
     if arguments.config and not arguments.dry_run:
         # `main` has checked what is on the command line.
@@ -23,13 +23,13 @@ def read(arguments, **needs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
     setup_logging()
     how = {"retry_failed": arguments.retry_failed, "dry_run": arguments.dry_run}
-    return asked, {"shard": shard, **how}
+    return chosen, {"shard": shard, **how}
 
 
 def run(arguments) -> int:
     """Run the sweep; return its exit code."""
-    asked, how = read(arguments)
+    chosen, how = read(arguments)
     from lm_eval_pruned.sweeps.plan import plan_sweep
     from lm_eval_pruned.sweeps.run import run_sweep
 
-    return run_sweep(plan_sweep(asked), **how)
+    return run_sweep(plan_sweep(chosen), **how)

@@ -18,7 +18,9 @@ from lm_eval_pruned.util.options import DeclaredOptions, row
 
 _LEFT_OUT = ("output_path", "log_samples", "predict_only")
 _evaluation = GROUPS["evaluation, as in lm_eval run"].items()
-_options = [(name, Any, each) for name, each in _evaluation if name not in _LEFT_OUT]
+_options = [
+    (name, Any, declared) for name, declared in _evaluation if name not in _LEFT_OUT
+]
 Evaluation: Any = make_dataclass("Evaluation", _options, bases=(DeclaredOptions,))
 # fmt: off
 OPTIONS = (
@@ -52,11 +54,11 @@ def run(arguments) -> int:
     from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 
     read_margins(arguments.margin)
-    given = Evaluation.parsed(arguments)
-    read = Evaluation.of(given, "verdict")
+    chosen = Evaluation.parsed(arguments)
+    read = Evaluation.of(chosen, "verdict")
     if repository := arguments.push_to_hub:
         check_repository(repository)
-    options = {name: getattr(read, name) for name in given}
+    options = {name: getattr(read, name) for name in chosen}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
     reading: Any = {"measure": arguments.measure, "read": DocumentReader()}

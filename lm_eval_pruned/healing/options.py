@@ -61,28 +61,33 @@ class HealingOptions(DeclaredOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weight, temperature, why = self.teacher_weight, self.temperature, ""
+        weight, temperature = self.teacher_weight, self.temperature
         if not 0 <= weight <= 1:
-            why = f"teacher_weight={weight} is not a share of the loss: pass a number from 0 to 1"
-        elif not 0 < temperature < math.inf:
-            why = f"temperature={temperature} is not a distillation temperature: pass a number above 0"
-        elif temperature != 1 and not weight:
-            why = f"temperature={temperature} has no effect without a teacher: add "
-            why += "teacher_weight, or leave it out"
-        elif self.peft_args and self.method == "full":
-            why = f"peft_args={written(self.peft_args)} describes an adapter, but method=full trains "
-            why += "none: leave it out, or pass method=lora"
-        if why:
-            raise ValueError(f"{why}.")
+            raise ValueError(
+                f"teacher_weight={weight} is not a share of the loss: pass a number from 0 to 1."
+            )
+        if not 0 < temperature < math.inf:
+            raise ValueError(
+                f"temperature={temperature} is not a distillation temperature: pass a number above 0."
+            )
+        if temperature != 1 and not weight:
+            raise ValueError(
+                f"temperature={temperature} has no effect without a teacher: add teacher_weight, or "
+                "leave it out."
+            )
+        if self.peft_args and self.method == "full":
+            raise ValueError(
+                f"peft_args={written(self.peft_args)} describes an adapter, but method=full trains "
+                "none: leave it out, or pass method=lora."
+            )
 
     def trainer_arguments(self, folder: Path) -> TrainingArguments:
         """Return the arguments of `Trainer`; raise ValueError if transformers refuses one."""
         from transformers import TrainingArguments
 
-        own = {"output_dir": str(folder), "max_steps": self.max_steps or -1}
-        return self._made(
-            TrainingArguments, "training_args", {**self.training(), **own}
-        )
+        fixed = {"output_dir": str(folder), "max_steps": self.max_steps or -1}
+        values = {**self.training(), **fixed}
+        return self._made(TrainingArguments, "training_args", values)
 
     def training(self) -> dict[str, Any]:
         """Return the training arguments that are given, and those that differ by default."""
@@ -95,8 +100,9 @@ class HealingOptions(DeclaredOptions):
 
         if self.method == "full":
             return None
-        own = {"use_dora": self.method == "dora", "task_type": "CAUSAL_LM"}
-        return self._made(LoraConfig, "peft_args", {**ADAPTER, **self.peft_args, **own})
+        fixed = {"use_dora": self.method == "dora", "task_type": "CAUSAL_LM"}
+        values = {**ADAPTER, **self.peft_args, **fixed}
+        return self._made(LoraConfig, "peft_args", values)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the record of a healing holds, and what a resumed one must share."""
@@ -104,21 +110,21 @@ class HealingOptions(DeclaredOptions):
         shared = {"method": self.method, "max_length": self.max_length}
         return {**shared, "teacher": teacher if self.teacher_weight else None}
 
-    def _made(self, kind: Any, argument: str, every: Mapping[str, Any]) -> Any:
-        """Make a library's arguments from `every` one; the option `argument` gives some of them."""
-        given = getattr(self, argument)
-        for name, value in given.items():
-            if every[name] != value:
+    def _made(self, kind: Any, argument: str, values: Mapping[str, Any]) -> Any:
+        """Make a library's arguments of `values`; the option `argument` names some of them."""
+        chosen = getattr(self, argument)
+        for name, value in chosen.items():
+            if values[name] != value:
                 raise ValueError(
                     f"{argument} has {name}={value}, which other options of heal set: leave it "
                     "out."
                 )
         try:
-            return kind(**every)
+            return kind(**values)
         except (TypeError, ValueError, ImportError, AttributeError) as error:
             library = kind.__module__.partition(".")[0]
             raise ValueError(
-                f"{argument}={written(given)} cannot be used ({error}): pass what "
+                f"{argument}={written(chosen)} cannot be used ({error}): pass what "
                 f"{library}.{kind.__name__} takes."
             ) from None
 

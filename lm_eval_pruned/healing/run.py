@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoModelForCausalLM, set_seed
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, adapted_shapes, read_healing
 from lm_eval_pruned.checkpoints.cards import adapter_card, model_card
@@ -15,9 +17,9 @@ from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_checkpoint
-from lm_eval_pruned.healing.cost import TrainingCost
-from lm_eval_pruned.healing.text import digest_of, texts_of, token_blocks
+from lm_eval_pruned.healing.trainer import Checkpoints, HealingTrainer, write_record
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.calibration import read_texts, token_ids
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.stacked import runnable
 from lm_eval_pruned.util.atomic import appearing_whole
@@ -28,41 +30,22 @@ if TYPE_CHECKING:
     import os
 
     from peft import LoraConfig
-    from transformers import (
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-        TrainingArguments,
-    )
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.healing.options import HealingOptions
     from lm_eval_pruned.pruning.calibration import Text
     from lm_eval_pruned.pruning.record import PruneRecord
 
 
-class Healed(NamedTuple):
-    """The folder of the result, or of the last checkpoint if interrupted, and its record."""
-
-    folder: Path
-    record: dict[str, Any]
-    finished: bool
-
-
-def prepare(
-    model_args: dict[str, Any],
-    data: str,
-    texts: list[Text],
-    options: HealingOptions,
-    checkpoints: Path,
-) -> tuple[TrainingArguments, LoraConfig | None, Checkpoint, PreTrainedTokenizerBase]:
-    """Return the arguments of Trainer, the adapter, the model with its pruning, and its tokenizer.
+def resolved(
+    model_args: dict[str, Any], options: HealingOptions, adapter: LoraConfig | None
+) -> Checkpoint:
+    """Return the model with its pruning.
 
     Raises:
-        ValueError: `heal` cannot do this. No weight was read.
+        ValueError: `heal` cannot train it. No weight was read.
     """
-    from transformers import AutoModelForCausalLM
-
-    arguments = options.trainer_arguments(checkpoints)
-    adapter = options.adapter_config()
     where = "training_args say where to train, such as use_cpu=true"
     quantised = "quantised weights cannot be trained, so quantise the result"
     refused = {"peft": "merge it into a checkpoint first"}
@@ -100,9 +83,46 @@ def prepare(
             f"max_length={options.max_length} exceeds the {positions} positions of the model: "
             f"pass at most {positions}."
         )
-    tokenizer = base.load_tokenizer()
-    next(token_blocks(data, texts, tokenizer, options.max_length))
-    return arguments, adapter, base, tokenizer
+    return base
+
+
+def texts_of(file: str) -> list[Text]:
+    """Read JSON Lines as `read_texts` does, or a file ``.txt``, which counts as one text.
+
+    Raises:
+        ValueError: The file is missing, empty or of another form.
+    """
+    if Path(file).suffix.lower() != ".txt":
+        return read_texts(file, argument="data")
+    try:
+        return [Path(file).read_text(encoding="utf-8")]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data={file} cannot be read ({error}): pass a text in UTF-8."
+        ) from None
+
+
+def token_blocks(
+    file: str, texts: list[Text], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Tensor:
+    """Cut texts, with the end of text after each, into blocks of `length` tokens.
+
+    What is left at the end is dropped; `file` is where the texts come from. Returns shape
+    (blocks, length), int64.
+
+    Raises:
+        ValueError: All texts together are shorter than a block.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for text in texts:
+        tokens += [*token_ids(tokenizer, text), *end]
+    if len(tokens) < length:
+        raise ValueError(
+            f"data={file} holds {len(tokens)} tokens, but each step needs blocks of "
+            f"max_length={length}: pass more text or a smaller max_length."
+        )
+    return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
 
 
 def heal(
@@ -113,12 +133,10 @@ def heal(
     *,
     resume: bool = False,
     merge: bool = False,
-    metered: bool = True,
-) -> Healed:
-    """Train a pruned model, to recover some of what pruning cost.
+) -> dict[str, Any]:
+    """Train a pruned model, to recover some of what pruning cost, and return its record.
 
-    Checkpoints go to `checkpoints_of` `output`, which appears when the training is over. The first
-    Ctrl-C ends it after the step that runs, with a checkpoint.
+    Checkpoints go to ``OUTPUT.checkpoints``; `output` appears when the training is over.
 
     Args:
         model_args: ``pretrained``, arguments of pruning and what else ``from_pretrained`` takes.
@@ -126,7 +144,6 @@ def heal(
         output: Folder to write; it must not exist, or be empty.
         resume: Continue from the last checkpoint of the same healing.
         merge: Also write the merged model, as a checkpoint in the folder ``merged`` below `output`.
-        metered: Whether to measure the energy of the training.
 
     Raises:
         ValueError: An argument, the text or the checkpoint to resume from is of no use.
@@ -134,23 +151,24 @@ def heal(
         OSError: The model cannot be read, or the result not be written.
     """
     check_output(output := Path(output))
-    checkpoints = checkpoints_of(output)
+    folder = output.resolve().with_name(f"{output.resolve().name}.checkpoints")
     if merge and options.method == "full":
         raise ValueError(
             "merge adds an adapter to its model, but method=full trains none: leave it out, the "
             "output is an ordinary checkpoint already."
         )
-    last = _checkpoint(checkpoints, resume)
+    last = _checkpoint(folder, resume)
     texts, length = texts_of(data), options.max_length
-    arguments, adapter, base, tokenizer = prepare(
-        model_args, data, texts, options, checkpoints
-    )
-    blocks = [*map(torch.tensor, token_blocks(data, texts, tokenizer, length))]
-    text = {"file": Path(data).name, "sha256": digest_of(data), "texts": len(texts)}
+    arguments, adapter = options.trainer_arguments(folder), options.adapter_config()
+    base = resolved(model_args, options, adapter)
+    tokenizer = base.load_tokenizer()
+    blocks = token_blocks(data, texts, tokenizer, length)
+    digest = hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    text = {"file": Path(data).name, "sha256": digest, "texts": len(texts)}
     record = {
         "lm_eval_pruned": version("lm-eval-pruned"),
         **options.as_dict(),
-        "data": {**text, "tokens": len(blocks) * length},
+        "data": {**text, "tokens": blocks.numel()},
         "training_args": options.training(),
     }
     before = (last and read_healing(str(last))) or {}
@@ -159,10 +177,6 @@ def heal(
     pruned: PruneRecord = model.prune_record
     record["pruning"] = pruned.as_dict()
     _check_same(last, before and _left(before["pruning"]), _left(record["pruning"]))
-
-    from transformers import set_seed
-
-    from lm_eval_pruned.healing import trainer as training
 
     model.config.use_cache = False
     set_seed(arguments.seed)
@@ -174,17 +188,15 @@ def heal(
     teacher: PreTrainedModel | None = None
     if options.teacher_weight:
         teacher = base.with_stored_widths().load_whole().eval().requires_grad_(False)
-    running = contextlib.nullcontext() if teacher is None else runnable(teacher)
-    metering = contextlib.closing(TrainingCost(metered=metered, before=before))
-    with metering as cost, running:
-        checkpointing = training.Checkpoints(record, cost)
-        trainer = training.HealingTrainer(
+    with contextlib.nullcontext() if teacher is None else runnable(teacher):
+        checkpoints = Checkpoints(record, before.get("seconds", 0.0))
+        trainer = HealingTrainer(
             teacher,
             options,
             model=model,
             args=arguments,
             train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
-            callbacks=[checkpointing],
+            callbacks=[checkpoints],
         )
         if teacher is not None:
             # Tensors that an adapter leaves alone are in memory once.
@@ -193,26 +205,17 @@ def heal(
                 if ours is not None and torch.equal(ours.to(theirs.device), theirs):
                     theirs.data = ours.data
             teacher.to(arguments.device)  # type: ignore[arg-type]
-        with checkpointing.listening():
-            trainer.train_from(last)
-        steps = trainer.state.global_step
-        record |= {"steps": steps, **cost.so_far()}
+        trainer.train_from(last)
+        record |= checkpoints.spent(trainer.state)
     rows = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    record["tokens_seen"] = steps * rows * arguments.world_size * length
-    if steps < trainer.state.max_steps:
-        return Healed(checkpoints / f"checkpoint-{steps}", record, finished=False)
+    record["tokens_seen"] = record["steps"] * rows * arguments.world_size * length
     if trainer.is_world_process_zero():
         trained: Any = trainer.accelerator.unwrap_model(trainer.model)
         with appearing_whole(output) as unfinished:
             _write(trained, base, pruned, unfinished, record, merge=merge)
-            training.write_record(unfinished, record)
+            write_record(unfinished, record)
     trainer.accelerator.wait_for_everyone()
-    return Healed(output, record, finished=True)
-
-
-def checkpoints_of(output: Path) -> Path:
-    """Return where the checkpoints of a healing lie."""
-    return output.resolve().with_name(f"{output.resolve().name}.checkpoints")
+    return record
 
 
 def _checkpoint(folder: Path, resume: bool) -> Path | None:

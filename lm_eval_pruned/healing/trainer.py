@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import sys
-import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lm_eval_pruned.checkpoints.adapters import HEALING
-from lm_eval_pruned.healing.distillation import distillation_loss
 from lm_eval_pruned.util.atomic import write_atomically
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.healing.cost import TrainingCost
     from lm_eval_pruned.healing.options import HealingOptions
+
+
+def distillation_loss(logits: Tensor, expected: Tensor, temperature: float) -> Tensor:
+    """Return how far the distribution of each next token is from a teacher's.
+
+    ``T ** 2 * KL(softmax(expected / T) || softmax(logits / T))``, the mean over the positions
+    that predict a token of their block. The factor keeps gradients of one size over
+    temperatures. Probabilities are float32; those of one row are in memory at a time, and are
+    computed again for the gradient.
+
+    Args:
+        logits: Shape (rows, tokens, vocabulary).
+        expected: Those of the teacher, of the same shape.
+        temperature: T.
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv 1503.02531, section 2.
+    """
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        predicted, wanted = (
+            log_softmax(row.float() / temperature, dim=-1) for row in (student, teacher)
+        )
+        return kl_div(predicted, wanted, reduction="sum", log_target=True)
+
+    pairs = zip(logits[:, :-1], expected[:, :-1], strict=True)
+    rows = [checkpoint(divergence, *pair, use_reentrant=False) for pair in pairs]
+    return temperature**2 * torch.stack(rows).mean() / (logits.shape[1] - 1)
 
 
 class HealingTrainer(Trainer):
@@ -65,59 +88,31 @@ class HealingTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, **more)
         with torch.no_grad():
             expected = self._teacher(input_ids=inputs["input_ids"]).logits
-        weight = self._weight
-        loss: Any = 0.0
-        if weight == 1:
-            # Next-token loss would be computed, and its gradient, to be multiplied by 0.
-            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-        else:
-            loss, outputs = super().compute_loss(model, inputs, True, **more)
+        loss, outputs = super().compute_loss(model, inputs, True, **more)
         distance = distillation_loss(outputs.logits, expected, self._temperature)
-        loss = (1 - weight) * loss + weight * distance
+        loss = (1 - self._weight) * loss + self._weight * distance
         return (loss, outputs) if return_outputs else loss
 
 
 class Checkpoints(TrainerCallback):
-    """Writes a record into each checkpoint, and makes one when the training is interrupted."""
+    """Writes a record into each checkpoint, with the seconds of training so far.
 
-    def __init__(self, record: dict[str, Any], cost: TrainingCost) -> None:
-        self._record, self._cost, self._stopping = record, cost, False
+    `seconds` were spent before, up to the checkpoint that this training continues from.
+    """
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Begin to count what is spent."""
-        self._cost.begin(on_gpu=args.device.type == "cuda")
+    def __init__(self, record: dict[str, Any], seconds: float) -> None:
+        self._record, self._began = record, time.monotonic() - seconds
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Save and stop, if that was asked for."""
-        if self._stopping:
-            control.should_save = control.should_training_stop = True
+    def spent(self, state: TrainerState) -> dict[str, Any]:
+        """Return the steps and seconds of a training, as its record holds them."""
+        seconds = round(time.monotonic() - self._began, 1)
+        return {"steps": state.global_step, "seconds": seconds}
 
     def on_save(self, args, state, control, **kwargs):
         """Write the record of this step, last: a checkpoint without it is not whole."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            spent = {"steps": state.global_step} | self._cost.so_far()
-            write_record(folder, self._record | spent)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the first Ctrl-C as the wish to stop; a second one interrupts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def ask(number, frame) -> None:
-            self._stopping = True
-            signal.signal(signal.SIGINT, before)
-            told = "Stopping after this step, with a checkpoint; Ctrl-C again stops at once."
-            print(f"\n{told}", file=sys.stderr)
-
-        signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+            write_record(folder, self._record | self.spent(state))
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -90,25 +90,24 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
     """
     model = widths.skeleton
     check_observable(model, "allocation=uniform", stacked=True)
-    held: dict[int, Counter[str]] = defaultdict(Counter)
+    mlps_of: dict[int, Counter[str]] = defaultdict(Counter)
     for mlp in widths.mlps:
         if plan.includes_layer(mlp.block):
             what = "expert" if mlp.kind == "expert" else f"{mlp.kind} MLP"
-            held[mlp.block][what] += 1
-    first = min(held, default=0)
-    for layer, mlps in held.items():
-        if mlps != held[first]:
-            has = [
-                " and ".join(
-                    f"{n} {what}{'s' if n > 1 else ''}" for what, n in each.items()
-                )
-                for each in (held[first], mlps)
-            ]
+            mlps_of[mlp.block][what] += 1
+    first = min(mlps_of, default=0)
+    for layer, mlps in mlps_of.items():
+        if mlps != mlps_of[first]:
             raise UnsupportedModelError(
-                f"{describe(model)} has {has[0]} in layer {first} and {has[1]} in layer {layer}, "
-                f"whose neurons allocation={plan.allocation} cannot weigh against each other: name "
+                f"{describe(model)} has {_counted(mlps_of[first])} in layer {first} and "
+                f"{_counted(mlps)} in layer {layer}, whose neurons allocation={plan.allocation} cannot weigh against each other: name "
                 "layers that are alike with layers, or leave it out."
             )
+
+
+def _counted(kinds: Counter[str]) -> str:
+    """Return how many MLPs of each kind there are, in words."""
+    return " and ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in kinds.items())
 
 
 def marginal_costs(width: int, kept: Sequence[int], rises: Sequence[float]) -> Costs:
@@ -129,16 +128,16 @@ def marginal_costs(width: int, kept: Sequence[int], rises: Sequence[float]) -> C
         [2.0, 2.0, 2.0, 2.0]
     """
     points = [(0, 0.0)]
-    removed = [width - each for each in kept]
+    removed = [width - left for left in kept]
     for x, y in sorted(zip(removed, rises, strict=True)):
         while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(
             points[-1], (x, y)
         ):
             points.pop()
         points.append((x, y))
-    ends = [*(x for x, _ in points[1:-1]), width]
-    slopes = [_slope(*each) for each in pairwise(points)]
-    return np.repeat(slopes, np.diff([0, *ends]))
+    bends = [*(x for x, _ in points[1:-1]), width]
+    slopes = [_slope(*ends) for ends in pairwise(points)]
+    return np.repeat(slopes, np.diff([0, *bends]))
 
 
 def _slope(one: tuple[int, float], other: tuple[int, float]) -> float:
@@ -175,8 +174,8 @@ def allocate(
         ended = curve[width - high : width - low if high >= low else width - high]
         blocks.append(ended.reshape(-1, multiple_of).sum(1))
     wanted = max(0, -(-(sum(widest) - neurons) // multiple_of))
-    layer = np.repeat(np.arange(len(costs)), [len(each) for each in blocks])
+    layer = np.repeat(np.arange(len(costs)), [len(block) for block in blocks])
     cheapest = np.argsort(np.concatenate(blocks), kind="stable")[:wanted]
     taken = np.bincount(layer[cheapest], minlength=len(costs)).tolist()
     pairs = zip(widest, taken, strict=True)
-    return tuple(high - multiple_of * each for high, each in pairs)
+    return tuple(high - multiple_of * blocks for high, blocks in pairs)

@@ -69,7 +69,11 @@ def _tell_percent(name: str, value: str) -> None:
     meant = float(100 * Fraction(value))
     logger.warning(
         "%s=%s removes %s %% of the neurons; for %g %% pass %g.",
-        *(name, value, value, meant, meant),
+        name,
+        value,
+        value,
+        meant,
+        meant,
     )
 
 

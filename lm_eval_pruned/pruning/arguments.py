@@ -147,12 +147,12 @@ class PruneArguments(DeclaredOptions):
         object, None, "N", check=dropped_layers, several="drop_layers"
     )
     drop_by: str = option(
-        *(object, LAST, "NAME"),
-        check=_depth_rule,
-        text=(BLOCK_INFLUENCE,),
+        object, LAST, "NAME", check=_depth_rule, text=(BLOCK_INFLUENCE,)
     )
     allocation: str = option(
-        *(object, None, "NAME"),
+        object,
+        None,
+        "NAME",
         choices=ALLOCATIONS,
         several="allocations",
         text=(SENSITIVITY,),
@@ -161,13 +161,17 @@ class PruneArguments(DeclaredOptions):
         object, STUDY, "NAME", choices=tuple(RECIPES), several="recipes"
     )
     criterion: str = option(
-        *(object, None, "NAME"),
+        object,
+        None,
+        "NAME",
         check=lambda _, value: canonical_name(value, chosen=True),
         several="criteria",
         text=CALIBRATED,
     )
     repair: str = option(
-        *(object, None, "NAME"),
+        object,
+        None,
+        "NAME",
         choices=REPAIRS,
         several="repairs",
         text=(LEAST_SQUARES,),
@@ -361,13 +365,8 @@ def take_prune_arguments(keywords: dict[str, Any]) -> dict[str, Any]:
 
 def option_row(name: str, *, several: bool = False) -> Row:
     """Return the row of a command's option: ``ratio``, or, with `several`, ``ratios``."""
-    _, how = PruneArguments.row(SEVERAL[name] if several else name)
-    more = {"help": help_of(name, several=True), "nargs": "+"} if several else {}
-    return f"--{name}", how | more
-
-
-def help_of(name: str, *, several: bool = False) -> str:
-    """Return the line for ``--help`` of the option that `option_row` declares."""
-    if several:
-        return f"{PruneArguments.help_of(SEVERAL[name])}; one model each"
-    return PruneArguments.help_of(name)
+    if not several:
+        return PruneArguments.row(name)
+    _, how = PruneArguments.row(SEVERAL[name])
+    about = f"{how['help']}; one model each"
+    return f"--{name}", how | {"help": about, "nargs": "+"}

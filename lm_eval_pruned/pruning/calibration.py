@@ -8,7 +8,6 @@ beside this file, which shares no run of eight words with the benchmarks that th
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
@@ -24,7 +24,6 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
 )
 from lm_eval_pruned.pruning.stacked import runnable
-from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -41,33 +40,18 @@ logger = logging.getLogger("lm_eval.pruned.calibration")
 MAX_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class NeuronActivity:
-    """How strongly the neurons of a GLU-MLP fired, x being the input of down: (I,), float64.
-
-    Attributes:
-        norm: l2 norm of x over all tokens of all texts.
-        summed_norms: Sum over the texts of the l2 norm of x over the tokens of each.
-    """
-
-    norm: Tensor
-    summed_norms: Tensor
-
-
 class Calibration(NamedTuple):
     """What the neurons of a model do on some text, as `measured_once` keeps it.
 
     Attributes:
-        norms: By name of the GLU-MLP, shape (2, I), float64: those of `NeuronActivity`.
+        norms: How strongly the neurons of each GLU-MLP fired, by its name, shape (2, I), float64:
+            the l2 norm of what goes into down over all tokens of all texts; and the sum over the
+            texts of its l2 norm over the tokens of each.
         measured_on: `CalibrationText.as_dict` of the text, and the device unless it is the CPU.
     """
 
     norms: dict[str, Tensor]
     measured_on: dict[str, Any]
-
-    def activity(self, name: str) -> NeuronActivity:
-        """Return what the neurons of a GLU-MLP do."""
-        return NeuronActivity(*self.norms[name])
 
 
 def read_texts(
@@ -109,7 +93,7 @@ def _text_of(line: str, where: str) -> Text:
         if isinstance(text, str) and text:
             return text
         several = isinstance(messages, list) and messages
-        if several and all(isinstance(each, dict) for each in several):
+        if several and all(isinstance(message, dict) for message in several):
             return several
     raise ValueError(
         f'{where} is not a JSON object with "text" (a string) or "messages" (a list of objects '
@@ -209,6 +193,11 @@ def watched(
             handle.remove()
 
 
+def progress_bar(total: int, what: str) -> tqdm:
+    """Return a bar that counts the steps of `what` on a terminal, and shows nothing elsewhere."""
+    return tqdm(total=total, desc=what, unit="step", leave=False, disable=None)
+
+
 def run_texts(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
@@ -223,16 +212,10 @@ def run_texts(
     default for one forward pass.
     """
     run = run or (lambda tokens: model(input_ids=tokens, use_cache=False))
-    with watched(model, hooks or {}), steps(len(texts), what) as step:
+    with watched(model, hooks or {}), progress_bar(len(texts), what) as bar:
         for text in texts:
             run(text.to(model.device))
-            step(1)
-
-
-@functools.cache
-def tell_device(device: torch.device) -> None:
-    """Log once on which device text runs."""
-    logger.info("Calibration text runs on %s.", device)
+            bar.update()
 
 
 def unless_cpu(device: torch.device) -> dict[str, str]:
@@ -269,14 +252,16 @@ def calibrate(model: PreTrainedModel, text: CalibrationText) -> Calibration:
                 f"The calibration text makes {name} produce NaN or infinite activations: use "
                 "another dtype, such as dtype=float32, or other text."
             )
-    on = text.as_dict() | unless_cpu(model.device)
+    measured_on = text.as_dict() | unless_cpu(model.device)
     logger.info(
         "Calibrated on %d texts (%d tokens) of %s.",
-        *(on["texts"], on["tokens"], text.path),
+        measured_on["texts"],
+        measured_on["tokens"],
+        text.path,
     )
     for total in sums.values():
         total[0].sqrt_()
-    return Calibration(sums, on)
+    return Calibration(sums, measured_on)
 
 
 def check_observable(

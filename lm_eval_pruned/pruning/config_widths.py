@@ -108,9 +108,9 @@ def find_keys(
                 why = f"{key} in its config also sets the shape of {min(reshaped)}"
                 refusals[mlp.name] = why
             elif doubled.get(mlp.name) == 2 * mlp.width:
-                own = key if type(value) is int else key.of_layer(mlp.block)
-                factor = Fraction(mlp.width, own.get(config))
-                keys[mlp.name] = dataclasses.replace(own, factor=factor)
+                single = key if type(value) is int else key.of_layer(mlp.block)
+                factor = Fraction(mlp.width, single.get(config))
+                keys[mlp.name] = dataclasses.replace(single, factor=factor)
     for name, reason in refusals.items():
         if name not in keys:
             raise UnsupportedModelError(
@@ -120,7 +120,7 @@ def find_keys(
 
 
 def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
-    return {(name, tuple(each.shape)) for name, each in model.state_dict().items()}
+    return {(name, tuple(t.shape)) for name, t in model.state_dict().items()}
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[WidthKey]:

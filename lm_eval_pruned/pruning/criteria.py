@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.metadata import EntryPoint
 
-    import numpy as np
     from torch import Tensor
-
-    from lm_eval_pruned.pruning.calibration import NeuronActivity
 
 #: The control: scores that do not look at the weights.
 RANDOM = "random"
@@ -32,8 +29,6 @@ GROUP = "lm_eval_pruned.criteria"
 
 #: Rows are scored in blocks of about this many elements, which bounds the float32 copy.
 _BLOCK_ELEMENTS = 1 << 20
-#: As many 16-bit elements fit into an L2 cache.
-_CACHED_ELEMENTS = 1 << 18
 _TINY = 1e-30
 
 
@@ -43,9 +38,8 @@ class Criterion:
 
     Attributes:
         score: Takes gate and up, shape (neurons, H), and for ``activity`` also down, shape
-            (H, neurons), and the `NeuronActivity`. Returns shape (neurons,), float32.
+            (H, neurons), and `Calibration.norms`. Returns shape (neurons,), float32.
         formula: What it computes of row g of gate, row u of up and column d of down.
-        source: Where the formula is from.
         needs: ``extremes`` of gate and up only, where no rounding depends on the device, and
             finite scores prove that the weights are finite; ``weights``, all of gate and up;
             or ``activity``, what the neurons do on calibration text.
@@ -53,7 +47,6 @@ class Criterion:
 
     score: Callable[..., Tensor]
     formula: str
-    source: str = ""
     needs: str = "weights"
 
 
@@ -74,94 +67,49 @@ def _variance(rows: Tensor) -> Tensor:
 
 
 def _peak_to_peak(rows: Tensor) -> Tensor:
-    highest, lowest = _extremes(rows)
-    return highest + lowest.abs()
+    return rows.amax(dim=1).float() + rows.amin(dim=1).float().abs()
 
 
 def _largest_magnitude(rows: Tensor) -> Tensor:
-    highest, lowest = _extremes(rows)
-    return highest.abs().maximum(lowest.abs())
+    return rows.amax(dim=1).abs().maximum(rows.amin(dim=1).abs()).float()
 
 
-def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest and the smallest weight of each row, float32; one is NaN if any is."""
-    import numpy as np
-    import torch
-
-    words = as_words(rows)
-    if words is None:
-        return rows.amax(dim=1).float(), rows.amin(dim=1).float()
-    # Read as integers, floats with a sign bit are below the others, and above them without
-    # sign; among themselves, those that are farther from 0 have the larger bits.
-    step = max(1, _CACHED_ELEMENTS // words.shape[1])
-    blocks = (words[start : start + step] for start in range(0, len(words), step))
-    pairs = [(b.max(axis=1), b.view(np.uint16).max(axis=1)) for b in blocks]
-    extremes = [
-        np.concatenate(parts).view(np.int16) for parts in zip(*pairs, strict=True)
-    ]
-    bits = torch.from_numpy(np.stack(extremes))
-    highest, lowest = bits.view(rows.dtype).float()
-    one_sign = (bits[0] < 0) | (bits[1] >= 0)
-    highest[one_sign] = rows[one_sign].amax(dim=1).float()
-    lowest[one_sign] = rows[one_sign].amin(dim=1).float()
-    return highest, lowest
-
-
-def as_words(weights: Tensor) -> np.ndarray | None:
-    """Return the bits of 16-bit floats on the CPU as int16, in the same memory.
-
-    On them numpy finds extremes and gathers columns two to three times as fast as torch does.
-    None for any other tensor, also for subclasses, which may hold their numbers otherwise.
-    """
-    import torch
-
-    plain = type(weights) in (torch.Tensor, torch.nn.Parameter)
-    on_cpu = weights.device.type == "cpu" and weights.is_contiguous()
-    if not plain or not on_cpu or weights.element_size() != 2:
-        return None
-    return weights.detach().view(torch.int16).numpy()
-
-
-def _maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity):
+def _maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: Tensor) -> Tensor:
     # p is `_peak_to_peak`; its maxima run over the neurons; s sums over texts the norm in each.
     structure = sum(
         peaks / peaks.max().clamp_min(_TINY)
         for peaks in map(_peak_to_peak, (gate, up, down.T))
     )
-    return structure * activity.summed_norms.float().to(gate.device)
+    return structure * activity[1].float().to(gate.device)
 
 
-def _act(gate: Tensor, up: Tensor, down: Tensor, activity: NeuronActivity) -> Tensor:
+def _act(gate: Tensor, up: Tensor, down: Tensor, activity: Tensor) -> Tensor:
     # x are the values of the neuron at all tokens: the l2 norm of Wanda's scores by column.
-    return down.float().norm(p=2, dim=0) * activity.norm.float().to(down.device)
+    return down.float().norm(p=2, dim=0) * activity[0].float().to(down.device)
 
 
-_STUDY = "arXiv 2512.22671, section 3.2"
+#: Where each comes from: ``docs/criteria.md``.
 CRITERIA = {
     "maw": Criterion(
         _sum(_peak_to_peak),
         "(max g + |min g|) + (max u + |min u|)",
-        "arXiv 2512.22671, equation 5; Maximum Absolute Weight in its first version",
-        "extremes",
+        needs="extremes",
     ),
     "max_abs": Criterion(
         _sum(_largest_magnitude), "max |g| + max |u|", needs="extremes"
     ),
     "l1": Criterion(_sum(_norm(1)), "sum |g| + sum |u|"),
     "l2": Criterion(_sum(_norm(2)), "sqrt(sum g²) + sqrt(sum u²)"),
-    "vow": Criterion(_sum(_variance), "var g + var u, with divisor H - 1", _STUDY),
-    "pon": Criterion(_product(_norm(1)), "sum |g| · sum |u|", _STUDY),
+    "vow": Criterion(_sum(_variance), "var g + var u, with divisor H - 1"),
+    "pon": Criterion(_product(_norm(1)), "sum |g| · sum |u|"),
     "maw_act": Criterion(
         _maw_act,
         "(p(g) / max p(g) + p(u) / max p(u) + p(d) / max p(d)) · s",
-        "optipfair 0.4.2, after CFSP (arXiv 2409.13199), with one text per batch",
-        "activity",
+        needs="activity",
     ),
-    "act": Criterion(
-        _act, "sqrt(sum d²) · sqrt(sum x²)", "arXiv 2306.11695, equation 1", "activity"
-    ),
+    "act": Criterion(_act, "sqrt(sum d²) · sqrt(sum x²)", needs="activity"),
 }
-#: Criteria that score by `NeuronActivity`, and those that need calibration text.
+#: Criteria that score by what neurons do on text, and those that need calibration text.
 ACTIVITY = tuple(
     name for name, criterion in CRITERIA.items() if criterion.needs == "activity"
 )
@@ -189,14 +137,13 @@ def beaten_by_chance(cut: str, removed: float) -> str | None:
         cut: A key of `CHANCE_BEATS`, or another criterion.
         removed: The share. What was measured next to it counts.
     """
-    percents = CHANCE_BEATS.get(cut, {})
-    if max(10, 10 * round(10 * removed)) not in {
-        n for shares in percents.values() for n in shares
-    }:
+    shares_by_model = CHANCE_BEATS.get(cut, {})
+    measured = max(10, 10 * round(10 * removed))
+    if not any(measured in shares for shares in shares_by_model.values()):
         return None
     where = " and ".join(
         f"{model} ({', '.join(map(str, shares))} % removed)"
-        for model, shares in percents.items()
+        for model, shares in shares_by_model.items()
     )
     default = ", the default, repeats the study and" if cut == "maw" else ""
     return (
@@ -237,7 +184,7 @@ def score_neurons(
     layer: int = 0,
     seed: int = 0,
     down: Tensor | None = None,
-    activity: NeuronActivity | None = None,
+    activity: Tensor | None = None,
     name: str = "mlp",
 ) -> Tensor:
     """Score the neurons of one GLU-MLP.
@@ -249,7 +196,7 @@ def score_neurons(
         layer: Position of the MLP in its model; with `seed` it fixes ``random``.
         seed: Seed of ``random``; other criteria ignore it.
         down: ``down_proj.weight``, shape (H, I), for the criteria in `CALIBRATED`.
-        activity: What the neurons did on calibration text, for the same criteria.
+        activity: What the neurons did on calibration text, for the same criteria: see `Calibration`.
         name: Path of the MLP in its model, for messages.
 
     Returns:
@@ -262,13 +209,12 @@ def score_neurons(
     """
     import torch
 
-    known = CRITERIA.get(criterion)
-    needs = "weights" if known is None else known.needs
-    gate, up, scores = gate.detach(), up.detach(), None
+    gate, up = gate.detach(), up.detach()
     if down is not None:
         down = down.detach()
         check_finite(f"{name}.down_proj.weight", down)
-    if known is not None and needs == "extremes":
+    known, scores = CRITERIA.get(criterion), None
+    if known is not None and known.needs == "extremes":
         scores = known.score(gate, up)
     if scores is None or not scores.isfinite().all():
         check_finite(f"{name}.gate_proj.weight", gate)
@@ -289,7 +235,7 @@ def score_neurons(
                 f"them maybe NaN or infinite: it must return {len(gate)} finite numbers."
             )
         return scores
-    if needs == "activity":
+    if known.needs == "activity":
         return known.score(gate, up, down, activity)
     rows = max(1, _BLOCK_ELEMENTS // gate.shape[1])
     blocks = zip(gate.split(rows), up.split(rows), strict=True)

@@ -23,10 +23,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from lm_eval_pruned.pruning.calibration import watched
+from lm_eval_pruned.pruning.calibration import progress_bar, watched
 from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layer_by_layer import computing
-from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -97,10 +96,10 @@ def curvature(
     Raises:
         ValueError: A gradient is NaN or infinite.
     """
-    places = {mlp.name: _output_of(model, mlp) for mlp in mlps}
-    hidden = {places[mlp.name]: mlp.hidden_size for mlp in mlps}
+    outputs = {mlp.name: _output_of(model, mlp) for mlp in mlps}
+    hidden = {outputs[mlp.name]: mlp.hidden_size for mlp in mlps}
     sums = {n: torch.zeros(h, h, device=model.device) for n, h in hidden.items()}
-    total, predicted = 0.0, 0
+    loss, predicted = 0.0, 0
     draws = torch.Generator(model.device).manual_seed(0)
 
     def add(module: nn.Module, gradient: Tensor) -> None:
@@ -109,9 +108,9 @@ def curvature(
 
     watch = functools.partial(_watch, add)
     with (
-        watched(model, dict.fromkeys(places.values(), watch)),
+        watched(model, dict.fromkeys(outputs.values(), watch)),
         _differentiable(model),
-        steps(len(texts), "curvature") as step,
+        progress_bar(len(texts), "curvature") as bar,
     ):
         for text in texts:
             tokens = text.to(model.device)
@@ -123,13 +122,13 @@ def curvature(
                 drawn = torch.multinomial(chances, 1, generator=draws)
                 cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
             before, after = logits.detach()[:-1], tokens[0, 1:]
-            total += float(cross_entropy(before, after, reduction="sum"))
+            loss += float(cross_entropy(before, after, reduction="sum"))
             predicted += len(after)
-            step(1)
+            bar.update()
     seen = sum(text.numel() for text in texts)
-    roots = {module: _root(each / seen, module) for module, each in sums.items()}
-    named = {name: roots[place] for name, place in places.items()}
-    return Curvature(total / max(predicted, 1), named)
+    roots = {module: _root(total / seen, module) for module, total in sums.items()}
+    named = {name: roots[module] for name, module in outputs.items()}
+    return Curvature(loss / max(predicted, 1), named)
 
 
 def _output_of(model: PreTrainedModel, mlp: GluMlp) -> nn.Module:
@@ -178,7 +177,7 @@ def _twice(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any]]:
 @contextlib.contextmanager
 def _differentiable(model: PreTrainedModel) -> Iterator[None]:
     """Have a model whose activations alone get gradients."""
-    before = {each: each.requires_grad for each in model.parameters()}
+    before = {weight: weight.requires_grad for weight in model.parameters()}
     model.requires_grad_(False)
     try:
         with torch.enable_grad():

@@ -87,26 +87,26 @@ class Depth:
         Raises:
             ValueError: A layer does not exist, or none would stay.
         """
-        asked: Any = arguments.drop_layers
-        if asked is None:
+        chosen: Any = arguments.drop_layers
+        if chosen is None:
             return None
-        if isinstance(asked, int):
-            written, count = str(asked), asked
-            said = {"drop_layers": written}
+        if isinstance(chosen, int):
+            written, count = str(chosen), chosen
+            asked = {"drop_layers": written}
             if arguments.measures_depth:
-                said["drop_by"] = arguments.drop_by
+                asked["drop_by"] = arguments.drop_by
             order = [*range(layers - 2, -1, -1)]
             if influence is not None:
                 # Of layers alike, the later goes.
                 order = sorted(range(layers), key=lambda n: (influence[n], -n))
             dropped, instead = order[:count], f"pass a number from 1 to {layers - 1}"
         else:
-            written, count, dropped = written_layers(asked), len(asked), asked
-            said = {"drop_layers": f"[{written}]"}
+            written, count, dropped = written_layers(chosen), len(chosen), chosen
+            asked = {"drop_layers": f"[{written}]"}
             instead = "leave out at least one of them"
-            if asked[-1] >= layers:
+            if chosen[-1] >= layers:
                 raise ValueError(
-                    f"drop_layers={written} names layer {asked[-1]}, but the layers of this model "
+                    f"drop_layers={written} names layer {chosen[-1]}, but the layers of this model "
                     f"are 0-{layers - 1}."
                 )
         if count >= layers:
@@ -115,7 +115,7 @@ class Depth:
             )
         kept = tuple(n for n in range(layers) if n not in dropped)
         decided = None if influence is None else tuple(influence)
-        return cls(layers, kept, said, decided, measured_on)
+        return cls(layers, kept, asked, decided, measured_on)
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -124,16 +124,18 @@ class Depth:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the results file holds (JSON types only)."""
-        found: dict[str, Any] = {
+        record: dict[str, Any] = {
             "layers_before": self.before,
             "layers_dropped": written_layers(self.dropped),
             "layers_kept": written_layers(self.kept),
         }
         if self.influence is not None and self.measured_on is not None:
             influence = enumerate(self.influence)
-            found["block_influence"] = {str(n): round(each, 8) for n, each in influence}
-            found["influence_measured_on"] = dict(self.measured_on)
-        return found
+            record["block_influence"] = {
+                str(n): round(value, 8) for n, value in influence
+            }
+            record["influence_measured_on"] = dict(self.measured_on)
+        return record
 
 
 def count_layers(model: PreTrainedModel) -> int:
@@ -222,7 +224,7 @@ def attributes_that_change(
     path, layers = layers_of(whole)
     whole.set_submodule(path, nn.ModuleList(layers[old] for old in depth.kept))
     others = dict(shallow.named_modules())
-    found: list[Change] = []
+    changes: list[Change] = []
     for name, module in whole.named_modules():
         other, before = others.pop(name, None), name
         expected: tuple[int, ...] = (depth.before, len(depth.kept))
@@ -246,10 +248,10 @@ def attributes_that_change(
             if values != expected and (inside or not summary):
                 raise _depends(whole, f"{before}.{attribute}")
             if values[1] is not None:
-                found.append((name, attribute, values[1]))
+                changes.append((name, attribute, values[1]))
     if others:
         raise _depends(whole, path)
-    return found
+    return changes
 
 
 def _remembered(module: nn.Module) -> dict[str, Any]:
@@ -281,7 +283,7 @@ def drop_layers(
     text = text_config(model.config)
     # The parts of a model may have copies of one config.
     configs = [text, *(getattr(module, "config", None) for module in model.modules())]
-    for config in {id(each): each for each in configs}.values():
+    for config in {id(config): config for config in configs}.values():
         if type(config) is type(text) and config.num_hidden_layers == depth.before:
             undo.callback(vars(config).update, copy.deepcopy(vars(config)))
             _make_shallow(config, depth)

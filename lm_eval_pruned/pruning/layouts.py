@@ -198,11 +198,11 @@ def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
 
 def regions_by_parameter(mlps: Iterable[GluMlp]) -> dict[str, list[Entry]]:
     """Map each parameter to the GLU-MLPs, ``(projection, part)`` and regions in it."""
-    found: dict[str, list[Entry]] = {}
+    entries: dict[str, list[Entry]] = {}
     for mlp in mlps:
         for place, region in mlp.regions.items():
-            found.setdefault(region.parameter, []).append((mlp, place, region))
-    return found
+            entries.setdefault(region.parameter, []).append((mlp, place, region))
+    return entries
 
 
 @torch.no_grad()
@@ -267,7 +267,7 @@ def _language_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]
     text, root = text_config(model.config), ""
     if not model.config.is_encoder_decoder and type(text) is not type(model.config):
         configs = {p: getattr(m, "config", None) for p, m in model.named_modules()}
-        root = next((p for p, each in configs.items() if type(each) is type(text)), "")
+        root = next((p for p, c in configs.items() if type(c) is type(text)), "")
     towers: tuple[str, ...] = ()
     for path, module in model.get_submodule(root).named_modules(prefix=root):
         if path.startswith(towers):
@@ -310,15 +310,15 @@ def _mlps_of(path: str, module: nn.Module) -> Iterator[tuple[str, Regions]]:
         UnsupportedModelError: It cannot be pruned; the message lacks the model.
     """
     children = dict(module.named_children())
-    own = {name for name, _ in module.named_parameters(recurse=False)}
+    parameters = {name for name, _ in module.named_parameters(recurse=False)}
     for names in LAYOUTS:
-        stacked, fused = own >= {*names}, names[0] == names[1]
+        stacked, fused = parameters >= {*names}, names[0] == names[1]
         if children.keys() >= {*names} or (stacked and fused):
             break
     else:
         return
     kinds = {} if stacked else {type(children[n]).__name__: children[n] for n in names}
-    if not all(isinstance(each, nn.Linear) for each in kinds.values()):
+    if not all(isinstance(child, nn.Linear) for child in kinds.values()):
         raise UnsupportedModelError(
             f"holds {path} in {', '.join(sorted(kinds))}: only dense nn.Linear projections can be "
             "pruned, unquantised and without adapters."
@@ -331,7 +331,7 @@ def _mlps_of(path: str, module: nn.Module) -> Iterator[tuple[str, Regions]]:
             f"has {path}.{extra[0]} inside its MLP: a neuron of it is more than its gate, up and "
             "down weights, so it cannot be pruned by slicing."
         )
-    gate, down = (list(held[names[each] + weight].shape) for each in (0, 2))
+    gate, down = (list(held[names[n] + weight].shape) for n in (0, 2))
     known = len(gate) == len(down) == 2 + stacked and gate[:-2] == down[:-2]
     transposed = known and stacked and gate[2] == 2 * down[1]
     if not known or (fused and not transposed and gate[-2] != 2 * down[-1]):

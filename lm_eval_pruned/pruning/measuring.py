@@ -95,23 +95,23 @@ def block_influence(
     sums: dict[nn.Module, float] = dict.fromkeys(layers, 0.0)
 
     def compare(module, positional, named, output) -> None:
-        given = positional[0] if positional else named["hidden_states"]
+        before = positional[0] if positional else named["hidden_states"]
         returned = output[0] if isinstance(output, tuple) else output
         similar = cosine_similarity(
-            given.float(), returned.float().to(given.device), dim=-1
+            before.float(), returned.float().to(before.device), dim=-1
         )
         sums[module] += float(similar.double().sum())
 
     run_texts(model, texts, "block influence", dict.fromkeys(layers, compare))
     tokens = sum(text.numel() for text in texts)
-    found = tuple(1 - total / tokens for total in sums.values())
-    for number, value in enumerate(found):
+    influence = tuple(1 - total / tokens for total in sums.values())
+    for number, value in enumerate(influence):
         if math.isnan(value):
             raise ValueError(
                 f"The calibration text makes layer {number} return NaN or infinite hidden "
                 "states: use another dtype, such as dtype=float32, or other text."
             )
-    return found
+    return influence
 
 
 def depth_in_memory(
@@ -184,7 +184,7 @@ class LoadedModel:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
         activity = None
         if criterion in ACTIVITY:
-            activity = self.observed.activity(mlp.name)
+            activity = self.observed.norms[mlp.name]
         gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
         scores = score_neurons(
             gate,

@@ -105,22 +105,19 @@ class LayerMoments:
         """
         if mlp.name != self._first and mlp.name not in self._kept:
             self._see(self._mlps[self._mlps.index(mlp) :], self._replay.again)
-        if mlp.name == self._first:
-            found, self._sum = self._sum, None
-            return found
-        for x in self._kept.pop(mlp.name):
+        for x in self._kept.pop(mlp.name, ()):
             self._add_to_sum(mlp, x)
             self._bytes -= x.nbytes
-        found, self._sum = self._sum, None
-        return found
+        moments, self._sum = self._sum, None
+        return moments
 
     def _see(self, mlps: Sequence[GluMlp], run: Callable[..., Any]) -> None:
         self._first, self._sum, self._bytes = mlps[0].name, None, 0
         self._kept: dict[str, list[Tensor]] = {mlp.name: [] for mlp in mlps[1:]}
         hooks = {
-            place: functools.partial(self._observe, mlp)
+            down: functools.partial(self._observe, mlp)
             for mlp in mlps
-            if (place := mlp.projection("down_proj")) is not None
+            if (down := mlp.projection("down_proj")) is not None
         }
         with StackedInputs(self._mlps, self._take):
             run(hooks)
@@ -140,7 +137,7 @@ class LayerMoments:
             self._bytes += x.nbytes
             while self._bytes > self._most:
                 _, dropped = self._kept.popitem()
-                self._bytes -= sum(each.nbytes for each in dropped)
+                self._bytes -= sum(x.nbytes for x in dropped)
 
     def _add_to_sum(self, mlp: GluMlp, x: Tensor) -> None:
         self._sum = self._sum or Moments.none(mlp.width, x.device)

@@ -127,19 +127,19 @@ class PrunePlan:
         """Return `kept`, rounded down to `multiple_of` where that leaves something."""
         return kept // self.multiple_of * self.multiple_of or kept
 
-    def kept_of(self, own: int, widest: int, unit: Fraction = Fraction(1)) -> int:
-        """Return the kept width of an MLP of `own` neurons.
+    def kept_of(self, width: int, widest: int, unit: Fraction = Fraction(1)) -> int:
+        """Return the kept width of an MLP of `width` neurons.
 
         The widest MLPs of a kind keep ``ceil(widest * k / I)``, `rounded`. Of a narrower one,
         `prune_percent` takes its share of the MLP's own width; any other size is a target that
         it may have reached already. `widest` is in units of `unit` neurons.
         """
         percent = self.arguments.prune_percent
-        if percent is not None and own != unit * widest:
-            kept = _kept_width("prune_percent", percent, self.hidden_size, own)
+        if percent is not None and width != unit * widest:
+            kept = _kept_width("prune_percent", percent, self.hidden_size, width)
             return self.rounded(kept)
         kept = -(-widest * self.width // self.width_before)
-        return min(own, int(unit * self.rounded(kept)))
+        return min(width, int(unit * self.rounded(kept)))
 
     @classmethod
     def from_arguments(
@@ -166,11 +166,11 @@ class PrunePlan:
         Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
         its checkpoints.
         """
-        own: Any = available_layers
-        if own is not None and not isinstance(own, Mapping):
-            own = dict.fromkeys(own, width_before)
+        widths: Any = available_layers
+        if widths is not None and not isinstance(widths, Mapping):
+            widths = dict.fromkeys(widths, width_before)
         arguments = PruneArguments(**prune_arguments)
-        return cls.of(arguments, hidden_size, width_before, own)
+        return cls.of(arguments, hidden_size, width_before, widths)
 
     @classmethod
     def of(
@@ -178,26 +178,26 @@ class PrunePlan:
         arguments: PruneArguments,
         hidden_size: int,
         width_before: int,
-        own: Mapping[int, int] | None,
+        before: Mapping[int, int] | None,
         depth: Depth | None = None,
     ) -> PrunePlan:
-        """Do the same for the layers that `depth` leaves; `own` is the width of each by number."""
+        """Do the same for the layers that `depth` leaves; `before` is the width of each by number."""
         asked, sizes = depth.asked if depth else {}, (width_before, width_before)
         plan = cls(arguments, hidden_size, *sizes, asked, depth=depth)
         if arguments.size is None:
             return plan
         name, value = arguments.size
-        for each in ("widths", "layers", "skip_layers") if own is None else ():
-            if (given := getattr(arguments, each)) is not None:
+        for of_layers in ("widths", "layers", "skip_layers") if before is None else ():
+            if (layers := getattr(arguments, of_layers)) is not None:
                 raise ValueError(
-                    f"{each}={given} needs a model whose layers are known."
+                    f"{of_layers}={layers} needs a model whose layers are known."
                 )
         written = written_source(value) if name == "widths" else str(value)
         plan = dataclasses.replace(plan, asked={name: written, **asked})
         if name == "widths":
-            widths = plan._kept_by_layer(own or {})
-            return plan if widths == own else plan.with_layers(widths)
-        chosen = _chosen_layers(arguments, own or {}, depth)
+            widths = plan._kept_by_layer(before or {})
+            return plan if widths == before else plan.with_layers(widths)
+        chosen = _chosen_layers(arguments, before or {}, depth)
         kept = _kept_width(name, value, hidden_size, width_before)
         plan._check_multiple(kept, f"{name}={value} gives")
         return dataclasses.replace(plan, width=plan.rounded(kept), layers=chosen)
@@ -208,28 +208,28 @@ class PrunePlan:
         by_layer = tuple(sorted(widths.items()))
         return dataclasses.replace(self, width=mean, layer_widths=by_layer)
 
-    def _kept_by_layer(self, own: Mapping[int, int]) -> dict[int, int]:
+    def _kept_by_layer(self, before: Mapping[int, int]) -> dict[int, int]:
         """Return the kept width of every layer as the argument `widths` has it."""
         where = f"widths={self.asked['widths']}"
         named = read_widths(self.arguments.widths)
-        _check_present(where, named, own)
+        _check_present(where, named, before)
         for layer, width in named.items():
-            if not 1 <= width <= own[layer]:
+            if not 1 <= width <= before[layer]:
                 raise ValueError(
-                    f"{where} gives layer {layer} {width} neurons, but it has {own[layer]}: write "
-                    f"a width from 1 to {own[layer]} there, or leave the layer out, which keeps "
+                    f"{where} gives layer {layer} {width} neurons, but it has {before[layer]}: write "
+                    f"a width from 1 to {before[layer]} there, or leave the layer out, which keeps "
                     "them all."
                 )
-            if width < own[layer]:
+            if width < before[layer]:
                 self._check_multiple(width, f"{where} gives layer {layer}")
                 named[layer] = self.rounded(width)
-        return {**own, **named}
+        return {**before, **named}
 
-    def _check_multiple(self, kept: int, given: str) -> None:
+    def _check_multiple(self, kept: int, source: str) -> None:
         if self.multiple_of > kept:
             raise ValueError(
                 f"multiple_of={self.multiple_of} is larger than the kept width {kept} that "
-                f"{given}: use a multiple of at most {kept}."
+                f"{source}: use a multiple of at most {kept}."
             )
 
 
@@ -273,14 +273,14 @@ def _chosen_layers(
 def _kept_width(name: str, value: Number, hidden_size: int, width_before: int) -> int:
     """Return the neurons to keep of `width_before`, as the size called `name` asks."""
     if name == "ratio":
-        ratio, own = exact(name, value, "2.0"), Fraction(width_before, hidden_size)
-        most = f"{math.floor(own * 10000) / 10000:.4f}".rstrip("0").rstrip(".")
+        ratio, whole = exact(name, value, "2.0"), Fraction(width_before, hidden_size)
+        most = f"{math.floor(whole * 10000) / 10000:.4f}".rstrip("0").rstrip(".")
         if ratio <= 0:
             raise ValueError(
                 f"ratio={value} keeps no neuron: pass an expansion ratio above 0 and at most "
                 f"{most}, the model's own."
             )
-        if ratio > own:
+        if ratio > whole:
             raise ValueError(
                 f"ratio={value} is above the model's own expansion ratio "
                 f"{width_before}/{hidden_size}: pass at most {most}, or leave ratio out for the "

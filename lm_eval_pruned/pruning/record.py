@@ -169,18 +169,17 @@ class PruneRecord:
         text = self.calibration or plan.measured_on or (depth and depth.measured_on)
         if text:
             done += f", calibrated on {text.get('device', 'cpu')}"
-        asked = [f"{name}={value}" for name, value in plan.asked.items()] or [
-            "baseline"
-        ]
+        sizes = [f"{name}={value}" for name, value in plan.asked.items()]
+        sizes = sizes or ["baseline"]
         if plan.allocation != UNIFORM:
-            asked += [f"allocation={plan.allocation}"]
+            sizes += [f"allocation={plan.allocation}"]
         pruned = f" ({written_layers(plan.layers)} pruned)" if plan.layers else ""
         digest = f"kept digest {(self.digest or 'none')[:12]}"
-        said = ", ".join([*asked, done, f"{self.layers} layers{pruned}", digest])
+        below = ", ".join([*sizes, done, f"{self.layers} layers{pruned}", digest])
         if depth is not None:
             rows.insert(2, ("layers", depth.before, len(depth.kept), "14,"))
-            said += f"\nlayers dropped {written_layers(depth.dropped)}"
+            below += f"\nlayers dropped {written_layers(depth.dropped)}"
         if plan.layer_widths is not None:
-            said += f"\nwidths by layer {written_by_layer(plan.layer_widths)}"
+            below += f"\nwidths by layer {written_by_layer(plan.layer_widths)}"
         cells = [(name, format(a, form), format(b, form)) for name, a, b, form in rows]
-        return f"{markdown_table(['', 'before', 'after'], cells, padded=True)}\n{said}"
+        return f"{markdown_table(['', 'before', 'after'], cells, padded=True)}\n{below}"

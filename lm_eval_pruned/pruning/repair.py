@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.pruning.argument_values import LEAST_SQUARES, NO_REPAIR
-from lm_eval_pruned.pruning.calibration import check_observable
+from lm_eval_pruned.pruning.calibration import check_observable, progress_bar
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.curvature import weighted
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
 from lm_eval_pruned.pruning.layouts import text_config
 from lm_eval_pruned.pruning.moments import LayerMoments, Moments
 from lm_eval_pruned.pruning.stacked import one_by_one
-from lm_eval_pruned.util.progress import steps
 
 
 if TYPE_CHECKING:
@@ -331,7 +330,8 @@ def _visit(
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.stack)].append(mlp)
     last = max(walk.layers.index(layer) for layer in by_stack)
-    with torch.no_grad(), one_by_one(model, mlps), steps(last + 1, what) as step:
+    bar = progress_bar(last + 1, what)
+    with torch.no_grad(), one_by_one(model, mlps), bar:
         for layer in walk.layers[: last + 1]:
             visited = by_stack.get(layer, [])
             downs = [weight for mlp in visited for weight in _down_of(mlp)]
@@ -348,7 +348,7 @@ def _visit(
                     walk.go_on(replay.again())
                 else:
                     walk.go_on(walk.run())
-            step(1)
+            bar.update()
 
 
 def _replay(

@@ -10,7 +10,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from lm_eval_pruned.pruning.allocation import plan_layers
@@ -20,7 +19,6 @@ from lm_eval_pruned.pruning.calibration import unless_cpu
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
     OBS,
-    as_words,
     beaten_by_chance,
     kept_set,
 )
@@ -47,7 +45,7 @@ from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +53,9 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.arguments import PruneKeywords
     from lm_eval_pruned.pruning.plan import PrunePlan
+
+    #: The new weight of each name of a GLU-MLP, projection, and "weight" or "bias".
+    Pieces = dict[tuple[str, str, str], Tensor]
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.pruning")
@@ -126,21 +127,27 @@ def prune_loaded(
 
 
 def carry_out(
-    evidence: LoadedModel, plan: PrunePlan, widths: Widths
+    evidence: LoadedModel,
+    plan: PrunePlan,
+    widths: Widths,
+    *,
+    whole_on_error: bool = True,
 ) -> PreTrainedModel:
     """Prune a model in place as `plan` says, write its record and return it; see `prune_model`.
 
-    `evidence` settles the plan, and `widths` are those of the layers that stay.
+    `evidence` settles the plan, and `widths` are those of the layers that stay. An error leaves the
+    model as it was: all is scored and narrowed before the first MLP is changed. Unless
+    `whole_on_error`, a narrow MLP takes its place as soon as it is made, which takes less memory.
     """
-    model, asked = evidence.model, plan.arguments
+    model, arguments = evidence.model, plan.arguments
     calibration: dict[str, Any] | None = None
     repaired: int | None = None
     kept: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     cut_mlps: Mapping[str, CutMlp] = {}
-    # An error leaves the model whole: all is scored before the first MLP is narrowed.
-    with contextlib.ExitStack() as on_error:
-        if asked.calibration is not None:
+    mlps: Sequence[GluMlp] = ()
+    with contextlib.ExitStack() as on_error, ThreadPoolExecutor() as pool:
+        if arguments.calibration is not None:
             # Text tells only that something is not finite.
             check_weights(model)
         if widths.depth is not None:
@@ -148,48 +155,52 @@ def carry_out(
         plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
+            narrow_config = widths.narrowed_config(targets)
             cut = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
             if plan.criterion != OBS:
                 scores |= evidence.scores(plan.criterion, cut)
-        if asked.calibration is None:
+        if arguments.calibration is None:
             check_weights(model, scores)
-        if plan.prunes:
-            kept = {
-                mlp.name: kept_set(scores[mlp.name], targets[mlp.name])
-                if mlp.name in scores
-                else torch.arange(mlp.width, device="cpu")
-                for mlp in mlps
-            }
-            if asked.layer_by_layer:
-                text, device = evidence.text, evidence.device or model.device
-                few = tokens_per_neuron(model, text.tokens, cut, targets)
-                roots = evidence.curvature.roots if plan.criterion == OBS else {}
-                cut_mlps = cut_layer_by_layer(
-                    model,
-                    text.tokens,
-                    cut,
-                    targets,
-                    scores,
-                    roots,
-                    asked.repair,
-                    device,
-                )
-                kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
-                if asked.repair != NO_REPAIR:
-                    repaired = sum(mlp.repaired for mlp in cut_mlps.values())
-                calibration = text.as_dict() | unless_cpu(device)
-                calibration["tokens_per_neuron"] = few
-            elif plan.criterion in CALIBRATED and scores:
-                calibration = evidence.observed.measured_on
-            by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
-            together = [list(group) for _, group in by_path]
-            # Copying holds no lock of the interpreter either: without threads, a load of a 1B
-            # model takes two thirds longer on two cores.
-            with ThreadPoolExecutor() as pool:
-                todo = functools.partial(_narrow_mlps, kept=kept, cut=cut_mlps)
-                list(pool.map(todo, together))
-            widths.copy_keys(widths.narrowed_config(targets), model.config)
+        for mlp in mlps:
+            if mlp.name in scores:
+                kept[mlp.name] = kept_set(scores[mlp.name], targets[mlp.name])
+            else:
+                kept[mlp.name] = torch.arange(mlp.width, device="cpu")
+        if plan.prunes and arguments.layer_by_layer:
+            text, device = evidence.text, evidence.device or model.device
+            fewest = tokens_per_neuron(model, text.tokens, cut, targets)
+            roots = evidence.curvature.roots if plan.criterion == OBS else {}
+            cut_mlps = cut_layer_by_layer(
+                model,
+                text.tokens,
+                cut,
+                targets,
+                scores,
+                roots,
+                arguments.repair,
+                device,
+            )
+            kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
+            if arguments.repair != NO_REPAIR:
+                repaired = sum(mlp.repaired for mlp in cut_mlps.values())
+            calibration = text.as_dict() | unless_cpu(device)
+            calibration["tokens_per_neuron"] = fewest
+        elif plan.criterion in CALIBRATED and scores:
+            calibration = evidence.observed.measured_on
+        by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
+        groups = [list(group) for _, group in by_path]
+        # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes two
+        # thirds longer on two cores.
+        narrowed: Iterable[Pieces] = pool.map(
+            functools.partial(_narrowed, kept=kept, cut=cut_mlps), groups
+        )
+        if whole_on_error:
+            narrowed = list(narrowed)
+        for group, pieces in zip(groups, narrowed, strict=True):
+            _put(group, pieces, cut_mlps)
         on_error.pop_all()
+    if plan.prunes:
+        widths.copy_keys(narrow_config, model.config)
     record = PruneRecord.of(plan, widths, tuple(kept.values()), calibration, repaired)
     model.prune_record = record  # type: ignore[assignment]
     return model
@@ -239,8 +250,8 @@ def _tell_once(sentence: str | None) -> None:
 
 def choose_experts_implementation(model: PreTrainedModel) -> None:
     """Let experts run one by one where their width rules out the grouped product."""
-    if (found := refused_by_grouped_mm(model)) is not None:
-        width, multiple = found
+    if (refused := refused_by_grouped_mm(model)) is not None:
+        width, multiple = refused
         model.set_experts_implementation("eager")
         logger.warning(
             "The experts of %d neurons run one by one, because torch's grouped matrix product "
@@ -266,32 +277,34 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
     """
     if len(kept) == weight.shape[axis]:
         return weight.contiguous()
-    words = as_words(weight)
-    if words is None or axis == 0:
-        return weight.index_select(axis, kept.to(weight.device))
-    narrowed = weight.new_empty(len(weight), len(kept))
-    # The other modes check all indices first, or copy the result.
-    np.take(words, kept.numpy(), axis=1, out=as_words(narrowed), mode="clip")
-    return narrowed
+    return weight.index_select(axis, kept.to(weight.device))
 
 
 @torch.no_grad()
-def _narrow_mlps(
+def _narrowed(
     mlps: Sequence[GluMlp], kept: Mapping[str, Tensor], cut: Mapping[str, CutMlp]
-) -> None:
-    """Narrow GLU-MLPs in place, down as it was `cut`; those that share a parameter go together."""
+) -> Pieces:
+    """Return the weights of kept neurons, down as it was `cut`; empty where all are kept."""
+    pieces: Pieces = {}
     if all(len(kept[mlp.name]) == mlp.width for mlp in mlps):
-        return
-    pieces = {}
+        return pieces
     for mlp in mlps:
-        for place in mlp.regions:
-            weight = mlp.weight(*place)
-            if place == ("down_proj", "weight") and mlp.name in cut:
-                narrowed = cut[mlp.name].down.to(weight.device)
+        for projection, part in mlp.regions:
+            weight = mlp.weight(projection, part)
+            if (projection, part) == ("down_proj", "weight") and mlp.name in cut:
+                piece = cut[mlp.name].down.to(weight.device)
             else:
-                axis = NEURON_AXIS[place[0]] if place[1] == "weight" else 0
-                narrowed = narrow(weight, kept[mlp.name], axis)
-            pieces[mlp.name, place[0], place[1]] = narrowed
+                axis = NEURON_AXIS[projection] if part == "weight" else 0
+                piece = narrow(weight, kept[mlp.name], axis)
+            pieces[mlp.name, projection, part] = piece
+    return pieces
+
+
+@torch.no_grad()
+def _put(mlps: Sequence[GluMlp], pieces: Pieces, cut: Mapping[str, CutMlp]) -> None:
+    """Give GLU-MLPs that share a module their narrow weights, and the repaired bias of down."""
+    if not pieces:
+        return
     resize(mlps, pieces)
     for mlp in mlps:
         if mlp.name in cut and (bias := cut[mlp.name].bias) is not None:

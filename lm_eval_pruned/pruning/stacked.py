@@ -41,7 +41,7 @@ class StackedInputs(TorchFunctionMode):
         """`see` is given each of `mlps` that is stacked and its activations, (tokens, I)."""
         super().__init__()
         self._see = see
-        self._by_place = {
+        self._by_address = {
             mlp.weight("down_proj").data_ptr(): mlp
             for mlp in mlps
             if mlp.projection("down_proj") is None
@@ -51,14 +51,17 @@ class StackedInputs(TorchFunctionMode):
         """Run a function, and look at what it is given."""
         if len(args) > 1 and getattr(func, "__name__", "") in _PRODUCTS:
             x, weight = args[:2]
-            if isinstance(weight, torch.Tensor) and weight.data_ptr() in self._by_place:
+            if (
+                isinstance(weight, torch.Tensor)
+                and weight.data_ptr() in self._by_address
+            ):
                 pairs = (
                     zip(x, weight, strict=True) if weight.dim() > 2 else [(x, weight)]
                 )
-                for given, own in pairs:
+                for inputs, matrix in pairs:
                     # Where all experts see all tokens, those of others are 0.
-                    seen = given[given.any(1)] if weight.dim() > 2 else given
-                    if (mlp := self._by_place.get(own.data_ptr())) is not None:
+                    seen = inputs[inputs.any(1)] if weight.dim() > 2 else inputs
+                    if (mlp := self._by_address.get(matrix.data_ptr())) is not None:
                         self._see(mlp, seen)
         return func(*args, **(kwargs or {}))
 

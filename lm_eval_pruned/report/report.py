@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison
-    from lm_eval_pruned.compare.margin import Margin
+    from lm_eval_pruned.compare.margins import Margin
     from lm_eval_pruned.report.page import Section
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults

@@ -35,9 +35,10 @@ def study_sections(name: str, findings: Findings) -> list[Section]:
     claims = Table("Claims of the paper", CLAIMS, claims_of(findings))
     published = published_of(name, [task.task for task in findings.tasks])
     scores = Section(published.label, ["Without documents, so not tested."], published)
+    costs = [("Energy and latency", "../profile/profile.md")] * bool(findings.profile)
     return [
         Section("Verdict of the study", [" ".join(sentences(name, findings))]),
-        Section(claims.label, table=claims),
+        Section(claims.label, table=claims, links=costs),
         *[scores] * bool(published.rows),
         Section("Limits of the study", notes=open_questions(findings)),
     ]

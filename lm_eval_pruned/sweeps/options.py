@@ -12,7 +12,13 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, SEVERAL, SIZES, help_of
+from lm_eval_pruned.pruning.arguments import (
+    CUTS,
+    DECLARED,
+    SEVERAL,
+    SIZES,
+    option_row,
+)
 from lm_eval_pruned.util import options as declaring
 
 
@@ -85,6 +91,12 @@ def _option(kind: Any, decides: str, metavar: str | None, about: str) -> Any:
     return declaring.option(kind, None, metavar, **more)
 
 
+def _of_pruning(kind: Any, name: str, **several: bool) -> Any:
+    """Declare an option of a sweep that `option_row` declares for other commands."""
+    _, how = option_row(name, **several)
+    return _option(kind, "what", how["metavar"], how["help"])
+
+
 #: Arguments of pruning of which all models of a sweep have one value.
 SHARED = tuple(name for name in DECLARED if name not in (*SIZES, *SEVERAL.values()))
 #: Options of which each value makes a configuration, with the argument of pruning that takes it.
@@ -97,10 +109,8 @@ GROUPS = {
         "model": _option(str, "what", "NAME", "pruned-hf (default) or pruned-vllm"),
         "model_args": _option(_mapping, "what", _PAIRS,
             "arguments of the model type, and those of pruning that all models share"),
-        **{name: _option(_texts, "what", DECLARED[argument].metadata["metavar"], help_of(name, several=True))
-           for name, argument in SEVERAL.items()},
-        **{name: _option(_text, "what", DECLARED[name].metadata["metavar"], help_of(name))
-           for name in SHARED},
+        **{name: _of_pruning(_texts, name, several=True) for name in SEVERAL},
+        **{name: _of_pruning(_text, name) for name in SHARED},
         "floors": _option(_boolean, "what", "BOOL",
             "also evaluate models that know nothing, whose scores are the floors of the tasks (default: true)"),
     },

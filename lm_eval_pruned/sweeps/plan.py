@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from lm_eval_pruned.checkpoints.configs import misspelt
@@ -358,16 +357,11 @@ def find_misspelt(
     arguments: dict[str, Any], model: str, declared: Iterable[str]
 ) -> tuple[str, str] | None:
     """Return an argument that a model type does not know, and the known one that it resembles."""
-
-    def config() -> Any:
-        source = model_source(arguments)
-        return AutoConfig.from_pretrained(source.pop("pretrained"), **source)
-
     known = {"pretrained", *declared}
     # The workers of Ray may have vLLM where this machine has none.
     with contextlib.suppress(ImportError):
         known |= getattr(get_model(model), "argument_names", set)()
-    return misspelt(arguments, known, config)
+    return misspelt({**arguments, **model_source(arguments)}, known)
 
 
 def _configurations(

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
     from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting
+    from lm_eval_pruned.sweeps.progress import Progress
     from lm_eval_pruned.sweeps.unit import Ended
-    from lm_eval_pruned.util.progress import Progress
 
 logger = logging.getLogger("lm_eval.pruned.sweep")
 

@@ -17,11 +17,11 @@ from lm_eval_pruned.results import runs as layout
 from lm_eval_pruned.sweeps.checks import check_files, check_installed
 from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
 from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting, model_source
+from lm_eval_pruned.sweeps.progress import Progress
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
 from lm_eval_pruned.sweeps.unit import UnitRunner
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.util.progress import Progress
 from lm_eval_pruned.util.tables import Column, Table
 
 

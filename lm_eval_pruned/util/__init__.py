@@ -1,1 +1,1 @@
-"""Files, tables, figures, progress and the collector: what every room may use."""
+"""Files, options, tables, figures and the user's cache: what every room may use."""

@@ -56,7 +56,7 @@ def check_writable(output: Path, needed: int = ROOM) -> None:
         OSError: It cannot be written, or fewer bytes are free.
     """
     output = output.resolve()
-    there = next(each for each in (output, *output.parents) if each.exists())
+    there = next(path for path in (output, *output.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=there):
             pass

@@ -55,7 +55,7 @@ def _svg(spec: dict[str, Any] | str) -> str:
     svg = vl_convert.vegalite_to_svg(spec)
     clips = dict.fromkeys(re.findall(r"\bclip\d+\b", svg))
     names = {name: f"clip{number}" for number, name in enumerate(clips)}
-    return re.sub(r"\bclip\d+\b", lambda found: names[found[0]], svg)
+    return re.sub(r"\bclip\d+\b", lambda match: names[match[0]], svg)
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,17 @@ def line_look(
 
     Colours come from `hues`, by name, or else one after the other.
     """
-    of = [hues[name] if hues else HUES[n % len(HUES)] for n, name in enumerate(names)]
-    turns = [of[:n].count(hue) if hues else n for n, hue in enumerate(of)]
-    dashes = [DASHES[n % len(DASHES)] for n in turns]
-    hue, dash = (alt.Scale(domain=list(names), range=each) for each in (of, dashes))
+    colours: list[str] = []
+    dashes: list[list[int]] = []
+    for n, name in enumerate(names):
+        colour = hues[name] if hues else HUES[n % len(HUES)]
+        dashes.append(DASHES[(colours.count(colour) if hues else n) % len(DASHES)])
+        colours.append(colour)
+    by_colour = alt.Scale(domain=list(names), range=colours)
+    by_dash = alt.Scale(domain=list(names), range=dashes)
     return {
-        "color": alt.Color("line:N", scale=hue, title=None),
-        "strokeDash": alt.StrokeDash("line:N", scale=dash, title=None),
+        "color": alt.Color("line:N", scale=by_colour, title=None),
+        "strokeDash": alt.StrokeDash("line:N", scale=by_dash, title=None),
     }
 
 

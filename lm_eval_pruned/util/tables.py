@@ -151,5 +151,5 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(value: object) -> str:
     text = re.sub(r"[\r\n]", " ", str(value))
     # A backslash in front of a bar would take the escape away from it.
-    text = re.sub(r"\\+(?=\||$)", lambda found: 2 * found[0], text)
+    text = re.sub(r"\\+(?=\||$)", lambda match: 2 * match[0], text)
     return text.replace("|", "\\|")

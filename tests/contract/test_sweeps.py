@@ -267,6 +267,7 @@ def test_a_study_ends_with_a_report_that_begins_with_its_verdict_and_counts_own_
     assert "|`maw` keeps more than random cuts|v3|" in page
     assert "Compared with `recipe=best` of the same size" in page
     assert "|less energy per token|v1|" in page and "not measured" not in page
+    assert "](../profile/profile.md)" in page
     again = pruned(*words)
     assert "starts" not in again.out
     assert (out / "report" / "report.md").read_text("utf-8") == page

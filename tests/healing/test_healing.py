@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 def healed(tiny, data, output, *, resume=False, **options):
     given = {"max_length": 32, "max_steps": 4, "training_args": TRAINING, **options}
     model_args, how = {"pretrained": str(tiny), **KEPT}, HealingOptions(**given)
-    return heal(model_args, data, output, how, resume=resume, metered=False)
+    return heal(model_args, data, output, how, resume=resume)
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def test_from_its_last_checkpoint_a_healing_takes_no_step_too_many(
         # A checkpoint without its record is passed over.
         (tmp_path / "healed.checkpoints" / "checkpoint-4" / HEALING).unlink()
     again = healed(tiny_llama, data, output, resume=True, **options)
-    assert again.record["steps"] == whole.record["steps"]
+    assert again["steps"] == whole["steps"]
     assert_same(output, moved)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import re
 import struct
 
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.pruning import slicing
 from tests.helpers import checkpoints
 from tests.helpers.layouts import logits, save_family
 
@@ -86,6 +88,37 @@ def test_what_is_not_pruned_keeps_its_very_parameters(model, caplog):
     model(torch.arange(12)[None]).logits.sum().backward()
     down = model.model.layers[1].mlp.down_proj.weight
     assert down.grad.shape == down.shape == (32, 32)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_a_cut_that_fails_half_way_leaves_the_model_as_it_was(
+    family, tmp_path, monkeypatch
+):
+    model = save_family(tmp_path, family, 16)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    config, attributes = model.config.to_dict(), vars(model.model.layers[1].mlp).copy()
+    calls, narrow = itertools.count(), slicing.narrow
+
+    def fails_in_the_second_layer(*given):
+        if next(calls) == 9:
+            raise MemoryError
+        return narrow(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slicing, "narrow", fails_in_the_second_layer)
+        with pytest.raises(MemoryError):
+            prune_model(model, prune_percent=50)
+    found = dict(model.named_parameters(remove_duplicate=False))
+    assert found.keys() == parameters.keys()
+    assert all(found[name] is parameter for name, parameter in parameters.items())
+    assert vars(model.model.layers[1].mlp) == attributes
+    assert model.config.to_dict() == config
+    pruned = prune_model(model, prune_percent=50)
+    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+    assert hook.id in pruned.model.layers[0]._forward_hooks
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.helpers.results_files import pruning, write_sweep
 
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
-from lm_eval_pruned.compare.margin import Margin
+from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report.report import compared
 from lm_eval_pruned.results.groups import SIDES

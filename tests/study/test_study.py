@@ -25,7 +25,7 @@ def answers(share, seed):
 
 def studied(folder, tasks, percents=(0, 20, 40, 60)):
     """Write the sweep of a study, with random cuts and a floor, and return its report and its files."""
-    from lm_eval_pruned.compare.margin import Margin
+    from lm_eval_pruned.compare.margins import Margin
     from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.report.report import compared, write_report
     from lm_eval_pruned.results.runs import read_sweep

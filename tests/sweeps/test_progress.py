@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lm_eval_pruned.util.progress import Progress
+from lm_eval_pruned.sweeps.progress import Progress
 
 
 def test_a_line_where_a_unit_starts_and_where_it_ends(capsys):

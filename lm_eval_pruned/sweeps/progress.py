@@ -1,15 +1,14 @@
-"""How far something is: of a sweep, a line per unit; of steps, a bar on a terminal."""
+"""How far a sweep is: a line where a unit starts and where it ends."""
 
 from __future__ import annotations
 
-import contextlib
 from datetime import timedelta
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class Progress:
@@ -82,15 +81,6 @@ class Progress:
     def _say(self, more: int, what: str) -> None:
         number = self.done + self.failed + more
         print(f"[{number}/{self._total}] {what}", flush=True)
-
-
-@contextlib.contextmanager
-def steps(total: int, what: str) -> Iterator[Callable[[int], object]]:
-    """Yield what counts the steps of `what`: a bar on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=what, unit="step", leave=False, disable=None) as bar:
-        yield bar.update
 
 
 def _clock(seconds: float) -> str:
