@@ -18,7 +18,7 @@ def read(arguments, **needs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     shard = options.parse_shard(arguments.shard) if arguments.shard else None
     if arguments.config and not arguments.dry_run:
         # `main` has checked what is on the command line.
-        check_writable(Path(asked["output_path"]))
+        check_writable(Path(chosen["output_path"]))
     from lm_eval.utils import setup_logging
 
     setup_logging()
