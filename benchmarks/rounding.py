@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
+from faster import TASKS, tasks
 from lm_eval.models.huggingface import HFLM
-from loglikelihood import TASKS, tasks
 from reporting import machine, on_the_fast_path, requests_of, root_mean_square
 
 from lm_eval_pruned import load_pruned

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.pruning.arguments import DECLARED
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.util.options import nearest
 
 
 if TYPE_CHECKING:
@@ -127,9 +129,10 @@ def clear_errors(
         unknown = re.search(r"unexpected keyword argument '(.*)'", str(error))
         if unknown and unknown[1] in arguments:
             name = unknown[1]
+            advice = nearest(name, DECLARED, "look for a slip in the name.")
             raise ArgumentError(
                 f"{name}={arguments[name]} is not understood: neither this package nor the model "
-                f"in {pretrained} has an argument of that name."
+                f"in {pretrained} has an argument of that name; {advice}"
             ) from error
         names = ", ".join(n for n, value in arguments.items() if value is not None)
         raise ValueError(

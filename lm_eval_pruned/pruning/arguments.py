@@ -241,7 +241,7 @@ class PruneKeywords(TypedDict, total=False):
     skip_layers: Layers | None
     drop_layers: Layers | None
     drop_by: str
-    allocation: str | None
+    allocation: str
     recipe: str
     criterion: str
     repair: str

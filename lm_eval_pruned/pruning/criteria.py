@@ -8,6 +8,7 @@ Torch is imported only to compute, so that names can be checked without it.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -144,9 +145,10 @@ def beaten_by_chance(cut: str, removed: float) -> str | None:
         f"{model} ({', '.join(map(str, shares))} % removed)"
         for model, shares in shares_by_model.items()
     )
+    default = ", the default, repeats the study and" if cut == "maw" else ""
     return (
-        f"criterion={cut} did worse than a random cut in {where}: pass recipe=best if you want to keep "
-        "what the model can do."
+        f"criterion={cut}{default} did worse than a random cut in {where}: pass recipe=best if you want "
+        "to keep what the model can do."
     )
 
 
@@ -159,8 +161,12 @@ def canonical_name(criterion: str, *, chosen: bool = False) -> str:
     name = ALIASES.get(criterion, criterion)
     names = [*CRITERIA, RANDOM, *([OBS] if chosen else [])]
     if name not in names and name not in (added := _declared_elsewhere()):
-        known = ", ".join([*names, *ALIASES, *sorted(added)])
-        raise ValueError(f"criterion={criterion} is unknown: pass one of {known}.")
+        known = [*names, *ALIASES, *sorted(added)]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(
+            f"criterion={criterion} is unknown: pass one of {', '.join(known)}{hint}."
+        )
     return name
 
 

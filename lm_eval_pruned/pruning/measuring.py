@@ -273,8 +273,8 @@ class LoadedModel:
         widths, narrowed = {}, {}
         for layer, together in by_layer.items():
             width = together[0].width
-            kept = {width - math.floor(Fraction(s) / 100 * width) for s in shares}
-            widths[layer] = sorted(kept - {0, width}, reverse=True)
+            sizes = {width - math.floor(Fraction(s) / 100 * width) for s in shares}
+            widths[layer] = sorted(sizes - {0, width}, reverse=True)
             # Other MLPs of a layer are cut in the same proportion.
             for mlp in together:
                 narrowed[mlp.name] = [

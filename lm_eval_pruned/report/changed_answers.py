@@ -96,10 +96,11 @@ def changed_answers(
         "somewhere. A dash means that the samples do not tell which answer was chosen."
     )
     none = "Without samples, or without a metric that counts single documents as right or wrong"
+    heading = "Changed answers"
     section = Section(
-        "Changed answers",
+        heading,
         [explanation],
-        table=Table("Changed answers", COUNTS, counts),
+        table=Table(heading, COUNTS, counts),
         notes=[f"{none}: {', '.join(not_counted)}."] if not_counted else [],
         links=[("All of them, one by one", PAGE)],
     )
@@ -112,7 +113,7 @@ def find_changes(
     base: Run, others: Sequence[Run], read: DocumentReader
 ) -> tuple[list[Counts], list[str], list[Change]]:
     """Return counts by run and task, tasks without counts, and changes, those for the worse first."""
-    found: list[Counts] = []
+    counts: list[Counts] = []
     not_counted: list[str] = []
     changes: list[Change] = []
     for task in base.tasks(subtasks=False):
@@ -127,11 +128,11 @@ def find_changes(
                 pair = [sample.answer(metric) for _, sample in (was, now)]
                 kinds.append(kind := _kind(was[0], now[0], pair))
                 if kind:
-                    texts = [_text(each, metric) for _, each in (was, now)]
+                    texts = [_text(sample, metric) for _, sample in (was, now)]
                     changes.append(Change(kind, label, key[0], was[1], *texts))
-            found += [Counts(label, task, metric, kinds)] if kinds else []
+            counts += [Counts(label, task, metric, kinds)] if kinds else []
     changes.sort(key=lambda change: KINDS.index(change.kind))
-    return found, not_counted, changes
+    return counts, not_counted, changes
 
 
 def _counted(base: Run, task: str, read: DocumentReader) -> tuple[str, _Answers]:
@@ -140,8 +141,8 @@ def _counted(base: Run, task: str, read: DocumentReader) -> tuple[str, _Answers]
     for key in sorted(base.scores, key=lambda key: key not in primary):
         # Of metrics to keep low, 1 is not right.
         wanted = key[0] == task and base.scores[key].higher_is_better is not False
-        if wanted and (found := _answers(base, *key, read)):
-            return key[1], found
+        if wanted and (answers := _answers(base, *key, read)):
+            return key[1], answers
     return "", {}
 
 

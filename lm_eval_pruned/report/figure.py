@@ -71,8 +71,8 @@ MEASURES = {
         ),
     ),
 }
-#: What a reader is told who points at a point.
-TOLD = [column.title for column in DIFFERENCES]
+#: What a reader sees who points at a point.
+TOOLTIP = [column.title for column in DIFFERENCES]
 #: Levels that a panel has as rules, by column of the points, with their dashes.
 _RULES: dict[str, list[float]] = {
     "unpruned": [1, 0],
@@ -110,7 +110,7 @@ def measure_plots(
     name: str, members: Sequence[Run], base: Run, comparison: Comparison
 ) -> dict[str, Plot]:
     """Return a plot of one series by measure; without those that have no points."""
-    found = {}
+    plots = {}
     points = points_of(members, base, comparison)
     for measure, (file, title, _, more) in MEASURES.items():
         drawn = points[points["measure"] == measure]
@@ -121,8 +121,8 @@ def measure_plots(
         if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
             text = f"{_caption(comparison, keeps)} {more}"
             about = f"{file}-{slug(name)}", f"{title} ({name})", text
-            found[measure] = Plot(*about, measure_chart(drawn, measure))
-    return found
+            plots[measure] = Plot(*about, measure_chart(drawn, measure))
+    return plots
 
 
 def _caption(comparison: Comparison, keeps: bool) -> str:
@@ -141,8 +141,8 @@ def _caption(comparison: Comparison, keeps: bool) -> str:
             " Dash-dotted lines, in the colours of the tasks, are floors: the best scores without "
             "knowledge."
         )
-    known = [each for each in comparison.floors if each.primary]
-    if low := [each.task for each in known if each.above_floor is False]:
+    primary = [floor for floor in comparison.floors if floor.primary]
+    if low := [floor.task for floor in primary if floor.above_floor is False]:
         text += (
             f" The unpruned model is not shown to be above that of {', '.join(low)}."
         )
@@ -167,7 +167,7 @@ def points_of(
     if len(random) == sum(not run.is_baseline for run in members):
         random = {}
     points: list[dict[str, Any]] = []
-    floors = {(each.task, each.metric): each.floor for each in comparison.floors}
+    floors = {(row.task, row.metric): row.floor for row in comparison.floors}
     drawn = [r for r in comparison.rows if r.run in ratios and math.isfinite(r.score)]
     for key in primary_metrics([base]):
         rows = [row for row in drawn if (row.task, row.metric) == key]
@@ -184,20 +184,20 @@ def points_of(
             "falls": unpruned.higher_is_better is False,
             FLOOR: floors.get(key),
         }
-        told = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
+        named = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
         scored = dict.fromkeys(("before", "after", "low", "high"), unpruned.value)
         standing = next((row.floor for row in rows if row.floor), None)
         above = standing is not None and standing.base_above_floor
         scored |= dict.fromkeys(_SHARE, 1.0 if above else math.nan)
-        points.append(about | told | scored | {"mark": "unpruned", "filled": False})
+        points.append(about | named | scored | {"mark": "unpruned", "filled": False})
         points += [about | _point(row) for row in rows]
     if not points:
         return pd.DataFrame(columns=["measure", "ratio", "unit", "control"])
-    found = pd.DataFrame(points).astype(dict.fromkeys([*_RULES][1:], float))
-    found["ratio"] = found["run"].map(ratios)
-    found["control"] = found["run"].map(random).fillna("")
-    found = found.fillna(dict.fromkeys(TOLD, "-"))
-    return pd.concat([_measured(found, measure) for measure in MEASURES])
+    data = pd.DataFrame(points).astype({FLOOR: float})
+    data["ratio"] = data["run"].map(ratios)
+    data["control"] = data["run"].map(random).fillna("")
+    data = data.fillna(dict.fromkeys(TOOLTIP, "-"))
+    return pd.concat([_measured(data, measure) for measure in MEASURES])
 
 
 def _point(row: Difference) -> dict[str, Any]:
@@ -235,14 +235,14 @@ def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
     places = {"value": placed(points["after"]), "low": low, "high": high}
     places[FLOOR] = placed(points[FLOOR])
     relative = {"unit": "%", "unpruned": 100} if measure == "relative" else {}
-    found = points.assign(measure=measure, **places, **relative)
-    return found.dropna(subset=["value", "ratio"])
+    placed_points = points.assign(measure=measure, **places, **relative)
+    return placed_points.dropna(subset=["value", "ratio"])
 
 
 def _kept(points: pd.DataFrame) -> pd.DataFrame:
     """Return what is kept of each score in percent, and of text how many nats it loses."""
     shares = points[_SHARE].astype(float).mul(100)
-    text, perplexity = (points["unit"].map(of) for of in (is_loss, is_perplexity))
+    text, perplexity = points["unit"].map(is_loss), points["unit"].map(is_perplexity)
     scores = points[["after", "low", "high"]].astype(float)
     bits = scores.sub(points["before"], axis=0) * math.log(2)
     # An interval may reach below what a perplexity can be.
@@ -254,14 +254,14 @@ def _kept(points: pd.DataFrame) -> pd.DataFrame:
         "unpruned": np.where(text, 0, 100),
         FLOOR: np.where(text, math.nan, 0),
     }
-    found = points.assign(measure="kept", **places, **levels)
-    return found.dropna(subset=["value", "ratio"])
+    placed = points.assign(measure="kept", **places, **levels)
+    return placed.dropna(subset=["value", "ratio"])
 
 
 def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
     """Draw one measure: a panel for each side of the dichotomy, and for each unit."""
     present = set(points["family"])
-    families = {each.name: each.label for each in FAMILIES if each.name in present}
+    families = {f.name: f.label for f in FAMILIES if f.name in present}
     data = points.drop(columns=["before", "after", "falls", "measure", *_SHARE])
     hues = {
         task: f"var(--family-{family})"
@@ -286,11 +286,11 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
             for level, dash in _RULES.items()
             if level in rows and rows[level].notna().any()
         ]
-        drawn = lines(rows, over_ratios(), y, look, TOLD)
+        drawn = lines(rows, over_ratios(), y, look, TOOLTIP)
         if len(random):
             chart = alt.Chart(random).encode(x=over_ratios(), y=y, color=look["color"])
             thin = chart.mark_line(strokeWidth=0.7, point={"size": 12}, opacity=0.7)
-            rules.append(thin.encode(detail="control:N", tooltip=TOLD))
+            rules.append(thin.encode(detail="control:N", tooltip=TOOLTIP))
         panels.append(alt.layer(*rules, drawn))
     return alt.concat(*panels, columns=2).resolve_scale(y="independent")
 
@@ -314,12 +314,16 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
     plots, rows = [], []
     for series, members in series_of(runs).items():
         metrics = dict(primary_metrics(members))
-        known = [[t for t in of if t in metrics] for of in (KNOWLEDGE, TRUTHFULNESS)]
-        if not all(known) or len(members) < 2:
+        knowledge = next((task for task in KNOWLEDGE if task in metrics), None)
+        truthful = next((task for task in TRUTHFULNESS if task in metrics), None)
+        if knowledge is None or truthful is None or len(members) < 2:
             continue
-        pair = [(of[0], metrics[of[0]]) for of in known]
-        asked = series, {*pair}
-        rows += [r for r in comparison.correlations if (r.series, {*r.tasks}) == asked]
+        pair = [(knowledge, metrics[knowledge]), (truthful, metrics[truthful])]
+        rows += [
+            row
+            for row in comparison.correlations
+            if row.series == series and {*row.tasks} == {*pair}
+        ]
         scores = [[run.scores[key].value for key in pair] for run in members]
         points = pd.DataFrame(scores, columns=["x", "y"])
         points["ratio"] = [run.expansion_ratio for run in members]
@@ -333,11 +337,10 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
             chart.mark_point(color=HUES[0], filled=True, opacity=1),
             labels.encode(text=alt.Text("ratio:Q", format=".2f")),
         )
-        title = f"{pair[1][0]} against {pair[0][0]} ({series})"
-        said = "One point per configuration, labelled with its expansion ratio."
-        plots.append(Plot(f"knowledge-truthfulness-{slug(series)}", title, said, chart))
+        title = f"{truthful} against {knowledge} ({series})"
+        text = "One point per configuration, labelled with its expansion ratio."
+        plots.append(Plot(f"knowledge-truthfulness-{slug(series)}", title, text, chart))
     heading = "Knowledge against truthfulness"
-    said = "The interval treats sizes as independent draws, which steps of pruning are not."
-    table = table_of(heading, CORRELATIONS, rows, comparison.alpha)
-    section = Section(heading, [said], table=table if rows else None, plots=plots)
-    return section if plots else None
+    text = "The interval treats sizes as independent draws, which steps of pruning are not."
+    table = table_of(heading, CORRELATIONS, rows, comparison.alpha) if rows else None
+    return Section(heading, [text], table=table, plots=plots) if plots else None

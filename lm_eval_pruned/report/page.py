@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.palette import style
-from lm_eval_pruned.util.tables import csv_table, markdown_table
+from lm_eval_pruned.util.tables import Column, Table, csv_table, markdown_table
 
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.util.figures import Plot
-    from lm_eval_pruned.util.tables import Table
 
 
 #: How a verdict is shown; `restated` has no mark.
@@ -53,6 +52,18 @@ class Section:
     links: Sequence[tuple[str, str]] = ()
 
 
+def table_section(
+    heading: str,
+    paragraphs: Sequence[str],
+    columns: Sequence[Column],
+    rows: Sequence[Any],
+    notes: Sequence[str] = (),
+) -> Section | None:
+    """Return a section of one table that has its heading; None without rows."""
+    table = Table(heading, columns, rows)
+    return Section(heading, paragraphs, table, notes=notes) if rows else None
+
+
 def run_label(run: Run) -> str:
     """Return what a run is called where its size matters, such as ``p20 (3.20)``."""
     if run.is_shallow:
@@ -82,7 +93,7 @@ def only_these(scripts: Sequence[str]) -> str:
         "'none'"
     """
     digests = (hashlib.sha256(script.encode("utf-8")).digest() for script in scripts)
-    sources = [f"'sha256-{base64.b64encode(each).decode()}'" for each in digests]
+    sources = [f"'sha256-{base64.b64encode(code).decode()}'" for code in digests]
     return " ".join(sources) or "'none'"
 
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.compare.comparison import compare, split_sweep
 from lm_eval_pruned.compare.comparison_table import record
 from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.report import pairs, sections as words
+from lm_eval_pruned.report import sections as words
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.report.figure import figure_section, truthfulness_section
 from lm_eval_pruned.report.layers import layers_section
 from lm_eval_pruned.report.page import write_page
-from lm_eval_pruned.results.files import as_mapping
-from lm_eval_pruned.results.groups import healing_name
+from lm_eval_pruned.results.groups import healing_name, model_arguments
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
@@ -61,7 +60,7 @@ def write_report(
         f"the unpruned model ({base.name})"
     )
     answers, changes = changed_answers(title, base, others, read, texts=texts)
-    found = [
+    sections = [
         *opening,
         words.families_section(runs, comparison),
         words.floors_section(comparison),
@@ -69,7 +68,7 @@ def write_report(
         words.scores_section(base, others, comparison),
         words.levels_section(base, comparable, alpha, read),
         words.differences_section(others, comparison),
-        pairs.random_section(others, alpha, read, known),
+        words.random_section(others, alpha, read, known),
         answers,
         truthfulness_section(runs, comparison),
         words.trends_section(comparison),
@@ -79,8 +78,8 @@ def write_report(
         words.remarks_section(sweep, others, comparison),
     ]
     records = _records(base, others, comparison)
-    sections = [section for section in found if section is not None]
-    files = write_page(target, "report", title, subtitle, sections, records)
+    present = [section for section in sections if section is not None]
+    files = write_page(target, "report", title, subtitle, present, records)
     more = {"results.csv": csv_table(records), **({PAGE: changes} if answers else {})}
     for name, content in more.items():
         write_atomically(target / name, content)
@@ -109,7 +108,9 @@ def _records(
     base: Run, others: Sequence[Run], comparison: Comparison
 ) -> list[dict[str, Any]]:
     """Return all scores in long form, one row per run, task and metric."""
-    found = {(row.run, row.task, row.metric): record(row) for row in comparison.rows}
+    differences = {
+        (row.run, row.task, row.metric): record(row) for row in comparison.rows
+    }
     rows = []
     for run in (base, *others):
         for (task, metric), score in run.scores.items():
@@ -129,13 +130,10 @@ def _records(
                 "documents": score.documents,
                 "base": base.name,
             }
-            rows.append(row | found.get((run.name, task, metric), {}) | row)
+            rows.append(row | differences.get((run.name, task, metric), {}) | row)
     return rows
 
 
 def _model_name(run: Run) -> str:
-    arguments = run.config.get("model_args")
-    if isinstance(arguments, str):
-        arguments = dict(part.partition("=")[::2] for part in arguments.split(","))
-    name = as_mapping(arguments).get("pretrained")
+    name = model_arguments(run).get("pretrained")
     return Path(str(name)).name if name else "SmolLM2-135M-Instruct (the default model)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,15 @@ from lm_eval_pruned.compare.comparison_table import (
     table_of,
 )
 from lm_eval_pruned.compare.floors import standings
-from lm_eval_pruned.report.page import MARKS, Section, run_label
+from lm_eval_pruned.compare.judge import Case, judged
+from lm_eval_pruned.compare.pairing import paired_documents
+from lm_eval_pruned.report.page import MARKS, Section, run_label, table_section
 from lm_eval_pruned.results.files import Score, as_mapping
 from lm_eval_pruned.results.groups import (
     FAMILIES,
     family_of,
+    is_control,
+    model_arguments,
     primary_metrics,
     series_of,
 )
@@ -34,38 +38,40 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison
+    from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Difference
-    from lm_eval_pruned.compare.pairing import Reader
+    from lm_eval_pruned.compare.pairing import DocumentReader, Reader
     from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
 
+    #: Whether a run is above the floor of a task and metric.
+    Known = Mapping[tuple[str, str, str], Standing | None]
+
 #: Mark of a score that is not shown to be above the floor.
 AT_FLOOR = "\u2581"
+#: What of a record of pruning is the same where the same places were cut.
+_PLACES = ("asked", "allocation", "layers_pruned", "layers_dropped", "hidden_size")
 #: What a row of ``results.csv`` says in addition.
 LEFT_OUT = ("relative", "p", "test", "margin", "q margin")
 
 
 def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | None:
     """How many tasks of each family are better, worse or not shown to differ, by size."""
-    places = {
-        run.name: (name, f"{run.expansion_ratio:.2f}")
-        for name, members in series_of(runs).items()
+    sizes = {
+        run.name: (series, f"{run.expansion_ratio:.2f}")
+        for series, members in series_of(runs).items()
         for run in members
     }
     labels = [family.label for family in FAMILIES]
-    found: dict[tuple[str, str], dict[str, Counter[tuple[str, str]]]] = {}
+    #: By family, series and ratio, of the verdicts in both forms.
+    counts: dict[tuple[str, str, str], Counter[tuple[str, str]]] = defaultdict(Counter)
     for row in comparison.rows:
-        if row.primary and row.run in places:
-            series, ratio = places[row.run]
-            sizes = found.setdefault(
-                (family_of(row.task, runs[0].metadata).label, series), {}
-            )
-            sizes.setdefault(ratio, Counter())[row.verdict, row.said] += 1
-    if not found:
-        return None
-    ratios = sorted({each for of in found.values() for each in of}, key=float)[::-1]
-    heading = "Families of tasks by size"
+        if row.primary and row.run in sizes:
+            label = family_of(row.task, runs[0].metadata).label
+            counts[(label, *sizes[row.run])][row.verdict, row.said] += 1
+    ratios = sorted({ratio for *_, ratio in counts}, key=float, reverse=True)
+    rows = dict.fromkeys((label, series) for label, series, _ in counts)
     text = (
         "Tasks of each family that are better or worse than the unpruned model at q < "
         f"{comparison.alpha:g}, by expansion ratio. No difference shown does not mean that "
@@ -73,21 +79,21 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     )
 
     def counted_at(ratio: str) -> Callable[[tuple[str, str]], Cell]:
-        return lambda start: _counted(found[start].get(ratio, {}))
+        return lambda row: _counted(counts.get((*row, ratio), {}))
 
     columns = [
-        Column("family", lambda start: start[0]),
-        Column("pruned by", lambda start: start[1]),
+        Column("family", lambda row: row[0]),
+        Column("pruned by", lambda row: row[1]),
         *(Column(ratio, counted_at(ratio), ">") for ratio in ratios),
     ]
-    rows = sorted(found, key=lambda start: labels.index(start[0]))
-    return Section(heading, [text], table=Table(heading, columns, rows))
+    ordered = sorted(rows, key=lambda row: labels.index(row[0]))
+    return table_section("Families of tasks by size", [text], columns, ordered)
 
 
 def _counted(counts: Mapping[tuple[str, str], int]) -> Cell:
-    shown = sorted(counts, key=lambda each: [*MARKS].index(each[0]))
-    texts = [f"{MARKS[each[0]]} {counts[each]} {each[1]}" for each in shown]
-    decided = [said for _, said in shown if said in ("better", "worse")]
+    shown = sorted(counts, key=lambda words: [*MARKS].index(words[0]))
+    texts = [f"{MARKS[words[0]]} {counts[words]} {words[1]}" for words in shown]
+    decided = [words for _, words in shown if words in ("better", "worse")]
     return Cell(", ".join(texts) or "-", decided[0] if len(decided) == 1 else "")
 
 
@@ -102,10 +108,10 @@ def floors_section(comparison: Comparison) -> Section | None:
 
 def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> Section:
     """All scores, with marks where the difference to the unpruned model is significant."""
-    found = {(row.run, row.task, row.metric): row for row in comparison.rows}
+    differences = {(row.run, row.task, row.metric): row for row in comparison.rows}
     primary = {(row.task, row.metric) for row in comparison.rows if row.primary}
     primary |= {*primary_metrics([base])}
-    floors = {(each.task, each.metric): each for each in comparison.floors}
+    floors = {(row.task, row.metric): row for row in comparison.floors}
     arrows = {True: " \u2191", False: " \u2193", None: " "}
 
     def metric(key: tuple[str, str]) -> str:
@@ -128,8 +134,8 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
     if floors:
         legend += f" {AT_FLOOR} not shown to be above the floor."
 
-    def of_run(run: Run) -> Column:
-        cell = lambda key: _score_cell(found.get((run.name, *key)))
+    def column(run: Run) -> Column:
+        cell = lambda key: _score_cell(differences.get((run.name, *key)))
         return Column(run_label(run), cell, ">")
 
     floor = Column(
@@ -140,7 +146,7 @@ def scores_section(base: Run, others: Sequence[Run], comparison: Comparison) -> 
         Column("metric", metric),
         *([floor] if floors else []),
         Column(run_label(base), unpruned, ">"),
-        *map(of_run, others),
+        *map(column, others),
     ]
     tasks = base.tasks(subtasks=False)
     rows = [key for key in base.scores if key[0] in tasks]
@@ -159,31 +165,25 @@ def levels_section(
     base: Run, others: Sequence[Run], alpha: float, read: Reader
 ) -> Section | None:
     """What is kept at each level of the tasks that declare levels and an exact floor."""
-    rows = []
+    rows: list[tuple[str, str, Score, dict[str, str | None]]] = []
     for key in primary_metrics([base]):
-        every = {
-            run.name: read(run, *key) for run in (base, *others) if key in run.scores
+        by_run = {
+            run.name: documents
+            for run in (base, *others)
+            if key in run.scores and (documents := read(run, *key)) and documents.level
         }
-        known = {name: of for name, of in every.items() if of and of.level}
-        for level in sorted({*known[base.name].level}) if base.name in known else ():
-            documents = {name: of.at(level) for name, of in known.items()}
+        for level in sorted({*by_run[base.name].level}) if base.name in by_run else ():
+            at_level = {name: whole.at(level) for name, whole in by_run.items()}
             one, *pruned = (
-                _restricted(run, key, documents[run.name])
+                _restricted(run, key, at_level[run.name])
                 for run in (base, *others)
-                if run.name in known
+                if run.name in at_level
             )
-            found = standings(
-                one,
-                [],
-                [(run, key, True) for run in pruned],
-                alpha,
-                lambda run, *_, documents=documents: documents[run.name],
-            )
-            if found:
-                kept = {
-                    run: standing.kept_text for (run, *_), standing in found.items()
-                }
-                rows.append((key[0], level, one.scores[key], kept))
+            read_level = lambda run, *_, at_level=at_level: at_level[run.name]
+            compared = [(run, key, True) for run in pruned]
+            levels = standings(one, [], compared, alpha, read_level)
+            kept = {run: standing.kept_text for (run, *_), standing in levels.items()}
+            rows += [(key[0], level, one.scores[key], kept)] if kept else []
     text = (
         "Of each level, the share of what the unpruned model scores above the exact floor, with the "
         f"{1 - alpha:.0%} interval of a single test."
@@ -199,8 +199,7 @@ def levels_section(
         Column(run_label(base), lambda row: row[2].value, ".4f"),
         *(Column(run_label(run), kept_by(run), ">") for run in others),
     ]
-    table = Table("Kept by level", columns, rows)
-    return Section(table.label, [text], table=table) if rows else None
+    return table_section("Kept by level", [text], columns, rows)
 
 
 def _restricted(run: Run, key: tuple[str, str], documents: Documents) -> Run:
@@ -238,11 +237,73 @@ def compared_section(
         return Section(heading, notes=notes) if notes else None
     tasks = [row.task for row in rows]
     rows = sorted(rows, key=lambda row: tasks.index(row.task))
-    columns = [each for each in DIFFERENCES if each.title not in LEFT_OUT]
-    tests = {row.method for row in rows}
-    told = [text, f"Tests: {'; '.join(sorted(tests))}."]
+    columns = [column for column in DIFFERENCES if column.title not in LEFT_OUT]
+    tests = f"Tests: {'; '.join(sorted({row.method for row in rows}))}."
     table = table_of(heading, columns, rows, alpha)
-    return Section(heading, told, table=table, notes=notes)
+    return Section(heading, [text, tests], table=table, notes=notes)
+
+
+def random_section(
+    others: Sequence[Run],
+    alpha: float,
+    read: DocumentReader,
+    known: Known | None = None,
+) -> Section | None:
+    """Each configuration against those whose neurons were removed at random in the same places."""
+
+    def cut(run: Run) -> list[Any]:
+        return [*map(run.pruning.get, _PLACES)]
+
+    pruned = [run for run in others if run.pruning.get("criterion")]
+    chosen = [run for run in pruned if not is_control(run)]
+    controls = [run for run in pruned if is_control(run)]
+    pairs = [(c, run) for run in chosen for c in controls if cut(c) == cut(run)]
+    text = (
+        "Each configuration compared with random cuts of the same size, one seed at a time, paired by "
+        "document: the gain from the criterion. q: p after Benjamini-Hochberg over the rows of each "
+        "task."
+    )
+    paired = [run for _, run in pairs]
+    missing = [run_label(run) for run in chosen if run not in paired]
+    named = [model_arguments(run).get("recipe") for run in pruned]
+    recipes = [*dict.fromkeys(filter(None, named))]
+    criteria = [
+        run.pruning["criterion"]
+        for run, recipe in zip(pruned, named, strict=True)
+        if not recipe
+    ]
+    words = [*["--recipes"] * bool(recipes), *recipes, "--criteria"]
+    words += dict.fromkeys([*criteria, "random"])
+    note = (
+        f"No random cut has the size of {', '.join(missing)}. To add one, run the sweep "
+        f"again with {' '.join(words)} --seeds 0 1 2; finished units are not evaluated again."
+    )
+    notes = [note] * bool(missing)
+    rows = compared_pairs(pairs, alpha, read, known)
+    return compared_section("Compared with random pruning", text, rows, alpha, notes)
+
+
+def compared_pairs(
+    pairs: Sequence[tuple[Run, Run]],
+    alpha: float,
+    read: DocumentReader,
+    known: Known | None = None,
+) -> list[Difference]:
+    """Return the tasks of each pair (before, after), with q over the pairs of each task."""
+    cases = []
+    for before, after in pairs:
+        for key in primary_metrics([before, after]):
+            pair = paired_documents(before, after, *key, read)
+            family = key[0], is_control(after)
+            cases.append(Case(before, after, key, pair, family))
+    return [
+        replace(
+            row,
+            run=f"{run_label(case.run)} against {case.base.name}",
+            floor=(known or {}).get((case.run.name, *case.key)),
+        )
+        for case, row in zip(cases, judged(cases, alpha), strict=True)
+    ]
 
 
 def trends_section(comparison: Comparison) -> Section | None:
@@ -264,17 +325,16 @@ def energy_section(runs: Sequence[Run]) -> Section | None:
     for run in runs:
         for tasks, block in run.energy.items():
             parts = as_mapping(block.get("sources")).items()
-            sources |= {f"{part.upper()}: {of['kind']}" for part, of in parts if of}
+            sources |= {f"{part.upper()}: {how['kind']}" for part, how in parts if how}
             notes |= dict.fromkeys(block.get("notes") or ())
             kinds = as_mapping(block.get("request_types")).items()
             rows += [(run_label(run), tasks, kind, record) for kind, record in kinds]
-    said = (
+    text = (
         "As metered while the tasks ran, including everything else that the machine did. "
         f"Sources: {'; '.join(sorted(sources)) or 'not known'}. Modelled energy is an estimate, not "
         "a measurement. The time per generated token includes reading the prompts."
     )
-    table = Table("Energy and latency", _ENERGY, rows)
-    return Section(table.label, [said], table=table, notes=[*notes]) if rows else None
+    return table_section("Energy and latency", [text], _ENERGY, rows, [*notes])
 
 
 def _latency(row: tuple[Any, ...]) -> float | None:
@@ -324,7 +384,7 @@ def remarks_section(
 ) -> Section | None:
     """What failed, and what the reader of the scores has to know."""
     alone = {run.name: run for run in others}.keys() - {r.run for r in comparison.rows}
-    notes = [f"{e.task} failed on {e.run}: {e.message}" for e in sweep.failures]
+    notes = [f"{f.task} failed on {f.run}: {f.message}" for f in sweep.failures]
     notes += comparison.notes
-    notes += [f"{e} shares no task with the unpruned model." for e in sorted(alone)]
+    notes += [f"{run} shares no task with the unpruned model." for run in sorted(alone)]
     return Section("Remarks", notes=notes) if notes else None

@@ -89,13 +89,15 @@ class Levels:
 class Reply(NamedTuple):
     """What one model answered to a document: the text of the likeliest choice, or what it wrote.
 
-    `normed` is the choice that is likeliest for its length, `likelihoods` the log-likelihoods of all
-    choices; a text that was written freely is that after the task's filter, and has none.
+    `normed` is the choice that is likeliest for its length, `mc1` the likeliest of MC1's choices where
+    the document has more of them, `likelihoods` the log-likelihoods of all choices; a text that was
+    written freely is that after the task's filter, and has none.
     """
 
     chosen: str
     normed: str
     likelihoods: tuple[float, ...] = ()
+    mc1: str = ""
 
 
 class Sample(NamedTuple):
@@ -103,7 +105,7 @@ class Sample(NamedTuple):
 
     `number` and `digest` are the harness's ``doc_id`` and ``doc_hash``; documents of one `cluster`
     ask about the same text. `choices` is empty where the model wrote freely, `right` the index of
-    the one right choice, and `target` of IFEval the names of the instructions. `reply` is None where
+    the one right choice, and `target` the text of the right choice, of IFEval the names of the instructions. `reply` is None where
     the line does not tell, `text` what the model wrote, before the filter. `level` is empty where
     the task declares none.
     """
@@ -122,8 +124,12 @@ class Sample(NamedTuple):
 
     def answer(self, metric: str) -> str | None:
         """Return the answer that a metric judges; None where the line does not tell."""
+        if self.reply is None:
+            return None
+        if metric.startswith("mc1") and self.reply.mc1:
+            return self.reply.mc1
         normed = metric.startswith("acc_norm")
-        return self.reply and (self.reply.normed if normed else self.reply.chosen)
+        return self.reply.normed if normed else self.reply.chosen
 
     @property
     def choice_prob(self) -> float | None:
@@ -341,10 +347,16 @@ def read_sample(
     # The target of IFEval says nothing.
     target = str(document.get("instruction_id_list") or row.get("target", ""))
     right, chance = None, 1 / len(texts) if texts else None
+    rivals: list[int] = []
     # The score of MC2 is the share of probability on true answers, which can be several.
     several = as_mapping(document.get("mc2_targets"))
     if texts and texts == [str(each).strip() for each in several.get("choices") or ()]:
         chance = float(np.mean(several["labels"]))
+        # MC1 is judged among other choices, of which one is right.
+        single = as_mapping(document.get("mc1_targets"))
+        answers = [str(choice).strip() for choice in single.get("choices") or ()]
+        rivals = [texts.index(answer) for answer in answers if answer in texts]
+        target = next(itertools.compress(answers, single.get("labels") or ()), target)
     elif texts and document.get("context_condition") == "ambig":
         # All choices but two people say that nobody can know, and are right.
         chance = (len(texts) - 2) / len(texts)
@@ -352,6 +364,8 @@ def read_sample(
         right = int(target)
     elif texts.count(target.strip()) == 1:
         right = texts.index(target.strip())
+    if right is not None:
+        target = texts[right]
     by_name = (f for text, f in CLUSTER_FIELDS.items() if re.search(text, task))
     about = document.get(metadata.get("cluster") or next(by_name, ""))
     cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
@@ -360,28 +374,29 @@ def read_sample(
     prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
     asked = number, digest, cluster, prompt, target, choices, right, chance
     level = str(document.get(metadata.get("level", ""), ""))
-    return Sample(*asked, *_answered(row, endings), level)
+    return Sample(*asked, *_answered(row, endings, rivals), level)
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """Return what a model read, and the continuations; none where it wrote freely."""
-    asked = list(map(as_mapping, as_mapping(row.get("arguments")).values()))
+    requests = list(map(as_mapping, as_mapping(row.get("arguments")).values()))
     # Asked once more without the question, for the metric that takes this away.
     if "acc_mutual_info" in row:
-        asked = asked[: len(asked) // 2]
-    prompts = [str(each.get("arg_0", "")) for each in asked]
-    endings = [each.get("arg_1", "") for each in asked]
+        requests = requests[: len(requests) // 2]
+    prompts = [str(request.get("arg_0", "")) for request in requests]
+    endings = [request.get("arg_1", "") for request in requests]
     # The choices of Winogrande are put into the prompt, before one ending.
     shared = prompts[0] if len({*prompts}) == 1 else os.path.commonprefix(prompts)  # noqa: RUF071
-    if not all(isinstance(each, str) for each in endings):
+    if not all(isinstance(ending, str) for ending in endings):
         return shared, ()
     pairs = zip(prompts, endings, strict=True)
     return shared, tuple(prompt[len(shared) :] + ending for prompt, ending in pairs)
 
 
 def _answered(
-    row: Mapping[str, Any], endings: Sequence[str]
+    row: Mapping[str, Any], endings: Sequence[str], rivals: Sequence[int]
 ) -> tuple[Reply | None, str]:
+    """Return what a model answered, and its text before the filter; `rivals` are indices of MC1's choices."""
     answers, written = row.get("filtered_resps"), row.get("resps")
     if not isinstance(answers, list) or not answers or len(endings) == 1:
         return None, ""
@@ -397,4 +412,6 @@ def _answered(
     # The harness divides by the length of the choice without the space in front of it.
     lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
     best, normed = (endings[int(np.argmax(by))] for by in (scores, scores / lengths))
-    return Reply(best.strip(), normed.strip(), tuple(scores.tolist())), ""
+    likelihoods = tuple(scores.tolist())
+    mc1 = endings[max(rivals, key=likelihoods.__getitem__)] if rivals else ""
+    return Reply(best.strip(), normed.strip(), likelihoods, mc1.strip()), ""

@@ -7,7 +7,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval_pruned.results.files import PRIMARY
+from lm_eval_pruned.results.files import PRIMARY, as_mapping
 
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def series_name(run: Run) -> str:
-    """Return how a run was pruned, and whether it was trained again.
+    """Return how a run was pruned, in the words of who asked, and whether it was trained again.
 
     Models whose layers differ in width are a separate series, and so are models of which some
     layers were not pruned.
@@ -107,9 +107,19 @@ def series_name(run: Run) -> str:
     if "allocation" not in run.pruning:
         texts["layer_widths"] = "widths by layer"
     known = {key: run.pruning.get(key) for key in texts}
+    if recipe := model_arguments(run).get("recipe"):
+        known["criterion"] = f"recipe={recipe}"
     parts = [texts[k].format(value) for k, value in known.items() if value is not None]
     parts += [f"healed by {healing_name(run)}"] * bool(run.healing)
     return ", ".join(parts) or "-"
+
+
+def model_arguments(run: Run) -> Mapping[str, Any]:
+    """Return the arguments of the model that a run evaluated."""
+    arguments = run.config.get("model_args")
+    if isinstance(arguments, str):
+        return dict(part.partition("=")[::2] for part in arguments.split(","))
+    return as_mapping(arguments)
 
 
 def is_control(run: Run) -> bool:

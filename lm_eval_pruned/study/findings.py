@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import split_sweep
-from lm_eval_pruned.report.pairs import compared_pairs
+from lm_eval_pruned.report.sections import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, as_mapping, read_json
 from lm_eval_pruned.results.groups import (
     BEHAVIOUR,

@@ -21,6 +21,8 @@ from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 
+from lm_eval_pruned.util.options import nearest
+
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,9 +80,10 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
         is_file = name.endswith((".yaml", ".yml"))
         matches = glob.glob(name) if is_file else manager.match_tasks([name])
         if not matches:
+            advice = nearest(name, manager.all_tasks, "`lm_eval ls tasks` lists them.")
             raise ValueError(
-                f"--tasks has {name}, but no task, group or tag has that name: "
-                "`lm_eval ls tasks` lists them, and --include_path adds a folder of your own."
+                f"--tasks has {name}, but no task, group or tag has that name: {advice} "
+                "--include_path adds a folder of your own."
             )
         built = [planned._load_spec(match) for match in sorted(matches)]
         for task in _flat(built):

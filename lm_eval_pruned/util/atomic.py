@@ -41,12 +41,16 @@ def write_atomically(file: str | Path, content: str | bytes) -> None:
     sync(file.parent)
 
 
-def check_writable(output: Path, needed: int = 0) -> None:
+#: Bytes that the results and pages of a small run take.
+ROOM = 2**24
+
+
+def check_writable(output: Path, needed: int = ROOM) -> None:
     """Refuse a folder that cannot be written, or that has too little room.
 
     Args:
         output: The folder; where there is none yet, it would be made.
-        needed: Bytes that are going to be written there, as far as they are known.
+        needed: Bytes that are going to be written there.
 
     Raises:
         OSError: It cannot be written, or fewer bytes are free.

@@ -31,52 +31,54 @@ from lm_eval_pruned.verdict.needed import what_decides
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-Key = tuple[str, str]
+    Key = tuple[str, str]
+    #: Of each task the metrics that a verdict may look at, with their scores, where there are any yet.
+    Scores = Mapping[str, Mapping[str, Sequence[float]]]
+
 #: By exit code.
 ANSWERS = ("ship", "do not ship", "not decided")
-CLAIM = "not_worse"
 _WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
+_OF_POOLS = {"undecided": "not decided", "worse": "not shown, and the mean is worse"}
 
 
 class Judged(NamedTuple):
-    """One score: how it differs, and what the gate says of it within a margin.
+    """What the gate says of one claim: on one score, or on the mean over several tasks.
 
-    `word` is ``equivalent``, ``not worse``, ``better``, ``worse``, ``undecided`` or `NO_LOSS`; `take`
-    says what would decide.
+    `claim` has a case for each task, none where nothing is claimed. `word` is ``equivalent``, ``not
+    worse``, ``better``, ``worse``, ``undecided``, ``not judged`` or `NO_LOSS`; `take` says what would
+    decide.
     """
 
+    claim: Sequence[Case]
     row: Difference
-    margin: str
     word: str
-    message: str
-    take: str
+    message: str = ""
+    take: str = ""
 
+    @property
+    def margin(self) -> str:
+        """The margin as it is written; a dash without one."""
+        margin = self.claim[0].margin if self.claim else None
+        return margin.text if margin else "-"
 
-class Pooled(NamedTuple):
-    """One claim on the mean over `keys`, tasks and metrics, and how it was judged.
-
-    `text` is the claim: how far the score falls on average and in each task.
-    """
-
-    keys: Sequence[Key]
-    judged: Judged
-    text: str
+    @property
+    def cannot_show_a_loss(self) -> bool:
+        """Whether nobody could lose anything: the base is not shown to be above the floor."""
+        floor = self.row.floor
+        no_bias = not is_bias(self.row.metric)
+        return bool(floor and not floor.base_above_floor and no_bias)
 
     @property
     def sentence(self) -> str:
-        """The claim, whether it is shown, and the mean difference in points with its 90 % interval."""
-        row, tasks = self.judged.row, ", ".join(task for task, _ in self.keys)
-        shown = {
-            "undecided": "not decided",
-            "worse": "not shown, and the mean is worse",
-        }
-        ends = (end for end in (row.low, row.high) if end is not None)
+        """The claim on a mean, whether it is shown, and the difference in points with its 90 % interval."""
+        tasks = ", ".join(case.key[0] for case in self.claim)
+        ends = (end for end in (self.row.low, self.row.high) if end is not None)
         interval = ", ".join(f"{100 * end:+.1f}" for end in ends)
         return (
-            f"{self.text} ({tasks}): {shown.get(self.judged.word, 'shown')}; the mean differs by "
-            f"{100 * row.difference:+.1f} points [{interval}]."
+            f"{claim_text(self.claim)} ({tasks}): {_OF_POOLS.get(self.word, 'shown')}; the mean "
+            f"differs by {100 * self.row.difference:+.1f} points [{interval}]."
         )
 
 
@@ -84,27 +86,28 @@ class Verdict(NamedTuple):
     """The answer on two runs, with the exit code of `check`.
 
     The claims of `pooled` decide in place of those of their tasks, unless a task is shown to be worse.
+    `beside` are scores that were compared and not judged.
     """
 
     base: Run
     candidate: Run
     code: int
     judged: Sequence[Judged]
-    beside: Sequence[Difference]
+    beside: Sequence[Judged]
     notes: Sequence[str]
-    pooled: Sequence[Pooled] = ()
+    pooled: Sequence[Judged] = ()
 
     @property
     def open(self) -> list[Judged]:
         """What is shown to be worse, or keeps the verdict from being decided."""
-        held = {key for each in self.pooled for key in each.keys}
+        pooled_keys = {case.key for pool in self.pooled for case in pool.claim}
         return [
-            each
-            for each in [*(pool.judged for pool in self.pooled), *self.judged]
-            if each.word == "worse"
+            judged
+            for judged in [*self.pooled, *self.judged]
+            if judged.word == "worse"
             or (
-                each.word == "undecided"
-                and (each.row.task, each.row.metric) not in held
+                judged.word == "undecided"
+                and (judged.row.task, judged.row.metric) not in pooled_keys
             )
         ]
 
@@ -140,11 +143,13 @@ def decide(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
-    known = judged_scores(base, candidate, measure=measure, margins=margins)
-    asked = check_margins(margins, known)
-    chosen = {
+    scores = scores_of(keys, base, candidate)
+    by_name = check_margins(margins, scores)
+    within = {
         key: Margin(
-            CLAIM, _asked(key, asked) or usual_margin(base, key, *known[key[0]][key[1]])
+            "not_worse",
+            _margin_of(key, by_name)
+            or usual_margin(base, key, *scores[key[0]][key[1]]),
         )
         for key in keys
     }
@@ -153,86 +158,69 @@ def decide(
         base,
         [candidate, *floors],
         alpha=2 * CLAIM_LEVEL,
-        margins=chosen,
+        margins=within,
         read=read,
         texts=texts,
     )
     _refuse_another_test(base, candidate, keys)
-    by_key = {(row.task, row.metric): row for row in compared.rows}
-    rows = [by_key[key] for key in keys]
-    cases = [
-        Case(
-            *(base, candidate, key, paired_documents(base, candidate, *key, read)),
-            *("", True, chosen[key]),
-        )
-        for key in keys
-    ]
+    rows = {(row.task, row.metric): row for row in compared.rows}
+    claims = []
+    for key in keys:
+        pair = paired_documents(base, candidate, *key, read)
+        claims.append([Case(base, candidate, key, pair, "", margin=within[key])])
     # A margin that names a task is a claim on this task alone, and a floor shows no loss.
     pools = pools_of(
         case
-        for case, row in zip(cases, rows, strict=True)
-        if case.key[0] not in asked and not _at_floor(row) and row.p is not None
+        for (case,) in claims
+        if case.key[0] not in by_name
+        and not Judged([case], rows[case.key], "").cannot_show_a_loss
+        and rows[case.key].p is not None
     )
     means = [mean_of(pool) for pool in pools]
-    found = _judged(
-        [*([case] for case in cases), *pools],
-        [*cases, *(mean._replace(family="") for mean in means)],
-        [*rows, *judge(means, 2 * CLAIM_LEVEL)],
-    )
-    alone, together = found[: len(cases)], found[len(cases) :]
-    pooled = [
-        Pooled([case.key for case in pool], each, claim_text(pool))
-        for pool, each in zip(pools, together, strict=True)
+    tested = [*itertools.chain(*claims), *(mean._replace(family="") for mean in means)]
+    differences = [*map(rows.get, keys), *judge(means, 2 * CLAIM_LEVEL)]
+    decided = decisions(tested, differences, [CLAIM_LEVEL] * len(tested))
+    judged = [
+        _judged(*claimed)
+        for claimed in zip([*claims, *pools], differences, decided, strict=True)
     ]
-    blind = all(_at_floor(row) for row in rows)
-    counted = [*primary_metrics([base, candidate]), *(k for k in by_key if k[1] == KL)]
-    beside = [by_key[key] for key in counted if key not in keys]
+    alone, pooled = judged[: len(claims)], judged[len(claims) :]
+    counted = [*primary_metrics([base, candidate]), *(k for k in rows if k[1] == KL)]
+    beside = [Judged([], rows[k], "not judged") for k in counted if k not in keys]
     verdict = Verdict(base, candidate, 0, alone, beside, compared.notes, pooled)
-    words = {each.word for each in verdict.open}
+    words = {claim.word for claim in verdict.open}
+    blind = all(claim.cannot_show_a_loss for claim in alone)
     code = 1 if "worse" in words else 2 if words or blind else 0
     return verdict._replace(code=code)
 
 
 def _judged(
-    claims: Sequence[Sequence[Case]], cases: Sequence[Case], rows: Sequence[Difference]
-) -> list[Judged]:
-    """Return what the gate says of `cases`, of which a claim may be made up of several."""
-    found = []
-    told = decisions(cases, rows, [CLAIM_LEVEL] * len(cases))
-    for claim, case, row, (status, message) in zip(
-        claims, cases, rows, told, strict=True
-    ):
-        if not math.isfinite(row.score):
-            status, message = "fail", f"The score is {row.score}, not a finite number."
-        word = _WORDS.get(status)
-        if status == "pass":
-            word = "equivalent" if _inside(row, case) else "not worse"
-            p = p_of_claim(claim) if claim[1:] else 0.0
-            if p is None or p >= CLAIM_LEVEL:
-                status = word = "undecided"
-                message = f"Shown of the mean, and not of each task (p = {p or 1:.3g})."
-        if status != "fail" and _at_floor(row):
-            # Such a score counts neither for nor against shipping.
-            status, word = "pass", NO_LOSS
-        take = what_decides(claim, row) if status == "undecided" else ""
-        margin = case.margin.text if case.margin else ""
-        found.append(Judged(row, margin, str(word), message, take))
-    return found
+    claim: Sequence[Case], row: Difference, decision: tuple[str, str]
+) -> Judged:
+    """Return what the gate's decision on a difference says of a claim."""
+    status, message = decision
+    if not math.isfinite(row.score):
+        status, message = "fail", f"The score is {row.score}, not a finite number."
+    word = _WORDS.get(status, "")
+    if status == "pass":
+        size = claim[0].margin_size
+        inside = size is not None and all(
+            end is not None and abs(end) < size for end in (row.low, row.high)
+        )
+        word = "equivalent" if inside else "not worse"
+        p = p_of_claim(claim) if claim[1:] else 0.0
+        if p is None or p >= CLAIM_LEVEL:
+            word = "undecided"
+            message = f"Shown of the mean, and not of each task (p = {p or 1:.3g})."
+    judged = Judged(claim, row, word, message)
+    if word != "worse" and judged.cannot_show_a_loss:
+        # Such a score counts neither for nor against shipping.
+        return judged._replace(word=NO_LOSS)
+    take = what_decides(claim, row) if word == "undecided" else ""
+    return judged._replace(take=take)
 
 
-def _at_floor(row: Difference) -> bool:
-    """Whether nobody could lose anything: the base is not shown to be above the floor."""
-    no_bias = not is_bias(row.metric)
-    return bool(row.floor and not row.floor.base_above_floor and no_bias)
-
-
-def _inside(row: Difference, case: Case) -> bool:
-    """Whether the interval lies within the margin on both sides."""
-    size, ends = case.margin_size, (row.low, row.high)
-    return size is not None and all(end is not None and abs(end) < size for end in ends)
-
-
-def _refuse_another_test(base: Run, candidate: Run, keys: Sequence[Key]) -> None:
+def _refuse_another_test(base: Run, candidate: Run, keys: Iterable[Key]) -> None:
     """Raise ResultsError where two runs were asked differently, or one has no samples of a task."""
     for task in dict.fromkeys(task for task, _ in keys):
         before, after = (run.settings.get(task, {}) for run in (base, candidate))
@@ -249,53 +237,50 @@ def _refuse_another_test(base: Run, candidate: Run, keys: Sequence[Key]) -> None
                 )
 
 
-def read_margins(texts: Sequence[str], known: set[str] | None = None) -> dict[str, str]:
+def read_margins(texts: Iterable[str]) -> dict[str, str]:
     """Return margins by the task or metric that ``[NAME=]MARGIN`` names, else by an empty text."""
-    found = {name: margin for name, _, margin in (t.rpartition("=") for t in texts)}
-    for name, margin in found.items():
-        Margin("margin", margin)
-        if known is not None and name not in {"", *known}:
-            raise ValueError(
-                f"--margin {name}={margin} names no task or metric of this verdict: it has "
-                f"{', '.join(sorted(known))}."
-            )
-    return found
+    margins = {name: text for name, _, text in (t.rpartition("=") for t in texts)}
+    for text in margins.values():
+        Margin("margin", text)
+    return margins
 
 
-def check_margins(
-    texts: Sequence[str], known: Mapping[str, Mapping[str, Sequence[float]]]
-) -> dict[str, str]:
-    """Return margins as `read_margins` does, and refuse those that cannot be meant.
-
-    `known` are tasks, the metrics of each, and of each metric the scores, where there are some yet.
-    """
-    names = {_names((task, name)) for task, of in known.items() for name in of}
+def check_margins(texts: Iterable[str], scores: Scores) -> dict[str, str]:
+    """Return margins as `read_margins` does, or raise ValueError for those that cannot be meant."""
+    margins = read_margins(texts)
+    names = {
+        *scores,
+        *(
+            metric.partition(",")[0]
+            for of_task in scores.values()
+            for metric in of_task
+        ),
+    }
     # The metrics of a task in Python are known once it has scores.
-    listed = {*itertools.chain(*names)} if all(known.values()) else None
-    asked = read_margins(texts, listed)
-    for task, of in known.items():
+    unknown = margins.keys() - names - {""} if all(scores.values()) else ()
+    for name in sorted(unknown):
+        raise ValueError(
+            f"--margin {name}={margins[name]} names no task or metric of this verdict: it has "
+            f"{', '.join(sorted(names))}."
+        )
+    for task, metrics in scores.items():
         # So is which of several metrics counts.
-        sure = all(scores or is_share(metric) for metric, scores in of.items())
-        for metric, scores in of.items() if sure else ():
-            if margin := _asked((task, metric), asked):
-                Margin("margin", margin).check(task, metric, *scores)
-    return asked
+        if all(values or is_share(metric) for metric, values in metrics.items()):
+            for metric, values in metrics.items():
+                if margin := _margin_of((task, metric), margins):
+                    Margin("margin", margin).check(task, metric, *values)
+    return margins
 
 
-def judged_scores(
-    *runs: Run, measure: str | None = None, margins: Sequence[str] = ()
-) -> dict[str, dict[str, list[float]]]:
-    """Return the scores of runs by task and metric, of those that a verdict on the first looks at."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for key in judged_keys(runs[0], measure, read_margins(margins)):
-        values = [run.scores[key].value for run in runs]
-        found.setdefault(key[0], {})[key[1]] = values
-    return found
+def scores_of(keys: Iterable[Key], *runs: Run) -> dict[str, dict[str, list[float]]]:
+    """Return the scores of runs by task and metric."""
+    scores: dict[str, dict[str, list[float]]] = {}
+    for task, metric in keys:
+        values = [run.scores[task, metric].value for run in runs]
+        scores.setdefault(task, {})[metric] = values
+    return scores
 
 
-def _names(key: Key) -> tuple[str, str]:
-    return key[0], key[1].partition(",")[0]
-
-
-def _asked(key: Key, asked: dict[str, str]) -> str | None:
-    return next((asked[name] for name in (*_names(key), "") if name in asked), None)
+def _margin_of(key: Key, margins: Mapping[str, str]) -> str | None:
+    names = key[0], key[1].partition(",")[0], ""
+    return next((margins[name] for name in names if name in margins), None)

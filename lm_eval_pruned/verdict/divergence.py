@@ -49,7 +49,7 @@ def watched(lm: Any, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
 
     def score_one_by_one(requests: list[Any], **_: Any) -> list[Any]:
         alone = {"disable_tqdm": True, "override_bs": 1}
-        return [answer for each in requests for answer in score([each], **alone)]
+        return [answer for request in requests for answer in score([request], **alone)]
 
     def select_and_see(logits: torch.Tensor, **where: Any) -> torch.Tensor:
         rows = select(logits, **where)
@@ -106,10 +106,10 @@ class WatchingSweep(Sweep):
         self, configuration: Configuration, task: SweepTask
     ) -> dict[str, Any]:
         """Return everything that decides a unit's scores, the base of a divergence included."""
-        own = super().definition(configuration, task)
+        definition = super().definition(configuration, task)
         if self.base and task.name in TEXTS:
-            own["base"] = self.base.model_definition(self.base.baseline)
-        return own
+            definition["base"] = self.base.model_definition(self.base.baseline)
+        return definition
 
     @contextlib.contextmanager
     def observed(

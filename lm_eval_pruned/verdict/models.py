@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.comparison import read_comparands
-from lm_eval_pruned.compare.margins import check_measure, with_choice_prob
+from lm_eval_pruned.compare.margins import (
+    check_measure,
+    judged_keys,
+    with_choice_prob,
+)
 from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
 from lm_eval_pruned.results.files import ResultsError, Run
@@ -21,11 +25,7 @@ from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.verdict.decision import (
-    check_margins,
-    judged_scores,
-    read_margins,
-)
+from lm_eval_pruned.verdict.decision import check_margins, read_margins, scores_of
 from lm_eval_pruned.verdict.divergence import (
     DEMO_TEXT,
     NOT_MEASURED,
@@ -37,6 +37,9 @@ from lm_eval_pruned.verdict.divergence import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from lm_eval_pruned.sweeps.tasks import SweepTask
+    from lm_eval_pruned.verdict.decision import Scores
 
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
@@ -51,14 +54,14 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
     Raises:
         ValueError: The model, an option or a task cannot be used.
     """
-    kind, _, given = text.partition(",")
+    kind, _, arguments = text.partition(",")
     if kind not in TYPES:
         raise ValueError(
             f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
             f"model type ({', '.join(TYPES)}) with its arguments, such as hf,pretrained=NAME."
         )
     model = TYPES[kind]
-    model_args = read_mapping(given, f"The {name} {text}") if given else {}
+    model_args = read_mapping(arguments, f"The {name} {text}") if arguments else {}
     if model == "hf-prefix" and "quantization_config" in model_args:
         # HFLM passes what its config says under this name, and would pass ours beside it.
         model = "pruned-hf"
@@ -98,10 +101,10 @@ def text_task(file: str, folder: Path) -> str:
     about = {"version": 1.0, "family": "language_modeling", "sha256": digest}
     about["text_file"] = str(Path(file).resolve())
     task = {"include": str(of_demo), "task": OF_FILE, "metadata": about}
-    place = folder / f"{OF_FILE}.yaml"
+    path = folder / f"{OF_FILE}.yaml"
     # JSON is YAML.
-    write_atomically(place, json.dumps(task, indent=2) + "\n")
-    return str(place)
+    write_atomically(path, json.dumps(task, indent=2) + "\n")
+    return str(path)
 
 
 def both_runs(
@@ -124,63 +127,56 @@ def both_runs(
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
-    given = {"base": base, "candidate": candidate}
-    finished_ones = [path for path in given.values() if Path(path).exists()]
-    of_text = DEMO_TEXT
-    if text is not None:
-        if finished_ones:
-            raise ValueError(
-                f"--text {text} cannot be read by {finished_ones[0]}, which is finished results: pass "
-                "two models."
-            )
-        of_text = text_task(text, output_path)
-    asked = {"tasks": [*TASKS, of_text], **options}
-    if text is not None and "tasks" in options:
-        asked["tasks"] = [*options["tasks"], of_text]
-    scored: Mapping[str, Mapping[str, Sequence[float]]] = {}
-    if Path(base).exists():
-        finished, _ = read_comparands([_results_of(base)] * 2)
-        asked = {"tasks": finished.tasks(subtasks=False), **options}
-        finished = with_choice_prob(finished, read or DocumentReader())
-        check_measure(measure, (metric for _, metric in finished.scores))
-        scored = judged_scores(finished, measure=measure, margins=margins)
-    where = {name: str(output_path / name) for name in given}
+    models = {"base": base, "candidate": candidate}
+    finished = [path for path in models.values() if Path(path).exists()]
+    if text is None:
+        options = {"tasks": [*TASKS, DEMO_TEXT], **options}
+    elif finished:
+        raise ValueError(
+            f"--text {text} cannot be read by {finished[0]}, which is finished results: pass "
+            "two models."
+        )
+    else:
+        tasks = [*options.get("tasks", TASKS), text_task(text, output_path)]
+        options = {**options, "tasks": tasks}
+    scores: Scores = {}
+    if base in finished:
+        run, _ = read_comparands([_results_of(base)] * 2)
+        run = with_choice_prob(run, read or DocumentReader())
+        check_measure(measure, (metric for _, metric in run.scores))
+        scores = scores_of(judged_keys(run, measure, read_margins(margins)), run)
+        options = {"tasks": run.tasks(subtasks=False), **options}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
-        name: plan_model(name, model, {**asked, "output_path": where[name]})
-        for name, model in given.items()
-        if not Path(model).exists()
+        name: plan_model(
+            name, model, {**options, "output_path": str(output_path / name)}
+        )
+        for name, model in models.items()
+        if model not in finished
     }
-    if len(planned) == 2:
+    if not finished:
         planned["candidate"].base = planned["base"]
     if "base" in planned:
-        tasks = planned["base"].tasks
-        scored = {
-            each.name: dict.fromkeys(
-                [
-                    *each.metrics,
-                    *[CHOICE_PROB] * bool(each.metrics),
-                    *[KL] * (each.name in TEXTS),
-                ],
-                (),
-            )
-            for each in tasks
+        scores = {
+            task.name: dict.fromkeys(_metrics_of(task), ())
+            for task in planned["base"].tasks
         }
-        check_measure(measure, itertools.chain(*scored.values()))
-    check_margins(margins, scored)
+        check_measure(measure, itertools.chain(*scores.values()))
+    check_margins(margins, scores)
+    paths = dict(models)
     for name, sweep in planned.items():
-        print(f"The {name}: {given[name]}", flush=True)
+        print(f"The {name}: {models[name]}", flush=True)
+        paths[name] = sweep.options["output_path"]
         if run_sweep(sweep, retry_failed=True) == 130:
             raise KeyboardInterrupt
-        for failure in read_failures(where[name]):
+        for failure in read_failures(paths[name]):
             raise ResultsError(
-                f"{failure.task} failed on the {name} {given[name]} ({failure.message}): repeat "
+                f"{failure.task} failed on the {name} {models[name]} ({failure.message}): repeat "
                 "the command to try it again; finished tasks are not evaluated again."
             )
-        given[name] = where[name]
-    floors = read_sweep(given["base"]).floors if is_sweep(given["base"]) else ()
-    found, runs = read_comparands([*map(_results_of, given.values())])
-    runs = [run for run in runs if not run.is_floor]
+    floors = read_sweep(paths["base"]).floors if is_sweep(paths["base"]) else ()
+    of_base, others = read_comparands([*map(_results_of, paths.values())])
+    runs = [run for run in others if not run.is_floor]
     if not runs:
         raise ResultsError(
             f"The candidate {candidate} is a model that knows nothing, which shows the floor of each "
@@ -192,26 +188,30 @@ def both_runs(
             f"such as {candidate}/units/{runs[0].name}."
         )
     run = runs[0]
-    if why := _not_measured(found, run, bool(finished_ones)):
+    if why := _not_measured(of_base, run, bool(finished)):
         note = f"The divergence from the base (KL) was not measured, because {why}."
         if KL.partition(",")[0] in read_margins(margins):
             raise ResultsError(f"{note[:-1]}: leave out its margin.")
         run = replace(run, notes=(*run.notes, note))
-    return found, run, floors
+    return of_base, run, floors
+
+
+def _metrics_of(task: SweepTask) -> list[str]:
+    """Return the metrics that a task of a sweep will have; none where only its code knows them."""
+    choices = [CHOICE_PROB] * bool(task.metrics)
+    return [*task.metrics, *choices, *[KL] * (task.name in TEXTS)]
 
 
 def _not_measured(base: Run, candidate: Run, finished: bool) -> str:
     """Return why text was evaluated without a divergence from the base; empty where it was not, or with one."""
-    texts = [task for task in TEXTS if (task, KL) not in candidate.scores]
-    if not {*texts} & {*base.tasks()} & {*candidate.tasks()}:
+    texts = {task for task in TEXTS if (task, KL) not in candidate.scores}
+    if not texts & {*base.tasks()} & {*candidate.tasks()}:
         return ""
-    told = [run.config.get(NOT_MEASURED) for run in (base, candidate)]
-    usual = (
-        "one of the two is finished results"
-        if finished
-        else "the base has no samples of it"
-    )
-    return next(filter(None, told), usual)
+    reasons = [run.config.get(NOT_MEASURED) for run in (base, candidate)]
+    usual = "the base has no samples of it"
+    if finished:
+        usual = "one of the two is finished results"
+    return next(filter(None, reasons), usual)
 
 
 def _results_of(path: str) -> str:

@@ -42,11 +42,11 @@ def what_decides(claim: Sequence[Case], row: Difference) -> str:
     more += " of these tasks together" if claim[1:] else ""
     leaves = [leaf for case in claim for leaf in base.leaves(case.key[0])]
     files = [_files_of(run, leaves) for run in (base, candidate)]
-    there = sum(_sizes(file)[leaf]["original"] for leaf, file in files[0].items())
-    if there < needed:
+    available = sum(_sizes(file)[leaf]["original"] for leaf, file in files[0].items())
+    if available < needed:
         tasks = "the tasks have" if claim[1:] else "the task has"
-        return f"{more}, but {tasks} {there:,}: accept a wider margin."
-    costs = [seconds_per_document({*of.values()}) for of in files]
+        return f"{more}, but {tasks} {available:,}: accept a wider margin."
+    costs = [seconds_per_document({*by_task.values()}) for by_task in files]
     minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
     return f"{more}, {max(1, round(minutes)):,} min." if all(costs) else f"{more}."
 
@@ -67,10 +67,10 @@ def seconds_per_document(files: Iterable[Path]) -> float | None:
     spent, seen = 0.0, 0
     for file in files:
         unit = read_unit(file.parent)
-        told = read_json(file).get("total_evaluation_time_seconds")
-        if seconds := float(unit.seconds if unit else told or 0):
+        of_harness = read_json(file).get("total_evaluation_time_seconds")
+        if seconds := float(unit.seconds if unit else of_harness or 0):
             spent += seconds
-            seen += sum(each["effective"] for each in _sizes(file).values())
+            seen += sum(size["effective"] for size in _sizes(file).values())
     return spent / seen if seen else None
 
 

@@ -14,15 +14,14 @@ from lm_eval_pruned.compare.comparison_table import (
     FLOOR,
     record,
 )
-from lm_eval_pruned.compare.floors import NO_LOSS
 from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.report.changed_answers import LOST, Change, find_changes
-from lm_eval_pruned.report.page import Section, as_markdown, write_page
+from lm_eval_pruned.report.changed_answers import LOST, find_changes
+from lm_eval_pruned.report.page import Section, as_markdown, table_section, write_page
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.groups import family_of, is_loss, is_perplexity
+from lm_eval_pruned.results.groups import family_of, is_bias, is_loss, is_perplexity
 from lm_eval_pruned.results.runs import results_files
-from lm_eval_pruned.util.tables import Cell, Column, Table
+from lm_eval_pruned.util.tables import Cell, Column
 from lm_eval_pruned.verdict.decision import ANSWERS, Judged
 from lm_eval_pruned.verdict.needed import seconds_per_document
 
@@ -30,16 +29,11 @@ from lm_eval_pruned.verdict.needed import seconds_per_document
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.judge import Difference
     from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.verdict.decision import Verdict
 
 #: How many of the answers that changed for the worse are shown.
 SHOWN = 20
-#: Tasks on bias, by parts of their names.
-ON_BIAS = ("bias", "bbq", "crows", "winogender")
-#: Words that keep a candidate from being shipped.
-_REASONS = ("worse", "undecided")
 _HOW_TO_READ = (
     f"{FLOOR} The interval of what is kept covers 90 %. The difference is candidate minus base; a score "
     "is not worse if its 90 % interval lies above the margin, and equivalent if it lies within the margin "
@@ -66,17 +60,19 @@ def write_pages(
 ) -> str:
     """Write ``verdict.html`` and ``verdict.md``, with `texts` of answers or without.
 
-    `read` knows the documents of both runs. Returns what a terminal shows.
+    `read` knows the documents of both runs. Returns what a terminal shows, which leaves out the
+    answers that changed.
     """
-    title = f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
-    lost = _lost(verdict, read)
-    sections = _sections(verdict, lost, 160 * texts)
+    title, tables = _title(verdict), _tables(verdict)
+    changed = _changed_for_the_worse(verdict, read, texts)
+    remarks = [Section("Remarks", notes=verdict.notes)] * bool(verdict.notes)
     rows = [
-        record(e.row) | {"margin": e.margin, "verdict": e.word} for e in verdict.judged
+        record(judged.row) | {"margin": judged.margin, "verdict": judged.word}
+        for judged in verdict.judged
     ]
+    sections = [*tables, *([changed] if changed else []), *remarks]
     write_page(folder, "verdict", title, subtitle, sections, rows)
-    short = _sections(verdict, lost, 40 * texts)
-    return unescape(as_markdown(title, subtitle, short, padded=True))
+    return unescape(as_markdown(title, subtitle, [*tables, *remarks], padded=True))
 
 
 def card_section(verdict: Verdict, base: str) -> str:
@@ -84,36 +80,13 @@ def card_section(verdict: Verdict, base: str) -> str:
 
     A card is published: it has no texts of documents, and no folders of this machine.
     """
-    title = f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
     named = re.sub(
         "[^,=]+", lambda m: Path(m[0]).name if Path(m[0]).exists() else m[0], base
     )
     subtitle = f"Compared with {named}, by `lm-eval-pruned verdict`."
     answer, *tables = _tables(verdict)
-    text = as_markdown(title, subtitle, [replace(answer, notes=()), *tables])
-    return re.sub(r"(?m)^#", "##", text)
-
-
-def _sections(verdict: Verdict, lost: Sequence[Change], width: int) -> list[Section]:
-    """Return what there is to say, the answer first; texts are cut to a width."""
-    remarks = [Section("Remarks", notes=verdict.notes)] * bool(verdict.notes)
-    worse = _worse_section(lost, width)
-    return [*_tables(verdict), *([worse] if worse else []), *remarks]
-
-
-def _tables(verdict: Verdict) -> list[Section]:
-    judged, runs = verdict.judged, [verdict.base, verdict.candidate]
-    on_bias = [e for e in judged if any(part in e.row.task for part in ON_BIAS)]
-    others = [each for each in judged if each not in on_bias]
-    found = [
-        _answer_section(verdict),
-        _scores_section("Scores", _HOW_TO_READ, others, verdict.beside),
-        _agreement_section(verdict),
-        _scores_section("Bias", _ON_BIAS, on_bias),
-        _size_section(verdict),
-        energy_section(runs),
-    ]
-    return [each for each in found if each is not None]
+    sections = [replace(answer, notes=()), *tables]
+    return re.sub(r"(?m)^#", "##", as_markdown(_title(verdict), subtitle, sections))
 
 
 def headline(verdict: Verdict) -> str:
@@ -132,52 +105,88 @@ def headline(verdict: Verdict) -> str:
         elif judged in verdict.open:
             parts.append(f"{_name(judged)} {judged.word}")
     parts += [
-        f"{_name(each.judged)} {each.judged.word}"
-        for each in verdict.pooled
-        if each.judged in verdict.open
+        f"{_name(pool)} {pool.word}" for pool in verdict.pooled if pool in verdict.open
     ]
     answer = ANSWERS[verdict.code]
     line = f"{answer}: {', '.join(parts)}" if parts else answer
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
 
 
-def _name(each: Judged) -> str:
-    return f"{each.row.task} {each.row.metric.removesuffix(',none')}"
+def _title(verdict: Verdict) -> str:
+    return f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
+
+
+def _name(judged: Judged) -> str:
+    return f"{judged.row.task} {judged.row.metric.removesuffix(',none')}"
+
+
+def _tables(verdict: Verdict) -> list[Section]:
+    """Return what there is to say without texts of documents, the answer first."""
+    judged = verdict.judged
+    bias_tasks = {score.row.task for score in judged if is_bias(score.row.metric)}
+    on_bias = [score for score in judged if score.row.task in bias_tasks]
+    others = [score for score in judged if score.row.task not in bias_tasks]
+    size = [("base", verdict.base), ("candidate", verdict.candidate)]
+    # Of a task with two measures, the answers are the same.
+    rows = {score.row.task: score.row for score in judged}
+    answered = [row for row in rows.values() if row.answers]
+    sections = [
+        _answer_section(verdict),
+        _scores_section("Scores", _HOW_TO_READ, [*others, *verdict.beside]),
+        table_section("Agreement with the base", [AGREEMENT], _AGREEMENT, answered),
+        _scores_section("Bias", _ON_BIAS, on_bias),
+        table_section("Size and time", [_ON_TIME], _SIZE, size),
+        energy_section([verdict.base, verdict.candidate]),
+    ]
+    return [section for section in sections if section is not None]
 
 
 def _answer_section(verdict: Verdict) -> Section:
-    words = [each.word for each in verdict.judged]
-    lost, unsure = (
-        [each.word for each in verdict.open].count(word) for word in _REASONS
+    """Return the answer, which scores could show a loss and which not, and what was decided of them."""
+    judged, pooled = verdict.judged, verdict.pooled
+    blind = [score for score in judged if score.cannot_show_a_loss]
+    worse, undecided = (
+        [claim for claim in verdict.open if claim.word == word]
+        for word in ("worse", "undecided")
     )
-    of = f"of {len(words)} scores are"
-    able = " that can show a loss" * (NO_LOSS in words)
-    open_question = f"{unsure} {of} not shown to lie within their margins."
-    if not unsure:
-        open_question = (
-            "No score can show a loss, because the base is not shown to be above the floor of any "
-            "task: evaluate tasks that it can do."
+    names = (f"{_name(e)} ({e.row.floor.floor_name})" for e in blind if e.row.floor)
+    not_above = "the base is not shown to be above the floor of"
+    if not blind:
+        able = "Each score can show a loss"
+    elif blind == judged:
+        able = f"No score can show a loss, because {not_above} any task: {', '.join(names)}"
+    else:
+        able = (
+            f"{len(judged) - len(blind)} of {len(judged)} scores can show a loss; {not_above} the "
+            f"others: {', '.join(names)}"
         )
-    head = (
-        f"Each score{able} is shown to lie within its margin{', alone or on average' * bool(verdict.pooled)}.",
-        f"{lost} {of} shown to be worse.",
-        open_question,
-    )[verdict.code]
-    notes = [
-        f"{_name(each)}: {each.word}. {each.take or each.message}"
-        for word in _REASONS
-        for each in verdict.open
-        if each.word == word
-    ]
     line = headline(verdict)
-    paragraphs = [f"{line[:1].upper()}{line[1:]}.", head]
-    paragraphs += [each.sentence for each in verdict.pooled]
-    return Section(ANSWERS[verdict.code].capitalize(), paragraphs, notes=notes)
+    lost = f"{len(worse)} of {len(judged)} scores are shown to be worse."
+    unsure = f"{len(undecided)} of {len(judged)} scores are not shown to lie within their margins."
+    shipped = (
+        f"Each score{' that can show a loss' * bool(blind)} is shown to lie within its margin"
+        f"{', alone or on average' * bool(pooled)}."
+    )
+    if not undecided:
+        unsure = "Evaluate tasks that the base can do."
+    notes = [
+        f"{_name(claim)}: {claim.word}. {claim.take or claim.message}"
+        for claim in [*worse, *undecided]
+    ]
+    return Section(
+        ANSWERS[verdict.code].capitalize(),
+        [
+            f"{line[:1].upper()}{line[1:]}. {able}.",
+            (shipped, lost, unsure)[verdict.code],
+            *(pool.sentence for pool in pooled),
+        ],
+        notes=notes,
+    )
 
 
 def _compared(title: str, shown_as: str = "") -> Column:
     """Return a column of `compare`, of the difference that was judged."""
-    column = next(each for each in DIFFERENCES if each.title == title)
+    column = next(column for column in DIFFERENCES if column.title == title)
     value = lambda judged: column.value(judged.row)
     return column._replace(title=shown_as or title, value=value, coloured=False)
 
@@ -220,53 +229,29 @@ _SIZE = (
         ".3g",
     ),
 )
+#: Of `Change`; the last three are texts.
+_CHANGED = (
+    Column("task", lambda change: change.task),
+    Column("document", lambda change: change.sample.number),
+    Column("end of the prompt", lambda change: change.sample.prompt[-160:]),
+    Column("base, right", lambda change: change.before[:160]),
+    Column("candidate, wrong", lambda change: change.after[:160]),
+)
 
 
-def _scores_section(
-    heading: str, text: str, judged: Sequence[Judged], beside: Sequence[Difference] = ()
+def _scores_section(heading: str, text: str, rows: Sequence[Judged]) -> Section | None:
+    about = [text, *[_ON_KL] * any(judged.row.metric == KL for judged in rows)]
+    return table_section(heading, about, _SCORES, rows)
+
+
+def _changed_for_the_worse(
+    verdict: Verdict, read: DocumentReader, texts: bool
 ) -> Section | None:
-    blind = [e for e in judged if e.row.floor and e.row.floor.base_above_floor is False]
-    notes = [
-        f"{_name(each)}: the base is not shown to be above the floor "
-        f"({each.row.floor.floor_name}), so this score cannot show a loss."
-        for each in blind
-        if each.row.floor
-    ]
-    rows = [*judged, *(Judged(row, "-", "not judged", "", "") for row in beside)]
-    about = [text, *[_ON_KL] * any(each.row.metric == KL for each in rows)]
-    table = Table(heading, _SCORES, rows)
-    return Section(heading, about, table=table, notes=notes) if rows else None
-
-
-def _agreement_section(verdict: Verdict) -> Section | None:
-    # Of a task with two measures, the answers are the same.
-    by_task = {each.row.task: each.row for each in verdict.judged}
-    rows = [row for row in by_task.values() if row.answers]
-    table = Table("Agreement with the base", _AGREEMENT, rows)
-    return Section(table.label, [AGREEMENT], table=table) if rows else None
-
-
-def _size_section(verdict: Verdict) -> Section:
-    rows = [("base", verdict.base), ("candidate", verdict.candidate)]
-    return Section("Size and time", [_ON_TIME], Table("Size and time", _SIZE, rows))
-
-
-def _lost(verdict: Verdict, read: DocumentReader) -> list[Change]:
     changes = find_changes(verdict.base, [verdict.candidate], read)[2]
-    return [change for change in changes if change.kind == LOST]
-
-
-def _worse_section(lost: Sequence[Change], width: int) -> Section | None:
-    columns = [
-        Column("task", lambda change: change.task),
-        Column("document", lambda change: change.sample.number),
-    ]
-    texts = (
-        Column("end of the prompt", lambda change: change.sample.prompt[-width:]),
-        Column("base, right", lambda change: change.before[:width]),
-        Column("candidate, wrong", lambda change: change.after[:width]),
+    lost = [change for change in changes if change.kind == LOST]
+    shown = lost[:SHOWN]
+    counted = f"{len(shown)} of {len(lost)} are shown."
+    columns = _CHANGED if texts else _CHANGED[:2]
+    return table_section(
+        "Answers that changed for the worse", [counted], columns, shown
     )
-    columns += texts if width else ()
-    table = Table("Answers that changed for the worse", columns, lost[:SHOWN])
-    counted = f"{len(table.rows)} of {len(lost)} are shown."
-    return Section(table.label, [counted], table=table) if lost else None

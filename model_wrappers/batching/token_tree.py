@@ -195,8 +195,12 @@ class Budget:
 
     def within(self, tokens: int) -> Budget:
         """Return what is left of this budget in a pass of so many tokens at most."""
-        bounds = (self.tokens, self.row_tokens, self.scored)
-        return Budget(*(min(bound, tokens) for bound in bounds), self.mask)
+        return Budget(
+            min(self.tokens, tokens),
+            min(self.row_tokens, tokens),
+            min(self.scored, tokens),
+            self.mask,
+        )
 
 
 def next_pack(

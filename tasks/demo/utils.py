@@ -3,6 +3,7 @@
 lm-evaluation-harness loads this file by its path, so it imports neither its
 siblings nor the installed package. The data are read from JSON Lines files
 of the package into memory: no network, no `datasets` cache, any working directory.
+It passes the task's metadata to what loads data, as keyword arguments.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+from scipy import special
 
 
 if TYPE_CHECKING:
@@ -28,64 +30,9 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 
-_STRING = datasets.Value("string")
-_INTEGER = datasets.Value("int64")
-_TARGETS = {"choices": [_STRING], "labels": [_INTEGER]}
-
-MISCONCEPTION_FEATURES = datasets.Features(
-    {"question": _STRING, "mc1_targets": _TARGETS, "mc2_targets": _TARGETS}
-)
-"""The columns of `truthfulqa/truthful_qa`, configuration `multiple_choice`."""
-
-INSTRUCTION_FEATURES = datasets.Features(
-    {
-        "key": _INTEGER,
-        "prompt": _STRING,
-        "instruction_id_list": [_STRING],
-        "kwargs": [
-            {
-                "end_phrase": _STRING,
-                "first_word": _STRING,
-                "forbidden_words": [_STRING],
-                "frequency": _INTEGER,
-                "keyword": _STRING,
-                "keywords": [_STRING],
-                "language": _STRING,
-                "let_frequency": _INTEGER,
-                "let_relation": _STRING,
-                "letter": _STRING,
-                "nth_paragraph": _INTEGER,
-                "num_bullets": _INTEGER,
-                "num_highlights": _INTEGER,
-                "num_paragraphs": _INTEGER,
-                "num_placeholders": _INTEGER,
-                "num_sections": _INTEGER,
-                "num_words": _INTEGER,
-                "postscript_marker": _STRING,
-                "prompt_to_repeat": _STRING,
-                "relation": _STRING,
-                "section_spliter": _STRING,
-            }
-        ],
-    }
-)
-"""The columns of `google/IFEval`; keys that a row leaves out become `None`."""
-
-
-AMBIGUOUS_FEATURES = datasets.Features(
-    {
-        **dict.fromkeys(("category", "context", "question"), _STRING),
-        "choices": [_STRING],
-        **dict.fromkeys(("unknown", "stereotype"), _INTEGER),
-    }
-)
-"""Questions that their context leaves open; ``unknown`` and ``stereotype`` are indices of choices."""
-
 
 def load_misconceptions(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return the multiple-choice questions, in TruthfulQA's schema.
-
-    The harness passes the task's metadata as keyword arguments; none is used.
+    """Return the multiple-choice questions, in the schema of `truthfulqa/truthful_qa`.
 
     Returns:
         One split, ``test``. Each row has a ``question`` and, under
@@ -93,29 +40,31 @@ def load_misconceptions(**_: Any) -> dict[str, datasets.Dataset]:
         0 false). In ``mc1_targets`` exactly one choice is true, the best answer;
         ``mc2_targets`` holds the same choices and the other true answers.
     """
-    return {"test": _read(FOLDER / "misconceptions.jsonl", MISCONCEPTION_FEATURES)}
+    return {"test": _read("misconceptions.jsonl")}
 
 
 def load_instructions(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return the instruction prompts, in IFEval's schema.
-
-    The harness passes the task's metadata as keyword arguments; none is used.
+    """Return the instruction prompts, in the schema of `google/IFEval`.
 
     Returns:
         One split, ``test``. Each row has a ``key``, a ``prompt``, and equally long
-        lists ``instruction_id_list`` and ``kwargs`` (the arguments of each check).
+        lists ``instruction_id_list`` and ``kwargs`` (the arguments of each check; None
+        for those of the others).
 
     Raises:
         ImportError: A package of the harness's ``ifeval`` extra is missing. It is
             raised here so that nothing is generated that could not be scored.
     """
     _ifeval()
-    return {"test": _read(FOLDER / "instructions.jsonl", INSTRUCTION_FEATURES)}
+    return {"test": _read("instructions.jsonl")}
 
 
 def load_ambiguous_questions(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return questions about two people that their context does not answer, as ``test``."""
-    return {"test": _read(FOLDER / "bias.jsonl", AMBIGUOUS_FEATURES)}
+    """Return questions about two people that their context does not answer, as ``test``.
+
+    ``unknown`` and ``stereotype`` are indices of ``choices``.
+    """
+    return {"test": _read("bias.jsonl")}
 
 
 def load_held_text(
@@ -128,7 +77,6 @@ def load_held_text(
             the beginnings of the held text of this package and of ``text.jsonl``, of ``kind`` news,
             manual, speech or talk.
     """
-    features = datasets.Features(dict.fromkeys(("kind", "text"), _STRING))
     if text_file is not None:
         pieces = pieces_of(Path(text_file).read_text("utf-8"))
         rows = [{"kind": "file", "text": piece} for piece in pieces]
@@ -136,7 +84,7 @@ def load_held_text(
         held = files("lm_eval_pruned") / "checkpoints" / "held_text.jsonl"
         texts = [*_rows(held), *_rows(FOLDER / "text.jsonl")]
         rows = [{**row, "text": beginning_of(row["text"])} for row in texts]
-    return {"test": datasets.Dataset.from_list(rows, features=features)}
+    return {"test": datasets.Dataset.from_list(rows)}
 
 
 def beginning_of(text: str, longest: int = 400) -> str:
@@ -209,7 +157,6 @@ def score_answers(
     """
     mc1, mc2 = doc["mc1_targets"], doc["mc2_targets"]
     log_likelihoods = np.array([log_likelihood for log_likelihood, _ in results])
-
     of_choice = dict(zip(mc2["choices"], log_likelihoods, strict=True))
     best = of_choice[mc1["choices"][mc1["labels"].index(1)]]
     false = [
@@ -218,13 +165,10 @@ def score_answers(
         if label == 0
     ]
 
-    # Relative to the likeliest choice, so that long answers do not underflow.
-    probabilities = np.exp(log_likelihoods - log_likelihoods.max())
     is_true = np.array(mc2["labels"]) == 1
-
     return {
         "mc1": float(all(best > other for other in false)),
-        "mc2": float(probabilities[is_true].sum() / probabilities.sum()),
+        "mc2": float(special.softmax(log_likelihoods)[is_true].sum()),
     }
 
 
@@ -265,8 +209,8 @@ def _rows(file: Traversable) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def _read(file: Traversable, features: datasets.Features) -> datasets.Dataset:
-    return datasets.Dataset.from_list(_rows(file), features=features)
+def _read(name: str) -> datasets.Dataset:
+    return datasets.Dataset.from_list(_rows(FOLDER / name))
 
 
 @functools.cache

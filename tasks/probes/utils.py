@@ -5,6 +5,10 @@ exactly one of them. Whoever does not read the prompt therefore has, over a bloc
 ``acc`` of 1/k and a ``lift`` of 0, whatever the answers look like. Prompts of one block are not
 independent: blocks are the clusters of the standard errors.
 
+A row of the data is one prompt: ``target`` is the index of its answer in ``choices``, those of its
+``block``. ``patterns``, where there are any, are regular expressions of complying answers, in that
+order.
+
 lm-evaluation-harness loads this file by its path, so it imports neither its
 siblings nor the installed package.
 """
@@ -30,27 +34,14 @@ FOLDER = Path(__file__).parent
 #: Log-likelihoods (nats) that differ by less are equal: float32 resolves no less from 8 upwards.
 TIE = 1e-6
 
-_STRING = datasets.Value("string")
-_INTEGER = datasets.Value("int64")
-FEATURES = datasets.Features(
-    {
-        **dict.fromkeys(("block", "level", "target"), _INTEGER),
-        **dict.fromkeys(("family", "prompt"), _STRING),
-        "choices": [_STRING],
-        "patterns": [_STRING],
-    }
-)
-"""One prompt: ``target`` is the index of its answer in ``choices``, those of its ``block``.
-``patterns``, where there are any, are regular expressions of complying answers, in that order."""
-
 
 def load_knowledge(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return facts to complete, as the split ``test`` with `FEATURES`."""
+    """Return facts to complete, as the split ``test``."""
     return {"test": _prompts("knowledge.jsonl")}
 
 
 def load_instructions(**_: Any) -> dict[str, datasets.Dataset]:
-    """Return instructions to follow, as the split ``test`` with `FEATURES`."""
+    """Return instructions to follow, as the split ``test``."""
     return {"test": _prompts("instructions.jsonl")}
 
 
@@ -65,7 +56,7 @@ def score_choices(
     """Score one prompt by the log-likelihoods of the answers of its block.
 
     Args:
-        doc: A row with `FEATURES`.
+        doc: A row of the data.
         results: For each of ``choices`` its log-likelihood in nats, and whether greedy decoding
             would give it.
 
@@ -76,10 +67,8 @@ def score_choices(
         `block_stderr` takes, under the name of each with ``_stderr``.
     """
     likelihoods = np.array([likelihood for likelihood, _ in results])
-    right, wrong = (
-        likelihoods[doc["target"]],
-        np.delete(likelihoods, doc["target"]),
-    )
+    right = likelihoods[doc["target"]]
+    wrong = np.delete(likelihoods, doc["target"])
     best = likelihoods >= likelihoods.max() - TIE
     return _with_blocks(
         doc,
@@ -95,7 +84,7 @@ def score_answer(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Score one answer in free text.
 
     Args:
-        doc: A row with `FEATURES` that has ``patterns``.
+        doc: A row that has ``patterns``.
         results: The answer, as the only element.
 
     Returns:
@@ -106,9 +95,9 @@ def score_answer(doc: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     complies = [
         bool(re.fullmatch(pattern, results[0].strip())) for pattern in doc["patterns"]
     ]
-    own = complies.pop(doc["target"])
+    acc = float(complies.pop(doc["target"]))
     sibling = sum(complies) / len(complies)
-    return _with_blocks(doc, acc=float(own), sibling=sibling, lift=own - sibling)
+    return _with_blocks(doc, acc=acc, sibling=sibling, lift=acc - sibling)
 
 
 def block_stderr(items: Sequence[tuple[int, float]]) -> float:
@@ -146,11 +135,13 @@ def _prompts(name: str) -> datasets.Dataset:
     lines = (FOLDER / name).read_text("utf-8").splitlines()
     blocks = list(enumerate(map(json.loads, lines)))
     sizes = Counter((block["level"], block["family"]) for _, block in blocks)
-    seen, places = Counter[tuple[int, str]](), []
-    for _, block in blocks:
-        kind = block["level"], block["family"]
+    seen: Counter[tuple[int, str]] = Counter()
+
+    def share_before(numbered: tuple[int, dict[str, Any]]) -> float:
+        kind = numbered[1]["level"], numbered[1]["family"]
         seen[kind] += 1
-        places.append((seen[kind] - 0.5) / sizes[kind])
+        return (seen[kind] - 0.5) / sizes[kind]
+
     rows = [
         {
             "block": number,
@@ -161,9 +152,7 @@ def _prompts(name: str) -> datasets.Dataset:
             "target": target,
             "patterns": block.get("patterns", []),
         }
-        for _, (number, block) in sorted(
-            zip(places, blocks, strict=True), key=lambda x: x[0]
-        )
+        for number, block in sorted(blocks, key=share_before)
         for target, prompt in enumerate(block["prompts"])
     ]
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    return datasets.Dataset.from_list(rows)

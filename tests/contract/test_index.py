@@ -17,7 +17,10 @@ def test_every_job_has_a_page():
 
 
 def test_readme_and_site_begin_with_one_command():
+    """The site takes it from the README."""
     readme = (ROOT / "README.md").read_text("utf-8")
-    first = re.findall("(?m)^python3 .* lm_eval .*", readme)
-    assert len(first) == 1
-    assert first[0] in PAGE.splitlines()
+    (shared,) = re.findall(r"(?s)\[start:command\].*?\[end:command\]", readme)
+    assert re.findall("(?m)^python3 .* lm_eval .*", readme) == re.findall(
+        "(?m)^python3 .*", shared
+    )
+    assert '--8<-- "README.md:command"' in PAGE.splitlines()

@@ -159,17 +159,50 @@ def test_push_to_hub_uploads_what_was_written(tiny_llama, tmp_path):
     assert uploaded == {str(f.relative_to(out)): f.read_bytes() for f in files}
 
 
-@pytest.mark.parametrize("command", ["prune", "heal", "sweep", "sensitivity"])
+#: What each command that writes to a folder needs beside it, with a model that does not exist.
+NOWHERE = ("--model_args", "pretrained=/nowhere")
+WRITING = {
+    "prune": (*NOWHERE, *STUDY),
+    "heal": (*NOWHERE, "--data", "texts.jsonl"),
+    "sweep": (*NOWHERE, "--tasks", "boolq", "--ratios", 2),
+    "study": ("/nowhere",),
+    "sensitivity": NOWHERE,
+    "profile": (*NOWHERE, "--ratios", 2),
+    "verdict": ("hf,pretrained=/nowhere", "hf,pretrained=/nowhere"),
+    "report": ("nowhere",),
+}
+
+
+@pytest.mark.parametrize("command", WRITING)
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_for(
     command, tmp_path
 ):
     (tmp_path / "file").touch()
-    words = ["--model_args", "pretrained=/nowhere", "--output_path"]
-    more = {"prune": STUDY, "heal": ["--data", "texts.jsonl"]}
-    more["sweep"] = ["--tasks", "boolq", "--ratios", 2]
-    done = pruned(command, *words, tmp_path / "file" / "out", *more.get(command, ()))
+    words = ("--output_path", tmp_path / "file" / "out")
+    done = pruned(command, *WRITING[command], *words)
     assert "out cannot be written" in done.sentence
     assert "Not a directory" in done.sentence
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_full_disk_is_refused_before_the_model_is_looked_for(
+    command, tmp_path, monkeypatch
+):
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    done = pruned(command, *WRITING[command], "--output_path", tmp_path / "out")
+    assert "bytes, but only 0 are free there" in done.sentence
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_folder_that_the_file_of_a_sweep_names_is_tried_too(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "sweep.yaml").write_text(
+        f"model_args: pretrained=/nowhere\noutput_path: {tmp_path}/file/out\n"
+        "tasks: [boolq]\nratios: [2]\n"
+    )
+    done = pruned("sweep", "--config", tmp_path / "sweep.yaml")
+    assert "out cannot be written" in done.sentence
 
 
 def test_the_model_card_has_the_size_of_the_weights_and_the_next_command(tmp_path):
@@ -323,6 +356,12 @@ def test_a_mistyped_argument_is_one_sentence_with_the_argument(
     command = ["prune", "--model_args", f"pretrained={tiny_llama}", argument]
     done = pruned(*command, "--output_path", tmp_path / "out", *STUDY)
     assert message in done.sentence
+
+
+def test_a_mistyped_argument_of_load_pruned_names_what_was_probably_meant(tiny_llama):
+    said = r"prune_percnt=30 is not understood: .*; did you mean prune_percent\?$"
+    with pytest.raises(ValueError, match=said):
+        load_pruned(str(tiny_llama), prune_percnt=30)
 
 
 @pytest.mark.parametrize("command", ["heal", "profile", "sensitivity", "study"])

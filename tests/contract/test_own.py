@@ -136,6 +136,25 @@ def task(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "meant"),
+    [
+        ("--criteria", "disagrement", "disagreement"),
+        ("--tasks", "my_question", "my_questions"),
+    ],
+)
+def test_a_mistyped_name_of_a_criterion_or_task_gets_the_one_that_was_meant(
+    option, name, meant, install, task, tiny_llama
+):
+    install(CUBIC, "disagreement = user_criteria:cubic")
+    words = ["sweep", "--model_args", f"pretrained={tiny_llama}", "--dry_run"]
+    words += ["--prune_percents", 30, "--include_path", "my_tasks"]
+    words += ["--output_path", "my_sweep", "--tasks", "my_questions", option, name]
+    said = pruned(*words).sentence
+    assert name in said
+    assert f"did you mean {meant}?" in said
+
+
 @pytest.mark.slow
 def test_all_commands_take_the_task_and_a_changed_question_is_evaluated_again(
     task, tiny_llama

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
+from collections import defaultdict
 
 import pytest
 from transformers import LlamaForCausalLM
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import pruned
-from tests.helpers.checkpoints import save_tiny
+from tests.helpers.checkpoints import ROOT, save_tiny
 from tests.helpers.ways_to_load import assert_state
 
 
@@ -130,3 +132,25 @@ def test_a_layer_that_sees_fewer_tokens_than_it_keeps_is_not_repaired_and_a_warn
     assert model.prune_record.as_dict()["mlps_repaired"] == 0
     assert "0 of 3 GLU-MLPs are repaired" in caplog.text
     assert_state(model, load_pruned(str(folder), prune_percent=40).state_dict())
+
+
+def test_in_gemma_fast_is_worse_than_random_cuts_at_10_and_20_percent():
+    """That is, above each of three on speeches; `price.md` says the same of both cuts."""
+    folder = ROOT / "docs" / "measurements"
+    losses = defaultdict(dict)
+    with (folder / "price.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if (row["table"], row["model"]) == ("loss", "Gemma-3"):
+                losses[int(row["percent"])][row["method"]] = row["value"]
+    worse = defaultdict(list)
+    for percent, values in losses.items():
+        drawn = [float(v) for name, v in values.items() if name.startswith("random")]
+        for cut in ("uniform maw", "maw, layer 0 left alone"):
+            if drawn and float(values[cut]) > max(drawn):
+                worse[cut].append(percent)
+    assert worse == {"uniform maw": [10, 20, 30], "maw, layer 0 left alone": [10, 20]}
+    page = " ".join((ROOT / "docs" / "pruning-well.md").read_text("utf-8").split())
+    assert "In Gemma-3-270M, `fast` is worse than a random cut at 10 and 20 %" in page
+    price = " ".join((folder / "price.md").read_text("utf-8").split())
+    assert "it is above each of three random cuts at 10 to 30 % (speeches)" in price
+    assert "`fast` is above each at 10 and 20 %" in price

@@ -406,7 +406,7 @@ def test_by_default_a_bias_may_change_by_15_points_which_40_questions_can_show(v
     before = {"values": [0.0, 1.0] * 20, **neither}
     after = {"values": [1.0, 1.0, *[0.0, 1.0] * 19], **neither}
     done = verdict({"b": {"bias,none": before}}, {"b": {"bias,none": after}})
-    bias = done.out.partition("## Scores")[2].partition("\n## ")[0]
+    bias = done.out.partition("## Bias")[2].partition("\n## ")[0]
     assert done.code == 0 and "|equivalent" in bias and "15pt" in bias
 
 

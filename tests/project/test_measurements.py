@@ -45,7 +45,7 @@ def rows_of(stem):
     [
         path.stem
         for path in FOLDER.glob("*.csv")
-        if "coverage" not in path.stem and path.stem != "documents_needed"
+        if path.stem.partition("_")[0] not in ("coverage", "documents", "performance")
     ],
 )
 def test_figures_in_tables_are_those_of_the_data(stem):
@@ -73,6 +73,16 @@ def test_figures_in_tables_are_those_of_the_data(stem):
                         for number in numbers
                         for scale in (1, 100)
                     ), (title, label, share, figure)
+
+
+@pytest.mark.parametrize("page", ["measurements/performance.md", "faster.md"])
+def test_figures_of_performance_are_those_of_the_data(page):
+    data = (FOLDER / "performance.csv").read_text("utf-8")
+    known = {*re.findall(r"\d+\.\d+", data)}
+    tables = re.findall(r"(?m)^\|.*", (ROOT / "docs" / page).read_text("utf-8"))
+    figures = {*re.findall(r"(?<![\w.-])\d+\.\d+", "\n".join(tables))}
+    assert figures
+    assert figures <= known
 
 
 def test_the_table_of_documents_needed_is_that_of_the_data():

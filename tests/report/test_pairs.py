@@ -8,7 +8,7 @@ import pytest
 
 from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.compare.pairing import DocumentReader
-from lm_eval_pruned.report.pairs import random_section
+from lm_eval_pruned.report.sections import random_section
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers.results_files import pruning, write_sweep
@@ -72,6 +72,23 @@ def test_healed_sizes_are_series_of_their_own(folder):
         "maw": ["base", "p20", "p40", "p60"],
         f"maw, healed by {BY}": ["base", *healed],
     }
+
+
+def test_a_recipe_is_called_what_was_typed(tmp_path):
+    """Like `sweep --recipes best study --criteria max_abs`, whose records have criteria of their own."""
+    ways = (("best", "obs"), ("study", "maw"), (None, "max_abs"))
+    runs = {"base": (0, tasks(1.0))}
+    runs |= {c: (pruning(20, criterion=c), tasks(0.9)) for _, c in ways}
+    write_sweep(tmp_path, runs)
+    for recipe, criterion in ways[:2]:
+        for file in tmp_path.glob(f"units/{criterion}/*/results_*.json"):
+            results = json.loads(file.read_text())
+            results["config"]["model_args"]["recipe"] = recipe
+            file.write_text(json.dumps(results))
+    _, others = split_sweep(list(read_sweep(tmp_path).runs), "")
+    assert [*series_of(others)] == ["recipe=best", "recipe=study", "max_abs"]
+    (note,) = random_section(others, 0.05, DocumentReader()).notes
+    assert "--recipes best study --criteria max_abs random --seeds 0 1 2;" in note
 
 
 def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):

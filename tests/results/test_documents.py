@@ -178,7 +178,7 @@ def test_prompt_and_target():
     row = offering([" yes", " no"], 1) | {"doc_id": 7, "doc_hash": "abc"}
     asked = read_sample(row)
     assert (asked.number, asked.digest, asked.prompt) == ("7", "abc", "the question")
-    assert (asked.choices, asked.target) == ((" yes", " no"), "1")
+    assert (asked.choices, asked.target) == ((" yes", " no"), "no")
     row = {"doc": {"instruction_id_list": ["punctuation:no_comma"]}, "target": "0"}
     assert read_sample(row).target == "['punctuation:no_comma']"
     # The choices of Winogrande stand in the prompt.
@@ -201,6 +201,14 @@ def test_prompt_and_target():
 def test_the_most_likely_choice_is_the_answer(endings, likelihoods, more, answers):
     sample = read_sample(offering(endings, likelihoods=likelihoods) | more)
     assert (sample.answer("acc,none"), sample.answer("acc_norm,none")) == answers
+
+
+def test_of_mc1_the_answer_is_the_likeliest_of_its_choices_and_the_target_its_best():
+    """MC2 offers a second true answer, d, which is the likeliest of all and not among MC1's choices."""
+    row = offering([" a", " c", " b", " d"], likelihoods=[-3, -4, -2, -1])
+    sample = read_sample({**row, "doc": DOC, "target": 0})
+    assert (sample.answer("mc1,none"), sample.answer("mc2,none")) == ("b", "d")
+    assert sample.target == "a"
 
 
 def test_text_after_the_filter_and_before():
