@@ -11,6 +11,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
@@ -201,6 +203,21 @@ def _described(
     )
 
 
+def _has_one_width(folder: str, width: int) -> bool:
+    """Return whether no file of weights in a folder has an MLP of another width."""
+    for file in Path(folder).glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                names = [n for n in tensors.keys() if n.endswith("gate_proj.weight")]
+                shapes = [tensors.get_slice(name).get_shape() for name in names]
+        except SafetensorError:
+            # What is wrong with the file is said where the model is read.
+            return False
+        if any(shape[0] != width for shape in shapes):
+            return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Dense:
     """What the config of a plain dense model says, read without torch and transformers.
@@ -240,6 +257,8 @@ class _Dense:
         if not known or not all(type(n) is int and n > 0 for n in [*sizes, *extra]):
             return None
         hidden, width, layers, heads, vocabulary = sizes
+        if not _has_one_width(pretrained, width):
+            return None
         shared = config["num_key_value_heads"] or heads
         size = config["head_dim"] or hidden // heads
         if hidden % heads or heads % shared or len(kinds) not in (0, layers):

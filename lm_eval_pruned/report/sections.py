@@ -69,7 +69,8 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     for row in comparison.rows:
         if row.primary and row.run in sizes:
             label = family_of(row.task, runs[0].metadata).label
-            counts[(label, *sizes[row.run])][row.verdict, row.said] += 1
+            series, ratio = sizes[row.run]
+            counts[label, series, ratio][row.verdict, row.said] += 1
     ratios = sorted({ratio for *_, ratio in counts}, key=float, reverse=True)
     rows = dict.fromkeys((label, series) for label, series, _ in counts)
     text = (

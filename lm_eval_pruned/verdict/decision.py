@@ -178,7 +178,7 @@ def decide(
     )
     means = [mean_of(pool) for pool in pools]
     tested = [*itertools.chain(*claims), *(mean._replace(family="") for mean in means)]
-    differences = [*map(rows.get, keys), *judge(means, 2 * CLAIM_LEVEL)]
+    differences = [*(rows[key] for key in keys), *judge(means, 2 * CLAIM_LEVEL)]
     decided = decisions(tested, differences, [CLAIM_LEVEL] * len(tested))
     judged = [
         _judged(*claimed)

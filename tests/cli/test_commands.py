@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -18,6 +19,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from lm_eval_pruned import cli
 from lm_eval_pruned.checkpoints import default_model
 from lm_eval_pruned.checkpoints.default_model import DefaultModel
+from tests.contract.commands import pruned
+from tests.contract.test_models import WRITING
 from tests.helpers.results_files import write_sweep
 from tests.helpers.sweeping import write_tasks
 
@@ -231,3 +234,14 @@ def test_noise_of_other_packages_is_hidden_unless_verbose_and_nothing_else_is(
         logger.filters.clear()
     said = [record.getMessage()[6:12] for record in caplog.records]
     assert said == ["this t", "Custom", "this t"]
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_a_full_disk_is_refused_before_the_model_is_looked_for(
+    command, tmp_path, monkeypatch
+):
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    done = pruned(command, *WRITING[command], "--output_path", tmp_path / "out")
+    assert "bytes, but only 0 are free there" in done.sentence
+    assert not [*tmp_path.iterdir()]

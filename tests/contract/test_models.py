@@ -184,17 +184,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_f
     assert "Not a directory" in done.sentence
 
 
-@pytest.mark.parametrize("command", WRITING)
-def test_a_full_disk_is_refused_before_the_model_is_looked_for(
-    command, tmp_path, monkeypatch
-):
-    full = shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    done = pruned(command, *WRITING[command], "--output_path", tmp_path / "out")
-    assert "bytes, but only 0 are free there" in done.sentence
-    assert not [*tmp_path.iterdir()]
-
-
 def test_a_folder_that_the_file_of_a_sweep_names_is_tried_too(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "sweep.yaml").write_text(
