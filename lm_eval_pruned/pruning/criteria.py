@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.metadata import EntryPoint
 
+    import numpy as np
     from torch import Tensor
 
 #: The control: scores that do not look at the weights.
@@ -29,6 +30,8 @@ GROUP = "lm_eval_pruned.criteria"
 
 #: Rows are scored in blocks of about this many elements, which bounds the float32 copy.
 _BLOCK_ELEMENTS = 1 << 20
+#: As many 16-bit elements fit into an L2 cache.
+_CACHED_ELEMENTS = 1 << 18
 _TINY = 1e-30
 
 
@@ -67,11 +70,52 @@ def _variance(rows: Tensor) -> Tensor:
 
 
 def _peak_to_peak(rows: Tensor) -> Tensor:
-    return rows.amax(dim=1).float() + rows.amin(dim=1).float().abs()
+    highest, lowest = _extremes(rows)
+    return highest + lowest.abs()
 
 
 def _largest_magnitude(rows: Tensor) -> Tensor:
-    return rows.amax(dim=1).abs().maximum(rows.amin(dim=1).abs()).float()
+    highest, lowest = _extremes(rows)
+    return highest.abs().maximum(lowest.abs())
+
+
+def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest and the smallest weight of each row, float32; one is NaN if any is."""
+    import numpy as np
+    import torch
+
+    words = as_words(rows)
+    if words is None:
+        return rows.amax(dim=1).float(), rows.amin(dim=1).float()
+    # Read as integers, floats with a sign bit are below the others, and above them without
+    # sign; among themselves, those that are farther from 0 have the larger bits.
+    step = max(1, _CACHED_ELEMENTS // words.shape[1])
+    blocks = (words[start : start + step] for start in range(0, len(words), step))
+    pairs = [(b.max(axis=1), b.view(np.uint16).max(axis=1)) for b in blocks]
+    extremes = [
+        np.concatenate(parts).view(np.int16) for parts in zip(*pairs, strict=True)
+    ]
+    bits = torch.from_numpy(np.stack(extremes))
+    highest, lowest = bits.view(rows.dtype).float()
+    one_sign = (bits[0] < 0) | (bits[1] >= 0)
+    highest[one_sign] = rows[one_sign].amax(dim=1).float()
+    lowest[one_sign] = rows[one_sign].amin(dim=1).float()
+    return highest, lowest
+
+
+def as_words(weights: Tensor) -> np.ndarray | None:
+    """Return the bits of 16-bit floats on the CPU as int16, in the same memory.
+
+    On them numpy finds extremes and gathers columns two to three times as fast as torch does.
+    None for any other tensor, also for subclasses, which may hold their numbers otherwise.
+    """
+    import torch
+
+    plain = type(weights) in (torch.Tensor, torch.nn.Parameter)
+    on_cpu = weights.device.type == "cpu" and weights.is_contiguous()
+    if not plain or not on_cpu or weights.element_size() != 2:
+        return None
+    return weights.detach().view(torch.int16).numpy()
 
 
 def _maw_act(gate: Tensor, up: Tensor, down: Tensor, activity: Tensor) -> Tensor:

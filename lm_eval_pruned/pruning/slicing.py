@@ -10,6 +10,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lm_eval_pruned.pruning.allocation import plan_layers
@@ -19,6 +20,7 @@ from lm_eval_pruned.pruning.calibration import unless_cpu
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
     OBS,
+    as_words,
     beaten_by_chance,
     kept_set,
 )
@@ -277,7 +279,13 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
     """
     if len(kept) == weight.shape[axis]:
         return weight.contiguous()
-    return weight.index_select(axis, kept.to(weight.device))
+    words = as_words(weight)
+    if words is None or axis == 0:
+        return weight.index_select(axis, kept.to(weight.device))
+    narrowed = weight.new_empty(len(weight), len(kept))
+    # The other modes check all indices first, or copy the result.
+    np.take(words, kept.numpy(), axis=1, out=as_words(narrowed), mode="clip")
+    return narrowed
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def matrices(draw, special=()):
     number = st.floats(-100, 100, width=16) | st.sampled_from([*NUMBERS, *special])
     numbers = draw(st.lists(number, min_size=rows * columns, max_size=rows * columns))
     matrix = torch.tensor(numbers, dtype=torch.float64).view(rows, columns)
-    # Rows of one sign are where the smallest magnitude is an extreme.
+    # Rows of one sign are where bits and numbers order differently.
     for row in range(rows):
         if sign := draw(st.sampled_from([0, 1, -1])):
             matrix[row] = matrix[row].abs() * sign
@@ -151,6 +151,21 @@ def test_large_finite_weights_are_not_mistaken_for_infinite_ones():
     gate, up, down = weights(0, 9, 4)
     scores = score_neurons(gate.fill_(3e38), up, "maw", down=down)
     assert kept_set(scores, 4).tolist() == [0, 1, 2, 3]
+
+
+class Packed(torch.Tensor):
+    """A quantised tensor: its bits are not its numbers."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function.__name__ != "view"
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_the_bits_of_subclasses_are_not_read():
+    weight = torch.randn(4, 4, dtype=torch.bfloat16).as_subclass(Packed)
+    score_neurons(weight, weight, "maw")
+    narrow(weight, torch.arange(2), 1)
 
 
 @pytest.mark.parametrize("name", [*CRITERIA, RANDOM])
