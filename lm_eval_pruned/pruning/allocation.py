@@ -53,10 +53,10 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
     before, targets = widths.layers, widths.targets(plan)
     # What the size makes of the MLPs to which the size of a layer refers.
     kept = {
-        mlp.block: targets[mlp.name]
+        mlp.layer: targets[mlp.name]
         for mlp in widths.mlps
-        if plan.includes_layer(mlp.block)
-        and widths.actual[mlp.name] == before[mlp.block]
+        if plan.includes_layer(mlp.layer)
+        and widths.actual[mlp.name] == before[mlp.layer]
     }
     neurons, multiple = sum(kept.values()), plan.multiple_of
     measured = evidence.curves(plan.criterion, plan.arguments.repair)
@@ -92,9 +92,9 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
     check_observable(model, "allocation=uniform", stacked=True)
     mlps_of: dict[int, Counter[str]] = defaultdict(Counter)
     for mlp in widths.mlps:
-        if plan.includes_layer(mlp.block):
+        if plan.includes_layer(mlp.layer):
             what = "expert" if mlp.kind == "expert" else f"{mlp.kind} MLP"
-            mlps_of[mlp.block][what] += 1
+            mlps_of[mlp.layer][what] += 1
     first = min(mlps_of, default=0)
     for layer, mlps in mlps_of.items():
         if mlps != mlps_of[first]:

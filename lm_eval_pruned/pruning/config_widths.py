@@ -108,7 +108,7 @@ def find_keys(
                 why = f"{key} in its config also sets the shape of {min(reshaped)}"
                 refusals[mlp.name] = why
             elif doubled.get(mlp.name) == 2 * mlp.width:
-                single = key if type(value) is int else key.of_layer(mlp.block)
+                single = key if type(value) is int else key.of_layer(mlp.layer)
                 factor = Fraction(mlp.width, single.get(config))
                 keys[mlp.name] = dataclasses.replace(single, factor=factor)
     for name, reason in refusals.items():

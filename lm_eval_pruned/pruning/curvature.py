@@ -134,7 +134,7 @@ def curvature(
 def _output_of(model: PreTrainedModel, mlp: GluMlp) -> nn.Module:
     """Return the module that returns what the MLP does, or, of experts, their layer."""
     down: Any = mlp.projection("down_proj")
-    return down if mlp.kind == "dense" else model.get_submodule(mlp.stack)
+    return down if mlp.kind == "dense" else model.get_submodule(mlp.layer_path)
 
 
 def _watch(
@@ -159,7 +159,7 @@ def _root(curvature: Tensor, module: nn.Module) -> Tensor:
 
 
 def _takes_much(model: PreTrainedModel, mlps: Sequence[GluMlp], tokens: int) -> bool:
-    dense = {mlp.stack: mlp for mlp in mlps}.values()
+    dense = {mlp.layer_path: mlp for mlp in mlps}.values()
     a_token = sum(
         _KEPT_HIDDEN * mlp.hidden_size + _KEPT_WIDTHS * mlp.width for mlp in dense
     )

@@ -149,7 +149,7 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         UnsupportedModelError: There is none, or the config says another number.
     """
-    paths = {mlp.stack.rpartition(".")[0] for mlp in find_glu_mlps(model)}
+    paths = {mlp.layer_path.rpartition(".")[0] for mlp in find_glu_mlps(model)}
     path = min(paths)
     layers = model.get_submodule(path)
     count = getattr(text_config(model.config), "num_hidden_layers", None)

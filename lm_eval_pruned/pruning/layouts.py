@@ -97,7 +97,7 @@ class GluMlp:
 
     Attributes:
         name: What messages call it, such as ``model.layers.0.mlp.experts[3]``.
-        layer: Position among the model's GLU-MLPs, from 0.
+        index: Position among the model's GLU-MLPs, from 0.
         module: The module that holds its parameters.
         path: Path of that module in the model.
         kind: ``dense``, ``expert`` or ``shared`` (an expert that every token uses).
@@ -106,26 +106,26 @@ class GluMlp:
     """
 
     name: str
-    layer: int
+    index: int
     module: nn.Module
     path: str
     kind: str
     regions: Regions
 
-    def place(self, region: Region) -> tuple[nn.Module, str]:
+    def owner(self, region: Region) -> tuple[nn.Module, str]:
         """Return the module that owns the parameter of `region`, and its name there."""
         inside, _, name = region.parameter[len(self.path) + 1 :].rpartition(".")
         return self.module.get_submodule(inside), name
 
     def parameter(self, region: Region) -> nn.Parameter:
         """Return the parameter of the model that holds `region`."""
-        return getattr(*self.place(region))
+        return getattr(*self.owner(region))
 
     def projection(self, name: str) -> Any:
         """Return the nn.Linear that holds only ``gate_proj``, ``up_proj`` or ``down_proj``, if any."""
         region = self.regions[name, "weight"]
         alone = region.half is region.expert is None
-        return self.place(region)[0] if alone else None
+        return self.owner(region)[0] if alone else None
 
     def weight(self, projection: str, part: str = "weight") -> Tensor:
         """Return a view: (I, H) for gate and up, (H, I) for down, (I,) for a bias."""
@@ -143,13 +143,13 @@ class GluMlp:
         return self.weight("gate_proj").shape[0]
 
     @property
-    def stack(self) -> str:
+    def layer_path(self) -> str:
         """Path of the model's layer that holds it, such as ``model.layers.3``."""
         match = _LAYER.match(self.path)
         return match[0] if match else self.path
 
     @property
-    def block(self) -> int:
+    def layer(self) -> int:
         """Number of the model's layer that holds it, as ``layers=`` counts."""
         match = _LAYER.match(self.path)
         return int(match[1]) if match else 0
@@ -200,8 +200,8 @@ def regions_by_parameter(mlps: Iterable[GluMlp]) -> dict[str, list[Entry]]:
     """Map each parameter to the GLU-MLPs, ``(projection, part)`` and regions in it."""
     entries: dict[str, list[Entry]] = {}
     for mlp in mlps:
-        for place, region in mlp.regions.items():
-            entries.setdefault(region.parameter, []).append((mlp, place, region))
+        for part, region in mlp.regions.items():
+            entries.setdefault(region.parameter, []).append((mlp, part, region))
     return entries
 
 
@@ -216,7 +216,7 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
     """
     for entries in regions_by_parameter(mlps).values():
         mlp, (projection, part), region = entries[0]
-        owner, name = mlp.place(region)
+        owner, name = mlp.owner(region)
         old, new = mlp.parameter(region), pieces[mlp.name, projection, part]
         if region.half is not None or region.expert is not None:
             shape = list(new.shape)

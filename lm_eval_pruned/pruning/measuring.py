@@ -190,7 +190,7 @@ class LoadedModel:
             gate,
             up,
             criterion,
-            layer=mlp.layer,
+            layer=mlp.index,
             seed=self.seed,
             down=down,
             activity=activity,
@@ -309,6 +309,6 @@ class LoadedModel:
         """Return the MLPs of each layer, ascending; those to which sizes refer come first."""
         by_layer: dict[int, list[GluMlp]] = defaultdict(list)
         mlps = find_glu_mlps(self.model)
-        for mlp in sorted(mlps, key=lambda mlp: (mlp.block, mlp.kind != "expert")):
-            by_layer[mlp.block].append(mlp)
+        for mlp in sorted(mlps, key=lambda mlp: (mlp.layer, mlp.kind != "expert")):
+            by_layer[mlp.layer].append(mlp)
         return by_layer

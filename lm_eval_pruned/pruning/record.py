@@ -85,7 +85,7 @@ class PruneRecord:
         )
         return cls(
             plan,
-            len({mlp.stack for mlp in widths.mlps}),
+            len({mlp.layer_path for mlp in widths.mlps}),
             widths.parameters_before,
             widths.count_parameters(targets),
             kept or (),

@@ -181,13 +181,13 @@ def tokens_per_neuron(
 
     A router is taken to send as many tokens to each expert. A warning says where they are few.
     """
-    experts = Counter(mlp.stack for mlp in mlps if mlp.kind == "expert")
+    experts = Counter(mlp.layer_path for mlp in mlps if mlp.kind == "expert")
     chosen: Any = getattr(text_config(model.config), "num_experts_per_tok", None)
     tokens = sum(text.numel() for text in texts)
 
     def share(mlp: GluMlp) -> float:
         routed = mlp.kind == "expert" and chosen is not None
-        return min(1.0, chosen / experts[mlp.stack]) if routed else 1.0
+        return min(1.0, chosen / experts[mlp.layer_path]) if routed else 1.0
 
     fewest = min(tokens * share(mlp) / targets[mlp.name] for mlp in mlps)
     logger.log(
@@ -328,7 +328,7 @@ def _visit(
     walk = LayerByLayer(model, texts, device, together)
     by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
     for mlp in mlps:
-        by_stack[model.get_submodule(mlp.stack)].append(mlp)
+        by_stack[model.get_submodule(mlp.layer_path)].append(mlp)
     last = max(walk.layers.index(layer) for layer in by_stack)
     bar = progress_bar(last + 1, what)
     with torch.no_grad(), one_by_one(model, mlps), bar:

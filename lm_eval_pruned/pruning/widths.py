@@ -79,7 +79,7 @@ class Widths:
         # The first of a layer represents it, and the first of all the model.
         experts_first = sorted(self.mlps, key=lambda mlp: mlp.kind != "expert")
         self._first = experts_first[0]
-        layers = {mlp.block: self.actual[mlp.name] for mlp in reversed(experts_first)}
+        layers = {mlp.layer: self.actual[mlp.name] for mlp in reversed(experts_first)}
         self.layers = dict(sorted(layers.items()))
         self.depth: Depth | None = None
         self.whole = self
@@ -97,7 +97,7 @@ class Widths:
         """Return those of the same model with the layers of `depth`; itself for None."""
         if depth is None:
             return self
-        actual = [self.actual[mlp.name] for mlp in self.mlps if mlp.block in depth.kept]
+        actual = [self.actual[mlp.name] for mlp in self.mlps if mlp.layer in depth.kept]
         try:
             config = shallow_config(self.original, depth)
             shallow = self.build(plain_config(config))
@@ -149,9 +149,9 @@ class Widths:
         widest, before = self._widest, self.layers
         after = before | dict(plan.layer_widths or ())
         for mlp in self.mlps:
-            width, old, new = targets[mlp.name], before[mlp.block], after[mlp.block]
+            width, old, new = targets[mlp.name], before[mlp.layer], after[mlp.layer]
             if plan.layer_widths is None:
-                if plan.includes_layer(mlp.block):
+                if plan.includes_layer(mlp.layer):
                     unit = self.keys[mlp.name].factor
                     targets[mlp.name] = plan.kept_of(width, widest[mlp.name], unit)
             elif width == old:

@@ -84,7 +84,7 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
     assert [each.requires_grad for each in model.parameters()] == wanted
     assert all(each.grad is None for each in model.parameters())
     assert curved.roots.keys() == {mlp.name for mlp in mlps}
-    place = model.get_submodule(mlps[-1].stack)
+    place = model.get_submodule(mlps[-1].layer_path)
     if mlps[-1].kind == "dense":
         place = mlps[-1].projection("down_proj")
     error = torch.randn(

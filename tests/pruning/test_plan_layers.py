@@ -92,12 +92,12 @@ def test_experts_of_a_layer_share_a_width_and_the_budget_is_exact(
     alike, difference = widths.targets(uniform), 0
     shared = [mlp for mlp in widths.mlps if mlp.kind != "expert"]
     for mlp in shared:
-        share = mlp.width * kept[mlp.block] / WIDTH
+        share = mlp.width * kept[mlp.layer] / WIDTH
         assert share - multiple < targets[mlp.name] < share + 1
         difference += targets[mlp.name] - alike[mlp.name]
     assert abs(difference) <= multiple * len(shared)
     experts = [mlp for mlp in widths.mlps if mlp.kind == "expert"]
-    assert all(targets[mlp.name] == kept[mlp.block] for mlp in experts)
+    assert all(targets[mlp.name] == kept[mlp.layer] for mlp in experts)
 
 
 @pytest.mark.parametrize("layers", [{"layers": "1+2"}, {"skip_layers": 0}])
