@@ -48,7 +48,7 @@ def test_curvature_of_a_linear_model_has_a_closed_form():
     mlp = SimpleNamespace(
         name="mlp",
         kind="dense",
-        stack="",
+        layer_path="",
         hidden_size=4,
         width=6,
         projection=lambda _: model.down,
