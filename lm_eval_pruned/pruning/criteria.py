@@ -206,7 +206,7 @@ def canonical_name(criterion: str, *, chosen: bool = False) -> str:
     names = [*CRITERIA, RANDOM, *([OBS] if chosen else [])]
     if name not in names and name not in (added := _declared_elsewhere()):
         known = [*names, *ALIASES, *sorted(added)]
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(str(name), known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
             f"criterion={criterion} is unknown: pass one of {', '.join(known)}{hint}."

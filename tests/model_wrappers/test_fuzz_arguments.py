@@ -63,6 +63,7 @@ def argument_strings(draw):
 @example("ratio=1e-400")
 @example("layers=0-999999,ratio=1")
 @example("ratio=1,prune_percent=nan")
+@example("ratio=1,criterion=0.5")
 @example("ratio=1,layers=0,skip_layers=0")
 @example("ratio=1,criterion=act,calibration=\0")
 @example("peft_stage=before,ratio=1")
