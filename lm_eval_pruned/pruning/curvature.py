@@ -100,7 +100,8 @@ def curvature(
     hidden = {outputs[mlp.name]: mlp.hidden_size for mlp in mlps}
     sums = {n: torch.zeros(h, h, device=model.device) for n, h in hidden.items()}
     loss, predicted = 0.0, 0
-    draws = torch.Generator(model.device).manual_seed(0)
+    # On the CPU, so that every device draws alike.
+    draws = torch.Generator().manual_seed(0)
 
     def add(module: nn.Module, gradient: Tensor) -> None:
         rows = gradient.flatten(0, -2).float()
@@ -118,9 +119,10 @@ def curvature(
             with computing(_twice(model) if again else {}):
                 logits = model(input_ids=tokens, use_cache=False).logits[0].float()
                 # Where these are NaN, so are the gradients, which are refused below.
-                chances = logits.softmax(-1).nan_to_num(1)
-                drawn = torch.multinomial(chances, 1, generator=draws)
-                cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
+                chances = logits.detach().softmax(-1).nan_to_num(1).cpu()
+                drawn = torch.multinomial(chances, 1, generator=draws)[:, 0]
+                drawn = drawn.to(model.device)
+                cross_entropy(logits, drawn, reduction="sum").backward()
             before, after = logits.detach()[:-1], tokens[0, 1:]
             loss += float(cross_entropy(before, after, reduction="sum"))
             predicted += len(after)

@@ -301,7 +301,7 @@ def errors_of_cuts(
             return
         # Entry (i, j) is what neurons i and j lose together.
         lost = moments.uncentred() * (minded.T @ minded)
-        removed = [_others(left, mlp.width) for left, _ in steps_down]
+        removed = [_others(left, mlp.width).to(lost.device) for left, _ in steps_down]
         errors[name] = [float(lost[rows][:, rows].sum()) for rows in removed]
 
     _visit(model, texts, mlps, {}, measure, "costs of cuts", device)

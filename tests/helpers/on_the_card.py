@@ -131,7 +131,7 @@ def test_text_on_the_card_leaves_tensors_of_another_dtype_as_they_are_stored(
 def test_curves_are_measured_on_the_card(repair, tiny_llama, tmp_path, capsys):
     text = write_texts(tmp_path / "text.jsonl")
     command = ["sensitivity", "--model_args", f"pretrained={tiny_llama}"]
-    command += ["--calibration", text, "--criteria", "act", "--repair", repair]
+    command += ["--calibration", text, "--criterion", "act", "--repair", repair]
     found = []
     for device in ("cpu", "card"):
         folder = str(tmp_path / f"of {device}")
