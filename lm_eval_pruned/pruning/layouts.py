@@ -164,8 +164,12 @@ def without_weights(
     build: Callable[..., PreTrainedModel], config: PretrainedConfig, **named: Any
 ) -> PreTrainedModel:
     """Return the model that a class, or another function, builds of a copy of `config`, on the meta device."""
+    config = copy.deepcopy(config)
+    # Where a model was saved, transformers leaves the name of its dtype, which not every class takes.
+    if isinstance(config.dtype, str):
+        config.dtype = getattr(torch, config.dtype)
     with BUILDING, torch.device("meta"):
-        return build(copy.deepcopy(config), **named)
+        return build(config, **named)
 
 
 def describe(model: PreTrainedModel) -> str:

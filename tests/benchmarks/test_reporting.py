@@ -79,8 +79,8 @@ TASKS = ["pruned_demo_truthfulness", "pruned_demo_instruction_following"]
     "name, words, printed",
     [
         (
-            "loglikelihood",
-            "--hf-batch-sizes 1,8 --task demo",
+            "faster",
+            "--hf-batch-sizes 1,8 --tasks demo",
             [*BESIDE_HF, "0 greedy flags differ"],
         ),
         (
