@@ -11,8 +11,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
@@ -205,6 +203,8 @@ def _described(
 
 def _has_one_width(folder: str, width: int) -> bool:
     """Return whether no file of weights in a folder has an MLP of another width."""
+    from safetensors import SafetensorError, safe_open
+
     for file in Path(folder).glob("*.safetensors"):
         try:
             with safe_open(file, framework="np") as tensors:
