@@ -72,10 +72,6 @@ class EnergyMonitor:
         self.start()
         self._open[name] = self._counters()
 
-    def read_window(self, name: str) -> EnergyReading:
-        """Return what a window took so far; it stays open."""
-        return self._checked(self._counters() - self._open[name])
-
     def end_window(self, name: str, *, apart: bool = False) -> EnergyReading:
         """Close a window and return what it took; if `apart`, exclude it from open windows."""
         took = self._counters() - self._open.pop(name)

@@ -138,11 +138,6 @@ class Depth:
         return record
 
 
-def count_layers(model: PreTrainedModel) -> int:
-    """Return the number of decoder layers of a model; see `layers_of`."""
-    return len(layers_of(model)[1])
-
-
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the path of the list of decoder layers of a model, and the list.
 
