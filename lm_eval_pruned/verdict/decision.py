@@ -21,7 +21,7 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.pooled import claim_text, mean_of, p_of_claim, pools_of
 from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.files import ResultsError, Run
@@ -164,10 +164,7 @@ def decide(
     )
     _refuse_another_test(base, candidate, keys)
     rows = {(row.task, row.metric): row for row in compared.rows}
-    claims = []
-    for key in keys:
-        pair = paired_documents(base, candidate, *key, read)
-        claims.append([Case(base, candidate, key, pair, "", margin=within[key])])
+    claims = [[rows[key].case._replace(family="")] for key in keys]
     # A margin that names a task is a claim on this task alone, and a floor shows no loss.
     pools = pools_of(
         case
