@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.measuring import (
     LoadedModel,
     check_weights,
@@ -154,12 +155,10 @@ class Stored(LoadedModel):
         plan = checkpoint.plan
         if content is not None and plan.depth is not None:
             content = (content, plan.depth.kept)
-        samples: Any = arguments.calibration_samples
         return cls(
             model,
             tokenizer,
-            arguments.calibration,
-            samples,
+            TextSource.of(arguments),
             plan.seed,
             device,
             content,

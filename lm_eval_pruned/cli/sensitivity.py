@@ -7,14 +7,19 @@ from pathlib import Path
 
 from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.argument_values import SENSITIVITY as ALLOCATION
-from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments, option_row
+from lm_eval_pruned.pruning.arguments import (
+    CALIBRATION,
+    CUTS,
+    PruneArguments,
+    option_row,
+)
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.options import row
 from lm_eval_pruned.util.palette import plots_missing
 
 
 #: How each layer is cut.
-_CUT = ("recipe", "criterion", "repair", "seed", "calibration", "calibration_samples")
+_CUT = ("recipe", "criterion", "repair", "seed", *CALIBRATION)
 _RECIPE = "recipe for the cut of each layer: study, fast or best (default: best)"
 # fmt: off
 OPTIONS = (

@@ -19,7 +19,7 @@ from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_
 from lm_eval_pruned.checkpoints.load import load_checkpoint
 from lm_eval_pruned.healing.trainer import Checkpoints, HealingTrainer, write_record
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.calibration import read_texts, token_ids
+from lm_eval_pruned.pruning.calibration_text import read_texts, token_ids
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.stacked import runnable
 from lm_eval_pruned.util.atomic import appearing_whole
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.healing.options import HealingOptions
-    from lm_eval_pruned.pruning.calibration import Text
+    from lm_eval_pruned.pruning.calibration_text import Text
     from lm_eval_pruned.pruning.record import PruneRecord
 
 

@@ -53,6 +53,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("layers", "skip_layers", "allocation"), SIZES[:-1]),
     "multiple_of": SIZES,
 }
+#: Those that say which text is calibrated on.
+CALIBRATION = ("calibration", "calibration_samples", "calibration_tokens")
 #: How a count of layers to drop chooses them: by their place, or by what they do to hidden states.
 LAST, BLOCK_INFLUENCE = "last", "block_influence"
 
@@ -121,10 +123,14 @@ class PruneArguments(DeclaredOptions):
         repair: How to compensate for removed neurons: none or least_squares; default: none,
             or that of the recipe. ``least_squares`` fits the down projections to the old output on
             `calibration` text. See `lm_eval_pruned.pruning.repair`.
-        seed: Seed for the criterion random.
-        calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
-            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. See `lm_eval_pruned.pruning.calibration`.
+        seed: Seed for the criterion random, and for ``calibration=self``.
+        calibration: Text for criteria that look at activations, for `repair`,
+            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. A JSON Lines file; ``dataset:NAME`` or ``dataset:NAME:CONFIG``, which is read
+            from the Hub, or a folder, as it streams; or ``self``, which the unpruned model writes,
+            drawn with `seed`. See `lm_eval_pruned.pruning.calibration_text`.
         calibration_samples: Number of its texts to use, the first ones; default: all.
+        calibration_tokens: Read no more texts after this many tokens; default: all of a file,
+            40000 of a dataset or of ``self``.
 
     Raises:
         ValueError: One sentence naming an argument, its value and what would work.
@@ -177,8 +183,9 @@ class PruneArguments(DeclaredOptions):
         text=(LEAST_SQUARES,),
     )
     seed: Number = option(object, 0, "N", check=seed_below_limit, several="seeds")
-    calibration: str | None = option(object, None, "FILE.jsonl")
+    calibration: str | None = option(object, None, "TEXT")
     calibration_samples: Number | None = option(object, None, "N", check=whole)
+    calibration_tokens: Number | None = option(object, None, "N", check=whole)
 
     @classmethod
     def taken_from(cls, keywords: dict[str, Any]) -> PruneArguments:
@@ -248,6 +255,7 @@ class PruneKeywords(TypedDict, total=False):
     seed: Number
     calibration: str | None
     calibration_samples: Number | None
+    calibration_tokens: Number | None
 
 
 def with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,7 +322,7 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
                 f"{written[name]} has no effect without {' or '.join(others)}: add one, or leave "
                 "it out."
             )
-    for name in ("calibration", "calibration_samples"):
+    for name in CALIBRATION:
         if name in written and not _needs_text(values):
             idle[name] = (
                 f"{written[name]} was given, but criterion={values['criterion']} reads only "
@@ -334,7 +342,7 @@ def without_idle(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     counting = arguments
     if all(arguments.get(name) is None for name in SIZES):
-        kept = (*CUTS, "drop_by", "calibration", "calibration_samples")
+        kept = (*CUTS, "drop_by", *CALIBRATION)
         counting = {
             n: v for n, v in arguments.items() if n not in DECLARED or n in kept
         }

@@ -15,11 +15,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lm_eval_pruned.pruning.calibration import (
     Calibration,
-    CalibrationText,
     calibrate,
     run_texts,
     unless_cpu,
 )
+from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
     CRITERIA,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import Number, PruneArguments
+    from lm_eval_pruned.pruning.calibration_text import CalibrationText
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
 
@@ -133,8 +134,9 @@ def depth_in_memory(
     layers = len(layers_of(model)[1])
     if not arguments.measures_depth:
         return Depth.of(arguments, layers)
-    samples: Any = arguments.calibration_samples
-    text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
+    source: Any = TextSource.of(arguments)
+    with moved(model, device):
+        text = source.read(model, tokenizer, content)
 
     def measure() -> Measured:
         check_weights(model)
@@ -165,8 +167,7 @@ class LoadedModel:
     Attributes:
         model: The model.
         tokenizer: Its tokenizer; needed where text is read.
-        calibration: JSON Lines file of text.
-        samples: How many of its texts to use; None for all.
+        source: Where calibration text comes from; None where none is read.
         seed: Seed of the criterion ``random``.
         device: Where text runs; default: where the model is.
         content: What identifies the model, with the layers that it has, for `measured_once`.
@@ -174,8 +175,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    calibration: str | None
-    samples: int | None
+    source: TextSource | None
     seed: int
     device: torch.device | None = None
     content: Hashable | None = None
@@ -227,10 +227,10 @@ class LoadedModel:
 
     @functools.cached_property
     def text(self) -> CalibrationText:
-        """The calibration text that was asked for; see `CalibrationText.of`."""
-        return CalibrationText.of(
-            self.model, self.tokenizer, str(self.calibration), self.samples
-        )
+        """The calibration text that was asked for; see `TextSource.read`."""
+        assert self.source is not None
+        with moved(self.model, self.device):
+            return self.source.read(self.model, self.tokenizer, self.content)
 
     @functools.cached_property
     def curvature(self) -> Curvature:

@@ -17,6 +17,7 @@ from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import unless_cpu
+from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
     OBS,
@@ -123,8 +124,7 @@ def prune_loaded(
             widths.plan(arguments)
         widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
     plan = widths.plan(arguments)
-    samples: Any = arguments.calibration_samples
-    evidence = LoadedModel(model, tokenizer, arguments.calibration, samples, plan.seed)
+    evidence = LoadedModel(model, tokenizer, TextSource.of(arguments), plan.seed)
     return finished(carry_out(evidence, plan, widths), widths)
 
 
@@ -152,6 +152,8 @@ def carry_out(
         if arguments.calibration is not None:
             # Text tells only that something is not finite.
             check_weights(model)
+            # The unpruned model may have to write it.
+            _ = evidence.text
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
         plan = plan_layers(plan, widths, evidence)
