@@ -124,10 +124,9 @@ class PruneArguments(DeclaredOptions):
             or that of the recipe. ``least_squares`` fits the down projections to the old output on
             `calibration` text. See `lm_eval_pruned.pruning.repair`.
         seed: Seed for the criterion random, and for ``calibration=self``.
-        calibration: Text for criteria that look at activations, for `repair`,
-            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. A JSON Lines file; ``dataset:NAME`` or ``dataset:NAME:CONFIG``, which is read
-            from the Hub, or a folder, as it streams; or ``self``, which the unpruned model writes,
-            drawn with `seed`. See `lm_eval_pruned.pruning.calibration_text`.
+        calibration: JSON Lines file, ``dataset:NAME``, ``dataset:NAME:CONFIG``, or ``self`` for what
+            the unpruned model writes: text for criteria that look at activations, for `repair`,
+            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. See `lm_eval_pruned.pruning.calibration_text`.
         calibration_samples: Number of its texts to use, the first ones; default: all.
         calibration_tokens: Read no more texts after this many tokens; default: all of a file,
             40000 of a dataset or of ``self``.
