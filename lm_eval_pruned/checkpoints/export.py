@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -38,7 +39,7 @@ from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -107,7 +108,7 @@ def export_pruned(
             export is complete, and not before.
         dtype: Dtype to store the floating-point weights in, except for those that
             transformers keeps in float32. Default: each as it is stored.
-        device: Where the pruned model is put before it is saved.
+        device: Where text runs. What is saved is not put there.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED` and `RANDOM_CUT`.
@@ -157,23 +158,24 @@ def export_pruned(
     loaded = Stored.of(checkpoint)
     with moved(loaded.model, loaded.device):
         measure(UNPRUNED, loaded.model)
-    if dtype is None:
-        model = finished(loaded.narrowed(), loaded.checkpoint.widths)
-        model.to(device)  # type: ignore[arg-type]
-    else:
-        model = loaded.placed()
-    record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    if not record.plan.changes_model:
-        raise ValueError(
-            f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
-            f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
-        )
-    measure(PRUNED, model)
-    if dtype is None:
-        as_stored(loaded.rounded)
-    weights = stored_once(model).values()
-    check_writable(output, sum(weight.numel() * weight.itemsize for weight in weights))
     with appearing_whole(output) as unfinished:
+        with _writing_to(unfinished):
+            model = loaded.narrowed(unfinished)
+        if dtype is not None:
+            model = loaded.checkpoint.place(model, loaded.rounded)
+        finished(model, loaded.checkpoint.widths)
+        record: PruneRecord = model.prune_record  # type: ignore[assignment]
+        if not record.plan.changes_model:
+            raise ValueError(
+                f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
+                f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
+            )
+        with moved(model, loaded.device):
+            measure(PRUNED, model)
+        if dtype is None:
+            as_stored(loaded.rounded)
+        weights = stored_once(model).values()
+        check_writable(output, sum(weight.nbytes for weight in weights))
         save_loaded(
             model,
             checkpoint,
@@ -196,6 +198,18 @@ def export_pruned(
             commit_message="Upload a model pruned by lm-eval-pruned",
         )
     return Export(output, record, sum(shards), len(shards), cost)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Tell what to do where weights cannot be written to `folder`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(
+            f"The weights cannot be written to {folder} ({error}): pass a folder on another disk, or "
+            "make room."
+        ) from None
 
 
 def _tokenizer_of_measurable(
@@ -269,16 +283,11 @@ def save_loaded(
     Raises:
         OSError: The weights cannot be written, as on a disk that is full.
     """
-    try:
+    with _writing_to(folder):
         if checkpoint.model_arguments.get("gguf_file") is not None:
             save_converted(model, checkpoint.load_tokenizer(), folder, max_shard_size)
             return
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    except SafetensorError as error:
-        raise OSError(
-            f"The weights cannot be written to {folder} ({error}): pass a folder on another disk, or "
-            "make room."
-        ) from None
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
         for path in source.glob(pattern):

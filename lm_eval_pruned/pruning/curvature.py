@@ -128,7 +128,8 @@ def curvature(
             predicted += len(after)
             bar.update()
     seen = sum(text.numel() for text in texts)
-    roots = {module: _root(total / seen, module) for module, total in sums.items()}
+    # Each in place of its sum.
+    roots = {module: _root(sums.pop(module) / seen, module) for module in [*sums]}
     named = {name: roots[module] for name, module in outputs.items()}
     return Curvature(loss / max(predicted, 1), named)
 

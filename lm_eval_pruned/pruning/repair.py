@@ -208,12 +208,13 @@ def cut_layer_by_layer(
     scores: Mapping[str, Tensor],
     roots: Mapping[str, Tensor],
     repair: str,
+    take: Callable[[dict[str, CutMlp]], None],
     device: torch.device | str | None = None,
-) -> dict[str, CutMlp]:
+) -> int:
     """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
 
-    The model stays as it is. An MLP whose activations cannot be observed, or that sees fewer tokens
-    than it keeps neurons, is not repaired.
+    The model stays as it is, unless `take` changes it. An MLP whose activations cannot be observed,
+    or that sees fewer tokens than it keeps neurons, is not repaired.
 
     Args:
         model: The model, with all its neurons.
@@ -223,17 +224,19 @@ def cut_layer_by_layer(
         scores: Scores of each by name; those without any go by `order_by_cost`.
         roots: Those of `Curvature`, of each MLP without scores.
         repair: ``none`` or ``least_squares``.
+        take: Given what is left of each MLP of a layer, by name, when no text needs the layer any
+            more.
         device: Where texts run and matrices are; see `LayerByLayer`.
 
     Returns:
-        What is left of each MLP, by name.
+        How many MLPs were repaired.
 
     Raises:
         ValueError: An activation is NaN or infinite.
         UnsupportedModelError: See `check_observable`, without scores.
     """
-    cut_mlps: dict[str, CutMlp] = {}
-    home = model.device
+    of_layer: dict[str, CutMlp] = {}
+    repaired_mlps, home = 0, model.device
 
     def cut(mlp: GluMlp, moments: Moments) -> None:
         name, width = mlp.name, targets[mlp.name]
@@ -250,10 +253,15 @@ def cut_layer_by_layer(
         down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
         down = down.index_select(1, kept.to(down.device)).to(home)
         bias = None if bias is None else bias.clone()
-        cut_mlps[name] = CutMlp(kept, down, bias, solves)
+        of_layer[name] = CutMlp(kept, down, bias, solves)
 
-    _visit(model, texts, mlps, scores, cut, "repair", device)
-    repaired_mlps = sum(mlp.repaired for mlp in cut_mlps.values())
+    def leave() -> None:
+        nonlocal repaired_mlps
+        repaired_mlps += sum(mlp.repaired for mlp in of_layer.values())
+        take(dict(of_layer))
+        of_layer.clear()
+
+    _visit(model, texts, mlps, scores, cut, "repair", device, leave)
     if repaired_mlps < len(mlps) and repair != NO_REPAIR:
         logger.warning(
             "repair=%s: %d of %d GLU-MLPs are repaired; the others keep their weights, because "
@@ -263,7 +271,7 @@ def cut_layer_by_layer(
             repaired_mlps,
             len(mlps),
         )
-    return cut_mlps
+    return repaired_mlps
 
 
 def errors_of_cuts(
@@ -316,10 +324,11 @@ def _visit(
     visit: Callable[[GluMlp, Moments], None],
     what: str,
     device: torch.device | str | None = None,
+    leave: Callable[[], None] | None = None,
 ) -> None:
     """Let `visit` look at one GLU-MLP after the other, and change it, as texts arrive there.
 
-    The texts go on with what it changed; the model ends as it was.
+    The texts go on with what it changed, and the layer is as it was when they `leave` it.
     """
     if any(mlp.name not in scores for mlp in mlps):
         check_observable(model, stacked=True)
@@ -336,19 +345,31 @@ def _visit(
             visited = by_stack.get(layer, [])
             downs = [weight for mlp in visited for weight in _down_of(mlp)]
             with walk.layer_lent(downs):
-                if visited:
-                    replay = _replay(walk, model, visited)
-                    moments = LayerMoments(walk, replay, visited)
-                    chosen = any(mlp.name not in scores for mlp in visited)
-                    if chosen and not moments.observed:
-                        check_observable(model)
-                    for mlp in visited:
-                        visit(mlp, _checked(mlp, moments.of(mlp)))
-                    # What was removed changes what the layer returns.
-                    walk.go_on(replay.again())
-                else:
-                    walk.go_on(walk.run())
+                walk.go_on(
+                    _changed(walk, model, visited, scores, visit)
+                    if visited
+                    else walk.run()
+                )
+            if leave is not None:
+                leave()
             bar.update()
+
+
+def _changed(
+    walk: LayerByLayer,
+    model: PreTrainedModel,
+    mlps: Sequence[GluMlp],
+    scores: Mapping[str, Tensor],
+    visit: Callable[[GluMlp, Moments], None],
+) -> list[Any]:
+    """Let `visit` change the GLU-MLPs of a layer, and return what the layer returns then."""
+    replay = _replay(walk, model, mlps)
+    moments = LayerMoments(walk, replay, mlps)
+    if any(mlp.name not in scores for mlp in mlps) and not moments.observed:
+        check_observable(model)
+    for mlp in mlps:
+        visit(mlp, _checked(mlp, moments.of(mlp)))
+    return replay.again()
 
 
 def _replay(

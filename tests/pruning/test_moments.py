@@ -74,8 +74,10 @@ def test_one_matrix_exists_at_a_time_and_memory_does_not_change_the_result(
         targets = {mlp.name: mlp.width // 2 for mlp in mlps}
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
         roots = {mlp.name: torch.eye(mlp.hidden_size) for mlp in mlps}
-        asked = (targets, {}, roots, "least_squares")
-        results.append(cut_layer_by_layer(model, texts, mlps, *asked))
+        results.append({})
+        asked = (targets, {}, roots, "least_squares", results[-1].update)
+        repaired = cut_layer_by_layer(model, texts, mlps, *asked)
+        assert repaired == sum(mlp.repaired for mlp in results[-1].values())
         assert_state(model, before)
     assert (len(matrices), max(alive)) == (3 * len(mlps), 1)
     assert ran[0] > ran[1] > ran[2]
