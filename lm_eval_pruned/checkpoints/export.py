@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from lm_eval_pruned.checkpoints.cards import model_card, shard_sizes
 from lm_eval_pruned.checkpoints.checkpoint import (
@@ -39,7 +37,7 @@ from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Mapping
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -159,8 +157,7 @@ def export_pruned(
     with moved(loaded.model, loaded.device):
         measure(UNPRUNED, loaded.model)
     with appearing_whole(output) as unfinished:
-        with _writing_to(unfinished):
-            model = loaded.narrowed(unfinished)
+        model = loaded.narrowed(unfinished)
         if dtype is not None:
             model = loaded.checkpoint.place(model, loaded.rounded)
         finished(model, loaded.checkpoint.widths)
@@ -198,18 +195,6 @@ def export_pruned(
             commit_message="Upload a model pruned by lm-eval-pruned",
         )
     return Export(output, record, sum(shards), len(shards), cost)
-
-
-@contextlib.contextmanager
-def _writing_to(folder: Path) -> Iterator[None]:
-    """Tell what to do where weights cannot be written to `folder`."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(
-            f"The weights cannot be written to {folder} ({error}): pass a folder on another disk, or "
-            "make room."
-        ) from None
 
 
 def _tokenizer_of_measurable(
@@ -279,15 +264,11 @@ def save_loaded(
     """Write a model, and all that stays true of it in the folder of its source but the model card.
 
     `keeps_dtype` says that its tensors have their stored dtypes, so that the config keeps its own.
-
-    Raises:
-        OSError: The weights cannot be written, as on a disk that is full.
     """
-    with _writing_to(folder):
-        if checkpoint.model_arguments.get("gguf_file") is not None:
-            save_converted(model, checkpoint.load_tokenizer(), folder, max_shard_size)
-            return
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if checkpoint.model_arguments.get("gguf_file") is not None:
+        save_converted(model, checkpoint.load_tokenizer(), folder, max_shard_size)
+        return
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
         for path in source.glob(pattern):

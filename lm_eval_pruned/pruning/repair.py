@@ -162,13 +162,11 @@ class CutMlp:
         kept: Its kept neurons, shape (k,), int64, ascending, on the CPU.
         down: The weights of down for them, shape (H, k), where the model is.
         bias: The bias of down, shape (H,), if it has one.
-        repaired: Whether they make up for the neurons that are gone.
     """
 
     kept: Tensor
     down: Tensor
     bias: Tensor | None
-    repaired: bool
 
 
 def tokens_per_neuron(
@@ -208,7 +206,7 @@ def cut_layer_by_layer(
     scores: Mapping[str, Tensor],
     roots: Mapping[str, Tensor],
     repair: str,
-    take: Callable[[dict[str, CutMlp]], None],
+    take: Callable[[Sequence[GluMlp], Mapping[str, CutMlp]], None],
     device: torch.device | str | None = None,
 ) -> int:
     """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
@@ -224,8 +222,8 @@ def cut_layer_by_layer(
         scores: Scores of each by name; those without any go by `order_by_cost`.
         roots: Those of `Curvature`, of each MLP without scores.
         repair: ``none`` or ``least_squares``.
-        take: Given what is left of each MLP of a layer, by name, when no text needs the layer any
-            more.
+        take: Given the MLPs of a layer, and what is left of each by name, when no text needs the
+            layer any more.
         device: Where texts run and matrices are; see `LayerByLayer`.
 
     Returns:
@@ -235,10 +233,11 @@ def cut_layer_by_layer(
         ValueError: An activation is NaN or infinite.
         UnsupportedModelError: See `check_observable`, without scores.
     """
-    of_layer: dict[str, CutMlp] = {}
+    cut_mlps: dict[str, CutMlp] = {}
     repaired_mlps, home = 0, model.device
 
     def cut(mlp: GluMlp, moments: Moments) -> None:
+        nonlocal repaired_mlps
         name, width = mlp.name, targets[mlp.name]
         solves = repair == LEAST_SQUARES and moments.tokens >= width
         gram = torch.empty(0)
@@ -253,13 +252,11 @@ def cut_layer_by_layer(
         down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
         down = down.index_select(1, kept.to(down.device)).to(home)
         bias = None if bias is None else bias.clone()
-        of_layer[name] = CutMlp(kept, down, bias, solves)
+        cut_mlps[name] = CutMlp(kept, down, bias)
+        repaired_mlps += solves
 
-    def leave() -> None:
-        nonlocal repaired_mlps
-        repaired_mlps += sum(mlp.repaired for mlp in of_layer.values())
-        take(dict(of_layer))
-        of_layer.clear()
+    def leave(layer: Sequence[GluMlp]) -> None:
+        take(layer, {mlp.name: cut_mlps.pop(mlp.name) for mlp in layer})
 
     _visit(model, texts, mlps, scores, cut, "repair", device, leave)
     if repaired_mlps < len(mlps) and repair != NO_REPAIR:
@@ -324,11 +321,11 @@ def _visit(
     visit: Callable[[GluMlp, Moments], None],
     what: str,
     device: torch.device | str | None = None,
-    leave: Callable[[], None] | None = None,
+    leave: Callable[[Sequence[GluMlp]], object] = len,
 ) -> None:
     """Let `visit` look at one GLU-MLP after the other, and change it, as texts arrive there.
 
-    The texts go on with what it changed, and the layer is as it was when they `leave` it.
+    The texts go on with what it changed, and the layer is as it was when they `leave` its MLPs.
     """
     if any(mlp.name not in scores for mlp in mlps):
         check_observable(model, stacked=True)
@@ -345,31 +342,22 @@ def _visit(
             visited = by_stack.get(layer, [])
             downs = [weight for mlp in visited for weight in _down_of(mlp)]
             with walk.layer_lent(downs):
-                walk.go_on(
-                    _changed(walk, model, visited, scores, visit)
-                    if visited
-                    else walk.run()
-                )
-            if leave is not None:
-                leave()
+                if visited:
+                    replay = _replay(walk, model, visited)
+                    moments = LayerMoments(walk, replay, visited)
+                    chosen = any(mlp.name not in scores for mlp in visited)
+                    if chosen and not moments.observed:
+                        check_observable(model)
+                    for mlp in visited:
+                        visit(mlp, _checked(mlp, moments.of(mlp)))
+                    # What was removed changes what the layer returns.
+                    walk.go_on(replay.again())
+                    # The activations.
+                    del replay, moments
+                else:
+                    walk.go_on(walk.run())
+            leave(visited)
             bar.update()
-
-
-def _changed(
-    walk: LayerByLayer,
-    model: PreTrainedModel,
-    mlps: Sequence[GluMlp],
-    scores: Mapping[str, Tensor],
-    visit: Callable[[GluMlp, Moments], None],
-) -> list[Any]:
-    """Let `visit` change the GLU-MLPs of a layer, and return what the layer returns then."""
-    replay = _replay(walk, model, mlps)
-    moments = LayerMoments(walk, replay, mlps)
-    if any(mlp.name not in scores for mlp in mlps) and not moments.observed:
-        check_observable(model)
-    for mlp in mlps:
-        visit(mlp, _checked(mlp, moments.of(mlp)))
-    return replay.again()
 
 
 def _replay(

@@ -163,6 +163,7 @@ def carry_out(
     with contextlib.ExitStack() as on_error, ThreadPoolExecutor() as pool:
 
         def take(chosen: Sequence[GluMlp], cut_mlps: Mapping[str, CutMlp]) -> None:
+            kept.update({name: mlp.kept for name, mlp in cut_mlps.items()})
             by_path = itertools.groupby(chosen, key=lambda mlp: mlp.path)
             groups = [list(group) for _, group in by_path]
             narrowed = functools.partial(_narrowed, kept=kept, cut=cut_mlps)
@@ -196,11 +197,6 @@ def carry_out(
             text, device = evidence.text, evidence.device or model.device
             fewest = tokens_per_neuron(model, text.tokens, cut, targets)
             roots = evidence.curvature.roots if plan.criterion == OBS else {}
-
-            def take_layer(cut_mlps: Mapping[str, CutMlp]) -> None:
-                kept.update({name: mlp.kept for name, mlp in cut_mlps.items()})
-                take([mlp for mlp in cut if mlp.name in cut_mlps], cut_mlps)
-
             changed = cut_layer_by_layer(
                 model,
                 text.tokens,
@@ -209,7 +205,7 @@ def carry_out(
                 scores,
                 roots,
                 arguments.repair,
-                take_layer,
+                take,
                 device,
             )
             if arguments.repair != NO_REPAIR:

@@ -88,8 +88,10 @@ def appearing_whole(output: Path) -> Iterator[Path]:
     What a process that was killed left of the same `output` is removed first.
 
     Raises:
-        OSError: The folder cannot be written, or there is something in `output` already.
+        OSError: The folder, or weights, cannot be written, or there is something in `output` already.
     """
+    from safetensors import SafetensorError
+
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{output.name}.unfinished-"
@@ -109,6 +111,11 @@ def appearing_whole(output: Path) -> Iterator[Path]:
                     sync(path)
             unfinished.chmod(0o755)
             unfinished.replace(output)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights cannot be written to {output} ({error}): pass a folder on another disk, "
+                "or make room."
+            ) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
