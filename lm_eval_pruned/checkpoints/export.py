@@ -106,7 +106,7 @@ def export_pruned(
             export is complete, and not before.
         dtype: Dtype to store the floating-point weights in, except for those that
             transformers keeps in float32. Default: each as it is stored.
-        device: Where text runs. What is saved is not put there.
+        device: Where text runs: calibration, and what is `measured`. The rest stays on the CPU.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED` and `RANDOM_CUT`.
@@ -137,8 +137,10 @@ def export_pruned(
     checkpoint = Checkpoint.of(
         pretrained,
         PruneArguments(**prune_arguments),
-        {**source_arguments, "dtype": dtype, "device_map": {"": device}},
+        {**source_arguments, "dtype": dtype},
+        calibrates_on=device,
     )
+    device = checkpoint.device()
     source = source_folder(pretrained, source_arguments)
     check_writable(output, _least_bytes(checkpoint, source, stored))
     tokenizer = _tokenizer_of_measurable(checkpoint) if measured else None
@@ -147,28 +149,27 @@ def export_pruned(
 
     def measure(name: str, model: PreTrainedModel) -> None:
         if tokenizer is not None and name in measured:
-            quality = quality_of(model, tokenizer)
-            cost[name] = replace(quality, probed=probed(model, tokenizer, name))
+            with moved(model, device):
+                quality = quality_of(model, tokenizer)
+                cost[name] = replace(quality, probed=probed(model, tokenizer, name))
 
     if RANDOM_CUT in measured and tokenizer is not None:
         measure(RANDOM_CUT, load_checkpoint(random_cut(checkpoint)))
     checkpoint.check_text()
     loaded = Stored.of(checkpoint)
-    with moved(loaded.model, loaded.device):
-        measure(UNPRUNED, loaded.model)
+    measure(UNPRUNED, loaded.model)
     with appearing_whole(output) as unfinished:
         model = loaded.narrowed(unfinished)
         if dtype is not None:
             model = loaded.checkpoint.place(model, loaded.rounded)
-        finished(model, loaded.checkpoint.widths)
+        finished(model, loaded.checkpoint.widths, device)
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
         if not record.plan.changes_model:
             raise ValueError(
                 f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
                 f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
             )
-        with moved(model, loaded.device):
-            measure(PRUNED, model)
+        measure(PRUNED, model)
         if dtype is None:
             as_stored(loaded.rounded)
         weights = stored_once(model).values()

@@ -86,7 +86,7 @@ def moved(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]
                 stack.enter_context(lent(model.modules(), device))
             except torch.OutOfMemoryError:
                 logger.warning(
-                    "The unpruned model does not fit on %s, so its text runs on %s.",
+                    "The model does not fit on %s, so its text runs on %s.",
                     device,
                     model.device,
                 )

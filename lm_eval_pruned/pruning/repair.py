@@ -336,8 +336,8 @@ def _visit(
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.layer_path)].append(mlp)
     last = max(walk.layers.index(layer) for layer in by_stack)
-    bar = progress_bar(last + 1, what)
-    with torch.no_grad(), one_by_one(model, mlps), bar:
+    drawn = progress_bar(last + 1, what, texts, "layer")
+    with torch.no_grad(), one_by_one(model, mlps), drawn as bar:
         for layer in walk.layers[: last + 1]:
             visited = by_stack.get(layer, [])
             downs = [weight for mlp in visited for weight in _down_of(mlp)]

@@ -226,8 +226,10 @@ def carry_out(
     return model
 
 
-def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """Have a pruned model run where it is going to stay, and tell what its widths cost there.
+def finished(
+    model: PreTrainedModel, widths: Widths, device: torch.device | None = None
+) -> PreTrainedModel:
+    """Have a pruned model run on `device`, by default where it is, and tell what its widths cost there.
 
     `widths` are those of its unpruned MLPs.
     """
@@ -249,7 +251,8 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
             widths.keys[names[0]],
         )
     quantised = getattr(model.config, "quantization_config", None) is not None
-    if model.device.type == "cuda" and model.dtype.itemsize == 2 and not quantised:
+    kind = (device or model.device).type
+    if kind == "cuda" and model.dtype.itemsize == 2 and not quantised:
         cut = (targets[n] for n in targets if targets[n] < widths.actual[n])
         if odd := next((width for width in cut if width % _CUDA_MULTIPLE), 0):
             logger.warning(
