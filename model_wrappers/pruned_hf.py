@@ -108,7 +108,12 @@ class PrunedHFLM(PrefixHFLM):
 
         def load(name: str, **from_pretrained: Any) -> PreTrainedModel:
             arguments = self._prune_arguments
-            checkpoint = Checkpoint.of(name, arguments, from_pretrained, auto_class)
+            # HFLM drops a device_map without parallelize, and moves the model afterwards.
+            placed = any(from_pretrained.get(n) for n in ("device_map", "tp_plan"))
+            device = None if placed else self.device
+            checkpoint = Checkpoint.of(
+                name, arguments, from_pretrained, auto_class, device
+            )
             if from_pretrained.get("tp_plan") is not None:
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
                 checkpoint.check_divides(processes, "tp_plan")

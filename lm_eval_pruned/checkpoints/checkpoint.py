@@ -85,6 +85,7 @@ class Checkpoint:
         model_arguments: The other arguments of ``from_pretrained``.
         widths: The widths of the GLU-MLPs in the layers that stay.
         plan: What to do to them, with the arguments of pruning.
+        calibrates_on: Where calibration text runs; default: see `device`.
     """
 
     pretrained: str
@@ -93,6 +94,7 @@ class Checkpoint:
     model_arguments: dict[str, Any]
     widths: Widths
     plan: PrunePlan
+    calibrates_on: str | torch.device | None = None
 
     @classmethod
     def of(
@@ -101,6 +103,7 @@ class Checkpoint:
         prune_arguments: PruneArguments,
         from_pretrained: dict[str, Any],
         auto_class: Any = None,
+        calibrates_on: str | torch.device | None = None,
     ) -> Checkpoint:
         """Read the config of a model, of `auto_class` or else of the config's class, and plan.
 
@@ -117,7 +120,7 @@ class Checkpoint:
                 auto_class.from_config, plain_config(config), trust_remote_code=trusted
             )
             widths, plan = _planned(Widths(skeleton, config), prune_arguments)
-        return cls(pretrained, auto_class, config, rest, widths, plan)
+        return cls(pretrained, auto_class, config, rest, widths, plan, calibrates_on)
 
     def asking(
         self, prune_arguments: PruneArguments, whole: Widths | None = None
@@ -243,14 +246,14 @@ class Checkpoint:
             ) from error
 
     def device(self) -> torch.device:
-        """Return where calibration text runs: the first device that the model is asked for.
+        """Return where calibration text runs: `calibrates_on`, else the first that is to hold the model.
 
-        Without one, and where that is a disk, it is the CPU.
+        Without either, and where that is a disk, it is the CPU.
 
         Raises:
             ValueError: This machine has no such device.
         """
-        placed = self.model_arguments.get("device_map")
+        placed = self.calibrates_on or self.model_arguments.get("device_map")
         name = next(iter(placed.values()), None) if isinstance(placed, dict) else placed
         if name in _SHARED or (name is None and self.model_arguments.get("tp_plan")):
             # Each process of tp_plan has an accelerator for itself.

@@ -21,6 +21,7 @@ from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,10 +171,13 @@ class Stored(LoadedModel):
         """Return the plan with what scores or losses decide."""
         return plan_layers(self.checkpoint.plan, self.checkpoint.widths, self)
 
-    def narrowed(self) -> PreTrainedModel:
-        """Prune the model in place and return it, in the dtype in which it was loaded."""
-        checkpoint = self.checkpoint
-        return carry_out(self, checkpoint.plan, checkpoint.widths, whole_on_error=False)
+    def narrowed(self, scratch: Path | None = None) -> PreTrainedModel:
+        """Prune the model in place and return it, in the dtype in which it was loaded.
+
+        Its narrow weights are in memory, or on the disk of the folder `scratch`.
+        """
+        plan, widths = self.checkpoint.plan, self.checkpoint.widths
+        return carry_out(self, plan, widths, whole_on_error=False, scratch=scratch)
 
     def placed(self) -> PreTrainedModel:
         """Prune the model, then cast and place what is left as the user asked."""

@@ -1,5 +1,5 @@
 """Write a pruned model as an ordinary checkpoint: safetensors shards, config with the new sizes,
-tokenizer files, model card. The kept weights have to fit in memory.
+tokenizer files, model card. Kept weights wait on its disk, not in memory.
 """
 
 import sys

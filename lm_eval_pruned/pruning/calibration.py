@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.calibration_text import CalibrationText
 
 logger = logging.getLogger("lm_eval.pruned.calibration")
+
+#: Seconds after which a bar is drawn again.
+_TICK = 1.0
 
 
 class Calibration(NamedTuple):
@@ -65,9 +69,31 @@ def watched(
             handle.remove()
 
 
-def progress_bar(total: int, what: str) -> tqdm:
-    """Return a bar that counts the steps of `what` on a terminal, and shows nothing elsewhere."""
-    return tqdm(total=total, desc=what, unit="step", leave=False, disable=None)
+@contextlib.contextmanager
+def progress_bar(
+    total: int, what: str, texts: Sequence[Tensor], unit: str = "text"
+) -> Iterator[tqdm]:
+    """Show on a terminal how far `what` is with `texts`, and the time left; nothing elsewhere.
+
+    The clock goes on while a layer of a large model takes minutes.
+    """
+    label = f"{what}, {sum(text.numel() for text in texts):,} tokens"
+    ended = threading.Event()
+    with tqdm(total=total, desc=label, unit=unit, leave=False, disable=None) as bar:
+
+        def tick() -> None:
+            while not ended.wait(_TICK):
+                bar.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        if not bar.disable:
+            ticking.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            if not bar.disable:
+                ticking.join()
 
 
 def run_texts(
@@ -84,7 +110,7 @@ def run_texts(
     default for one forward pass.
     """
     run = run or (lambda tokens: model(input_ids=tokens, use_cache=False))
-    with watched(model, hooks or {}), progress_bar(len(texts), what) as bar:
+    with watched(model, hooks or {}), progress_bar(len(texts), what, texts) as bar:
         for text in texts:
             run(text.to(model.device))
             bar.update()
