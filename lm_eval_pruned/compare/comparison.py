@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.compare.agreement import agreement, collapse_notes
 from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.judge import Case, Difference, judged
-from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_control, primary_metrics
@@ -88,13 +88,12 @@ def compare(
     subtasks: bool = False,
     margin: Margin | None = None,
     margins: Mapping[Key, Margin] | None = None,
-    read: DocumentReader | None = None,
     texts: bool = True,
 ) -> Comparison:
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
-    `subtasks` are the members of groups that have scores, and `read` knows documents already. What is
-    tested are the primary scores, or those of `margins`, within a margin for each.
+    `subtasks` are the members of groups that have scores. What is tested are the primary scores, or
+    those of `margins`, within a margin for each.
     Without `texts`, nothing says which answer is the commonest. Runs of models that know nothing
     are not compared: they are the floors of the others.
 
@@ -110,7 +109,6 @@ def compare(
     everything = [base, *(run for run in runs if run is not base)]
     notes = [note for run in everything for note in run.notes]
     cases: list[Case] = []
-    read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         if not shared:
@@ -125,12 +123,12 @@ def compare(
                 continue
             if margin and key in primary:
                 margin.check(*key, base.scores[key].value, run.scores[key].value)
-            pair = paired_documents(base, run, *key, read)
+            pair = paired_documents(base, run, *key)
             family = key if margins else key[0], is_control(run)
             within = margins.get(key) if margins else margin
             cases.append(Case(base, run, key, pair, family, key in primary, within))
     scored = [(case.run, case.key, case.primary) for case in cases]
-    known = standings(base, floors, scored, alpha, read)
+    known = standings(base, floors, scored, alpha)
     rows = tuple(
         replace(
             row,
@@ -149,7 +147,7 @@ def compare(
         sizes = {row.task: row.case.margin_size for row in rows if row.primary}
         if without := [task for task, size in sizes.items() if size is None]:
             notes.append(margin.misfit(listed(without)))
-    correlations, trends = over_ratios(everything, alpha, read)
+    correlations, trends = over_ratios(everything, alpha)
     return Comparison(
         base.name, alpha, rows, correlations, trends, tuple(notes), margin, of_base
     )

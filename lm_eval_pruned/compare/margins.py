@@ -7,15 +7,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.results.documents import CHOICE_PROB, KL
+from lm_eval_pruned.results.documents import CHOICE_PROB, KL, documents_of
 from lm_eval_pruned.results.files import Run, Score
 from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics
 
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
-
-    from lm_eval_pruned.compare.pairing import Reader
 
     Key = tuple[str, str]
 
@@ -99,14 +97,14 @@ class Margin:
         )
 
 
-def with_choice_prob(run: Run, read: Reader, tasks: Sequence[str] = ()) -> Run:
+def with_choice_prob(run: Run, tasks: Sequence[str] = ()) -> Run:
     """Return a run with the score `CHOICE_PROB` of each task that has choices, one of which is right.
 
     Of `tasks`, or else of all that are no members of groups.
     """
     scores = {}
     for task in tasks or run.tasks(subtasks=False):
-        if documents := read(run, task, CHOICE_PROB):
+        if documents := documents_of(run, task, CHOICE_PROB):
             mean = float(documents.values.mean())
             scores[task, CHOICE_PROB] = Score(mean, None, True, len(documents.values))
     return replace(run, scores={**run.scores, **scores})

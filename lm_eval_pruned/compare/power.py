@@ -17,7 +17,7 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.pooled import can_be_pooled, kind_of, p_of_claim
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
 from lm_eval_pruned.results.files import ResultsError
@@ -125,20 +125,20 @@ def pilots_of(
     ResultsError if results or samples of a task are missing; ValueError for a margin that cannot be
     meant, and where there is no mean over the tasks.
     """
-    read, by_task = DocumentReader(), []
+    by_task = []
     for task in tasks:
         if task not in {*base.tasks()} & {*run.tasks()}:
             raise ResultsError(
                 f"{base.name} and its runs share no results of {task}: pass a task that both have "
                 f"({base.name} has {', '.join(base.tasks()) or 'none'}), or evaluate some of its documents."
             )
-        one, other = (with_choice_prob(item, read, [task]) for item in (base, run))
+        one, other = (with_choice_prob(item, [task]) for item in (base, run))
         check_measure(measure, (metric for name, metric in one.scores if name == task))
         keys = [*judged_keys(one, measure, subtasks=True)]
         if not measure:
             keys += primary_metrics([one, other], subtasks=True)
         keys = [key for key in dict.fromkeys(keys) if key[0] == task]
-        by_task.append([_pilot(one, other, key, margin, read) for key in keys])
+        by_task.append([_pilot(one, other, key, margin) for key in keys])
     if len(tasks) == 1:
         return [[case] for case in by_task[0]]
     first = [cases[0] for cases in by_task]
@@ -150,10 +150,8 @@ def pilots_of(
     return [first]
 
 
-def _pilot(
-    base: Run, run: Run, key: tuple[str, str], margin: str | None, read: DocumentReader
-) -> Case:
-    pair = paired_documents(base, run, *key, read)
+def _pilot(base: Run, run: Run, key: tuple[str, str], margin: str | None) -> Case:
+    pair = paired_documents(base, run, *key)
     if pair is None:
         raise ResultsError(
             f"{key[0]} of {run.name} has no logged samples from which its score can be computed: "

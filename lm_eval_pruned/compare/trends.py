@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.results.files import Run
 
 
@@ -121,7 +120,7 @@ def trend(
 
 
 def over_ratios(
-    runs: Sequence[Run], alpha: float, read: DocumentReader
+    runs: Sequence[Run], alpha: float
 ) -> tuple[tuple[TaskCorrelation, ...], tuple[TaskTrend, ...]]:
     """Correlate any two tasks of each series, and test each for a trend, over 3 or more ratios."""
     pairs: list[TaskCorrelation] = []
@@ -132,7 +131,7 @@ def over_ratios(
             values = np.array([run.scores[key].value for run in members])
             logs = is_perplexity(key[1]) and values.min() > 0
             scores[key] = np.log(values) if logs else values
-            same = [paired_documents(members[0], run, *key, read) for run in members]
+            same = [paired_documents(members[0], run, *key) for run in members]
             rows = [pair[1].values for pair in same if pair]
             slope = Trend(len(same), float(np.polyfit(ratios, scores[key], 1)[0]))
             if same[0] and len(rows) == len(same):

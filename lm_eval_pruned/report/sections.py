@@ -21,6 +21,7 @@ from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.compare.judge import Case, judged
 from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.report.page import MARKS, Section, run_label, table_section
+from lm_eval_pruned.results.documents import documents_of
 from lm_eval_pruned.results.files import Score, as_mapping
 from lm_eval_pruned.results.groups import (
     FAMILIES,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Difference
-    from lm_eval_pruned.compare.pairing import DocumentReader, Reader
     from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
@@ -162,27 +162,22 @@ def _score_cell(row: Difference | None) -> Cell:
     return Cell(text, row.verdict)
 
 
-def levels_section(
-    base: Run, others: Sequence[Run], alpha: float, read: Reader
-) -> Section | None:
+def levels_section(base: Run, others: Sequence[Run], alpha: float) -> Section | None:
     """What is kept at each level of the tasks that declare levels and an exact floor."""
     rows: list[tuple[str, str, Score, dict[str, str | None]]] = []
     for key in primary_metrics([base]):
         by_run = {
             run.name: documents
             for run in (base, *others)
-            if key in run.scores and (documents := read(run, *key)) and documents.level
+            if (documents := documents_of(run, *key)) and documents.level
         }
         for level in sorted({*by_run[base.name].level}) if base.name in by_run else ():
-            at_level = {name: whole.at(level) for name, whole in by_run.items()}
             one, *pruned = (
-                _restricted(run, key, at_level[run.name])
+                _restricted(run, key, by_run[run.name].at(level))
                 for run in (base, *others)
-                if run.name in at_level
+                if run.name in by_run
             )
-            read_level = lambda run, *_, at_level=at_level: at_level[run.name]
-            compared = [(run, key, True) for run in pruned]
-            levels = standings(one, [], compared, alpha, read_level)
+            levels = standings(one, [], [(run, key, True) for run in pruned], alpha)
             kept = {run: standing.kept_text for (run, *_), standing in levels.items()}
             rows += [(key[0], level, one.scores[key], kept)] if kept else []
     text = (
@@ -208,7 +203,8 @@ def _restricted(run: Run, key: tuple[str, str], documents: Documents) -> Run:
     mean = float(np.average(documents.values, weights=documents.weights))
     better = run.scores[key].higher_is_better
     score = Score(mean, None, better, len(documents.keys))
-    return replace(run, scores={key: score})
+    known = {key[0]: {key[1]: documents}}
+    return replace(run, scores={key: score}, documents=known)
 
 
 def differences_section(
@@ -247,7 +243,6 @@ def compared_section(
 def random_section(
     others: Sequence[Run],
     alpha: float,
-    read: DocumentReader,
     known: Known | None = None,
 ) -> Section | None:
     """Each configuration against those whose neurons were removed at random in the same places."""
@@ -280,21 +275,20 @@ def random_section(
         f"again with {' '.join(words)} --seeds 0 1 2; finished units are not evaluated again."
     )
     notes = [note] * bool(missing)
-    rows = compared_pairs(pairs, alpha, read, known)
+    rows = compared_pairs(pairs, alpha, known)
     return compared_section("Compared with random pruning", text, rows, alpha, notes)
 
 
 def compared_pairs(
     pairs: Sequence[tuple[Run, Run]],
     alpha: float,
-    read: DocumentReader,
     known: Known | None = None,
 ) -> list[Difference]:
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
     cases = []
     for before, after in pairs:
         for key in primary_metrics([before, after]):
-            pair = paired_documents(before, after, *key, read)
+            pair = paired_documents(before, after, *key)
             family = key[0], is_control(after)
             cases.append(Case(before, after, key, pair, family))
     return [

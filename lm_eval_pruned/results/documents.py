@@ -202,6 +202,13 @@ class Documents:
         return tasks if len(set(tasks)) > 1 else None
 
 
+def documents_of(run: Run, task: str, metric: str) -> Documents | None:
+    """Return the documents of a score, as `read_task` does, which reads each task of a run once."""
+    if task not in run.documents:
+        run.documents[task] = read_task(run, task)
+    return run.documents[task].get(metric)
+
+
 def read_task(run: Run, task: str) -> dict[str, Documents]:
     """Read the documents of a task or group from the logged samples, by metric, as `read_samples` does.
 

@@ -301,7 +301,7 @@ def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
         name: {k: v for part in parts for k, v in getattr(part, name).items()}
         for name in by_task
     }
-    return replace(parts[-1], name=name, path=path, **joined)
+    return replace(parts[-1], name=name, path=path, documents={}, **joined)
 
 
 def setting_of(run: Run, name: str) -> Any:

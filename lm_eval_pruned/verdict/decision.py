@@ -21,7 +21,6 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.pooled import claim_text, mean_of, p_of_claim, pools_of
 from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.files import ResultsError, Run
@@ -119,7 +118,6 @@ def decide(
     floors: Sequence[Run] = (),
     *,
     measure: str | None = None,
-    read: DocumentReader | None = None,
     texts: bool = True,
 ) -> Verdict:
     """Compare a candidate with its base, each score within its margin, as `read_margins` takes it.
@@ -134,9 +132,8 @@ def decide(
         ValueError: A margin names nothing that was scored, or the runs cannot be compared: of other
             tasks, versions, documents or settings, or without samples.
     """
-    read = read or DocumentReader()
     runs = base, candidate, *floors
-    base, candidate, *floors = (with_choice_prob(run, read) for run in runs)
+    base, candidate, *floors = (with_choice_prob(run) for run in runs)
     keys = [*judged_keys(base, measure, read_margins(margins))]
     if missing := [" ".join(key) for key in keys if key not in candidate.scores]:
         raise ResultsError(
@@ -159,7 +156,6 @@ def decide(
         [candidate, *floors],
         alpha=2 * CLAIM_LEVEL,
         margins=within,
-        read=read,
         texts=texts,
     )
     _refuse_another_test(base, candidate, keys)

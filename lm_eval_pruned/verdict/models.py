@@ -16,7 +16,6 @@ from lm_eval_pruned.compare.margins import (
     judged_keys,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.runs import is_sweep, read_failures, read_sweep
@@ -114,14 +113,13 @@ def both_runs(
     output_path: Path,
     margins: Sequence[str] = (),
     measure: str | None = None,
-    read: DocumentReader | None = None,
     text: str | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
     """Return the results of both models and of models that know nothing, each a path of results or as `plan_model` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
-    `margins` and the `measure` are known to suit the tasks. `read` keeps what it reads of a finished
-    base. The text of the file `text` takes the place of the demo's.
+    `margins` and the `measure` are known to suit the tasks. The text of the file `text` takes the
+    place of the demo's.
 
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
@@ -142,7 +140,7 @@ def both_runs(
     scores: Scores = {}
     if base in finished:
         run, _ = read_comparands([_results_of(base)] * 2)
-        run = with_choice_prob(run, read or DocumentReader())
+        run = with_choice_prob(run)
         check_measure(measure, (metric for _, metric in run.scores))
         scores = scores_of(judged_keys(run, measure, read_margins(margins)), run)
         options = {"tasks": run.tasks(subtasks=False), **options}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents, paired_test
+from lm_eval_pruned.compare.pairing import paired_documents, paired_test
 from lm_eval_pruned.results.documents import CHOICE_PROB, read_task
 from lm_eval_pruned.results.runs import read_run
 from tests.helpers.bbq import AGGREGATIONS, write_bbq
@@ -54,7 +54,7 @@ def test_the_spread_is_that_of_a_paired_bootstrap_and_the_interval_no_shorter(
     both, kind, category
 ):
     name = f"{kind}_bias_score{category}"
-    pair = paired_documents(*both, "bbq", f"{name},none", DocumentReader())
+    pair = paired_documents(*both, "bbq", f"{name},none")
     test = paired_test(pair, alpha=0.1)
     logged = []
     for run in both:

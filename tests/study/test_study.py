@@ -26,7 +26,6 @@ def answers(share, seed):
 def studied(folder, tasks, percents=(0, 20, 40, 60)):
     """Write the sweep of a study, with random cuts and a floor, and return its report and its files."""
     from lm_eval_pruned.compare.margins import Margin
-    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.report.report import compared, write_report
     from lm_eval_pruned.results.runs import read_sweep
     from lm_eval_pruned.study.findings import read_findings
@@ -45,11 +44,11 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
         task: answers(share, n) for n, (task, (*_, share)) in enumerate(tasks.items())
     }
     write_sweep(folder, {**runs, "floor-constant": ("constant", floor)})
-    sweep, read = read_sweep(folder), DocumentReader()
-    comparison = compared(sweep, read=read, margin=Margin("equivalent", "5%"))
-    findings = read_findings(sweep, comparison, checked_families({}), read)
+    sweep = read_sweep(folder)
+    comparison = compared(sweep, margin=Margin("equivalent", "5%"))
+    findings = read_findings(sweep, comparison, checked_families({}))
     opening = study_sections("Llama-3.2-1B", findings)
-    files = write_report(folder, read=read, comparison=comparison, opening=opening)
+    files = write_report(folder, comparison=comparison, opening=opening)
     return files[1].read_text("utf-8"), files
 
 
