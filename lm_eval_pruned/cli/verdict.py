@@ -65,7 +65,7 @@ def run(arguments) -> int:
         *models, options, folder, margins, measure, arguments.text
     )
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
-    verdict = decide(base, candidate, margins, floors, measure=measure, texts=texts)
+    verdict = decide(base, candidate, margins, floors, measure=measure)
     print(f"{headline(verdict)}\n")
     print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")

@@ -107,8 +107,8 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         CLAIM_LEVEL if case.margin else float(baseline.rules[key].value)
         for key, case in cases.items()
     ]
-    judgeable = [*cases.values()]
-    answers = decisions(judgeable, judged(judgeable), levels)
+    families = [case.family for case in cases.values()]
+    answers = decisions(judged([*cases.values()]), levels, families)
     decided |= zip(cases, answers, strict=True)
     return [
         Finding(

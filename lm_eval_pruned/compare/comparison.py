@@ -10,7 +10,7 @@ from lm_eval_pruned.compare.agreement import agreement, collapse_notes
 from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.judge import Case, Difference, judged
 from lm_eval_pruned.compare.pairing import paired_documents
-from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
+from lm_eval_pruned.compare.trends import Correlation, Trend, over_ratios
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
@@ -32,8 +32,8 @@ class Comparison:
     base: str
     alpha: float
     rows: tuple[Difference, ...]
-    correlations: tuple[TaskCorrelation, ...]
-    trends: tuple[TaskTrend, ...]
+    correlations: tuple[Correlation, ...]
+    trends: tuple[Trend, ...]
     notes: tuple[str, ...]
     margin: Margin | None = None
     floors: tuple[Standing, ...] = ()
@@ -88,14 +88,12 @@ def compare(
     subtasks: bool = False,
     margin: Margin | None = None,
     margins: Mapping[Key, Margin] | None = None,
-    texts: bool = True,
 ) -> Comparison:
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
     `subtasks` are the members of groups that have scores. What is tested are the primary scores, or
     those of `margins`, within a margin for each.
-    Without `texts`, nothing says which answer is the commonest. Runs of models that know nothing
-    are not compared: they are the floors of the others.
+    Runs of models that know nothing are not compared: they are the floors of the others.
 
     ResultsError if samples cannot be read, or two runs saw different documents or versions of a task,
     or have no task in common; ValueError if `alpha` is out of range.
@@ -133,9 +131,7 @@ def compare(
         replace(
             row,
             floor=known.get((row.run, row.task, row.metric)),
-            answers=agreement(row.case.pair, row.metric, texts)
-            if row.primary
-            else None,
+            answers=agreement(row.case.pair, row.metric) if row.primary else None,
         )
         for row in judged(cases, alpha)
     )

@@ -168,9 +168,8 @@ def highest_floor(base: Run, floors: Sequence[Run], key: Key) -> Floor | None:
         return "exact", exact, None
     known: list[Floor]
     known = [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
-    levels = (documents.levels.chance, documents.levels.majority) if documents else ()
-    for name, level in zip(("chance", "commonest answer"), levels, strict=False):
-        known += [] if level is None else [(name, level, None)]
+    levels = documents.levels if documents else {}
+    known += [(name, level, None) for name, level in levels.items()]
     finite = [floor for floor in known if math.isfinite(floor[1])]
     return max(finite, key=lambda floor: floor[1] if up else -floor[1], default=None)
 

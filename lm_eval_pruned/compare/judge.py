@@ -19,6 +19,7 @@ from lm_eval_pruned.compare.statistics import (
     unpaired_difference,
 )
 from lm_eval_pruned.results.files import finite_or_none
+from lm_eval_pruned.results.groups import is_bias
 
 
 if TYPE_CHECKING:
@@ -109,7 +110,6 @@ class Difference:
     high: float | None
     p: float | None
     q: float | None
-    smallest_detectable: float | None
     documents: int | None
     method: str
     primary: bool
@@ -129,6 +129,13 @@ class Difference:
     def kept_text(self) -> str | None:
         """What the run keeps of the score above the floor, as `Standing` says it; None without a floor."""
         return self.floor.kept_text if self.floor else None
+
+    @property
+    def cannot_show_a_loss(self) -> bool:
+        """Whether nobody could lose anything: the base is not shown to be above the floor."""
+        return bool(
+            self.floor and not self.floor.base_above_floor and not is_bias(self.metric)
+        )
 
     @property
     def said(self) -> str:
@@ -250,7 +257,6 @@ def _difference(
         high=high,
         p=test.p,
         q=q,
-        smallest_detectable=None if q is None else test.smallest_detectable(level),
         documents=len(case.pair[0].keys) if case.pair else None,
         method=test.method,
         primary=case.primary,
@@ -262,13 +268,14 @@ def _difference(
 
 
 def decisions(
-    cases: Sequence[Case], rows: Sequence[Difference], levels: Sequence[float]
+    rows: Sequence[Difference],
+    levels: Sequence[float],
+    families: Sequence[Hashable] | None = None,
 ) -> Iterator[Decision]:
     """Decide what `judged` made of cases: a margin, or else whether a score is worse.
 
-    Tests are one-sided where the direction is known.
+    Tests are one-sided where the direction is known, and corrected by `families`, by default together.
     """
-    families = [case.family for case in cases]
     sides = [*map(_sides, rows)]
     worse, better = (
         [q for q, _ in false_discovery([ps[way] for ps in sides], families)]

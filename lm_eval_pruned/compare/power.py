@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm_eval_pruned.compare.gaffke import POWER
 from lm_eval_pruned.compare.judge import Case
 from lm_eval_pruned.compare.margins import (
     Margin,
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 ALIKE, SEEN = "no difference", "the difference seen"
 #: What is to be shown, and what is true then.
 QUESTIONS = (("equivalent", ALIKE), ("not worse", ALIKE), ("not worse", SEEN))
+#: The chance that a number of documents is to give.
+POWER = 0.8
 #: So many draws have a standard error of 3 points where the chance is 80 %.
 DRAWS = 200
 #: The search for a number of documents ends here.

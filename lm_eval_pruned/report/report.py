@@ -93,8 +93,7 @@ def compared(
     base, others = split_sweep(list(sweep.runs), str(sweep.path))
     comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
     runs = [*comparable, *sweep.floors] if comparable else []
-    # Answers are on the page of changed answers alone, which can be left out.
-    return compare(base, runs, alpha=alpha, margin=margin, texts=False)
+    return compare(base, runs, alpha=alpha, margin=margin)
 
 
 def _records(

@@ -76,7 +76,7 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     text = (
         "Tasks of each family that are better or worse than the unpruned model at q < "
         f"{comparison.alpha:g}, by expansion ratio. No difference shown does not mean that "
-        "there is none: the table of differences says how large one could have been detected."
+        "there is none: the interval in the table of differences says how large one may be."
     )
 
     def counted_at(ratio: str) -> Callable[[tuple[str, str]], Cell]:
@@ -214,9 +214,8 @@ def differences_section(
     labels = {run.name: run_label(run) for run in others}
     rows = [replace(row, run=labels[row.run]) for row in comparison.rows if row.primary]
     text = (
-        "A difference of the smallest detectable size is found with a chance of 80 % at the level "
-        "that the correction leaves for its row. The interval has the same level: it excludes 0 "
-        "exactly where a difference is shown."
+        "The interval has the level that the correction leaves for its row: it excludes 0 exactly "
+        "where a difference is shown."
     )
     heading = "Differences from the unpruned model"
     return compared_section(heading, text, rows, comparison.alpha)

@@ -140,7 +140,7 @@ def _tables(verdict: Verdict) -> list[Section]:
 def _answer_section(verdict: Verdict) -> Section:
     """Return the answer, which scores could show a loss and which not, and what was decided of them."""
     judged, pooled = verdict.judged, verdict.pooled
-    blind = [score for score in judged if score.cannot_show_a_loss]
+    blind = [score for score in judged if score.row.cannot_show_a_loss]
     worse, undecided = (
         [claim for claim in verdict.open if claim.word == word]
         for word in ("worse", "undecided")
