@@ -24,7 +24,7 @@ pytest.importorskip("altair", reason="figures need the extra `report`")
 from lm_eval_pruned.report.report import write_report
 
 
-PLOTS = ("capabilities", "kept", "knowledge-truthfulness", "scores")
+PLOTS = ("kept", "knowledge-truthfulness", "scores")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_page_needs_nothing_and_runs_its_scripts_alone(sweep, name):
 
 def test_the_page_does_not_run_what_results_say(page, sweep):
     scripts = re.findall(r"<script[^>]*>(.*?)</script", page, re.DOTALL)
-    assert len(scripts) == page.count("<script") == 5
+    assert len(scripts) == page.count("<script") == 4
     *data, library, own = scripts
     assert NASTY in json.dumps(list(map(json.loads, data))).replace("\\\\", "\\")
     assert "alert('x')" not in library + own
@@ -169,7 +169,7 @@ def test_on_a_telephone_no_word_breaks_and_no_table_is_cut(sweep, browser):
         (
             [{"ifeval": [0.0] * 80}, {"ifeval": answers(0.4)}],
             "plots/scores-maw.png",
-            "plots/capabilities|Knowledge against",
+            "plots/kept|Knowledge against",
         ),
         ([{"ifeval": answers(0.4)}], "|ifeval|acc \u2191|0.4000|", "plots/"),
         ([{"a": answers(0.4)}, {"b": [1.0]}], "p20 shares no task", "plots/"),

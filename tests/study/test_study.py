@@ -66,7 +66,7 @@ def test_the_report_begins_with_the_study_and_shows_what_was_published(tmp_path)
         "Scores that the study published",
         "Limits of the study",
     ]
-    assert "capabilities-maw" in {file.stem for file in files}
+    assert "scores-maw" in {file.stem for file in files}
     assert "|task|metric|0 %|10 %|" in text
     assert "|mmlu|acc,none|0.311|0.251|" in text
     assert "ifeval cannot show a loss" in text
