@@ -51,7 +51,7 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
             runs.append(read_run(path))
             continue
         sweep = read_sweep(path)
-        baseline, others = split_sweep(list(sweep.runs), str(path))
+        baseline, others = sweep.split()
         if number == 0:
             runs.append(baseline)
         if number > 0 or len(paths) == 1:
@@ -67,17 +67,6 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
         replace(run, name=str(run.path)) if names[run.name] > 1 else run
         for run in runs[1:]
     ]
-
-
-def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
-    """Return the baseline of a sweep and its other runs; ResultsError if none is unpruned."""
-    baseline = next((run for run in runs if run.is_baseline), None)
-    if baseline is None:
-        raise ResultsError(
-            f"{where} has no finished run of the unpruned model to compare with: add prune_percent "
-            "0 to the sweep, or name a base: `compare BASE RUN`."
-        )
-    return baseline, [run for run in runs if run is not baseline]
 
 
 def compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.compare.comparison_table import record
 from lm_eval_pruned.report import sections as words
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
@@ -45,7 +45,7 @@ def write_report(
     folder holds no sweep that can be read, or no baseline; ValueError if `alpha` is out of range.
     """
     sweep = read_sweep(folder)
-    base, others = split_sweep(list(sweep.runs), str(folder))
+    base, others = sweep.split()
     target = Path(output_path) if output_path else sweep.path / "report"
     runs = [base, *others]
     comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
@@ -90,7 +90,7 @@ def compared(
     sweep: SweepResults, *, alpha: float = 0.05, margin: Margin | None = None
 ) -> Comparison:
     """Compare a sweep's runs with its unpruned model, within a `margin` if there is one; see `compare`."""
-    base, others = split_sweep(list(sweep.runs), str(sweep.path))
+    base, others = sweep.split()
     comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
     runs = [*comparable, *sweep.floors] if comparable else []
     return compare(base, runs, alpha=alpha, margin=margin)

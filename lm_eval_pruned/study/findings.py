@@ -10,7 +10,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.report.sections import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, as_mapping, read_json
 from lm_eval_pruned.results.groups import (
@@ -153,7 +152,7 @@ def read_findings(
         str(configuration["id"]): as_mapping(configuration.get("arguments"))
         for configuration in sweep.definition["configurations"]
     }
-    base, others = split_sweep(list(sweep.runs), str(sweep.path))
+    base, others = sweep.split()
     ways: dict[str, list[Run]] = defaultdict(list)
     for run in others:
         if {*run.tasks()} & {*base.tasks()}:

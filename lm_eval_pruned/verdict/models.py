@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.compare.margins import (
     check_measure,
     judged_keys,
@@ -219,9 +218,10 @@ def _results_of(path: str, name: str) -> tuple[Run, Sequence[Run]]:
     if not is_sweep(path):
         run = read_run(path)
     else:
-        _, _, (run, *others), _, floors = read_sweep(path)
+        sweep = read_sweep(path)
+        (run, *others), floors = sweep.runs, sweep.floors
         if others:
-            run, others = split_sweep([run, *others], path)
+            run, others = sweep.split()
         if others and name == "candidate":
             run, *more = others
             if more:

@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.results.runs import read_run, read_sweep
 from tests.helpers.results_files import (
@@ -48,7 +47,7 @@ def sweep_of(folder, before, after):
 
 def read(folder, title="A model", **options):
     """Return the section and the page."""
-    base, others = split_sweep(list(read_sweep(folder).runs), str(folder))
+    base, others = read_sweep(folder).split()
     return changed_answers(title, base, others, **options)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.util import palette
@@ -30,7 +30,7 @@ from lm_eval_pruned.report.figure import (
 
 
 def points(sweep):
-    base, others = split_sweep(list(read_sweep(sweep).runs), str(sweep))
+    base, others = read_sweep(sweep).split()
     ((_, members),) = series_of([base, *others]).items()
     return points_of(members, base, compare(base, others))
 

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.report.sections import families_section
 from lm_eval_pruned.results.groups import FAMILIES, family_of
 from lm_eval_pruned.results.runs import read_sweep
@@ -195,7 +195,7 @@ def test_families_by_size(tmp_path):
     runs = {"base": (0, tasks(30, 20, 20)), "p20": (20, tasks(30, 20, 35))}
     runs |= {"p40": (40, tasks(10, 5, 35)), "r40": (random, tasks(9, 20, 20))}
     folder = write_sweep(tmp_path, runs)
-    base, others = split_sweep(list(read_sweep(folder).runs), "")
+    base, others = read_sweep(folder).split()
     section = families_section([base, *others], compare(base, others))
     assert section.table.titles == ["family", "pruned by", "3.20", "2.40"]
     rows = section.table.cells()
