@@ -11,8 +11,7 @@ import numpy as np
 from lm_eval_pruned.compare.judge import Case, p_outside
 from lm_eval_pruned.compare.margins import PROBABILITIES
 from lm_eval_pruned.compare.pairing import paired_test
-from lm_eval_pruned.results.documents import Documents
-from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.documents import Documents, scored_on
 from lm_eval_pruned.results.groups import is_bias, is_share
 
 
@@ -76,8 +75,8 @@ def mean_of(cases: Sequence[Case]) -> Case:
     pairs = [case.pair for case in cases if case.pair]
     before, after = (_joined(documents) for documents in zip(*pairs, strict=True))
     return cases[0]._replace(
-        base=_scored(cases[0].base, key, before),
-        run=_scored(cases[0].run, key, after),
+        base=scored_on(cases[0].base, key, before),
+        run=scored_on(cases[0].run, key, after),
         key=key,
         pair=(before, after),
         family=key,
@@ -125,10 +124,3 @@ def _joined(tasks: Sequence[Documents]) -> Documents:
         tuple(itertools.chain(*clusters)),
         "mean",
     )
-
-
-def _scored(run: Run, key: tuple[str, str], documents: Documents) -> Run:
-    """Return a run with the score that documents make."""
-    value = float(np.average(documents.values, weights=documents.weights))
-    score = Score(value, None, True, len(documents.values))
-    return replace(run, scores={**run.scores, key: score})

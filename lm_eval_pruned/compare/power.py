@@ -18,7 +18,7 @@ from lm_eval_pruned.compare.margins import (
 )
 from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.pooled import can_be_pooled, kind_of, p_of_claim
-from lm_eval_pruned.results.documents import TRANSFORMS, Documents
+from lm_eval_pruned.results.documents import Documents, scored_on
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import primary_metrics
 
@@ -89,8 +89,8 @@ class Pilot:
             for ours, theirs in (values, values[::-1])
         )
         return self.case._replace(
-            base=self._scored(self.case.base, before),
-            run=self._scored(self.case.run, after),
+            base=scored_on(self.case.base, self.case.key, before),
+            run=scored_on(self.case.run, self.case.key, after),
             pair=(before, after),
         )
 
@@ -103,12 +103,6 @@ class Pilot:
         known = len(self._numbered)
         self._numbered += [(name, f"{name} {n}", 0) for n in range(known, len(chosen))]
         return tuple(self._numbered[: len(chosen)])
-
-    def _scored(self, run: Run, documents: Documents) -> Run:
-        mean = np.average(documents.values, weights=documents.weights)
-        score = float(TRANSFORMS[documents.transform].score(mean))
-        known = run.scores[self.case.key]._replace(value=score)
-        return replace(run, scores={self.case.key: known})
 
 
 def pilots_of(

@@ -8,8 +8,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lm_eval_pruned.compare.comparison_table import (
     DIFFERENCES,
     FLOOR,
@@ -21,7 +19,7 @@ from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.compare.judge import Case, judged
 from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.report.page import MARKS, Section, run_label, table_section
-from lm_eval_pruned.results.documents import documents_of
+from lm_eval_pruned.results.documents import documents_of, scored_on
 from lm_eval_pruned.results.files import Score, as_mapping
 from lm_eval_pruned.results.groups import (
     FAMILIES,
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Difference
-    from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
 
@@ -173,7 +170,7 @@ def levels_section(base: Run, others: Sequence[Run], alpha: float) -> Section | 
         }
         for level in sorted({*by_run[base.name].level}) if base.name in by_run else ():
             one, *pruned = (
-                _restricted(run, key, by_run[run.name].at(level))
+                scored_on(run, key, by_run[run.name].at(level))
                 for run in (base, *others)
                 if run.name in by_run
             )
@@ -196,15 +193,6 @@ def levels_section(base: Run, others: Sequence[Run], alpha: float) -> Section | 
         *(Column(run_label(run), kept_by(run), ">") for run in others),
     ]
     return table_section("Kept by level", [text], columns, rows)
-
-
-def _restricted(run: Run, key: tuple[str, str], documents: Documents) -> Run:
-    """Return a run with one score, the mean over some of its documents."""
-    mean = float(np.average(documents.values, weights=documents.weights))
-    better = run.scores[key].higher_is_better
-    score = Score(mean, None, better, len(documents.keys))
-    known = {key[0]: {key[1]: documents}}
-    return replace(run, scores={key: score}, documents=known)
 
 
 def differences_section(

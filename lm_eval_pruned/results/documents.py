@@ -154,6 +154,12 @@ class Documents:
     samples: tuple[Sample, ...] = ()
 
     @property
+    def score(self) -> float:
+        """What the harness would report of these documents."""
+        mean = np.average(self.values, weights=self.weights)
+        return float(TRANSFORMS[self.transform].score(mean))
+
+    @property
     def level(self) -> tuple[str, ...]:
         """Level of each document, length n; empty where the task declares no field for it."""
         levels = tuple(sample.level for sample in self.samples)
@@ -197,6 +203,16 @@ def documents_of(run: Run, task: str, metric: str) -> Documents | None:
     if task not in run.documents:
         run.documents[task] = read_task(run, task)
     return run.documents[task].get(metric)
+
+
+def scored_on(run: Run, key: tuple[str, str], documents: Documents) -> Run:
+    """Return a run with one score, that of some documents; more is better where the run has no such score."""
+    known = run.scores.get(key, Score(math.nan, None, True, None))
+    score = known._replace(
+        value=documents.score, stderr=None, documents=len(documents.keys)
+    )
+    of_task = {key[0]: {key[1]: documents}}
+    return replace(run, scores={key: score}, documents=of_task)
 
 
 def read_task(run: Run, task: str) -> dict[str, Documents]:

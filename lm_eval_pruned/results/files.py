@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TypeGuard
 
-    from lm_eval_pruned.results.documents import Documents
-
 _SECTIONS = (
     "results", "config", "configs", "group_subtasks", "higher_is_better", "n-samples", "n-shot",
     "task_hashes", "versions",
@@ -67,7 +65,7 @@ class Run:
         notes: What was left out of what `path` holds, one sentence each.
         metadata: What the YAML file of each task declares under ``metadata``, such as
             ``primary_metric`` and ``floors``; of a group what all its tasks declare alike.
-        documents: What `documents_of` has read, by task and metric.
+        documents: The `Documents` that `documents_of` has read, by task and metric.
     """
 
     name: str
@@ -81,7 +79,7 @@ class Run:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    documents: dict[str, dict[str, Documents]] = field(
+    documents: dict[str, dict[str, Any]] = field(
         default_factory=dict, compare=False, repr=False
     )
 
