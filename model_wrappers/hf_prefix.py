@@ -22,21 +22,14 @@ from lm_eval_pruned.checkpoints.configs import (
 )
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
-from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
-from lm_eval_pruned.model_wrappers.mismatched_questions import (
-    ARGUMENT,
-    mismatched,
-    refuse_others,
-)
+from lm_eval_pruned.model_wrappers.mismatched_questions import ARGUMENT, mismatched
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
-
-    from lm_eval.api.instance import Instance
 
 eval_logger = logging.getLogger("lm_eval.models.pruned")
 
@@ -44,8 +37,15 @@ _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
 def _check_flag(name: str, value: Any) -> None:
-    if value is not None:
-        check_flag(name, value)
+    if value not in (True, False, None):
+        raise ValueError(f"{name}={value!r} is not understood: pass true or false.")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(
+            f"{name}={value!r} is not understood: pass a whole number of 1 or more."
+        )
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -89,8 +89,8 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "load_in_4bit": _check_flag,
     "load_in_8bit": _check_flag,
     "logits_cache": _check_flag,
-    "max_batch_size": check_count,
-    "max_length": check_count,
+    "max_batch_size": _check_count,
+    "max_length": _check_count,
     "mixed_precision_dtype": check_dtype,
     "parallelize": _check_flag,
     "peft": _check_text,
@@ -98,7 +98,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "pretrained": _check_text,
     "quantization_config": _check_quantisation,
     "slot_refilling": _check_flag,
-    "slots": check_count,
+    "slots": _check_count,
     "softmax_dtype": check_dtype,
     "subfolder": _check_text,
     "tokenizer": _check_text,
@@ -177,29 +177,10 @@ class PrefixHFLM(
         self._mismatched_questions = mismatched_questions
         super().__init__(given_or_default(pretrained), *args, **kwargs)
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        """Score answers as `HFLM` does, after another document's question if that was asked for."""
+    def _measured(self, request_type: str, requests: list, disable_tqdm: bool) -> list:
         if self._mismatched_questions:
-            requests = mismatched(requests)
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
-        """Score whole texts as `HFLM` does."""
-        if self._mismatched_questions:
-            refuse_others(requests)
-        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-
-    def generate_until(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[str]:
-        """Answer prompts as `HFLM` does."""
-        if self._mismatched_questions:
-            refuse_others(requests)
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            requests = mismatched(request_type, requests)
+        return super()._measured(request_type, requests, disable_tqdm)
 
     def begin_evaluation(self) -> None:
         """Begin the records in the results anew."""

@@ -73,9 +73,9 @@ class PrunedHFLM(PrefixHFLM):
                     f"peft_stage={peft_stage} says when peft is applied: pass peft=ADAPTER and one of "
                     f"{', '.join(STAGES)}, or leave peft_stage out."
                 )
+            self.check_values({"quantization_config": quantization_config})
         self._peft_stage = peft_stage or "after"
         # HFLM passes what its config says under this name, and would pass ours beside it.
-        self.check_arguments({"quantization_config": quantization_config})
         self._quantisation = quantization_config
         super().__init__(pretrained, peft=peft, **kwargs)
         if not isinstance(self.pretrained, str):

@@ -40,10 +40,6 @@ class DefaultModel:
     pretrained: str
     source: str
 
-    def model_args(self) -> dict[str, str]:
-        """Return the arguments of `hf` that load it."""
-        return {"pretrained": self.pretrained}
-
 
 def find_default_model() -> DefaultModel:
     """Find the default model, converting it on the first use.

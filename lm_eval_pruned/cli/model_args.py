@@ -60,4 +60,4 @@ def with_default_model(model_args: dict[str, Any], doing: str) -> dict[str, Any]
 
     default = find_default_model()
     print(f"pretrained was not given: {doing} {default.source}.", file=sys.stderr)
-    return model_args | default.model_args()
+    return {**model_args, "pretrained": default.pretrained}
