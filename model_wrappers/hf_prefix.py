@@ -8,7 +8,6 @@ without a message, hands others to code that fails far from the cause, and takes
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,6 @@ from lm_eval_pruned.model_wrappers.mismatched_questions import ARGUMENT, mismatc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
-
-eval_logger = logging.getLogger("lm_eval.models.pruned")
 
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
@@ -175,7 +172,9 @@ class PrefixHFLM(
         named = {"pretrained": pretrained, ARGUMENT: mismatched_questions}
         self.check_arguments(kwargs | named)
         self._mismatched_questions = mismatched_questions
-        super().__init__(given_or_default(pretrained), *args, **kwargs)
+        if pretrained is None:
+            pretrained = find_default_model()
+        super().__init__(pretrained, *args, **kwargs)
 
     def _measured(self, request_type: str, requests: list, disable_tqdm: bool) -> list:
         if self._mismatched_questions:
@@ -220,15 +219,3 @@ class PrefixHFLM(
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         with self._set_up("batch_size_search"):
             return super()._detect_batch_size(*args, **kwargs)
-
-
-def given_or_default(pretrained: Any) -> Any:
-    """Return `pretrained`; if it is None the default model."""
-    if pretrained is not None:
-        return pretrained
-    default = find_default_model()
-    eval_logger.warning(
-        "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
-        default.source,
-    )
-    return default.pretrained

@@ -123,9 +123,19 @@ class PrunePlan:
         number = layer if self.depth is None else self.depth.kept[layer]
         return self.layers is None or number in self.layers
 
-    def rounded(self, kept: int) -> int:
-        """Return `kept`, rounded down to `multiple_of` where that leaves something."""
-        return kept // self.multiple_of * self.multiple_of or kept
+    def rounded(self, kept: int, source: str = "") -> int:
+        """Return `kept`, rounded down to `multiple_of` where that leaves something.
+
+        Raises:
+            ValueError: It leaves nothing of the width that a `source` gives.
+        """
+        rounded = kept // self.multiple_of * self.multiple_of
+        if source and not rounded:
+            raise ValueError(
+                f"multiple_of={self.multiple_of} is larger than the kept width {kept} that "
+                f"{source}: use a multiple of at most {kept}."
+            )
+        return rounded or kept
 
     def kept_of(self, width: int, widest: int, unit: Fraction = Fraction(1)) -> int:
         """Return the kept width of an MLP of `width` neurons.
@@ -199,8 +209,8 @@ class PrunePlan:
             return plan if widths == before else plan.with_layers(widths)
         chosen = _chosen_layers(arguments, before or {}, depth)
         kept = _kept_width(name, value, hidden_size, width_before)
-        plan._check_multiple(kept, f"{name}={value} gives")
-        return dataclasses.replace(plan, width=plan.rounded(kept), layers=chosen)
+        width = plan.rounded(kept, f"{name}={value} gives")
+        return dataclasses.replace(plan, width=width, layers=chosen)
 
     def with_layers(self, widths: Mapping[int, int]) -> PrunePlan:
         """Return the same plan with the width of each layer, in neurons, by its number."""
@@ -221,16 +231,8 @@ class PrunePlan:
                     "them all."
                 )
             if width < before[layer]:
-                self._check_multiple(width, f"{where} gives layer {layer}")
-                named[layer] = self.rounded(width)
+                named[layer] = self.rounded(width, f"{where} gives layer {layer}")
         return {**before, **named}
-
-    def _check_multiple(self, kept: int, source: str) -> None:
-        if self.multiple_of > kept:
-            raise ValueError(
-                f"multiple_of={self.multiple_of} is larger than the kept width {kept} that "
-                f"{source}: use a multiple of at most {kept}."
-            )
 
 
 def whole_or_mean(width: Fraction) -> int | float:

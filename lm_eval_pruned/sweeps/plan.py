@@ -300,7 +300,7 @@ def plan_sweep(options: dict[str, Any]) -> Sweep:
 def model_source(base: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that say which checkpoint a sweep is of."""
     if not base.get("pretrained"):
-        base = {**base, "pretrained": find_default_model().pretrained}
+        base = {**base, "pretrained": find_default_model()}
     names = ("pretrained", *SOURCE_ARGUMENTS)
     return {name: base[name] for name in names if base.get(name)}
 
