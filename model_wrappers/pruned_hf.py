@@ -15,7 +15,6 @@ from lm_eval_pruned.checkpoints.configs import (
     quantising_arguments,
 )
 from lm_eval_pruned.checkpoints.load import load_checkpoint
-from lm_eval_pruned.model_wrappers.batching.attention_support import base_model
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.slicing import prune_loaded
@@ -80,7 +79,7 @@ class PrunedHFLM(PrefixHFLM):
         super().__init__(pretrained, peft=peft, **kwargs)
         if not isinstance(self.pretrained, str):
             prune_loaded(self._model, self._prune_arguments, self.tokenizer)
-        self._prune_record: PruneRecord = base_model(self.model).prune_record  # type: ignore[assignment]
+        self._prune_record: PruneRecord = self.model.prune_record  # type: ignore[assignment]
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.device.type == "cpu":
             # HFLM shares documents out among processes on GPUs only.
@@ -142,7 +141,7 @@ class PrunedHFLM(PrefixHFLM):
             if peft is not None:
                 self._model = self._model.merge_and_unload()
             prune_loaded(self._model, self._prune_arguments, self.tokenizer)
-        self._config = base_model(self._model).config
+        self._config = self._model.config
 
     def get_model_info(self) -> dict[str, Any]:
         """Return that of `PrefixHFLM`, ``pruning`` and ``healing``."""

@@ -156,7 +156,7 @@ class PruneArguments(DeclaredOptions):
         object,
         None,
         "NAME",
-        check=lambda _, value: canonical_name(value, chosen=True),
+        check=lambda _, value: canonical_name(value),
         several="criteria",
         text=CALIBRATED,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from lm_eval_pruned.pruning.arguments import PruneArguments
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from typing_extensions import Unpack
 
@@ -156,8 +155,6 @@ class PrunePlan:
         cls,
         hidden_size: int,
         width_before: int,
-        *,
-        available_layers: Collection[int] | None = None,
         **prune_arguments: Unpack[PruneKeywords],
     ) -> PrunePlan:
         """Resolve the user's arguments against a model's dimensions.
@@ -165,8 +162,6 @@ class PrunePlan:
         Args:
             hidden_size: Model width H.
             width_before: Intermediate size I, in neurons.
-            available_layers: Numbers of the layers that have a GLU-MLP; a mapping says
-                their widths too, where these differ.
             **prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
         Raises:
@@ -176,11 +171,8 @@ class PrunePlan:
         Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
         its checkpoints.
         """
-        widths: Any = available_layers
-        if widths is not None and not isinstance(widths, Mapping):
-            widths = dict.fromkeys(widths, width_before)
         arguments = PruneArguments(**prune_arguments)
-        return cls.of(arguments, hidden_size, width_before, widths)
+        return cls.of(arguments, hidden_size, width_before, None)
 
     @classmethod
     def of(

@@ -393,7 +393,7 @@ def _configurations(
 def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what is combined with each size, without what is the default."""
     criteria = options.get("criteria", [])
-    names = [canonical_name(name, chosen=True) for name in criteria]
+    names = [canonical_name(name) for name in criteria]
     seeds = [*map(parse_number, options.get("seeds", []))]
     if seeds and "random" not in names:
         raise ValueError(
