@@ -28,82 +28,50 @@ from lm_eval_pruned.model_wrappers.mismatched_questions import ARGUMENT, mismatc
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
+_BACKENDS = ("default", "causal", "seq2seq")
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
-def _check_flag(name: str, value: Any) -> None:
-    if value not in (True, False, None):
-        raise ValueError(f"{name}={value!r} is not understood: pass true or false.")
+def _is_text(value: Any) -> bool:
+    return type(value) not in (bool, int, float)
 
 
-def _check_count(name: str, value: Any) -> None:
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(
-            f"{name}={value!r} is not understood: pass a whole number of 1 or more."
-        )
-
-
-def _check_text(name: str, value: Any) -> None:
-    if type(value) in (bool, int, float):
-        example = "one such as cpu, or cuda:0" if name == "device" else "a name"
-        raise ValueError(f"{name}={value} is not understood: pass {example}.")
-
-
-def _check_backend(name: str, value: Any) -> None:
-    if value not in ("default", "causal", "seq2seq"):
-        raise ValueError(
-            f"{name}={value} is not understood: pass default, causal or seq2seq."
-        )
-
-
-def _check_batch_size(name: str, value: Any) -> None:
-    if type(value) not in (int, str) or not _BATCH_SIZE.fullmatch(str(value)):
-        raise ValueError(
-            f"{name}={value} is not understood: pass a whole number of 1 or more, auto or auto:4."
-        )
-
-
-def _check_quantisation(name: str, value: Any) -> None:
-    if type(value) in (str, bool, int, float):
-        raise ValueError(
-            f"{name}={value} is not understood: pass a dict, or load_in_8bit=true instead."
-        )
-
-
-#: What refuses a value of an argument that the harness's model would stumble over.
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "add_bos_token": _check_flag,
-    "attn_implementation": _check_text,
-    "backend": _check_backend,
-    "batch_size": _check_batch_size,
-    "delta": _check_text,
-    "device": _check_text,
-    "dtype": check_dtype,
-    "energy": _check_flag,
-    "gguf_file": _check_text,
-    "load_in_4bit": _check_flag,
-    "load_in_8bit": _check_flag,
-    "logits_cache": _check_flag,
-    "max_batch_size": _check_count,
-    "max_length": _check_count,
-    "mixed_precision_dtype": check_dtype,
-    "parallelize": _check_flag,
-    "peft": _check_text,
-    "prefix_sharing": _check_flag,
-    "pretrained": _check_text,
-    "quantization_config": _check_quantisation,
-    "slot_refilling": _check_flag,
-    "slots": _check_count,
-    "softmax_dtype": check_dtype,
-    "subfolder": _check_text,
-    "tokenizer": _check_text,
-    "truncation": _check_flag,
-    "trust_remote_code": _check_flag,
-    "use_fast_tokenizer": _check_flag,
-    ARGUMENT: _check_flag,
-}
+_FLAGS = (
+    *("add_bos_token", "energy", "load_in_4bit", "load_in_8bit", "logits_cache"),
+    *("parallelize", "prefix_sharing", "slot_refilling", "truncation"),
+    *("trust_remote_code", "use_fast_tokenizer", ARGUMENT),
+)
+_NAMES = (
+    *("attn_implementation", "delta", "gguf_file", "peft", "pretrained"),
+    *("subfolder", "tokenizer"),
+)
+_COUNTS = ("max_batch_size", "max_length", "slots")
+_DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
+#: Arguments over which the harness's model would stumble: names, which values they can have, and
+#: what to pass.
+_KINDS: tuple[tuple[Sequence[str], Callable[[Any], Any], str], ...] = (
+    (_FLAGS, lambda value: value in (True, False, None), "true or false"),
+    (
+        _COUNTS,
+        lambda value: value is None or (type(value) is int and value > 0),
+        "a whole number of 1 or more",
+    ),
+    (_NAMES, _is_text, "a name"),
+    (["device"], _is_text, "one such as cpu, or cuda:0"),
+    (["backend"], _BACKENDS.__contains__, "default, causal or seq2seq"),
+    (
+        ["batch_size"],
+        lambda value: type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value)),
+        "a whole number of 1 or more, auto or auto:4",
+    ),
+    (
+        ["quantization_config"],
+        lambda value: _is_text(value) and type(value) is not str,
+        "a dict, or load_in_8bit=true instead",
+    ),
+)
 
 
 class CheckedArguments:
@@ -124,9 +92,14 @@ class CheckedArguments:
     @staticmethod
     def check_values(arguments: Mapping[str, Any]) -> None:
         """Refuse values of arguments; raise ValueError for one that cannot be used."""
-        for name, value in arguments.items():
-            if name in _CHECKS:
-                _CHECKS[name](name, value)
+        for names, can_be, instead in _KINDS:
+            for name in names:
+                if name in arguments and not can_be(arguments[name]):
+                    raise ValueError(
+                        f"{name}={arguments[name]!r} is not understood: pass {instead}."
+                    )
+        for name in _DTYPES:
+            check_dtype(name, arguments.get(name))
 
     @classmethod
     def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
