@@ -48,7 +48,7 @@ _NAMES = (
     *("subfolder", "tokenizer"),
 )
 _COUNTS = ("max_batch_size", "max_length", "slots")
-_DTYPES = ("dtype", "mixed_precision_dtype", "softmax_dtype")
+_DTYPES = {"dtype", "mixed_precision_dtype", "softmax_dtype"}
 #: Arguments over which the harness's model would stumble: names, which values they can have, and
 #: what to pass.
 _KINDS: tuple[tuple[Sequence[str], Callable[[Any], Any], str], ...] = (
@@ -98,8 +98,8 @@ class CheckedArguments:
                     raise ValueError(
                         f"{name}={arguments[name]!r} is not understood: pass {instead}."
                     )
-        for name in _DTYPES:
-            check_dtype(name, arguments.get(name))
+        for name in arguments.keys() & _DTYPES:
+            check_dtype(name, arguments[name])
 
     @classmethod
     def check_arguments(cls, arguments: Mapping[str, Any]) -> None:

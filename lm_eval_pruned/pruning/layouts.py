@@ -175,11 +175,11 @@ def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
     """
     mlps: list[GluMlp] = []
     for path, module in _language_modules(model):
-        match = _LAYER.match(path)
-        layer = (match[0], int(match[1])) if match else (path, 0)
-        where = module, path, *layer, _kind(path)
         try:
             for name, regions in _mlps_of(path, module):
+                match = _LAYER.match(path)
+                layer = (match[0], int(match[1])) if match else (path, 0)
+                where = module, path, *layer, _kind(path)
                 mlps.append(GluMlp(name, len(mlps), *where, regions))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{describe(model)} {error}") from None
