@@ -153,7 +153,8 @@ class Checkpoint:
         actual = stored_widths(loading["mismatched_keys"], whole)
         if actual == whole.actual:
             return self
-        return self.asking(self.plan.arguments, whole.with_actual(actual))
+        stored = Widths(whole.skeleton, whole.original, actual)
+        return self.asking(self.plan.arguments, stored)
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredTensor]:
@@ -387,7 +388,7 @@ class Checkpoint:
             targets = widths.actual
             # What does not fit is told by `stored_widths` and `check_filled`.
             arguments = arguments | {"ignore_mismatched_sizes": True}
-        if source is None or not widths.fit(targets):
+        if source is None or targets != widths.configured:
             loader, config = type(widths.skeleton), widths.narrowed_config(targets)
         if widths.inexpressible(targets):
             loader = with_widths(loader, targets)

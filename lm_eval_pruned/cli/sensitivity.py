@@ -57,7 +57,7 @@ def run(arguments) -> None:
         )
     if not {"recipe", "criterion"} & pruning.keys():
         pruning["recipe"] = "best"
-    model_args = loading.with_default_model(model_args, "measuring")
+    model_args = loading.with_default_model(model_args)
     # The size counts for no curve.
     asked = PruneArguments(prune_percent=50, allocation=ALLOCATION, **pruning)
     pretrained = str(model_args.pop("pretrained"))

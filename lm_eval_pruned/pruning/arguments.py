@@ -56,7 +56,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 #: Those that say which text is calibrated on.
 CALIBRATION = ("calibration", "calibration_samples", "calibration_tokens")
 #: How a count of layers to drop chooses them: by their place, or by what they do to hidden states.
-LAST, BLOCK_INFLUENCE = "last", "block_influence"
+DEPTH_RULES = LAST, BLOCK_INFLUENCE = "last", "block_influence"
 
 #: The recipe of arXiv 2512.22671, which is the default.
 STUDY = "study"
@@ -69,14 +69,6 @@ RECIPES: dict[str, dict[str, str]] = {
 RECIPES["uneven"] = RECIPES["best"] | {"allocation": SENSITIVITY}
 #: The text that is calibrated on where none is named; `docs/criteria.md` says what it holds.
 OWN_TEXT = Path(__file__).with_name("calibration_text.jsonl")
-
-
-def _depth_rule(name: str, value: str) -> str:
-    if value not in (LAST, BLOCK_INFLUENCE):
-        raise ValueError(
-            f"{name}={value} is not a rule for choosing layers: pass {LAST} or {BLOCK_INFLUENCE}."
-        )
-    return value
 
 
 # `several` names the option of commands that takes several values, one model each; `text` has the
@@ -152,7 +144,7 @@ class PruneArguments(DeclaredOptions):
         object, None, "N", check=dropped_layers, several="drop_layers"
     )
     drop_by: str = option(
-        object, LAST, "NAME", check=_depth_rule, text=(BLOCK_INFLUENCE,)
+        object, LAST, "NAME", choices=DEPTH_RULES, text=(BLOCK_INFLUENCE,)
     )
     allocation: str = option(
         object,
@@ -169,7 +161,7 @@ class PruneArguments(DeclaredOptions):
         object,
         None,
         "NAME",
-        check=lambda _, value: canonical_name(value, chosen=True),
+        check=lambda _, value: canonical_name(value),
         several="criteria",
         text=CALIBRATED,
     )
@@ -196,7 +188,8 @@ class PruneArguments(DeclaredOptions):
         super().__post_init__()
         for sentence in (*_conflicts(vars(self)), *_idle(vars(self)).values()):
             raise ValueError(sentence)
-        if self.calibration is None and self.runs_text:
+        text = self.size is not None and _needs_text(vars(self))
+        if self.calibration is None and (text or self.measures_depth):
             self._settle(calibration=str(OWN_TEXT))
 
     @property
@@ -210,13 +203,6 @@ class PruneArguments(DeclaredOptions):
         """Whether layers are cut one after the other, on what text does in those before."""
         return self.size is not None and (
             self.criterion == OBS or self.repair != NO_REPAIR
-        )
-
-    @property
-    def runs_text(self) -> bool:
-        """Whether calibration text is run through the model."""
-        return self.measures_depth or (
-            self.size is not None and _needs_text(vars(self))
         )
 
     @property
@@ -260,17 +246,14 @@ class PruneKeywords(TypedDict, total=False):
 def with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments completed by their recipe."""
     row = RECIPES[STUDY] | RECIPES.get(str(values["recipe"]), {})
-    if _sizeless(values) or values["widths"] is not None:
+    sizes = [name for name in SIZES if values[name] is not None]
+    if sizes in ([], ["widths"]):
         # There is nothing to share.
         row["allocation"] = UNIFORM
         row.pop("skip_layers", None)
     if values["layers"] is not None:
         row.pop("skip_layers", None)
     return {n: row.get(n) if value is None else value for n, value in values.items()}
-
-
-def _sizeless(values: Mapping[str, Any]) -> bool:
-    return all(values[name] is None for name in SIZES)
 
 
 def _needs_text(values: Mapping[str, Any]) -> bool:
