@@ -10,11 +10,7 @@ from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration_text import TextSource
-from lm_eval_pruned.pruning.measuring import (
-    LoadedModel,
-    check_weights,
-    depth_in_memory,
-)
+from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.slicing import carry_out, finished
 
@@ -147,16 +143,10 @@ class Stored(LoadedModel):
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
-        if arguments.measures_depth:
-            depth = depth_in_memory(model, arguments, tokenizer, device, content)
-            widths = checkpoint.widths.without_layers(depth)
-            checkpoint = dataclasses.replace(
-                checkpoint, widths=widths, plan=widths.plan(arguments)
-            )
         plan = checkpoint.plan
         if content is not None and plan.depth is not None:
             content = (content, plan.depth.kept)
-        return cls(
+        stored = cls(
             model,
             tokenizer,
             TextSource.of(arguments),
@@ -166,6 +156,15 @@ class Stored(LoadedModel):
             checkpoint=checkpoint,
             rounded=rounded,
         )
+        if not arguments.measures_depth:
+            return stored
+        depth = stored.depth(arguments)
+        widths = checkpoint.widths.without_layers(depth)
+        checkpoint = dataclasses.replace(
+            checkpoint, widths=widths, plan=widths.plan(arguments)
+        )
+        content = content and (content, depth.kept)
+        return dataclasses.replace(stored, checkpoint=checkpoint, content=content)
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""

@@ -61,8 +61,9 @@ def run(arguments) -> None:
     # The size counts for no curve.
     asked = PruneArguments(prune_percent=50, allocation=ALLOCATION, **pruning)
     pretrained = str(model_args.pop("pretrained"))
-    model_args["device_map"] = {"": arguments.device}
-    checkpoint = Checkpoint.of(pretrained, asked, model_args, AutoModelForCausalLM)
+    checkpoint = Checkpoint.of(
+        pretrained, asked, model_args, AutoModelForCausalLM, arguments.device
+    )
     measured = measure_sensitivity(checkpoint, arguments.prune_percents)
     print(f"The curves were measured on {measured.device}.", file=sys.stderr)
     curves = LayerCurves.of(measured.as_dict())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.pruning.calibration_text import CalibrationText
-
-logger = logging.getLogger("lm_eval.pruned.calibration")
 
 #: Seconds after which a bar is drawn again.
 _TICK = 1.0
@@ -150,16 +147,9 @@ def calibrate(model: PreTrainedModel, text: CalibrationText) -> Calibration:
                 f"The calibration text makes {name} produce NaN or infinite activations: use "
                 "another dtype, such as dtype=float32, or other text."
             )
-    measured_on = text.as_dict() | unless_cpu(model.device)
-    logger.info(
-        "Calibrated on %d texts (%d tokens) of %s.",
-        measured_on["texts"],
-        measured_on["tokens"],
-        text.name,
-    )
     for total in sums.values():
         total[0].sqrt_()
-    return Calibration(sums, measured_on)
+    return Calibration(sums, text.as_dict() | unless_cpu(model.device))
 
 
 def check_observable(

@@ -8,7 +8,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
@@ -19,7 +19,6 @@ from lm_eval_pruned.pruning.calibration import (
     run_texts,
     unless_cpu,
 )
-from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
     CRITERIA,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import Number, PruneArguments
-    from lm_eval_pruned.pruning.calibration_text import CalibrationText
+    from lm_eval_pruned.pruning.calibration_text import CalibrationText, TextSource
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
 
@@ -115,41 +114,6 @@ def block_influence(
     return influence
 
 
-def depth_in_memory(
-    model: PreTrainedModel,
-    arguments: PruneArguments,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: torch.device | None = None,
-    content: Hashable | None = None,
-) -> Depth | None:
-    """Return which layers of a loaded model stay.
-
-    Text runs on `device`, by default where the model is. `content` identifies the model for
-    `measured_once`.
-
-    Raises:
-        ValueError: The layers or the text are wrong, or there is no tokenizer.
-        UnsupportedModelError: Layers of this model cannot be dropped.
-    """
-    layers = len(layers_of(model)[1])
-    if not arguments.measures_depth:
-        return Depth.of(arguments, layers)
-    source: Any = TextSource.of(arguments)
-    with moved(model, device):
-        text = source.read(model, tokenizer, content)
-
-    def measure() -> Measured:
-        check_weights(model)
-        with moved(model, device):
-            influence = block_influence(model, text.tokens)
-            measured_on = text.as_dict() | unless_cpu(model.device)
-        return {"influence": torch.tensor(influence, dtype=torch.float64)}, measured_on
-
-    what = ("block influence", text.key, (device or model.device).type)
-    tensors, measured_on = measured_once(content, what, measure)
-    return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
-
-
 def text_loss(model: PreTrainedModel, tokens: Tensor) -> float:
     """Return the loss of a text of shape (1, tokens), in nats, over the tokens but the first.
 
@@ -179,6 +143,31 @@ class LoadedModel:
     seed: int
     device: torch.device | None = None
     content: Hashable | None = None
+
+    def depth(self, arguments: PruneArguments) -> Depth:
+        """Return which layers stay, where layers are to be dropped.
+
+        Raises:
+            ValueError: The layers or the text are wrong, or there is no tokenizer.
+            UnsupportedModelError: Layers of this model cannot be dropped.
+        """
+        layers = len(layers_of(self.model)[1])
+        if not arguments.measures_depth:
+            return Depth.of(arguments, layers)
+        text = self.text
+
+        def measure() -> Measured:
+            check_weights(self.model)
+            with moved(self.model, self.device):
+                influence = block_influence(self.model, text.tokens)
+                measured_on = text.as_dict() | unless_cpu(self.model.device)
+            return {
+                "influence": torch.tensor(influence, dtype=torch.float64)
+            }, measured_on
+
+        what = ("block influence", text.key)
+        tensors, measured_on = self._measured_once(what, measure)
+        return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
 
     def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""

@@ -36,11 +36,7 @@ from lm_eval_pruned.pruning.layouts import (
     regions_by_parameter,
     resize,
 )
-from lm_eval_pruned.pruning.measuring import (
-    LoadedModel,
-    check_weights,
-    depth_in_memory,
-)
+from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.repair import (
     CutMlp,
@@ -122,13 +118,14 @@ def prune_loaded(
 ) -> PreTrainedModel:
     """Do what `prune_model` does with arguments that are together."""
     widths = widths_in_memory(model)
+    source, seed = TextSource.of(arguments), int(arguments.seed)
+    evidence = LoadedModel(model, tokenizer, source, seed)
     if arguments.drop_layers is not None:
         if arguments.measures_depth:
             # What is wrong with the arguments is refused before text runs.
             widths.plan(arguments)
-        widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
+        widths = widths.without_layers(evidence.depth(arguments))
     plan = widths.plan(arguments)
-    evidence = LoadedModel(model, tokenizer, TextSource.of(arguments), plan.seed)
     return finished(carry_out(evidence, plan, widths), widths)
 
 
