@@ -141,24 +141,13 @@ class Stored(LoadedModel):
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
-        plan = checkpoint.plan
-        if content is not None and plan.depth is not None:
-            content = (content, plan.depth.kept)
-        samples: Any = arguments.calibration_samples
-        stored = cls(
-            model,
-            tokenizer,
-            arguments.calibration,
-            samples,
-            plan.seed,
-            device,
-            content,
-            checkpoint=checkpoint,
-            rounded=rounded,
-        )
+        if (depth := checkpoint.plan.depth) is not None:
+            content = content and (content, depth.kept)
+        more = {"checkpoint": checkpoint, "rounded": rounded}
+        stored = cls(model, tokenizer, arguments, device, content, **more)
         if not arguments.measures_depth:
             return stored
-        depth = stored.depth(arguments)
+        depth = stored.depth()
         widths = checkpoint.widths.without_layers(depth)
         checkpoint = dataclasses.replace(
             checkpoint, widths=widths, plan=widths.plan(arguments)

@@ -131,22 +131,18 @@ class LoadedModel:
     Attributes:
         model: The model.
         tokenizer: Its tokenizer; needed where text is read.
-        calibration: JSON Lines file of text.
-        samples: How many of its texts to use; None for all.
-        seed: Seed of the criterion ``random``.
+        arguments: The text to read, and how neurons and layers are chosen.
         device: Where text runs; default: where the model is.
         content: What identifies the model, with the layers that it has, for `measured_once`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    calibration: str | None
-    samples: int | None
-    seed: int
+    arguments: PruneArguments
     device: torch.device | None = None
     content: Hashable | None = None
 
-    def depth(self, arguments: PruneArguments) -> Depth:
+    def depth(self) -> Depth:
         """Return which layers stay, where layers are to be dropped.
 
         Raises:
@@ -154,8 +150,8 @@ class LoadedModel:
             UnsupportedModelError: Layers of this model cannot be dropped.
         """
         layers = len(layers_of(self.model)[1])
-        if not arguments.measures_depth:
-            return Depth.of(arguments, layers)
+        if not self.arguments.measures_depth:
+            return Depth.of(self.arguments, layers)
         text = self.text
 
         def measure() -> Measured:
@@ -169,7 +165,8 @@ class LoadedModel:
 
         what = ("block influence", text.key)
         tensors, measured_on = self._measured_once(what, measure)
-        return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
+        influence = tensors["influence"].tolist()
+        return Depth.of(self.arguments, layers, influence, measured_on)
 
     def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
@@ -182,7 +179,7 @@ class LoadedModel:
             up,
             criterion,
             layer=mlp.index,
-            seed=self.seed,
+            seed=int(self.arguments.seed),
             down=down,
             activity=activity,
             name=mlp.name,
@@ -219,8 +216,9 @@ class LoadedModel:
     @functools.cached_property
     def text(self) -> CalibrationText:
         """The calibration text that was asked for; see `CalibrationText.of`."""
+        file, samples = self.arguments.calibration, self.arguments.calibration_samples
         return CalibrationText.of(
-            self.model, self.tokenizer, str(self.calibration), self.samples
+            self.model, self.tokenizer, str(file), samples and int(samples)
         )
 
     @functools.cached_property
@@ -236,29 +234,24 @@ class LoadedModel:
 
         return Curvature.of(*self._measured_once(("curvature", text.key), measure))
 
-    def curves(
-        self, criterion: str, repair: str, shares: Sequence[Number] = CUTS
-    ) -> Sensitivity:
+    def curves(self, shares: Sequence[Number] = CUTS) -> Sensitivity:
         """Return what it costs to cut one layer, for each layer and width.
 
-        Args:
-            criterion: Which neurons go.
-            repair: What follows a cut: none or least_squares.
-            shares: Shares of neurons to remove, in percent.
+        `shares` are those of neurons to remove, in percent.
         """
 
         def measure() -> Measured:
-            return {}, self._curves(criterion, repair, shares).as_dict()
+            return {}, self._curves(shares).as_dict()
 
+        how = self.arguments.criterion, int(self.arguments.seed), self.arguments.repair
         # Nothing tells whether the code of another package is still the same.
-        if criterion not in (OBS, RANDOM, *CRITERIA):
+        if how[0] not in (OBS, RANDOM, *CRITERIA):
             return Sensitivity.of(measure()[1])
-        what = ("curves", self.text.key, criterion, self.seed, tuple(shares), repair)
+        what = ("curves", self.text.key, how, tuple(shares))
         return Sensitivity.of(self._measured_once(what, measure)[1])
 
-    def _curves(
-        self, criterion: str, repair: str, shares: Sequence[Number]
-    ) -> Sensitivity:
+    def _curves(self, shares: Sequence[Number]) -> Sensitivity:
+        criterion, repair = self.arguments.criterion, self.arguments.repair
         model, text, by_layer = self.model, self.text, self._mlps_by_layer()
         mlps = [mlp for together in by_layer.values() for mlp in together]
         widths, narrowed = {}, {}

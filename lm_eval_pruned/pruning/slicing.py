@@ -113,14 +113,12 @@ def prune_loaded(
 ) -> PreTrainedModel:
     """Do what `prune_model` does with arguments that are together."""
     widths = widths_in_memory(model)
-    samples: Any = arguments.calibration_samples
-    seed = int(arguments.seed)
-    evidence = LoadedModel(model, tokenizer, arguments.calibration, samples, seed)
+    evidence = LoadedModel(model, tokenizer, arguments)
     if arguments.drop_layers is not None:
         if arguments.measures_depth:
             # What is wrong with the arguments is refused before text runs.
             widths.plan(arguments)
-        widths = widths.without_layers(evidence.depth(arguments))
+        widths = widths.without_layers(evidence.depth())
     plan = widths.plan(arguments)
     return finished(carry_out(evidence, plan, widths), widths)
 
