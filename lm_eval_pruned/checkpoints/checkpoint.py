@@ -35,7 +35,8 @@ from lm_eval_pruned.checkpoints.weights import (
 )
 from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.argument_values import UNIFORM
-from lm_eval_pruned.pruning.calibration import check_observable, read_texts
+from lm_eval_pruned.pruning.calibration import check_observable
+from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.config_widths import plain_config
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, check_finite
 from lm_eval_pruned.pruning.depth import Depth, layers_of
@@ -152,7 +153,8 @@ class Checkpoint:
         actual = stored_widths(loading["mismatched_keys"], whole)
         if actual == whole.actual:
             return self
-        return self.asking(self.plan.arguments, whole.with_actual(actual))
+        stored = Widths(whole.skeleton, whole.original, actual)
+        return self.asking(self.plan.arguments, stored)
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredTensor]:
@@ -193,10 +195,10 @@ class Checkpoint:
         """Refuse what cannot be calibrated, and an unknown device, before a weight is read."""
         self.device()
         arguments, skeleton = self.plan.arguments, self.widths.skeleton
-        if arguments.calibration is None:
+        source = TextSource.of(arguments)
+        if source is None:
             return
-        samples: Any = arguments.calibration_samples
-        read_texts(arguments.calibration, samples and int(samples))
+        source.check()
         if self.plan.is_open:
             check_comparable(self.plan, self.widths)
         if self.plan.criterion in CALIBRATED:
@@ -386,7 +388,7 @@ class Checkpoint:
             targets = widths.actual
             # What does not fit is told by `stored_widths` and `check_filled`.
             arguments = arguments | {"ignore_mismatched_sizes": True}
-        if source is None or not widths.fit(targets):
+        if source is None or targets != widths.configured:
             loader, config = type(widths.skeleton), widths.narrowed_config(targets)
         if widths.inexpressible(targets):
             loader = with_widths(loader, targets)

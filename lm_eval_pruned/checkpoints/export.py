@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from lm_eval_pruned.checkpoints.cards import model_card, shard_sizes
 from lm_eval_pruned.checkpoints.checkpoint import (
@@ -159,22 +158,22 @@ def export_pruned(
     checkpoint.check_text()
     loaded = Stored.of(checkpoint)
     measure(UNPRUNED, loaded.model)
-    model = loaded.narrowed()
-    if dtype is not None:
-        model = loaded.checkpoint.place(model, loaded.rounded)
-    finished(model, loaded.checkpoint.widths, device)
-    record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    if not record.plan.changes_model:
-        raise ValueError(
-            f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
-            f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
-        )
-    measure(PRUNED, model)
-    if dtype is None:
-        as_stored(loaded.rounded)
-    weights = stored_once(model).values()
-    check_writable(output, sum(weight.numel() * weight.itemsize for weight in weights))
     with appearing_whole(output) as unfinished:
+        model = loaded.narrowed(unfinished)
+        if dtype is not None:
+            model = loaded.checkpoint.place(model, loaded.rounded)
+        finished(model, loaded.checkpoint.widths, device)
+        record: PruneRecord = model.prune_record  # type: ignore[assignment]
+        if not record.plan.changes_model:
+            raise ValueError(
+                f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
+                f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
+            )
+        measure(PRUNED, model)
+        if dtype is None:
+            as_stored(loaded.rounded)
+        weights = stored_once(model).values()
+        check_writable(output, sum(weight.nbytes for weight in weights))
         save_loaded(
             model,
             checkpoint,
@@ -266,20 +265,11 @@ def save_loaded(
     """Write a model, and all that stays true of it in the folder of its source but the model card.
 
     `keeps_dtype` says that its tensors have their stored dtypes, so that the config keeps its own.
-
-    Raises:
-        OSError: The weights cannot be written, as on a disk that is full.
     """
-    try:
-        if checkpoint.model_arguments.get("gguf_file") is not None:
-            save_converted(model, checkpoint.load_tokenizer(), folder, max_shard_size)
-            return
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-    except SafetensorError as error:
-        raise OSError(
-            f"The weights cannot be written to {folder} ({error}): pass a folder on another disk, or "
-            "make room."
-        ) from None
+    if checkpoint.model_arguments.get("gguf_file") is not None:
+        save_converted(model, checkpoint.load_tokenizer(), folder, max_shard_size)
+        return
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
         for path in source.glob(pattern):

@@ -16,6 +16,7 @@ from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -141,28 +142,35 @@ class Stored(LoadedModel):
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
+        stored = cls(
+            model,
+            tokenizer,
+            arguments,
+            device,
+            content,
+            checkpoint=checkpoint,
+            rounded=rounded,
+        )
+        if arguments.measures_depth:
+            widths = checkpoint.widths.without_layers(stored.depth())
+            checkpoint = dataclasses.replace(
+                checkpoint, widths=widths, plan=widths.plan(arguments)
+            )
         if (depth := checkpoint.plan.depth) is not None:
             content = content and (content, depth.kept)
-        more = {"checkpoint": checkpoint, "rounded": rounded}
-        stored = cls(model, tokenizer, arguments, device, content, **more)
-        if not arguments.measures_depth:
-            return stored
-        depth = stored.depth()
-        widths = checkpoint.widths.without_layers(depth)
-        checkpoint = dataclasses.replace(
-            checkpoint, widths=widths, plan=widths.plan(arguments)
-        )
-        content = content and (content, depth.kept)
         return dataclasses.replace(stored, checkpoint=checkpoint, content=content)
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
         return plan_layers(self.checkpoint.plan, self.checkpoint.widths, self)
 
-    def narrowed(self) -> PreTrainedModel:
-        """Prune the model in place and return it, in the dtype in which it was loaded."""
-        checkpoint = self.checkpoint
-        return carry_out(self, checkpoint.plan, checkpoint.widths, whole_on_error=False)
+    def narrowed(self, scratch: Path | None = None) -> PreTrainedModel:
+        """Prune the model in place and return it, in the dtype in which it was loaded.
+
+        Its narrow weights are in memory, or on the disk of the folder `scratch`.
+        """
+        plan, widths = self.checkpoint.plan, self.checkpoint.widths
+        return carry_out(self, plan, widths, whole_on_error=False, scratch=scratch)
 
     def placed(self) -> PreTrainedModel:
         """Prune the model, then cast and place what is left as the user asked."""

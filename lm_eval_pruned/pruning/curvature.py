@@ -130,8 +130,9 @@ def curvature(
     seen = sum(text.numel() for text in texts)
     roots = {}
     with progress_bar(len(sums), "roots of the curvature", texts, "layer") as bar:
-        for module, total in sums.items():
-            roots[module] = _root(total / seen, module)
+        for module in [*sums]:
+            # In place of the sum.
+            roots[module] = _root(sums.pop(module) / seen, module)
             bar.update()
     named = {name: roots[module] for name, module in outputs.items()}
     return Curvature(loss / max(predicted, 1), named)

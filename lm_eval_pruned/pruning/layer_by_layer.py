@@ -62,7 +62,8 @@ def lent(
     copies: dict[int, Tensor] = {}
     with contextlib.ExitStack() as undo:
         for module in modules:
-            for name, tensor in _tensors_of(module):
+            weights = module.named_parameters(recurse=False)
+            for name, tensor in [*weights, *module.named_buffers(recurse=False)]:
                 if device is None and id(tensor) not in written:
                     continue
                 undo.callback(setattr, module, name, tensor)
@@ -74,14 +75,6 @@ def lent(
                     copies[id(tensor)] = data
                 setattr(module, name, copies[id(tensor)])
         yield
-
-
-def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the parameters and buffers of a module without those inside it, by name."""
-    return [
-        *module.named_parameters(recurse=False),
-        *module.named_buffers(recurse=False),
-    ]
 
 
 @contextlib.contextmanager

@@ -15,11 +15,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lm_eval_pruned.pruning.calibration import (
     Calibration,
-    CalibrationText,
     calibrate,
     run_texts,
     unless_cpu,
 )
+from lm_eval_pruned.pruning.calibration_text import SELF, TextSource
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
     CRITERIA,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import Number, PruneArguments
+    from lm_eval_pruned.pruning.calibration_text import CalibrationText
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
 
@@ -142,7 +143,7 @@ class LoadedModel:
     device: torch.device | None = None
     content: Hashable | None = None
 
-    def depth(self) -> Depth:
+    def depth(self) -> Depth | None:
         """Return which layers stay, where layers are to be dropped.
 
         Raises:
@@ -215,11 +216,13 @@ class LoadedModel:
 
     @functools.cached_property
     def text(self) -> CalibrationText:
-        """The calibration text that was asked for; see `CalibrationText.of`."""
-        file, samples = self.arguments.calibration, self.arguments.calibration_samples
-        return CalibrationText.of(
-            self.model, self.tokenizer, str(file), samples and int(samples)
-        )
+        """The calibration text that was asked for; see `TextSource.read`."""
+        source = TextSource.of(self.arguments)
+        assert source is not None
+        # A file is read without the model.
+        device = self.device if source.name == SELF else None
+        with moved(self.model, device):
+            return source.read(self.model, self.tokenizer, self.content)
 
     @functools.cached_property
     def curvature(self) -> Curvature:

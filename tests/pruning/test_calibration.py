@@ -13,12 +13,8 @@ from hypothesis import given, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning import calibration
-from lm_eval_pruned.pruning.calibration import (
-    CalibrationText,
-    calibrate,
-    progress_bar,
-    read_texts,
-)
+from lm_eval_pruned.pruning.calibration import calibrate, progress_bar
+from lm_eval_pruned.pruning.calibration_text import TextSource, read_texts
 from lm_eval_pruned.pruning.criteria import ACTIVITY, CALIBRATED, OBS
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import byte_tokenizer
@@ -53,9 +49,9 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
     model, tokenizer, file = load_pruned(str(tiny_llama)), byte_tokenizer(), "a.jsonl"
     file = tmp_path / file
     file.write_text(json.dumps({"messages": chat}) + "\n\n")
-    observed = calibrate(model, CalibrationText.of(model, tokenizer, str(file)))
+    observed = calibrate(model, TextSource(str(file)).read(model, tokenizer))
     write_texts(file, [tokenizer.apply_chat_template(chat, tokenize=False)])
-    again = calibrate(model, CalibrationText.of(model, tokenizer, str(file)))
+    again = calibrate(model, TextSource(str(file)).read(model, tokenizer))
     assert observed.measured_on["tokens"] == again.measured_on["tokens"]
     for name, norms in observed.norms.items():
         assert torch.equal(norms[0], again.norms[name][0])
