@@ -169,32 +169,27 @@ class LoadedModel:
         influence = tensors["influence"].tolist()
         return Depth.of(self.arguments, layers, influence, measured_on)
 
-    def score(self, mlp: GluMlp, criterion: str) -> Tensor:
-        """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
-        activity = None
-        if criterion in ACTIVITY:
-            activity = self.observed.norms[mlp.name]
-        gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
-        scores = score_neurons(
-            gate,
-            up,
-            criterion,
-            layer=mlp.index,
-            seed=int(self.arguments.seed),
-            down=down,
-            activity=activity,
-            name=mlp.name,
-        )
-        return scores.cpu()
+    def scores(self, mlps: Sequence[GluMlp]) -> Mapping[str, Tensor]:
+        """Return the scores of neurons, shape (I,), on the CPU, by name of the MLP."""
+        criterion, seed = self.arguments.criterion, int(self.arguments.seed)
+        norms = self.observed.norms if mlps and criterion in ACTIVITY else {}
 
-    def scores(self, criterion: str, mlps: Sequence[GluMlp]) -> Mapping[str, Tensor]:
-        """Return the scores of `mlps` by a criterion, by name of the MLP."""
-        if mlps and criterion in ACTIVITY:
-            # Text runs once, before threads ask for it.
-            _ = self.observed
+        def score(mlp: GluMlp) -> Tensor:
+            gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
+            return score_neurons(
+                gate,
+                up,
+                criterion,
+                layer=mlp.index,
+                seed=seed,
+                down=down,
+                activity=norms.get(mlp.name),
+                name=mlp.name,
+            ).cpu()
+
         # Most of scoring does not hold the lock of the interpreter.
         with ThreadPoolExecutor() as pool:
-            scores = pool.map(lambda mlp: self.score(mlp, criterion), mlps)
+            scores = pool.map(score, mlps)
             return {mlp.name: row for mlp, row in zip(mlps, scores, strict=True)}
 
     @functools.cached_property
@@ -268,7 +263,7 @@ class LoadedModel:
                     math.ceil(Fraction(kept * mlp.width, width))
                     for kept in widths[layer]
                 ]
-        scores = {} if criterion == OBS else self.scores(criterion, mlps)
+        scores = {} if criterion == OBS else self.scores(mlps)
         roots = self.curvature.roots
         errors = errors_of_cuts(
             model, text.tokens, mlps, narrowed, scores, roots, repair, self.device

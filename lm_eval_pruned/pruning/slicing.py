@@ -182,7 +182,7 @@ def carry_out(
             narrow_config = widths.narrowed_config(targets)
             cut = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
             if plan.criterion != OBS:
-                scores |= evidence.scores(plan.criterion, cut)
+                scores |= evidence.scores(cut)
         if arguments.calibration is None:
             check_weights(model, scores)
         for mlp in mlps:
