@@ -58,7 +58,7 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
         and widths.actual[mlp.name] == before[mlp.layer]
     }
     neurons, multiple = sum(kept.values()), plan.multiple_of
-    measured = evidence.curves(plan.criterion, plan.arguments.repair)
+    measured = evidence.curves()
     curves = {curve.layer: curve for curve in measured.curves}
     costs = [
         marginal_costs(before[layer], curves[layer].widths, curves[layer].rises)
