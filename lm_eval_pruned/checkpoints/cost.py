@@ -19,8 +19,9 @@ import torch
 
 from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.compare.statistics import paired_mean
-from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
-from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts, watched
+from lm_eval_pruned.pruning.arguments import CALIBRATION, CUTS, PruneArguments
+from lm_eval_pruned.pruning.calibration import run_texts, watched
+from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.measuring import text_loss
 from lm_eval_pruned.results.documents import Documents, read_task
@@ -84,9 +85,8 @@ class Quality:
 
 def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
     """Measure a model without an encoder, where it is."""
-    text = CalibrationText.of(
-        model, tokenizer, str(HELD_TEXT), longest=TOKENS, shortest=2
-    )
+    held = TextSource(str(HELD_TEXT))
+    text = held.read(model, tokenizer, longest=TOKENS, shortest=2)
     losses: list[float] = []
 
     def add(tokens: torch.Tensor) -> None:
@@ -187,7 +187,7 @@ def random_cut(checkpoint: Checkpoint) -> Checkpoint:
     arguments = checkpoint.plan.arguments
     names = [*CUTS, "layers", "skip_layers", "multiple_of"]
     if arguments.measures_depth:
-        names += ["drop_by", "calibration", "calibration_samples"]
+        names += ["drop_by", "seed", *CALIBRATION]
     same = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     return checkpoint.asking(PruneArguments(**same, criterion=RANDOM))
 

@@ -7,14 +7,19 @@ from pathlib import Path
 
 from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.argument_values import SENSITIVITY as ALLOCATION
-from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments, option_row
+from lm_eval_pruned.pruning.arguments import (
+    CALIBRATION,
+    CUTS,
+    PruneArguments,
+    option_row,
+)
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.options import row
 from lm_eval_pruned.util.palette import plots_missing
 
 
 #: How each layer is cut.
-_CUT = ("recipe", "criterion", "repair", "seed", "calibration", "calibration_samples")
+_CUT = ("recipe", "criterion", "repair", "seed", *CALIBRATION)
 _RECIPE = "recipe for the cut of each layer: study, fast or best (default: best)"
 # fmt: off
 OPTIONS = (
@@ -52,12 +57,13 @@ def run(arguments) -> None:
         )
     if not {"recipe", "criterion"} & pruning.keys():
         pruning["recipe"] = "best"
-    model_args = loading.with_default_model(model_args, "measuring")
+    model_args = loading.with_default_model(model_args)
     # The size counts for no curve.
     asked = PruneArguments(prune_percent=50, allocation=ALLOCATION, **pruning)
     pretrained = str(model_args.pop("pretrained"))
-    model_args["device_map"] = {"": arguments.device}
-    checkpoint = Checkpoint.of(pretrained, asked, model_args, AutoModelForCausalLM)
+    checkpoint = Checkpoint.of(
+        pretrained, asked, model_args, AutoModelForCausalLM, arguments.device
+    )
     measured = measure_sensitivity(checkpoint, arguments.prune_percents)
     print(f"The curves were measured on {measured.device}.", file=sys.stderr)
     curves = LayerCurves.of(measured.as_dict())

@@ -8,14 +8,13 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lm_eval_pruned.pruning.calibration import (
     Calibration,
-    CalibrationText,
     calibrate,
     run_texts,
     unless_cpu,
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import Number, PruneArguments
+    from lm_eval_pruned.pruning.calibration_text import CalibrationText, TextSource
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
 
@@ -114,40 +114,6 @@ def block_influence(
     return influence
 
 
-def depth_in_memory(
-    model: PreTrainedModel,
-    arguments: PruneArguments,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: torch.device | None = None,
-    content: Hashable | None = None,
-) -> Depth | None:
-    """Return which layers of a loaded model stay.
-
-    Text runs on `device`, by default where the model is. `content` identifies the model for
-    `measured_once`.
-
-    Raises:
-        ValueError: The layers or the text are wrong, or there is no tokenizer.
-        UnsupportedModelError: Layers of this model cannot be dropped.
-    """
-    layers = len(layers_of(model)[1])
-    if not arguments.measures_depth:
-        return Depth.of(arguments, layers)
-    samples: Any = arguments.calibration_samples
-    text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
-
-    def measure() -> Measured:
-        check_weights(model)
-        with moved(model, device):
-            influence = block_influence(model, text.tokens)
-            measured_on = text.as_dict() | unless_cpu(model.device)
-        return {"influence": torch.tensor(influence, dtype=torch.float64)}, measured_on
-
-    what = ("block influence", text.key, (device or model.device).type)
-    tensors, measured_on = measured_once(content, what, measure)
-    return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
-
-
 def text_loss(model: PreTrainedModel, tokens: Tensor) -> float:
     """Return the loss of a text of shape (1, tokens), in nats, over the tokens but the first.
 
@@ -165,8 +131,7 @@ class LoadedModel:
     Attributes:
         model: The model.
         tokenizer: Its tokenizer; needed where text is read.
-        calibration: JSON Lines file of text.
-        samples: How many of its texts to use; None for all.
+        source: Where calibration text comes from; None where none is read.
         seed: Seed of the criterion ``random``.
         device: Where text runs; default: where the model is.
         content: What identifies the model, with the layers that it has, for `measured_once`.
@@ -174,11 +139,35 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    calibration: str | None
-    samples: int | None
+    source: TextSource | None
     seed: int
     device: torch.device | None = None
     content: Hashable | None = None
+
+    def depth(self, arguments: PruneArguments) -> Depth:
+        """Return which layers stay, where layers are to be dropped.
+
+        Raises:
+            ValueError: The layers or the text are wrong, or there is no tokenizer.
+            UnsupportedModelError: Layers of this model cannot be dropped.
+        """
+        layers = len(layers_of(self.model)[1])
+        if not arguments.measures_depth:
+            return Depth.of(arguments, layers)
+        text = self.text
+
+        def measure() -> Measured:
+            check_weights(self.model)
+            with moved(self.model, self.device):
+                influence = block_influence(self.model, text.tokens)
+                measured_on = text.as_dict() | unless_cpu(self.model.device)
+            return {
+                "influence": torch.tensor(influence, dtype=torch.float64)
+            }, measured_on
+
+        what = ("block influence", text.key)
+        tensors, measured_on = self._measured_once(what, measure)
+        return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
 
     def score(self, mlp: GluMlp, criterion: str) -> Tensor:
         """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
@@ -227,10 +216,10 @@ class LoadedModel:
 
     @functools.cached_property
     def text(self) -> CalibrationText:
-        """The calibration text that was asked for; see `CalibrationText.of`."""
-        return CalibrationText.of(
-            self.model, self.tokenizer, str(self.calibration), self.samples
-        )
+        """The calibration text that was asked for; see `TextSource.read`."""
+        assert self.source is not None
+        with moved(self.model, self.device):
+            return self.source.read(self.model, self.tokenizer, self.content)
 
     @functools.cached_property
     def curvature(self) -> Curvature:
