@@ -62,7 +62,7 @@ class Quality:
         losses: Loss of each text, summed over its tokens but the first, in nats, shape (n,).
         tokens: How many tokens these are, shape (n,).
         continuations: What the model says to each of `PROMPTS`, by greedy decoding.
-        probed: Scores of `PROBES` with their documents, where they were measured.
+        probed: Scores and documents of `PROBES`, where they were measured.
     """
 
     losses: np.ndarray
@@ -124,7 +124,7 @@ def probed(
             for task, rows in samples.items():
                 tracker.save_results_samples(task_name=task, samples=rows)
             run = read_run(folder, name)
-            # The files of the samples go with the folder.
+            # The files go.
             run.documents.update({task: read_task(run, task) for task in run.tasks()})
             return run
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
@@ -199,16 +199,16 @@ def _beside_unpruned(qualities: Mapping[str, Quality]) -> list[tuple[str, ...]]:
         *(_more(base, quality) for quality in qualities.values()),
     )
     known = {name: q.probed for name, q in qualities.items() if q.probed}
-    of_base = known.pop(UNPRUNED, None)
-    if of_base is None:
+    unpruned = known.pop(UNPRUNED, None)
+    if unpruned is None:
         return [more]
-    keys = primary_metrics([of_base, *known.values()])
-    scored = [(run, key, True) for run in known.values() for key in keys]
-    standing = standings(of_base, [], scored, 0.05)
+    keys = primary_metrics([unpruned, *known.values()])
+    compared = [(run, key, True) for run in known.values() for key in keys]
+    standing = standings(unpruned, [], compared, 0.05)
     rows = [more]
     for task, metric in keys:
-        label = f"{family_of(task, of_base.metadata).label.lower()} kept, {PROBES[task]} prompts"
-        score = of_base.scores[task, metric].value
+        label = f"{family_of(task, unpruned.metadata).label.lower()} kept, {PROBES[task]} prompts"
+        score = unpruned.scores[task, metric].value
         cells = {UNPRUNED: f"{metric.partition(',')[0]} {score:.2f}"}
         for name in known:
             cells[name] = standing[name, task, metric].kept_text or "-"

@@ -131,18 +131,8 @@ def over_ratios(
             test = PairedTest(float(np.polyfit(ratios, scores[key], 1)[0]), _NO_SAMPLES)
             if same[0] and len(rows) == len(same):
                 test = trend(ratios, rows, **grouping(same[0][1]), alpha=alpha)
-            row = Trend(
-                name,
-                *key,
-                n=len(same),
-                slope=test.difference,
-                low=test.low,
-                high=test.high,
-                p=test.p,
-                method=test.method,
-                units=test.units,
-            )
-            trends.append(row)
+            tested: Any = test.low, test.high, test.p, test.method, test.units
+            trends.append(Trend(name, *key, len(same), test.difference, *tested))
         for one, other in itertools.combinations(scores, 2):
             r = correlate(scores[one], scores[other], alpha=alpha)
             pairs.append(Correlation(name, (one, other), len(members), *r))

@@ -93,8 +93,9 @@ def made(name: str, lifts: np.ndarray) -> Run:
     documents = Documents(keys, lifts, weights, blocks, "mean")
     scores = {(task, metric): Score(float(lifts.mean()), None, True, len(lifts))}
     declared = {"primary_metric": "lift", "floors": {"lift": 0}, "family": "knowledge"}
-    known = {task: {metric: documents}}
-    return Run(name, Path(name), scores, metadata={task: declared}, documents=known)
+    run = Run(name, Path(name), scores, metadata={task: declared})
+    run.documents[task] = {metric: documents}
+    return run
 
 
 def test_what_is_kept_is_fiellers_share_of_the_lift_by_block():
