@@ -159,7 +159,7 @@ class Stored(LoadedModel):
         )
         if not arguments.measures_depth:
             return stored
-        depth = stored.depth(arguments)
+        depth: Any = stored.depth(arguments)
         widths = checkpoint.widths.without_layers(depth)
         checkpoint = dataclasses.replace(
             checkpoint, widths=widths, plan=widths.plan(arguments)

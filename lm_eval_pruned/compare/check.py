@@ -182,8 +182,8 @@ def _case(key: Key, run: Run, baseline: Baseline) -> Case:
     """
     name, task, metric = key
     before = baseline.runs[name]
-    short = (_as_in_file(item, task, metric) for item in (before, run))
-    pair = paired_documents(*short, task, metric)
+    expected, now = (_as_in_file(item, task, metric) for item in (before, run))
+    pair = paired_documents(expected, now, task, metric)
     rule = baseline.rules[key]
     if pair is None:
         raise ResultsError(

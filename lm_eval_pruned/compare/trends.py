@@ -131,7 +131,7 @@ def over_ratios(
             test = PairedTest(float(np.polyfit(ratios, scores[key], 1)[0]), _NO_SAMPLES)
             if same[0] and len(rows) == len(same):
                 test = trend(ratios, rows, **grouping(same[0][1]), alpha=alpha)
-            tested = test.low, test.high, test.p, test.method, test.units
+            tested: Any = test.low, test.high, test.p, test.method, test.units
             trends.append(Trend(name, *key, len(same), test.difference, *tested))
         for one, other in itertools.combinations(scores, 2):
             r = correlate(scores[one], scores[other], alpha=alpha)

@@ -68,13 +68,14 @@ def watched(
 
 @contextlib.contextmanager
 def progress_bar(
-    total: int, what: str, texts: Sequence[Tensor], unit: str = "text"
+    total: int, what: str, texts: Sequence[Tensor] = (), unit: str = "text"
 ) -> Iterator[tqdm]:
     """Show on a terminal how far `what` is with `texts`, and the time left; nothing elsewhere.
 
     The clock goes on while a layer of a large model takes minutes.
     """
-    label = f"{what}, {sum(text.numel() for text in texts):,} tokens"
+    tokens = sum(text.numel() for text in texts)
+    label = f"{what}, {tokens:,} tokens" if tokens else what
     ended = threading.Event()
     with tqdm(total=total, desc=label, unit=unit, leave=False, disable=None) as bar:
 

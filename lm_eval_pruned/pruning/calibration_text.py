@@ -187,12 +187,15 @@ class TextSource:
         most = self.tokens
         if self.name == SELF:
             longest = min(_WRITTEN, positions)
-            texts = self._written(model, tokenizer, content, longest)
+            texts: Iterable[list[int]] = self._written(
+                model, tokenizer, content, longest
+            )
         else:
             longest = min(longest, positions)
             texts = (token_ids(tokenizer, text)[:longest] for text in self._texts())
             most = most or (_TOKENS if self.name.startswith(DATASET) else None)
-        tokens, number = [], 0
+        tokens: list[Tensor] = []
+        number = 0
         for ids in texts:
             if len(ids) < shortest:
                 raise ValueError(
@@ -230,7 +233,7 @@ class TextSource:
             with (
                 watched(model, {}),
                 torch.random.fork_rng(devices),
-                progress_bar(wanted, "the model writes calibration text") as bar,
+                progress_bar(wanted, "calibration text", unit="token") as bar,
             ):
                 torch.manual_seed(self.seed)
                 while number < wanted and len(texts) < (self.samples or wanted):

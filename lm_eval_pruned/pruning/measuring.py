@@ -144,7 +144,7 @@ class LoadedModel:
     device: torch.device | None = None
     content: Hashable | None = None
 
-    def depth(self, arguments: PruneArguments) -> Depth:
+    def depth(self, arguments: PruneArguments) -> Depth | None:
         """Return which layers stay, where layers are to be dropped.
 
         Raises:
