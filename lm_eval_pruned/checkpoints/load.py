@@ -137,8 +137,9 @@ class Stored(LoadedModel):
         cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Stored:
         """Load a model of `Checkpoint.with_stored_widths`; takes what `load_checkpoint` takes."""
-        arguments, content = checkpoint.plan.arguments, checkpoint.content_key()
-        device = checkpoint.device()
+        arguments, device = checkpoint.plan.arguments, checkpoint.device()
+        # Only what text says is kept for later loads.
+        content = checkpoint.content_key() if arguments.calibration else None
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
@@ -162,7 +163,8 @@ class Stored(LoadedModel):
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
-        return plan_layers(self.checkpoint.plan, self.checkpoint.widths, self)
+        plan, widths = self.checkpoint.plan, self.checkpoint.widths
+        return plan_layers(plan, widths, self) if plan.is_open else plan
 
     def narrowed(self, scratch: Path | None = None) -> PreTrainedModel:
         """Prune the model in place and return it, in the dtype in which it was loaded.

@@ -39,15 +39,13 @@ logger = logging.getLogger("lm_eval.pruned.allocation")
 
 
 def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
-    """Return `plan` with the width of each layer that it prunes, if it `is_open`.
+    """Return an open plan with the width of each layer that it prunes.
 
     `evidence` is the model of `widths`, and says what cuts of its layers cost.
 
     Raises:
         UnsupportedModelError: See `check_comparable`.
     """
-    if not plan.is_open:
-        return plan
     check_comparable(plan, widths)
     before, targets = widths.layers, widths.targets(plan)
     # What the size makes of the MLPs to which the size of a layer refers.

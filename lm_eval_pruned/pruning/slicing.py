@@ -176,7 +176,8 @@ def carry_out(
             _ = evidence.text
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
-        plan = plan_layers(plan, widths, evidence)
+        if plan.is_open:
+            plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
             narrow_config = widths.narrowed_config(targets)
