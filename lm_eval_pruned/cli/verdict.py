@@ -73,7 +73,7 @@ def run(arguments) -> int:
         section = card_section(verdict, models[0])
         rows = (judged.row for judged in verdict.judged)
         kept = {
-            (row.task, row.metric): row.floor and row.floor.kept_text for row in rows
+            (row.task, row.metric): row.floor.kept_text for row in rows if row.floor
         }
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code
