@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from lm_eval_pruned.pruning.calibration_text import CalibrationText
 
 #: Seconds after which a bar is drawn again.
 _TICK = 1.0
@@ -119,8 +118,8 @@ def unless_cpu(device: torch.device) -> dict[str, str]:
     return {} if device.type == "cpu" else {"device": str(device)}
 
 
-def calibrate(model: PreTrainedModel, text: CalibrationText) -> Calibration:
-    """Run calibration text through an unpruned model and record what its neurons do.
+def calibrate(model: PreTrainedModel, texts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Run texts, each of shape (1, tokens), through an unpruned model; return `Calibration.norms`.
 
     Norms are float32 for a text, and their sums float64.
 
@@ -141,7 +140,7 @@ def calibrate(model: PreTrainedModel, text: CalibrationText) -> Calibration:
             total += torch.stack([norm.square(), norm])
 
         sums[mlp.name], hooks[mlp.projection("down_proj")] = total, add
-    run_texts(model, text.tokens, "calibration", hooks)
+    run_texts(model, texts, "calibration", hooks)
     for name, total in sums.items():
         if not total.isfinite().all():
             raise ValueError(
@@ -150,7 +149,7 @@ def calibrate(model: PreTrainedModel, text: CalibrationText) -> Calibration:
             )
     for total in sums.values():
         total[0].sqrt_()
-    return Calibration(sums, text.as_dict() | unless_cpu(model.device))
+    return sums
 
 
 def check_observable(

@@ -199,7 +199,8 @@ class LoadedModel:
 
         def measure() -> Measured:
             with moved(self.model, self.device):
-                return calibrate(self.model, text)
+                measured_on = text.as_dict() | unless_cpu(self.model.device)
+                return calibrate(self.model, text.tokens), measured_on
 
         return Calibration(*self._measured_once(("activity", text.key), measure))
 

@@ -49,12 +49,14 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
     model, tokenizer, file = load_pruned(str(tiny_llama)), byte_tokenizer(), "a.jsonl"
     file = tmp_path / file
     file.write_text(json.dumps({"messages": chat}) + "\n\n")
-    observed = calibrate(model, TextSource(str(file)).read(model, tokenizer))
+    before = TextSource(str(file)).read(model, tokenizer)
+    observed = calibrate(model, before.tokens)
     write_texts(file, [tokenizer.apply_chat_template(chat, tokenize=False)])
-    again = calibrate(model, TextSource(str(file)).read(model, tokenizer))
-    assert observed.measured_on["tokens"] == again.measured_on["tokens"]
-    for name, norms in observed.norms.items():
-        assert torch.equal(norms[0], again.norms[name][0])
+    after = TextSource(str(file)).read(model, tokenizer)
+    again = calibrate(model, after.tokens)
+    assert before.as_dict()["tokens"] == after.as_dict()["tokens"]
+    for name, norms in observed.items():
+        assert torch.equal(norms[0], again[name][0])
 
 
 def test_long_texts_are_cut_at_the_models_positions(tmp_path, text):
