@@ -85,7 +85,7 @@ class BesideHF:
     def asked(cls, arguments: argparse.Namespace, **settings: Any) -> BesideHF:
         """Load what `arguments`, of `parser`, ask for."""
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
-        pretrained = arguments.pretrained or find_default_model().pretrained
+        pretrained = arguments.pretrained or find_default_model()
         if arguments.data:
             if Path(pretrained).exists():
                 pretrained = str(Path(pretrained).absolute())

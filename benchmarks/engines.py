@@ -129,7 +129,7 @@ def load(name: str, arguments: argparse.Namespace) -> LM:
     from lm_eval.utils import simple_parse_args_string
 
     given = {
-        "pretrained": arguments.pretrained or find_default_model().pretrained,
+        "pretrained": arguments.pretrained or find_default_model(),
         "dtype": arguments.dtype,
         **simple_parse_args_string(arguments.model_args),
     }

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--prune_percents", nargs="+", type=int, default=[20, 40])
     options = parser.parse_args()
-    load = find_default_model().model_args()
+    load = {"pretrained": find_default_model()}
     if options.pretrained:
         named = {"pretrained": options.pretrained, "gguf_file": options.gguf_file}
         load = {name: value for name, value in named.items() if value}

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     # They say how tasks are built, and warn of each model that is handed over.
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-    pretrained = arguments.pretrained or find_default_model().pretrained
+    pretrained = arguments.pretrained or find_default_model()
     if arguments.data:
         pretrained = str(Path(pretrained).absolute())
         os.chdir(arguments.data)

@@ -274,7 +274,7 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
         zeroed = torch.allclose(logits(whole), pruned_logits, rtol=1e-3, atol=1e-4)
         record = loaded.prune_record
     groups = ", ".join(
-        sorted({f"{group.kind} ({group.config_key})" for group in record.groups})
+        sorted({f"{group['kind']} ({group['config_key']})" for group in record.groups})
     )
     if not zeroed:
         groups += "; its activation looks at all neurons at once"

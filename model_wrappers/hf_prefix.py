@@ -8,7 +8,6 @@ without a message, hands others to code that fails far from the cause, and takes
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -22,91 +21,57 @@ from lm_eval_pruned.checkpoints.configs import (
 )
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_decoder
-from lm_eval_pruned.model_wrappers.batching.fast_path import check_count, check_flag
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
-from lm_eval_pruned.model_wrappers.mismatched_questions import (
-    ARGUMENT,
-    mismatched,
-    refuse_others,
-)
+from lm_eval_pruned.model_wrappers.mismatched_questions import ARGUMENT, mismatched
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from lm_eval.api.instance import Instance
-
-eval_logger = logging.getLogger("lm_eval.models.pruned")
-
+_BACKENDS = ("default", "causal", "seq2seq")
 _BATCH_SIZE = re.compile(r"auto(:[0-9]+(\.[0-9]+)?)?|0*[1-9][0-9]*")
 
 
-def _check_flag(name: str, value: Any) -> None:
-    if value is not None:
-        check_flag(name, value)
+def _is_text(value: Any) -> bool:
+    return type(value) not in (bool, int, float)
 
 
-def _check_text(name: str, value: Any) -> None:
-    if type(value) in (bool, int, float):
-        example = "one such as cpu, or cuda:0" if name == "device" else "a name"
-        raise ValueError(f"{name}={value} is not understood: pass {example}.")
-
-
-def _check_backend(name: str, value: Any) -> None:
-    if value not in ("default", "causal", "seq2seq"):
-        raise ValueError(
-            f"{name}={value} is not understood: pass default, causal or seq2seq."
-        )
-
-
-def _check_batch_size(name: str, value: Any) -> None:
-    if type(value) not in (int, str) or not _BATCH_SIZE.fullmatch(str(value)):
-        raise ValueError(
-            f"{name}={value} is not understood: pass a whole number of 1 or more, auto or auto:4."
-        )
-
-
-def _check_quantisation(name: str, value: Any) -> None:
-    if type(value) in (str, bool, int, float):
-        raise ValueError(
-            f"{name}={value} is not understood: pass a dict, or load_in_8bit=true instead."
-        )
-
-
-#: What refuses a value of an argument that the harness's model would stumble over.
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "add_bos_token": _check_flag,
-    "attn_implementation": _check_text,
-    "backend": _check_backend,
-    "batch_size": _check_batch_size,
-    "delta": _check_text,
-    "device": _check_text,
-    "dtype": check_dtype,
-    "energy": _check_flag,
-    "gguf_file": _check_text,
-    "load_in_4bit": _check_flag,
-    "load_in_8bit": _check_flag,
-    "logits_cache": _check_flag,
-    "max_batch_size": check_count,
-    "max_length": check_count,
-    "mixed_precision_dtype": check_dtype,
-    "parallelize": _check_flag,
-    "peft": _check_text,
-    "prefix_sharing": _check_flag,
-    "pretrained": _check_text,
-    "quantization_config": _check_quantisation,
-    "slot_refilling": _check_flag,
-    "slots": check_count,
-    "softmax_dtype": check_dtype,
-    "subfolder": _check_text,
-    "tokenizer": _check_text,
-    "truncation": _check_flag,
-    "trust_remote_code": _check_flag,
-    "use_fast_tokenizer": _check_flag,
-    ARGUMENT: _check_flag,
-}
+_FLAGS = (
+    *("add_bos_token", "energy", "load_in_4bit", "load_in_8bit", "logits_cache"),
+    *("parallelize", "prefix_sharing", "slot_refilling", "truncation"),
+    *("trust_remote_code", "use_fast_tokenizer", ARGUMENT),
+)
+_NAMES = (
+    *("attn_implementation", "delta", "gguf_file", "peft", "pretrained"),
+    *("subfolder", "tokenizer"),
+)
+_COUNTS = ("max_batch_size", "max_length", "slots")
+_DTYPES = {"dtype", "mixed_precision_dtype", "softmax_dtype"}
+#: Arguments over which the harness's model would stumble: names, which values they can have, and
+#: what to pass.
+_KINDS: tuple[tuple[Sequence[str], Callable[[Any], Any], str], ...] = (
+    (_FLAGS, lambda value: value in (True, False, None), "true or false"),
+    (
+        _COUNTS,
+        lambda value: value is None or (type(value) is int and value > 0),
+        "a whole number of 1 or more",
+    ),
+    (_NAMES, _is_text, "a name"),
+    (["device"], _is_text, "one such as cpu, or cuda:0"),
+    (["backend"], _BACKENDS.__contains__, "default, causal or seq2seq"),
+    (
+        ["batch_size"],
+        lambda value: type(value) in (int, str) and _BATCH_SIZE.fullmatch(str(value)),
+        "a whole number of 1 or more, auto or auto:4",
+    ),
+    (
+        ["quantization_config"],
+        lambda value: _is_text(value) and type(value) is not str,
+        "a dict, or load_in_8bit=true instead",
+    ),
+)
 
 
 class CheckedArguments:
@@ -127,9 +92,14 @@ class CheckedArguments:
     @staticmethod
     def check_values(arguments: Mapping[str, Any]) -> None:
         """Refuse values of arguments; raise ValueError for one that cannot be used."""
-        for name, value in arguments.items():
-            if name in _CHECKS:
-                _CHECKS[name](name, value)
+        for names, can_be, instead in _KINDS:
+            for name in names:
+                if name in arguments and not can_be(arguments[name]):
+                    raise ValueError(
+                        f"{name}={arguments[name]!r} is not understood: pass {instead}."
+                    )
+        for name in arguments.keys() & _DTYPES:
+            check_dtype(name, arguments[name])
 
     @classmethod
     def check_arguments(cls, arguments: Mapping[str, Any]) -> None:
@@ -175,31 +145,14 @@ class PrefixHFLM(
         named = {"pretrained": pretrained, ARGUMENT: mismatched_questions}
         self.check_arguments(kwargs | named)
         self._mismatched_questions = mismatched_questions
-        super().__init__(given_or_default(pretrained), *args, **kwargs)
+        if pretrained is None:
+            pretrained = find_default_model()
+        super().__init__(pretrained, *args, **kwargs)
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        """Score answers as `HFLM` does, after another document's question if that was asked for."""
+    def _measured(self, request_type: str, requests: list, disable_tqdm: bool) -> list:
         if self._mismatched_questions:
-            requests = mismatched(requests)
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[float]:
-        """Score whole texts as `HFLM` does."""
-        if self._mismatched_questions:
-            refuse_others(requests)
-        return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-
-    def generate_until(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[str]:
-        """Answer prompts as `HFLM` does."""
-        if self._mismatched_questions:
-            refuse_others(requests)
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+            requests = mismatched(request_type, requests)
+        return super()._measured(request_type, requests, disable_tqdm)
 
     def begin_evaluation(self) -> None:
         """Begin the records in the results anew."""
@@ -239,15 +192,3 @@ class PrefixHFLM(
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         with self._set_up("batch_size_search"):
             return super()._detect_batch_size(*args, **kwargs)
-
-
-def given_or_default(pretrained: Any) -> Any:
-    """Return `pretrained`; if it is None the default model."""
-    if pretrained is not None:
-        return pretrained
-    default = find_default_model()
-    eval_logger.warning(
-        "pretrained was not given: evaluating SmolLM2-135M-Instruct, from %s.",
-        default.source,
-    )
-    return default.pretrained

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 ARGUMENT = "mismatched_questions"
 
 
-def mismatched(requests: Sequence[Instance]) -> list[Instance]:
-    """Return the requests with the contexts of another document of the same task.
+def mismatched(request_type: str, requests: Sequence[Instance]) -> list[Instance]:
+    """Return requests of type ``loglikelihood`` with the contexts of another document of the same task.
 
     The exchange is fixed: documents in the order of a hash of their contexts take those of a later
     one, never a context equal to theirs. It brings its few-shot examples along. Where each answer
@@ -31,8 +31,14 @@ def mismatched(requests: Sequence[Instance]) -> list[Instance]:
     by place. An empty context, by which ``acc_mutual_info`` asks for an answer alone, stays empty.
 
     Raises:
-        ValueError: A task has no two documents that can be exchanged.
+        ValueError: A task has no two documents that can be exchanged, or the requests are of a type
+            that offers no answers to score.
     """
+    if request_type != "loglikelihood":
+        raise ValueError(
+            f"{ARGUMENT}=true scores given answers after another document's question, and "
+            f"{requests[0].task_name} has none: leave the task out of --tasks."
+        )
     documents: dict[Any, list[Instance]] = defaultdict(list)
     for request in {id(request): request for request in requests}.values():
         documents[request.task_name, request.doc_id].append(request)
@@ -55,14 +61,6 @@ def mismatched(requests: Sequence[Instance]) -> list[Instance]:
             for request in document:
                 exchanged[id(request)] = _after(request, in_turn)
     return [exchanged[id(request)] for request in requests]
-
-
-def refuse_others(requests: Sequence[Instance]) -> None:
-    """Raise ValueError for a request that offers no answers to score."""
-    raise ValueError(
-        f"{ARGUMENT}=true scores given answers after another document's question, and "
-        f"{requests[0].task_name} has none: leave the task out of --tasks."
-    )
 
 
 def _contexts(document: Sequence[Instance]) -> tuple[str, ...]:

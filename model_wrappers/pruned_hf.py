@@ -34,7 +34,6 @@ class PrunedHFLM(PrefixHFLM):
     AUTO_MODEL_CLASS: Any
     _model: Any
 
-    _prune_record: PruneRecord
     _healing: dict[str, Any] | None = None
 
     def __init__(
@@ -73,13 +72,14 @@ class PrunedHFLM(PrefixHFLM):
                     f"peft_stage={peft_stage} says when peft is applied: pass peft=ADAPTER and one of "
                     f"{', '.join(STAGES)}, or leave peft_stage out."
                 )
+            self.check_values({"quantization_config": quantization_config})
         self._peft_stage = peft_stage or "after"
         # HFLM passes what its config says under this name, and would pass ours beside it.
-        self.check_arguments({"quantization_config": quantization_config})
         self._quantisation = quantization_config
         super().__init__(pretrained, peft=peft, **kwargs)
         if not isinstance(self.pretrained, str):
-            self._prune_in_memory()
+            prune_loaded(self._model, self._prune_arguments, self.tokenizer)
+        self._prune_record: PruneRecord = self.model.prune_record  # type: ignore[assignment]
         accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.device.type == "cpu":
             # HFLM shares documents out among processes on GPUs only.
@@ -108,7 +108,12 @@ class PrunedHFLM(PrefixHFLM):
 
         def load(name: str, **from_pretrained: Any) -> PreTrainedModel:
             arguments = self._prune_arguments
-            checkpoint = Checkpoint.of(name, arguments, from_pretrained, auto_class)
+            # HFLM drops a device_map without parallelize, and moves the model afterwards.
+            placed = any(from_pretrained.get(n) for n in ("device_map", "tp_plan"))
+            device = None if placed else self.device
+            checkpoint = Checkpoint.of(
+                name, arguments, from_pretrained, auto_class, device
+            )
             if from_pretrained.get("tp_plan") is not None:
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
                 checkpoint.check_divides(processes, "tp_plan")
@@ -125,10 +130,9 @@ class PrunedHFLM(PrefixHFLM):
                 checkpoint.check_text()
                 return checkpoint.with_stored_widths().load_whole()
             model = load_checkpoint(checkpoint, self.tokenizer)
-            self._note_pruning(model)
             if peft is not None:
-                pruned = self._prune_record.as_dict()
-                self._healing = check_kept(peft, pruned, revision)
+                record: PruneRecord = model.prune_record  # type: ignore[assignment]
+                self._healing = check_kept(peft, record.as_dict(), revision)
             return model
 
         # HFLM has no hook for the one call that loads, and compares the class afterwards.
@@ -141,15 +145,8 @@ class PrunedHFLM(PrefixHFLM):
             # The criterion has to see the sum of the weights.
             if peft is not None:
                 self._model = self._model.merge_and_unload()
-            self._prune_in_memory()
-
-    def _prune_in_memory(self) -> None:
-        arguments = self._prune_arguments
-        self._note_pruning(prune_loaded(self._model, arguments, self.tokenizer))
-
-    def _note_pruning(self, model: PreTrainedModel) -> None:
-        self._prune_record = model.prune_record  # type: ignore[assignment]
-        self._config = model.config
+            prune_loaded(self._model, self._prune_arguments, self.tokenizer)
+        self._config = self._model.config
 
     def get_model_info(self) -> dict[str, Any]:
         """Return that of `PrefixHFLM`, ``pruning`` and ``healing``."""

@@ -31,12 +31,10 @@ from lm_eval_pruned.checkpoints.adapters import (
     check_kept,
 )
 from lm_eval_pruned.checkpoints.configs import argument_errors
+from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths, TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
-from lm_eval_pruned.model_wrappers.hf_prefix import (
-    CheckedArguments,
-    given_or_default,
-)
+from lm_eval_pruned.model_wrappers.hf_prefix import CheckedArguments
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_checkpoint
 from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
 from lm_eval_pruned.pruning.record import PruneRecord
@@ -82,7 +80,8 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
                         f"{name}={kwargs[name]} cannot be combined with pruning while vLLM loads: "
                         "leave it out, or use --model vllm."
                     )
-        pretrained = given_or_default(pretrained)
+        if pretrained is None:
+            pretrained = find_default_model()
         checkpoint = engine_checkpoint(
             pretrained,
             arguments,

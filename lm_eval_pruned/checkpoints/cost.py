@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.compare.statistics import paired_mean
-from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
-from lm_eval_pruned.pruning.calibration import CalibrationText, run_texts, watched
+from lm_eval_pruned.pruning.arguments import CALIBRATION, CUTS, PruneArguments
+from lm_eval_pruned.pruning.calibration import run_texts, watched
+from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.measuring import text_loss
-from lm_eval_pruned.results.documents import Documents, read_task
+from lm_eval_pruned.results.documents import read_task
 from lm_eval_pruned.results.groups import family_of, primary_metrics
 from lm_eval_pruned.results.runs import read_run
 from lm_eval_pruned.util.tables import interval_text, markdown_table
@@ -53,13 +54,6 @@ _CONTINUED = 16
 PROBES = {"pruned_probe_knowledge": 200, "pruned_probe_instructions": 150}
 
 
-class Probed(NamedTuple):
-    """Scores of `PROBES`, and of each task and metric the documents."""
-
-    run: Run
-    documents: Mapping[tuple[str, str], Documents]
-
-
 @dataclass(frozen=True)
 class Quality:
     """How well a model predicts the held text, and what it scores.
@@ -68,13 +62,13 @@ class Quality:
         losses: Loss of each text, summed over its tokens but the first, in nats, shape (n,).
         tokens: How many tokens these are, shape (n,).
         continuations: What the model says to each of `PROMPTS`, by greedy decoding.
-        probed: Where it was measured.
+        probed: Scores and documents of `PROBES`, where they were measured.
     """
 
     losses: np.ndarray
     tokens: np.ndarray
     continuations: tuple[str, ...]
-    probed: Probed | None = None
+    probed: Run | None = None
 
     @property
     def loss(self) -> float:
@@ -84,9 +78,8 @@ class Quality:
 
 def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Quality:
     """Measure a model without an encoder, where it is."""
-    text = CalibrationText.of(
-        model, tokenizer, str(HELD_TEXT), longest=TOKENS, shortest=2
-    )
+    held = TextSource(str(HELD_TEXT))
+    text = held.read(model, tokenizer, longest=TOKENS, shortest=2)
     losses: list[float] = []
 
     def add(tokens: torch.Tensor) -> None:
@@ -103,7 +96,7 @@ def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qu
 
 def probed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
-) -> Probed | None:
+) -> Run | None:
     """Score a model on a part of `PROBES`, where it is; None, with a warning, where that fails.
 
     The scores are those of ``hf-prefix`` in the harness, in a run called `name`.
@@ -131,19 +124,13 @@ def probed(
             for task, rows in samples.items():
                 tracker.save_results_samples(task_name=task, samples=rows)
             run = read_run(folder, name)
-            return Probed(run, _documents_of(run))
+            # The files go.
+            run.documents.update({task: read_task(run, task) for task in run.tasks()})
+            return run
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
         logger.warning("What is kept of the probes was not measured: %s.", why)
         return None
-
-
-def _documents_of(run: Run) -> dict[tuple[str, str], Documents]:
-    return {
-        (task, metric): documents
-        for task in run.tasks()
-        for metric, documents in read_task(run, task).items()
-    }
 
 
 @contextlib.contextmanager
@@ -187,7 +174,7 @@ def random_cut(checkpoint: Checkpoint) -> Checkpoint:
     arguments = checkpoint.plan.arguments
     names = [*CUTS, "layers", "skip_layers", "multiple_of"]
     if arguments.measures_depth:
-        names += ["drop_by", "calibration", "calibration_samples"]
+        names += ["drop_by", "seed", *CALIBRATION]
     same = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     return checkpoint.asking(PruneArguments(**same, criterion=RANDOM))
 
@@ -212,22 +199,16 @@ def _beside_unpruned(qualities: Mapping[str, Quality]) -> list[tuple[str, ...]]:
         *(_more(base, quality) for quality in qualities.values()),
     )
     known = {name: q.probed for name, q in qualities.items() if q.probed}
-    of_base = known.pop(UNPRUNED, None)
-    if of_base is None:
+    unpruned = known.pop(UNPRUNED, None)
+    if unpruned is None:
         return [more]
-    of_run = {UNPRUNED: of_base, **known}
-    keys = primary_metrics([probed.run for probed in of_run.values()])
-    standing = standings(
-        of_base.run,
-        [],
-        [(probed.run, key, True) for probed in known.values() for key in keys],
-        0.05,
-        lambda run, *key: of_run[run.name].documents.get(key),
-    )
+    keys = primary_metrics([unpruned, *known.values()])
+    compared = [(run, key, True) for run in known.values() for key in keys]
+    standing = standings(unpruned, [], compared, 0.05)
     rows = [more]
     for task, metric in keys:
-        label = f"{family_of(task, of_base.run.metadata).label.lower()} kept, {PROBES[task]} prompts"
-        score = of_base.run.scores[task, metric].value
+        label = f"{family_of(task, unpruned.metadata).label.lower()} kept, {PROBES[task]} prompts"
+        score = unpruned.scores[task, metric].value
         cells = {UNPRUNED: f"{metric.partition(',')[0]} {score:.2f}"}
         for name in known:
             cells[name] = standing[name, task, metric].kept_text or "-"

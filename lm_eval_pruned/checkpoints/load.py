@@ -9,17 +9,14 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.measuring import (
-    LoadedModel,
-    check_weights,
-    depth_in_memory,
-)
+from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.slicing import carry_out, finished
 
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,41 +137,42 @@ class Stored(LoadedModel):
         cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Stored:
         """Load a model of `Checkpoint.with_stored_widths`; takes what `load_checkpoint` takes."""
-        arguments, content = checkpoint.plan.arguments, checkpoint.content_key()
-        device = checkpoint.device()
+        arguments, device = checkpoint.plan.arguments, checkpoint.device()
+        # Only what text says is kept for later loads.
+        content = checkpoint.content_key() if arguments.calibration else None
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
-        if arguments.measures_depth:
-            depth = depth_in_memory(model, arguments, tokenizer, device, content)
-            widths = checkpoint.widths.without_layers(depth)
-            checkpoint = dataclasses.replace(
-                checkpoint, widths=widths, plan=widths.plan(arguments)
-            )
-        plan = checkpoint.plan
-        if content is not None and plan.depth is not None:
-            content = (content, plan.depth.kept)
-        samples: Any = arguments.calibration_samples
-        return cls(
+        stored = cls(
             model,
             tokenizer,
-            arguments.calibration,
-            samples,
-            plan.seed,
+            arguments,
             device,
             content,
             checkpoint=checkpoint,
             rounded=rounded,
         )
+        if arguments.measures_depth:
+            widths = checkpoint.widths.without_layers(stored.depth())
+            checkpoint = dataclasses.replace(
+                checkpoint, widths=widths, plan=widths.plan(arguments)
+            )
+        if (depth := checkpoint.plan.depth) is not None:
+            content = content and (content, depth.kept)
+        return dataclasses.replace(stored, checkpoint=checkpoint, content=content)
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
-        return plan_layers(self.checkpoint.plan, self.checkpoint.widths, self)
+        plan, widths = self.checkpoint.plan, self.checkpoint.widths
+        return plan_layers(plan, widths, self) if plan.is_open else plan
 
-    def narrowed(self) -> PreTrainedModel:
-        """Prune the model in place and return it, in the dtype in which it was loaded."""
-        checkpoint = self.checkpoint
-        return carry_out(self, checkpoint.plan, checkpoint.widths, whole_on_error=False)
+    def narrowed(self, scratch: Path | None = None) -> PreTrainedModel:
+        """Prune the model in place and return it, in the dtype in which it was loaded.
+
+        Its narrow weights are in memory, or on the disk of the folder `scratch`.
+        """
+        plan, widths = self.checkpoint.plan, self.checkpoint.widths
+        return carry_out(self, plan, widths, whole_on_error=False, scratch=scratch)
 
     def placed(self) -> PreTrainedModel:
         """Prune the model, then cast and place what is left as the user asked."""

@@ -31,7 +31,7 @@ def run(arguments) -> None:
 
     options = HealingOptions.of(HealingOptions.parsed(arguments), "heal")
     record = heal(
-        loading.with_default_model(loading.read(arguments), "healing"),
+        loading.with_default_model(loading.read(arguments)),
         arguments.data,
         arguments.output_path,
         options,

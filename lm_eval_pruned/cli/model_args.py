@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import DECLARED, take_prune_arguments
@@ -52,12 +51,10 @@ def read_with_pruning(
     return model_args, pruning
 
 
-def with_default_model(model_args: dict[str, Any], doing: str) -> dict[str, Any]:
-    """Return arguments of loading that name a model; `doing` is for the notice of the default."""
+def with_default_model(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of loading that name a model."""
     if "pretrained" in model_args:
         return model_args
     from lm_eval_pruned.checkpoints.default_model import find_default_model
 
-    default = find_default_model()
-    print(f"pretrained was not given: {doing} {default.source}.", file=sys.stderr)
-    return model_args | default.model_args()
+    return {**model_args, "pretrained": find_default_model()}

@@ -33,7 +33,7 @@ def run(arguments) -> None:
     sizes = merged({n: [pruning.pop(n)] for n in CUTS if n in pruning}, options)
     if not sizes:
         raise ValueError(f"No size was given: pass one of --{', --'.join(_SIZES)}.")
-    model = loading.with_default_model(model_args, "planning") | pruning
+    model = loading.with_default_model(model_args) | pruning
     # Sizes of two kinds are refused by the arguments of pruning, in one sentence.
     first, *others = sizes
     rows = []

@@ -42,7 +42,7 @@ def run(arguments) -> int:
         raise ValueError(
             f"{name}={model_args[name]} was given in --model_args: pass --{taken[name]} instead."
         )
-    model_args = loading.with_default_model(model_args, "profiling")
+    model_args = loading.with_default_model(model_args)
     file, limit = arguments.prompts, arguments.limit
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} leaves no prompt: pass at least 1.")

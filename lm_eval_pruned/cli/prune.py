@@ -1,5 +1,5 @@
 """Write a pruned model as an ordinary checkpoint: safetensors shards, config with the new sizes,
-tokenizer files, model card. The kept weights have to fit in memory.
+tokenizer files, model card. Kept weights wait on its disk, not in memory.
 """
 
 import sys
@@ -44,7 +44,7 @@ def run(arguments) -> None:
     model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)
     if not pruning.keys() & {*CUTS}:
         raise ValueError(f"No size was given: pass one of --{', --'.join(CUTS)}.")
-    loaded = loading.with_default_model(model_args, "pruning")
+    loaded = loading.with_default_model(model_args)
     # A recipe is for neurons: layers alone are dropped without one.
     if pruning.keys() & {*SIZES} and not {"recipe", "criterion"} & pruning.keys():
         pruning["recipe"], why = suggested_recipe(pruning, loaded)

@@ -7,14 +7,19 @@ from pathlib import Path
 
 from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.argument_values import SENSITIVITY as ALLOCATION
-from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments, option_row
+from lm_eval_pruned.pruning.arguments import (
+    CALIBRATION,
+    CUTS,
+    PruneArguments,
+    option_row,
+)
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.options import row
 from lm_eval_pruned.util.palette import plots_missing
 
 
 #: How each layer is cut.
-_CUT = ("recipe", "criterion", "repair", "seed", "calibration", "calibration_samples")
+_CUT = ("recipe", "criterion", "repair", "seed", *CALIBRATION)
 _RECIPE = "recipe for the cut of each layer: study, fast or best (default: best)"
 # fmt: off
 OPTIONS = (
@@ -52,24 +57,27 @@ def run(arguments) -> None:
         )
     if not {"recipe", "criterion"} & pruning.keys():
         pruning["recipe"] = "best"
-    model_args = loading.with_default_model(model_args, "measuring")
+    model_args = loading.with_default_model(model_args)
     # The size counts for no curve.
     asked = PruneArguments(prune_percent=50, allocation=ALLOCATION, **pruning)
     pretrained = str(model_args.pop("pretrained"))
-    model_args["device_map"] = {"": arguments.device}
-    checkpoint = Checkpoint.of(pretrained, asked, model_args, AutoModelForCausalLM)
+    checkpoint = Checkpoint.of(
+        pretrained, asked, model_args, AutoModelForCausalLM, arguments.device
+    )
     measured = measure_sensitivity(checkpoint, arguments.prune_percents)
     print(f"The curves were measured on {measured.device}.", file=sys.stderr)
     curves = LayerCurves.of(measured.as_dict())
     print(f"{curves.explanation}\n\n{curves.table().markdown(padded=True)}")
     if not output:
         return
-    files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
+    files: dict[str, str | bytes] = {
+        SENSITIVITY: measured.as_json(),
+        "sensitivity.csv": measured.as_csv(),
+    }
     if why := plots_missing():
         print(f"No plots were drawn: {why}.", file=sys.stderr)
     else:
         files |= curves.plot().files()
-    measured.write(output / SENSITIVITY)
     for name, content in files.items():
         write_atomically(output / name, content)
-    print(f"Wrote {', '.join([SENSITIVITY, *files])} to {output}.", file=sys.stderr)
+    print(f"Wrote {', '.join(files)} to {output}.", file=sys.stderr)

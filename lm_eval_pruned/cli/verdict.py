@@ -47,7 +47,6 @@ def run(arguments) -> int:
     """Evaluate what is not evaluated yet, write the pages and return the exit code."""
     from lm_eval.utils import setup_logging
 
-    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.verdict.decision import decide, read_margins
     from lm_eval_pruned.verdict.hub import check_repository, push_verdict
     from lm_eval_pruned.verdict.models import both_runs
@@ -61,18 +60,20 @@ def run(arguments) -> int:
     options = {name: getattr(read, name) for name in chosen}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
-    reading: Any = {"measure": arguments.measure, "read": DocumentReader()}
+    margins, measure = arguments.margin, arguments.measure
     base, candidate, floors = both_runs(
-        *models, options, folder, arguments.margin, text=arguments.text, **reading
+        *models, options, folder, margins, measure, arguments.text
     )
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
-    verdict = decide(base, candidate, arguments.margin, floors, **reading, texts=texts)
+    verdict = decide(base, candidate, margins, floors, measure=measure)
     print(f"{headline(verdict)}\n")
-    print(write_pages(verdict, folder, subtitle, reading["read"], texts=texts))
+    print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
         section = card_section(verdict, models[0])
         rows = (judged.row for judged in verdict.judged)
-        kept = {(row.task, row.metric): row.kept_text for row in rows}
+        kept = {
+            (row.task, row.metric): row.floor.kept_text for row in rows if row.floor
+        }
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code

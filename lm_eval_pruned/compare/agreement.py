@@ -27,7 +27,7 @@ class Agreement:
     `equal_answers` is a share of documents; an answer is a choice, or the text after the task's
     filter. `kl` is the mean divergence, in nats, of the run's distribution over the choices from
     that of the base, None for texts; `beginning` the mean share of the base's text, in words, before
-    the first difference, None for choices. The shares and texts of the commonest answers follow.
+    the first difference, None for choices. The shares of the commonest answers follow.
 
     Source: Dutta et al. 2024, arXiv 2407.09141.
     """
@@ -37,15 +37,10 @@ class Agreement:
     beginning: float | None
     base_commonest: float
     commonest: float
-    base_answer: str
-    answer: str
 
 
-def agreement(pair: Pair | None, metric: str, texts: bool) -> Agreement | None:
-    """Compare the answers of two runs; None where the samples do not tell all of them.
-
-    Without `texts`, nothing says which answers are the commonest.
-    """
+def agreement(pair: Pair | None, metric: str) -> Agreement | None:
+    """Compare the answers of two runs; None where the samples do not tell all of them."""
     replies = [[s.reply for s in run.samples if s.reply] for run in pair or ()]
     if not pair or {*map(len, replies)} != {len(pair[0].keys)}:
         return None
@@ -55,17 +50,14 @@ def agreement(pair: Pair | None, metric: str, texts: bool) -> Agreement | None:
     no_choices = math.isnan(kl)
     beginning = float(np.mean([*map(_beginning, before, after)]))
     same = [one == other for one, other in zip(before, after, strict=True)]
-    (base_answer, base_count), (answer, count) = (
-        Counter(answers).most_common(1)[0] for answers in (before, after)
-    )
+    commonest = (max(Counter(answers).values()) for answers in (before, after))
+    base_share, share = (count / len(before) for count in commonest)
     return Agreement(
         equal_answers=float(np.mean(same)),
         kl=None if no_choices else kl,
         beginning=beginning if no_choices else None,
-        base_commonest=base_count / len(before),
-        commonest=count / len(before),
-        base_answer=base_answer if texts else "",
-        answer=answer if texts else "",
+        base_commonest=base_share,
+        commonest=share,
     )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lm_eval_pruned.compare.margins import CLAIMS, Margin
-from lm_eval_pruned.results.documents import TRANSFORMS, Documents
+from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
@@ -71,11 +71,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Expected scores with versions and settings, a rule for each, and documents for `OF_DOCUMENTS`."""
+    """Expected scores with versions, settings and documents, and a rule for each."""
 
     runs: dict[str, Run] = field(default_factory=dict)
     rules: dict[Key, Rule] = field(default_factory=dict)
-    documents: dict[Key, Documents] = field(default_factory=dict)
 
 
 def write_baseline(file: str | Path, baseline: Baseline) -> None:
@@ -92,8 +91,8 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
         floor = run.exact_floor(task, metric)
         if rule.margin and floor is not None:
             record["floor"] = floor
-        if key in baseline.documents:
-            record["documents"] = _as_dict(baseline.documents[key])
+        if rule.kind in OF_DOCUMENTS and (documents := documents_of(run, task, metric)):
+            record["documents"] = _as_dict(documents)
         runs.setdefault(name, {}).setdefault(task, about)["metrics"][metric] = record
     text = json.dumps({"schema_version": SCHEMA, "runs": runs}, allow_nan=False)
     # The last digits depend on the processor.
@@ -113,6 +112,7 @@ def read_baseline(file: str | Path) -> Baseline:
             raise ValueError(f"schema_version is {data['schema_version']}")
         for name, tasks in data["runs"].items():
             scores, floors = {}, defaultdict[str, dict[str, float]](dict)
+            documents: dict[str, dict[str, Documents]] = {task: {} for task in tasks}
             for task, entry in tasks.items():
                 for metric, record in entry["metrics"].items():
                     key, up = (name, task, metric), record["higher_is_better"]
@@ -126,7 +126,8 @@ def read_baseline(file: str | Path) -> Baseline:
                     if "floor" in record:
                         floors[task][metric.partition(",")[0]] = record["floor"]
                     if "documents" in record:
-                        baseline.documents[key] = _from_dict(**record["documents"])
+                        of_metric = _from_dict(**record["documents"])
+                        documents[task][metric] = of_metric
             baseline.runs[name] = Run(
                 "the baseline",
                 file,
@@ -136,6 +137,7 @@ def read_baseline(file: str | Path) -> Baseline:
                 metadata={
                     task: {"floors": by_name} for task, by_name in floors.items()
                 },
+                documents=documents,
             )
         if not baseline.rules:
             raise ValueError("it expects no scores")
@@ -149,7 +151,9 @@ def read_baseline(file: str | Path) -> Baseline:
 
 
 def _as_dict(documents: Documents) -> dict[str, Any]:
-    names = [f"{task} {digest} {number}" for task, digest, number in documents.keys]
+    names = [
+        f"{task} {digest[:16]} {number}" for task, digest, number in documents.keys
+    ]
     table = pd.DataFrame({"values": documents.values}, index=names)
     if (documents.weights != 1).any():
         table["weights"] = documents.weights

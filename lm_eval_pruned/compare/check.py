@@ -26,8 +26,8 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
-from lm_eval_pruned.results.documents import CHOICE_PROB
+from lm_eval_pruned.compare.pairing import paired_documents
+from lm_eval_pruned.results.documents import CHOICE_PROB, documents_of
 from lm_eval_pruned.results.files import ResultsError, Run, Score
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
 from lm_eval_pruned.results.settings import asked_differently
@@ -36,8 +36,6 @@ from lm_eval_pruned.results.settings import asked_differently
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from lm_eval_pruned.results.documents import Documents
 
 
 def read_results(path: str | Path) -> dict[str, Run]:
@@ -64,9 +62,8 @@ def make_baseline(
     ResultsError if a score is NaN or infinite.
     """
     baseline, kept = Baseline(), previous.rules if previous else {}
-    read = DocumentReader()
     for name, run in runs.items():
-        run = with_choice_prob(run, read) if kind in CLAIMS else run
+        run = with_choice_prob(run) if kind in CLAIMS else run
         baseline.runs[name] = replace(run, name="the baseline")
         deciding = [*judged_keys(run)] if kind in CLAIMS else run.scores
         for task, metric in run.scores:
@@ -80,19 +77,13 @@ def make_baseline(
             rule = kept.get(key) or Rule(kind, usual if value is None else value)
             rule.check(task, metric, score)
             baseline.rules[key] = rule
-            documents = None
-            if rule.kind in OF_DOCUMENTS:
-                documents = _documents(read, run, task, metric)
-            if documents:
-                baseline.documents[key] = documents
     return baseline
 
 
 def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     """Compare results with a baseline; return a finding per metric, sorted by run, task and metric."""
-    read = DocumentReader()
     if any(metric == CHOICE_PROB for _, _, metric in baseline.rules):
-        runs = {name: with_choice_prob(run, read) for name, run in runs.items()}
+        runs = {name: with_choice_prob(run) for name, run in runs.items()}
     before, after = _scores(baseline.runs), _scores(runs)
     decided: dict[Key, Decision] = dict.fromkeys(
         after, ("new", "Not in the baseline; to add it, run with --update.")
@@ -109,15 +100,15 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             decided[key] = _within_tolerance(rule, before[key], after[key].value)
         else:
             try:
-                cases[key] = _case(key, runs[name], baseline, read)
+                cases[key] = _case(key, runs[name], baseline)
             except ResultsError as why:
                 decided[key] = "undecided", str(why)
     levels = [
         CLAIM_LEVEL if case.margin else float(baseline.rules[key].value)
         for key, case in cases.items()
     ]
-    judgeable = [*cases.values()]
-    answers = decisions(judgeable, judged(judgeable), levels)
+    families = [case.family for case in cases.values()]
+    answers = decisions(judged([*cases.values()]), levels, families)
     decided |= zip(cases, answers, strict=True)
     return [
         Finding(
@@ -173,30 +164,26 @@ def _within_tolerance(rule: Rule, expected: Score, score: float) -> Decision:
     return "fail", f"{direction} by {abs(change):.6g}, and the rule allows {allowed}."
 
 
-def _documents(
-    read: DocumentReader, run: Run, task: str, metric: str
-) -> Documents | None:
-    """Read documents, with hashes as short and values as exact as a baseline file holds them."""
-    if documents := read(run, task, metric):
+def _as_in_file(run: Run, task: str, metric: str) -> Run:
+    """Return a run with hashes as short and values as exact as a baseline file holds them."""
+    if documents := documents_of(run, task, metric):
         keys = tuple((task, digest[:16], n) for task, digest, n in documents.keys)
         values = np.array([float(f"{value:.10g}") for value in documents.values])
-        return replace(documents, keys=keys, values=values)
-    return None
+        short = replace(documents, keys=keys, values=values)
+        return replace(run, documents={task: {metric: short}})
+    return run
 
 
-def _case(key: Key, run: Run, baseline: Baseline, read: DocumentReader) -> Case:
+def _case(key: Key, run: Run, baseline: Baseline) -> Case:
     """Pair documents; raise ResultsError without any, or if they are others or weigh otherwise.
 
     The rules ``alpha`` are one family, and those with a margin another: a gate of many metrics does
     not close by chance.
     """
     name, task, metric = key
-    before, stored = baseline.runs[name], baseline.documents.get(key)
-
-    def read_either(which: Run, *of_task: str) -> Documents | None:
-        return stored if which is before else _documents(read, run, *of_task)
-
-    pair = paired_documents(before, run, task, metric, read_either)
+    before = baseline.runs[name]
+    expected, now = (_as_in_file(item, task, metric) for item in (before, run))
+    pair = paired_documents(expected, now, task, metric)
     rule = baseline.rules[key]
     if pair is None:
         raise ResultsError(

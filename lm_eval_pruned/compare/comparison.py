@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from lm_eval_pruned.compare.agreement import agreement, collapse_notes
 from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.judge import Case, Difference, judged
-from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
-from lm_eval_pruned.compare.trends import TaskCorrelation, TaskTrend, over_ratios
+from lm_eval_pruned.compare.pairing import paired_documents
+from lm_eval_pruned.compare.trends import Correlation, Trend, over_ratios
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
@@ -32,8 +32,8 @@ class Comparison:
     base: str
     alpha: float
     rows: tuple[Difference, ...]
-    correlations: tuple[TaskCorrelation, ...]
-    trends: tuple[TaskTrend, ...]
+    correlations: tuple[Correlation, ...]
+    trends: tuple[Trend, ...]
     notes: tuple[str, ...]
     margin: Margin | None = None
     floors: tuple[Standing, ...] = ()
@@ -51,7 +51,7 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
             runs.append(read_run(path))
             continue
         sweep = read_sweep(path)
-        baseline, others = split_sweep(list(sweep.runs), str(path))
+        baseline, others = sweep.split()
         if number == 0:
             runs.append(baseline)
         if number > 0 or len(paths) == 1:
@@ -69,17 +69,6 @@ def read_comparands(paths: Sequence[str]) -> tuple[Run, list[Run]]:
     ]
 
 
-def split_sweep(runs: list[Run], where: str) -> tuple[Run, list[Run]]:
-    """Return the baseline of a sweep and its other runs; ResultsError if none is unpruned."""
-    baseline = next((run for run in runs if run.is_baseline), None)
-    if baseline is None:
-        raise ResultsError(
-            f"{where} has no finished run of the unpruned model to compare with: add prune_percent "
-            "0 to the sweep, or name a base: `compare BASE RUN`."
-        )
-    return baseline, [run for run in runs if run is not baseline]
-
-
 def compare(
     base: Run,
     runs: Sequence[Run],
@@ -88,15 +77,12 @@ def compare(
     subtasks: bool = False,
     margin: Margin | None = None,
     margins: Mapping[Key, Margin] | None = None,
-    read: DocumentReader | None = None,
-    texts: bool = True,
 ) -> Comparison:
     """Compare runs with a base, by tests at level `alpha`, and within a `margin` if there is one.
 
-    `subtasks` are the members of groups that have scores, and `read` knows documents already. What is
-    tested are the primary scores, or those of `margins`, within a margin for each.
-    Without `texts`, nothing says which answer is the commonest. Runs of models that know nothing
-    are not compared: they are the floors of the others.
+    `subtasks` are the members of groups that have scores. What is tested are the primary scores, or
+    those of `margins`, within a margin for each.
+    Runs of models that know nothing are not compared: they are the floors of the others.
 
     ResultsError if samples cannot be read, or two runs saw different documents or versions of a task,
     or have no task in common; ValueError if `alpha` is out of range.
@@ -110,7 +96,6 @@ def compare(
     everything = [base, *(run for run in runs if run is not base)]
     notes = [note for run in everything for note in run.notes]
     cases: list[Case] = []
-    read = read or DocumentReader()
     for run in runs:
         shared = [task for task in base.tasks(subtasks=subtasks) if task in run.tasks()]
         if not shared:
@@ -125,19 +110,17 @@ def compare(
                 continue
             if margin and key in primary:
                 margin.check(*key, base.scores[key].value, run.scores[key].value)
-            pair = paired_documents(base, run, *key, read)
+            pair = paired_documents(base, run, *key)
             family = key if margins else key[0], is_control(run)
             within = margins.get(key) if margins else margin
             cases.append(Case(base, run, key, pair, family, key in primary, within))
     scored = [(case.run, case.key, case.primary) for case in cases]
-    known = standings(base, floors, scored, alpha, read)
+    known = standings(base, floors, scored, alpha)
     rows = tuple(
         replace(
             row,
             floor=known.get((row.run, row.task, row.metric)),
-            answers=agreement(row.case.pair, row.metric, texts)
-            if row.primary
-            else None,
+            answers=agreement(row.case.pair, row.metric) if row.primary else None,
         )
         for row in judged(cases, alpha)
     )
@@ -149,7 +132,7 @@ def compare(
         sizes = {row.task: row.case.margin_size for row in rows if row.primary}
         if without := [task for task, size in sizes.items() if size is None]:
             notes.append(margin.misfit(listed(without)))
-    correlations, trends = over_ratios(everything, alpha, read)
+    correlations, trends = over_ratios(everything, alpha)
     return Comparison(
         base.name, alpha, rows, correlations, trends, tuple(notes), margin, of_base
     )

@@ -49,12 +49,11 @@ DIFFERENCES = (
     Column("relative", lambda row: row.relative, "+.1%"),
     Column("p", lambda row: row.p, "p"),
     Column("q", lambda row: row.q, "p", terminal=True),
-    Column("smallest detectable", lambda row: row.smallest_detectable, ".4f"),
     Column("margin", _claim("margin"), ".4g"),
     Column("q margin", _claim("q"), "p"),
     Column("documents", lambda row: row.documents, "d"),
     Column("floor", lambda row: row.floor and row.floor.floor, ".4f", terminal=True),
-    Column("kept", lambda row: row.kept_text, ">", terminal=True),
+    Column("kept", lambda row: row.floor and row.floor.kept_text, ">", terminal=True),
     Column("equal answers", _answers("equal_answers"), ".0%", terminal=True),
     Column("KL", _answers("kl"), ".3f"),
     Column("commonest answer", _commonest, ">"),
@@ -73,41 +72,38 @@ FLOORS = (
     Column("test", lambda row: row.floor_test),
     Column("base is above", lambda row: ABOVE[row.above_floor], terminal=True),
 )
-#: Of `TaskTrend`.
+#: Of `Trend`.
 TRENDS = (
     Column("series", lambda row: row.series),
     Column("task", lambda row: row.task),
     Column("metric", lambda row: scale_name("", row.metric)),
-    Column("n", lambda row: row.trend.n, "d"),
-    Column("slope", lambda row: row.trend.slope, "+.4f"),
-    Column("interval", lambda row: _interval(row.trend), ">"),
-    Column("p", lambda row: row.trend.p, "p"),
+    Column("n", lambda row: row.n, "d"),
+    Column("slope", lambda row: row.slope, "+.4f"),
+    Column("interval", _interval, ">"),
+    Column("p", lambda row: row.p, "p"),
     Column("q", lambda row: row.q, "p"),
-    Column("documents", lambda row: row.trend.units or None, "d"),
-    Column("test", lambda row: row.trend.method),
+    Column("documents", lambda row: row.units or None, "d"),
+    Column("test", lambda row: row.method),
 )
 
 
-#: Of `TaskCorrelation`.
+#: Of `Correlation`.
 CORRELATIONS = (
     Column("series", lambda row: row.series),
     Column("task", lambda row: scale_name(*row.tasks[0])),
     Column("task", lambda row: scale_name(*row.tasks[1])),
-    Column("n", lambda row: row.correlation.n, "d"),
-    Column("Pearson r", lambda row: row.correlation.pearson, "+.3f"),
+    Column("n", lambda row: row.n, "d"),
+    Column("Pearson r", lambda row: row.pearson, "+.3f"),
     Column(
         "interval",
-        lambda row: interval_text(
-            row.correlation.pearson_low, row.correlation.pearson_high, 2
-        ),
+        lambda row: interval_text(row.pearson_low, row.pearson_high, 2),
         ">",
     ),
 )
 DIFFERENCE = (
     "difference = run - base; q: p after Benjamini-Hochberg over the runs of each task without random "
     "controls, so that among many tasks some may show a difference by chance; interval: widened to match "
-    "q, so that it excludes 0 exactly where a difference is shown; smallest detectable: the difference "
-    "that would be found with a chance of 80 % after this correction."
+    "q, so that it excludes 0 exactly where a difference is shown."
 )
 FLOOR = (
     "Floor: the best score without knowledge, whether from a model that knows nothing, from chance, or "

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import optimize
 
 from lm_eval_pruned.compare import pairing, statistics
+from lm_eval_pruned.results.documents import documents_of
 from lm_eval_pruned.results.groups import is_control, is_share
 
 
@@ -103,7 +104,6 @@ def standings(
     floors: Sequence[Run],
     compared: Sequence[tuple[Run, Key, bool]],
     alpha: float,
-    read: pairing.Reader,
 ) -> dict[tuple[str, str, str], Standing]:
     """Test runs and, on the same scores, their base against the best of the `floors`.
 
@@ -113,9 +113,9 @@ def standings(
     keys: dict[Key, bool] = {}
     for _, key, primary in compared:
         keys[key] = primary or keys.get(key, False)
-    highest = {key: highest_floor(base, floors, key, read) for key in keys}
+    highest = {key: highest_floor(base, floors, key) for key in keys}
     tested = [
-        (run, key, floor, *_p_above(run, key, floor, read, primary))
+        (run, key, floor, *_p_above(run, key, floor, primary))
         for run, key, primary in [*((base, *item) for item in keys.items()), *compared]
         if (floor := highest[key])
     ]
@@ -138,32 +138,28 @@ def standings(
             test,
             base_above_floor=of_base.above_floor if of_base else above,
             above_floor=above,
-            kept=_kept(base, run, key, floor, alpha, read)
+            kept=_kept(base, run, key, floor, alpha)
             if of_base and of_base.above_floor
             else None,
         )
     return known
 
 
-def _kept(
-    base: Run, run: Run, key: Key, floor: Floor, alpha: float, read: pairing.Reader
-) -> Kept | None:
+def _kept(base: Run, run: Run, key: Key, floor: Floor, alpha: float) -> Kept | None:
     """Return the share of what the base has above the floor that a run keeps, of scores that are means."""
-    pair, (_, level, floor_run) = pairing.paired_documents(base, run, *key, read), floor
+    pair, (_, level, floor_run) = pairing.paired_documents(base, run, *key), floor
     if pair is None or pair[0].transform != "mean":
         return None
-    below = floor_run and pairing.paired_documents(base, floor_run, *key, read)
+    below = floor_run and pairing.paired_documents(base, floor_run, *key)
     groups = pairing.grouping(pair[0])
     del groups["transform"]
     without = below[1].values if below else level
     return share_kept(pair[0].values, pair[1].values, without, **groups, alpha=alpha)
 
 
-def highest_floor(
-    base: Run, floors: Sequence[Run], key: Key, read: pairing.Reader
-) -> Floor | None:
+def highest_floor(base: Run, floors: Sequence[Run], key: Key) -> Floor | None:
     """Return name, score and run of the best floor of a metric; None if none is known."""
-    up, documents = base.scores[key].higher_is_better, read(base, *key)
+    up, documents = base.scores[key].higher_is_better, documents_of(base, *key)
     exact = base.exact_floor(*key)
     if up is None:
         return None
@@ -172,23 +168,23 @@ def highest_floor(
         return "exact", exact, None
     known: list[Floor]
     known = [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
-    levels = (documents.levels.chance, documents.levels.majority) if documents else ()
-    for name, level in zip(("chance", "commonest answer"), levels, strict=False):
-        known += [] if level is None else [(name, level, None)]
+    levels = documents.levels if documents else {}
+    known += [(name, level, None) for name, level in levels.items()]
     finite = [floor for floor in known if math.isfinite(floor[1])]
     return max(finite, key=lambda floor: floor[1] if up else -floor[1], default=None)
 
 
 def _p_above(
-    run: Run, key: Key, floor: Floor, read: pairing.Reader, primary: bool
+    run: Run, key: Key, floor: Floor, primary: bool
 ) -> tuple[float | None, str]:
     """Return the p of "the run is not above the floor", and the test that it comes from."""
     if not primary:
         return None, _RESTATED
-    score, documents, (_, level, floor_run) = run.scores[key], read(run, *key), floor
+    score, documents = run.scores[key], documents_of(run, *key)
+    _, level, floor_run = floor
     if not math.isfinite(score.value):
         return None, "none: the score is not a finite number"
-    if floor_run and (pair := pairing.paired_documents(floor_run, run, *key, read)):
+    if floor_run and (pair := pairing.paired_documents(floor_run, run, *key)):
         test = pairing.paired_test(pair)
     elif documents and documents.transform == "mean":
         constant = np.full(len(documents.values), level)

@@ -6,11 +6,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, special, stats
-
-
-#: Chance of seeing a difference of the size of `PairedTest.smallest_detectable`.
-POWER = 0.8
+from scipy import optimize, special
 
 
 class Gaffke(NamedTuple):
@@ -23,8 +19,8 @@ class Gaffke(NamedTuple):
     the share of draws beyond a value. Where no document can differ by more than the unseen unit, no
     distribution is known for which p is too small; for right-or-wrong scores it is Clopper and Pearson's.
 
-    `stderr` is that of the mean, `perplexity` that of the base, or another score that is the exponential
-    of a mean; `bounded` says whether documents cannot differ by more than the unseen unit.
+    `perplexity` is that of the base, or another score that is the exponential of a mean; `bounded` says
+    whether documents cannot differ by more than the unseen unit.
 
     Source: Gaffke 2005, Mathematical Methods of Statistics 14, 451-467; Learned-Miller and Thomas 2019,
     arXiv 1905.06208.
@@ -34,7 +30,6 @@ class Gaffke(NamedTuple):
     deviations: np.ndarray
     weights: np.ndarray
     unseen: tuple[float, float]
-    stderr: float
     perplexity: float | None = None
     bounded: bool = False
 
@@ -85,13 +80,6 @@ class Gaffke(NamedTuple):
         low, high = (self.reach(side, level) for side in (0, 1))
         ends = self.score(self.mean - low), self.score(self.mean + high)
         return ends if all(map(math.isfinite, ends)) else None
-
-    def detectable(self, level: float) -> float | None:
-        """Return the difference that a two-sided test at `level` finds with `POWER`."""
-        size = max(self.reach(side, level) for side in (0, 1))
-        size += float(stats.norm.ppf(POWER)) * self.stderr
-        change = max(abs(self.score(side * size)) for side in (-1, 1))
-        return float(change) if math.isfinite(change) else None
 
 
 def below_zero(terms: np.ndarray) -> float:

@@ -19,6 +19,7 @@ from lm_eval_pruned.compare.statistics import (
     unpaired_difference,
 )
 from lm_eval_pruned.results.files import finite_or_none
+from lm_eval_pruned.results.groups import is_bias
 
 
 if TYPE_CHECKING:
@@ -109,7 +110,6 @@ class Difference:
     high: float | None
     p: float | None
     q: float | None
-    smallest_detectable: float | None
     documents: int | None
     method: str
     primary: bool
@@ -126,9 +126,11 @@ class Difference:
         return self.floor is not None and self.floor.above_floor is False
 
     @property
-    def kept_text(self) -> str | None:
-        """What the run keeps of the score above the floor, as `Standing` says it; None without a floor."""
-        return self.floor.kept_text if self.floor else None
+    def cannot_show_a_loss(self) -> bool:
+        """Whether nobody could lose anything: the base is not shown to be above the floor."""
+        return bool(
+            self.floor and not self.floor.base_above_floor and not is_bias(self.metric)
+        )
 
     @property
     def said(self) -> str:
@@ -139,23 +141,48 @@ class Difference:
 def judged(cases: Sequence[Case], alpha: float = 0.05) -> list[Difference]:
     """Test each case, correct the tests of each family, and say what they show at level `alpha`."""
     tests = [_difference_test(case, alpha) for case in cases]
-    both = [*zip(cases, tests, strict=True)]
+    tested = [
+        (case, test) if case.primary else None
+        for case, test in zip(cases, tests, strict=True)
+    ]
     families = [case.family for case in cases]
-    ps = [test.p if case.primary else None for case, test in both]
-    outside = [p_outside(*pair) if pair[0].primary else None for pair in both]
-    corrected = zip(
-        both,
+    ps = [pair and pair[1].p for pair in tested]
+    outside = [pair and p_outside(*pair) for pair in tested]
+    columns = (
+        cases,
+        tests,
         false_discovery(ps, families, alpha),
         outside,
         false_discovery(outside, families),
-        strict=True,
     )
     rows = []
-    for (case, test), (q, level), p, (q_margin, _) in corrected:
+    for case, test, (q, level), p, (q_margin, _) in zip(*columns, strict=True):
         claim = None
         if p is not None and q_margin is not None:
             claim = Claim(case.margin_size or 0.0, p, q_margin)
-        rows.append(_difference(case, test, q, level, claim, alpha))
+        before, after = (score.value for score in case.scores)
+        change = after - before
+        low, high = test.interval(level)
+        row = Difference(
+            case.run.name,
+            *case.key,
+            base_score=before,
+            score=after,
+            difference=change,
+            relative=finite_or_none(change / abs(before)) if before else None,
+            low=low,
+            high=high,
+            p=test.p,
+            q=q,
+            documents=len(case.pair[0].keys) if case.pair else None,
+            method=test.method,
+            primary=case.primary,
+            verdict=_verdict(case, change, q, claim, alpha),
+            case=case,
+            claim=claim,
+            units=test.units,
+        )
+        rows.append(row)
     return rows
 
 
@@ -228,47 +255,15 @@ def _difference_test(case: Case, alpha: float) -> PairedTest:
     return PairedTest(difference, f"none: {why}", level=alpha)
 
 
-def _difference(
-    case: Case,
-    test: PairedTest,
-    q: float | None,
-    level: float | None,
-    claim: Claim | None,
-    alpha: float,
-) -> Difference:
-    before, after = (score.value for score in case.scores)
-    change = after - before
-    low, high = test.interval(level)
-    return Difference(
-        case.run.name,
-        *case.key,
-        base_score=before,
-        score=after,
-        difference=change,
-        relative=finite_or_none(change / abs(before)) if before else None,
-        low=low,
-        high=high,
-        p=test.p,
-        q=q,
-        smallest_detectable=None if q is None else test.smallest_detectable(level),
-        documents=len(case.pair[0].keys) if case.pair else None,
-        method=test.method,
-        primary=case.primary,
-        verdict=_verdict(case, change, q, claim, alpha),
-        case=case,
-        claim=claim,
-        units=test.units,
-    )
-
-
 def decisions(
-    cases: Sequence[Case], rows: Sequence[Difference], levels: Sequence[float]
+    rows: Sequence[Difference],
+    levels: Sequence[float],
+    families: Sequence[Hashable] | None = None,
 ) -> Iterator[Decision]:
     """Decide what `judged` made of cases: a margin, or else whether a score is worse.
 
-    Tests are one-sided where the direction is known.
+    Tests are one-sided where the direction is known, and corrected by `families`, by default together.
     """
-    families = [case.family for case in cases]
     sides = [*map(_sides, rows)]
     worse, better = (
         [q for q, _ in false_discovery([ps[way] for ps in sides], families)]

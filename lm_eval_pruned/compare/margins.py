@@ -7,15 +7,19 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.results.documents import CHOICE_PROB, KL
-from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.documents import (
+    CHOICE_PROB,
+    KL,
+    documents_of,
+    scored_on,
+)
 from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics
 
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
-    from lm_eval_pruned.compare.pairing import Reader
+    from lm_eval_pruned.results.files import Run
 
     Key = tuple[str, str]
 
@@ -99,17 +103,16 @@ class Margin:
         )
 
 
-def with_choice_prob(run: Run, read: Reader, tasks: Sequence[str] = ()) -> Run:
+def with_choice_prob(run: Run, tasks: Sequence[str] = ()) -> Run:
     """Return a run with the score `CHOICE_PROB` of each task that has choices, one of which is right.
 
     Of `tasks`, or else of all that are no members of groups.
     """
-    scores = {}
+    scores = dict(run.scores)
     for task in tasks or run.tasks(subtasks=False):
-        if documents := read(run, task, CHOICE_PROB):
-            mean = float(documents.values.mean())
-            scores[task, CHOICE_PROB] = Score(mean, None, True, len(documents.values))
-    return replace(run, scores={**run.scores, **scores})
+        if documents := documents_of(run, task, CHOICE_PROB):
+            scores |= scored_on(run, (task, CHOICE_PROB), documents).scores
+    return replace(run, scores=scores)
 
 
 def judged_keys(

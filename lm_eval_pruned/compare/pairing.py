@@ -7,33 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
-from lm_eval_pruned.results.documents import Documents, read_task
+from lm_eval_pruned.results.documents import Documents, documents_of
 from lm_eval_pruned.results.files import ResultsError, Run
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
     Pair = tuple[Documents, Documents]
-    Reader = Callable[[Run, str, str], Documents | None]
 
 
-class DocumentReader:
-    """Reads the samples of a (run, task) once: the base meets every run, with every metric."""
-
-    def __init__(self) -> None:
-        self._read: dict[tuple[Path, str], dict[str, Documents]] = {}
-
-    def __call__(self, run: Run, task: str, metric: str) -> Documents | None:
-        if (run.path, task) not in self._read:
-            self._read[run.path, task] = read_task(run, task)
-        return self._read[run.path, task].get(metric)
-
-
-def paired_documents(
-    base: Run, run: Run, task: str, metric: str, read: Reader
-) -> Pair | None:
+def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None:
     """Return the documents of two runs in the same order, or None without samples.
 
     Raises:
@@ -46,7 +28,7 @@ def paired_documents(
                 f"{name} has version {versions[0]} in {base.name} and {versions[1]} in {run.name}: "
                 "scores of different versions of a task cannot be compared, so evaluate both again."
             )
-    one, other = read(base, task, metric), read(run, task, metric)
+    one, other = (documents_of(item, task, metric) for item in (base, run))
     if one is None or other is None:
         return None
     same = other.in_the_order_of(one)

@@ -11,8 +11,7 @@ import numpy as np
 from lm_eval_pruned.compare.judge import Case, p_outside
 from lm_eval_pruned.compare.margins import PROBABILITIES
 from lm_eval_pruned.compare.pairing import paired_test
-from lm_eval_pruned.results.documents import Documents
-from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.documents import Documents, scored_on
 from lm_eval_pruned.results.groups import is_bias, is_share
 
 
@@ -76,22 +75,19 @@ def mean_of(cases: Sequence[Case]) -> Case:
     pairs = [case.pair for case in cases if case.pair]
     before, after = (_joined(documents) for documents in zip(*pairs, strict=True))
     return cases[0]._replace(
-        base=_scored(cases[0].base, key, before),
-        run=_scored(cases[0].run, key, after),
+        base=scored_on(cases[0].base, key, before),
+        run=scored_on(cases[0].run, key, after),
         key=key,
         pair=(before, after),
         family=key,
     )
 
 
-def p_of_guards(cases: Sequence[Case]) -> float | None:
-    """Return the p of "one of the tasks is worse by its own, wider margin"; see `p_of_claim`."""
-    guarded = []
-    for case in cases:
-        points = 100 * GUARD * (case.margin_size or 0.0)
-        margin = case.margin and replace(case.margin, text=f"{points:.6g}pt")
-        guarded.append(case._replace(margin=margin))
-    return _largest_p(guarded)
+def guarded(case: Case) -> Case:
+    """Return a case of a pool with the wider margin that its task is held to by itself."""
+    points = 100 * GUARD * (case.margin_size or 0.0)
+    margin = case.margin and replace(case.margin, text=f"{points:.6g}pt")
+    return case._replace(margin=margin)
 
 
 def p_of_claim(cases: Sequence[Case]) -> float | None:
@@ -102,16 +98,10 @@ def p_of_claim(cases: Sequence[Case]) -> float | None:
 
     Source: Berger and Hsu 1996, Statistical Science 11, 283-319.
     """
-    if not cases[1:]:
-        return _largest_p(cases)
-    ps = _largest_p([mean_of(cases)]), p_of_guards(cases)
-    return None if ps[0] is None or ps[1] is None else max(ps[0], ps[1])
-
-
-def _largest_p(cases: Sequence[Case]) -> float | None:
-    ps = [case.pair and p_outside(case, paired_test(case.pair)) for case in cases]
+    parts = [mean_of(cases), *map(guarded, cases)] if cases[1:] else cases
+    ps = [case.pair and p_outside(case, paired_test(case.pair)) for case in parts]
     known = [p for p in ps if p is not None]
-    return max(known) if len(known) == len(cases) else None
+    return max(known) if len(known) == len(parts) else None
 
 
 def _joined(tasks: Sequence[Documents]) -> Documents:
@@ -134,10 +124,3 @@ def _joined(tasks: Sequence[Documents]) -> Documents:
         tuple(itertools.chain(*clusters)),
         "mean",
     )
-
-
-def _scored(run: Run, key: tuple[str, str], documents: Documents) -> Run:
-    """Return a run with the score that documents make."""
-    value = float(np.average(documents.values, weights=documents.weights))
-    score = Score(value, None, True, len(documents.values))
-    return replace(run, scores={**run.scores, key: score})

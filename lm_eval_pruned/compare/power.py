@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm_eval_pruned.compare.gaffke import POWER
 from lm_eval_pruned.compare.judge import Case
 from lm_eval_pruned.compare.margins import (
     Margin,
@@ -17,9 +16,9 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents
+from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.pooled import can_be_pooled, kind_of, p_of_claim
-from lm_eval_pruned.results.documents import TRANSFORMS, Documents
+from lm_eval_pruned.results.documents import Documents, scored_on
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import primary_metrics
 
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 ALIKE, SEEN = "no difference", "the difference seen"
 #: What is to be shown, and what is true then.
 QUESTIONS = (("equivalent", ALIKE), ("not worse", ALIKE), ("not worse", SEEN))
+#: The chance that a number of documents is to give.
+POWER = 0.8
 #: So many draws have a standard error of 3 points where the chance is 80 %.
 DRAWS = 200
 #: The search for a number of documents ends here.
@@ -88,8 +89,8 @@ class Pilot:
             for ours, theirs in (values, values[::-1])
         )
         return self.case._replace(
-            base=self._scored(self.case.base, before),
-            run=self._scored(self.case.run, after),
+            base=scored_on(self.case.base, self.case.key, before),
+            run=scored_on(self.case.run, self.case.key, after),
             pair=(before, after),
         )
 
@@ -102,12 +103,6 @@ class Pilot:
         known = len(self._numbered)
         self._numbered += [(name, f"{name} {n}", 0) for n in range(known, len(chosen))]
         return tuple(self._numbered[: len(chosen)])
-
-    def _scored(self, run: Run, documents: Documents) -> Run:
-        mean = np.average(documents.values, weights=documents.weights)
-        score = float(TRANSFORMS[documents.transform].score(mean))
-        known = run.scores[self.case.key]._replace(value=score)
-        return replace(run, scores={self.case.key: known})
 
 
 def pilots_of(
@@ -125,20 +120,20 @@ def pilots_of(
     ResultsError if results or samples of a task are missing; ValueError for a margin that cannot be
     meant, and where there is no mean over the tasks.
     """
-    read, by_task = DocumentReader(), []
+    by_task = []
     for task in tasks:
         if task not in {*base.tasks()} & {*run.tasks()}:
             raise ResultsError(
                 f"{base.name} and its runs share no results of {task}: pass a task that both have "
                 f"({base.name} has {', '.join(base.tasks()) or 'none'}), or evaluate some of its documents."
             )
-        one, other = (with_choice_prob(item, read, [task]) for item in (base, run))
+        one, other = (with_choice_prob(item, [task]) for item in (base, run))
         check_measure(measure, (metric for name, metric in one.scores if name == task))
         keys = [*judged_keys(one, measure, subtasks=True)]
         if not measure:
             keys += primary_metrics([one, other], subtasks=True)
         keys = [key for key in dict.fromkeys(keys) if key[0] == task]
-        by_task.append([_pilot(one, other, key, margin, read) for key in keys])
+        by_task.append([_pilot(one, other, key, margin) for key in keys])
     if len(tasks) == 1:
         return [[case] for case in by_task[0]]
     first = [cases[0] for cases in by_task]
@@ -150,10 +145,8 @@ def pilots_of(
     return [first]
 
 
-def _pilot(
-    base: Run, run: Run, key: tuple[str, str], margin: str | None, read: DocumentReader
-) -> Case:
-    pair = paired_documents(base, run, *key, read)
+def _pilot(base: Run, run: Run, key: tuple[str, str], margin: str | None) -> Case:
+    pair = paired_documents(base, run, *key)
     if pair is None:
         raise ResultsError(
             f"{key[0]} of {run.name} has no logged samples from which its score can be computed: "

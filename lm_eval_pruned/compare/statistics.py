@@ -1,4 +1,4 @@
-"""Paired tests of two runs: p, interval, smallest detectable difference, and their correction.
+"""Paired tests of two runs: p, interval, and their correction.
 
 Student's t is not among them: a candidate that is almost the base changes few documents, and a t test
 of documents that hardly differ claims that none lost much. No random numbers are drawn, and the order
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
-from lm_eval_pruned.compare.gaffke import POWER, Gaffke
+from lm_eval_pruned.compare.gaffke import Gaffke
 from lm_eval_pruned.results.documents import TRANSFORMS
 
 
@@ -43,11 +43,6 @@ class Shares(NamedTuple):
     up: int
     down: int
     n: int
-
-    @property
-    def changing(self) -> float:
-        """Share that changes; above 0, because no change among few documents says little."""
-        return (self.up + self.down + 0.5) / (self.n + 1)
 
     def tail(self, x: float, side: int) -> float:
         """Return the p of "the difference is `x` or less" (side 0), or of "`x` or more" (1)."""
@@ -80,32 +75,10 @@ class Shares(NamedTuple):
 
         return end(0, -1.0), end(1, 1.0)
 
-    def detectable(self, level: float) -> float | None:
-        """Return the smallest difference that McNemar's mid-p test finds with `POWER`, if any."""
-
-        def excess(difference: float) -> float:
-            return chance_seen(self.changing, self.n, difference, level) - POWER
-
-        return None if excess(1) < 0 else optimize.brentq(excess, 0, 1, xtol=1e-6)
-
 
 def mid_p(k: Any, n: Any) -> Any:
     """Return the chance of fewer than `k` heads of `n` coins, and half of that of `k`."""
     return stats.binom.cdf(k, n, 0.5) - stats.binom.pmf(k, n, 0.5) / 2
-
-
-def chance_seen(changing: float, n: int, difference: float, level: float) -> float:
-    """Return the chance that McNemar's mid-p test finds a true difference of `n` documents.
-
-    `changing` is the share of them that changes; more changes where `difference` needs it.
-    """
-    changing = max(changing, difference)
-    many = stats.binom(n, changing)
-    counts = np.arange(many.ppf(1e-9), many.isf(1e-9) + 1)
-    last = stats.binom.ppf(level / 2, counts, 0.5)
-    last -= mid_p(last, counts) >= level / 2
-    becoming_wrong = (1 - difference / changing) / 2
-    return float(many.pmf(counts) @ stats.binom.cdf(last, counts, becoming_wrong))
 
 
 class Normal(NamedTuple):
@@ -127,10 +100,6 @@ class Normal(NamedTuple):
         """Return the two-sided interval."""
         half = float(stats.norm.isf(level / 2)) * self.stderr
         return self.difference - half, self.difference + half
-
-    def detectable(self, level: float) -> float:
-        """Return the difference that a two-sided test at `level` finds with `POWER`."""
-        return float(stats.norm.isf(level / 2) + stats.norm.ppf(POWER)) * self.stderr
 
 
 @dataclass(frozen=True)
@@ -181,12 +150,6 @@ class PairedTest:
             return min(low, 0.0), max(high, 0.0)
         beyond = 1e-6 * self.difference
         return (max(low, beyond), high) if beyond > 0 else (low, min(high, beyond))
-
-    def smallest_detectable(self, level: float | None = None) -> float | None:
-        """Return the true difference that this test finds at a level with chance `POWER`, or None."""
-        if self.distribution is None or self.method.startswith("none"):
-            return None
-        return self.distribution.detectable(level or self.level)
 
     @property
     def units_missing(self) -> int:
@@ -318,7 +281,7 @@ def paired_mean(
     else:
         unseen = limits[0] - mean, limits[1] - mean
     bounded = limits is not None
-    gaffke = Gaffke(mean, deviations, weights, unseen, stderr, perplexity, bounded)
+    gaffke = Gaffke(mean, deviations, weights, unseen, perplexity, bounded)
     distribution = None
     if not gains.any():
         method, distribution = f"none: all {unit} equal", gaffke

@@ -19,8 +19,8 @@ from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_
 from lm_eval_pruned.checkpoints.load import load_checkpoint
 from lm_eval_pruned.healing.trainer import Checkpoints, HealingTrainer, write_record
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.calibration import read_texts, token_ids
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.calibration_text import read_texts, token_ids
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, without_weights
 from lm_eval_pruned.pruning.stacked import runnable
 from lm_eval_pruned.util.atomic import appearing_whole
 from lm_eval_pruned.util.pruning_record import left_of
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.healing.options import HealingOptions
-    from lm_eval_pruned.pruning.calibration import Text
+    from lm_eval_pruned.pruning.calibration_text import Text
     from lm_eval_pruned.pruning.record import PruneRecord
 
 
@@ -76,7 +76,8 @@ def resolved(
     if adapter is not None:
         # peft refuses modules that the model lacks.
         widths = base.widths
-        adapted_shapes(widths.build(widths.config), adapter)
+        skeleton = without_weights(type(widths.skeleton), widths.config)
+        adapted_shapes(skeleton, adapter)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and options.max_length > positions:
         raise ValueError(

@@ -53,8 +53,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("layers", "skip_layers", "allocation"), SIZES[:-1]),
     "multiple_of": SIZES,
 }
+#: Those that say which text is calibrated on.
+CALIBRATION = ("calibration", "calibration_samples", "calibration_tokens")
 #: How a count of layers to drop chooses them: by their place, or by what they do to hidden states.
-LAST, BLOCK_INFLUENCE = "last", "block_influence"
+DEPTH_RULES = LAST, BLOCK_INFLUENCE = "last", "block_influence"
 
 #: The recipe of arXiv 2512.22671, which is the default.
 STUDY = "study"
@@ -67,14 +69,6 @@ RECIPES: dict[str, dict[str, str]] = {
 RECIPES["uneven"] = RECIPES["best"] | {"allocation": SENSITIVITY}
 #: The text that is calibrated on where none is named; `docs/criteria.md` says what it holds.
 OWN_TEXT = Path(__file__).with_name("calibration_text.jsonl")
-
-
-def _depth_rule(name: str, value: str) -> str:
-    if value not in (LAST, BLOCK_INFLUENCE):
-        raise ValueError(
-            f"{name}={value} is not a rule for choosing layers: pass {LAST} or {BLOCK_INFLUENCE}."
-        )
-    return value
 
 
 # `several` names the option of commands that takes several values, one model each; `text` has the
@@ -121,10 +115,13 @@ class PruneArguments(DeclaredOptions):
         repair: How to compensate for removed neurons: none or least_squares; default: none,
             or that of the recipe. ``least_squares`` fits the down projections to the old output on
             `calibration` text. See `lm_eval_pruned.pruning.repair`.
-        seed: Seed for the criterion random.
-        calibration: JSON Lines file of text, for criteria that look at activations, for `repair`,
-            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. See `lm_eval_pruned.pruning.calibration`.
+        seed: Seed for the criterion random, and for ``calibration=self``.
+        calibration: JSON Lines file, ``dataset:NAME``, ``dataset:NAME:CONFIG``, or ``self`` for what
+            the unpruned model writes: text for criteria that look at activations, for `repair`,
+            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. See `lm_eval_pruned.pruning.calibration_text`.
         calibration_samples: Number of its texts to use, the first ones; default: all.
+        calibration_tokens: Read no more texts after this many tokens; default: all of a file,
+            40000 of a dataset or of ``self``.
 
     Raises:
         ValueError: One sentence naming an argument, its value and what would work.
@@ -147,7 +144,7 @@ class PruneArguments(DeclaredOptions):
         object, None, "N", check=dropped_layers, several="drop_layers"
     )
     drop_by: str = option(
-        object, LAST, "NAME", check=_depth_rule, text=(BLOCK_INFLUENCE,)
+        object, LAST, "NAME", choices=DEPTH_RULES, text=(BLOCK_INFLUENCE,)
     )
     allocation: str = option(
         object,
@@ -164,7 +161,7 @@ class PruneArguments(DeclaredOptions):
         object,
         None,
         "NAME",
-        check=lambda _, value: canonical_name(value, chosen=True),
+        check=lambda _, value: canonical_name(value),
         several="criteria",
         text=CALIBRATED,
     )
@@ -177,8 +174,9 @@ class PruneArguments(DeclaredOptions):
         text=(LEAST_SQUARES,),
     )
     seed: Number = option(object, 0, "N", check=seed_below_limit, several="seeds")
-    calibration: str | None = option(object, None, "FILE.jsonl")
+    calibration: str | None = option(object, None, "TEXT")
     calibration_samples: Number | None = option(object, None, "N", check=whole)
+    calibration_tokens: Number | None = option(object, None, "N", check=whole)
 
     @classmethod
     def taken_from(cls, keywords: dict[str, Any]) -> PruneArguments:
@@ -190,7 +188,8 @@ class PruneArguments(DeclaredOptions):
         super().__post_init__()
         for sentence in (*_conflicts(vars(self)), *_idle(vars(self)).values()):
             raise ValueError(sentence)
-        if self.calibration is None and self.runs_text:
+        text = self.size is not None and _needs_text(vars(self))
+        if self.calibration is None and (text or self.measures_depth):
             self._settle(calibration=str(OWN_TEXT))
 
     @property
@@ -204,13 +203,6 @@ class PruneArguments(DeclaredOptions):
         """Whether layers are cut one after the other, on what text does in those before."""
         return self.size is not None and (
             self.criterion == OBS or self.repair != NO_REPAIR
-        )
-
-    @property
-    def runs_text(self) -> bool:
-        """Whether calibration text is run through the model."""
-        return self.measures_depth or (
-            self.size is not None and _needs_text(vars(self))
         )
 
     @property
@@ -248,22 +240,20 @@ class PruneKeywords(TypedDict, total=False):
     seed: Number
     calibration: str | None
     calibration_samples: Number | None
+    calibration_tokens: Number | None
 
 
 def with_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments completed by their recipe."""
     row = RECIPES[STUDY] | RECIPES.get(str(values["recipe"]), {})
-    if _sizeless(values) or values["widths"] is not None:
+    sizes = [name for name in SIZES if values[name] is not None]
+    if sizes in ([], ["widths"]):
         # There is nothing to share.
         row["allocation"] = UNIFORM
         row.pop("skip_layers", None)
     if values["layers"] is not None:
         row.pop("skip_layers", None)
     return {n: row.get(n) if value is None else value for n, value in values.items()}
-
-
-def _sizeless(values: Mapping[str, Any]) -> bool:
-    return all(values[name] is None for name in SIZES)
 
 
 def _needs_text(values: Mapping[str, Any]) -> bool:
@@ -314,7 +304,7 @@ def _idle(values: Mapping[str, Any]) -> dict[str, str]:
                 f"{written[name]} has no effect without {' or '.join(others)}: add one, or leave "
                 "it out."
             )
-    for name in ("calibration", "calibration_samples"):
+    for name in CALIBRATION:
         if name in written and not _needs_text(values):
             idle[name] = (
                 f"{written[name]} was given, but criterion={values['criterion']} reads only "
@@ -334,7 +324,7 @@ def without_idle(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     counting = arguments
     if all(arguments.get(name) is None for name in SIZES):
-        kept = (*CUTS, "drop_by", "calibration", "calibration_samples")
+        kept = (*CUTS, "drop_by", *CALIBRATION)
         counting = {
             n: v for n, v in arguments.items() if n not in DECLARED or n in kept
         }

@@ -1,18 +1,9 @@
-"""Calibration: what the neurons of a model do on text that the user provides.
-
-The text is a JSON Lines file. Each line is an object with ``text`` (a string) or
-``messages`` (a chat, which goes through the tokenizer's chat template). The default is the text
-beside this file, which shares no run of eight words with the benchmarks that the study uses.
-"""
+"""Calibration: what the neurons of a model do on text that the user provides."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import logging
-from dataclasses import dataclass
-from pathlib import Path
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,14 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    Text = str | list[dict[str, Any]]
+    from lm_eval_pruned.pruning.calibration_text import CalibrationText
 
-logger = logging.getLogger("lm_eval.pruned.calibration")
-
-#: A text longer than this, or than the model's positions, is cut at its end.
-MAX_TOKENS = 2048
+#: Seconds after which a bar is drawn again.
+_TICK = 1.0
 
 
 class Calibration(NamedTuple):
@@ -52,122 +41,6 @@ class Calibration(NamedTuple):
 
     norms: dict[str, Tensor]
     measured_on: dict[str, Any]
-
-
-def read_texts(
-    file: str, samples: int | None = None, argument: str = "calibration"
-) -> list[Text]:
-    """Read a string or a list of messages from each line of a JSON Lines file that is not empty.
-
-    `samples` is how many, from the first on; `argument` is what messages call the file.
-
-    Raises:
-        ValueError: The file is missing, a line is not such an object, or there are too few.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{argument}={file} cannot be read ({error}): pass a JSON Lines file in UTF-8."
-        ) from None
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    texts = [
-        _text_of(line, f"{argument}={file}, line {number}")
-        for number, line in numbered[:samples]
-    ]
-    if len(texts) < (samples or 1):
-        raise ValueError(
-            f"{argument}={file} holds {len(texts)} texts, but {samples or 'at least one'} were "
-            "asked for: pass a smaller calibration_samples, or a file with more text."
-        )
-    return texts
-
-
-def _text_of(line: str, where: str) -> Text:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        entry = None
-    if isinstance(entry, dict):
-        text, messages = entry.get("text"), entry.get("messages")
-        if isinstance(text, str) and text:
-            return text
-        several = isinstance(messages, list) and messages
-        if several and all(isinstance(message, dict) for message in several):
-            return several
-    raise ValueError(
-        f'{where} is not a JSON object with "text" (a string) or "messages" (a list of objects '
-        "with role and content)."
-    )
-
-
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: Text) -> list[int]:
-    """Return the tokens of a text, a chat by way of the tokenizer's chat template."""
-    if isinstance(text, str):
-        return tokenizer(text)["input_ids"]  # type: ignore[return-value]
-    return tokenizer.apply_chat_template(text, return_dict=False)  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Calibration text as tokens.
-
-    Attributes:
-        path: The file.
-        tokens: One tensor for each text, shape (1, tokens), int64.
-    """
-
-    path: Path
-    tokens: list[Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        file: str,
-        samples: int | None = None,
-        longest: int = MAX_TOKENS,
-        shortest: int = 1,
-    ) -> CalibrationText:
-        """Read and tokenise the first `samples` texts of `file` for a model; see `read_texts`.
-
-        A text is cut after `longest` tokens, or after the model's positions, and needs at least
-        `shortest`: 2 where each token is predicted from those before it.
-
-        Raises:
-            ValueError: The file or a text cannot be used, or there is no tokenizer.
-        """
-        if tokenizer is None:
-            raise ValueError(
-                f"calibration={file} is text, and there is no tokenizer to read it with: pass "
-                "tokenizer."
-            )
-        positions = getattr(model.config, "max_position_embeddings", None)
-        tokens = []
-        for text in read_texts(file, samples):
-            ids = token_ids(tokenizer, text)[: min(longest, positions or longest)]
-            if len(ids) < shortest:
-                raise ValueError(
-                    f"calibration={file} has a text of {'one' if ids else 'no'} token, {text!r}, "
-                    "in which nothing is predicted: remove it."
-                )
-            tokens.append(torch.tensor([ids]))
-        return cls(Path(file), tokens)
-
-    @property
-    def key(self) -> str:
-        """What identifies the file, the tokens and how many there are."""
-        return repr((self.as_dict(), [tokens.tolist() for tokens in self.tokens]))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return name and SHA-256 of the file, and the number of texts and tokens."""
-        return {
-            "file": self.path.name,
-            "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(),
-            "texts": len(self.tokens),
-            "tokens": sum(tokens.numel() for tokens in self.tokens),
-        }
 
 
 @contextlib.contextmanager
@@ -193,9 +66,32 @@ def watched(
             handle.remove()
 
 
-def progress_bar(total: int, what: str) -> tqdm:
-    """Return a bar that counts the steps of `what` on a terminal, and shows nothing elsewhere."""
-    return tqdm(total=total, desc=what, unit="step", leave=False, disable=None)
+@contextlib.contextmanager
+def progress_bar(
+    total: int, what: str, texts: Sequence[Tensor] = (), unit: str = "text"
+) -> Iterator[tqdm]:
+    """Show on a terminal how far `what` is with `texts`, and the time left; nothing elsewhere.
+
+    The clock goes on while a layer of a large model takes minutes.
+    """
+    tokens = sum(text.numel() for text in texts)
+    label = f"{what}, {tokens:,} tokens" if tokens else what
+    ended = threading.Event()
+    with tqdm(total=total, desc=label, unit=unit, leave=False, disable=None) as bar:
+
+        def tick() -> None:
+            while not ended.wait(_TICK):
+                bar.refresh()
+
+        ticking = threading.Thread(target=tick, daemon=True)
+        if not bar.disable:
+            ticking.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            if not bar.disable:
+                ticking.join()
 
 
 def run_texts(
@@ -212,7 +108,7 @@ def run_texts(
     default for one forward pass.
     """
     run = run or (lambda tokens: model(input_ids=tokens, use_cache=False))
-    with watched(model, hooks or {}), progress_bar(len(texts), what) as bar:
+    with watched(model, hooks or {}), progress_bar(len(texts), what, texts) as bar:
         for text in texts:
             run(text.to(model.device))
             bar.update()
@@ -252,16 +148,9 @@ def calibrate(model: PreTrainedModel, text: CalibrationText) -> Calibration:
                 f"The calibration text makes {name} produce NaN or infinite activations: use "
                 "another dtype, such as dtype=float32, or other text."
             )
-    measured_on = text.as_dict() | unless_cpu(model.device)
-    logger.info(
-        "Calibrated on %d texts (%d tokens) of %s.",
-        measured_on["texts"],
-        measured_on["tokens"],
-        text.path,
-    )
     for total in sums.values():
         total[0].sqrt_()
-    return Calibration(sums, measured_on)
+    return Calibration(sums, text.as_dict() | unless_cpu(model.device))
 
 
 def check_observable(

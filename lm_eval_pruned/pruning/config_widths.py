@@ -19,17 +19,16 @@ from lm_eval_pruned.pruning.layouts import (
     describe,
     find_glu_mlps,
     text_config,
+    without_weights,
 )
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
 
     from lm_eval_pruned.pruning.layouts import GluMlp
-
-    Build = Callable[[PretrainedConfig], PreTrainedModel]
 
 #: Names of keys that may set a width.
 _WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
@@ -64,26 +63,20 @@ class WidthKey:
 
     def set(self, config: PretrainedConfig, value: Any) -> None:
         """Set its value in `config`."""
+        part = functools.reduce(getattr, self.path, config)
         if self.layer is not None:
-            entries = list(self.of_layer(None).get(config))
+            entries = list(getattr(part, self.name))
             entries[self.layer] = value
             value = entries
-        setattr(functools.reduce(getattr, self.path, config), self.name, value)
-
-    def of_layer(self, layer: int | None) -> WidthKey:
-        """Return the key of the same name for one layer, or for all."""
-        return dataclasses.replace(self, layer=layer)
+        setattr(part, self.name, value)
 
 
 def find_keys(
-    config: PretrainedConfig,
-    model: PreTrainedModel,
-    mlps: Sequence[GluMlp],
-    build: Build,
+    config: PretrainedConfig, model: PreTrainedModel, mlps: Sequence[GluMlp]
 ) -> dict[str, WidthKey]:
     """Find the key of the width of each of the GLU-MLPs of `model`, by the MLP's name.
 
-    `config` is as `plain_config` returns it, and `build` returns a model of one without weights.
+    `config` is as `plain_config` returns it, and `model` is of it, without weights.
 
     Raises:
         UnsupportedModelError: The width of one has no key, or shares its key.
@@ -96,7 +89,7 @@ def find_keys(
         value, probe = key.get(config), copy.deepcopy(config)
         try:
             key.set(probe, 2 * value if type(value) is int else [2 * n for n in value])
-            other = build(probe)
+            other = without_weights(type(model), probe)
             doubled = {mlp.name: mlp.width for mlp in find_glu_mlps(other)}
         except Exception:  # noqa: BLE001, S112 - configs refuse values in any way
             continue
@@ -108,7 +101,8 @@ def find_keys(
                 why = f"{key} in its config also sets the shape of {min(reshaped)}"
                 refusals[mlp.name] = why
             elif doubled.get(mlp.name) == 2 * mlp.width:
-                single = key if type(value) is int else key.of_layer(mlp.layer)
+                layer = None if type(value) is int else mlp.layer
+                single = dataclasses.replace(key, layer=layer)
                 factor = Fraction(mlp.width, single.get(config))
                 keys[mlp.name] = dataclasses.replace(single, factor=factor)
     for name, reason in refusals.items():
@@ -123,25 +117,18 @@ def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
     return {(name, tuple(t.shape)) for name, t in model.state_dict().items()}
 
 
-def _candidates(config: PretrainedConfig) -> Iterator[WidthKey]:
-    for path, part in _parts(config):
-        for name, value in vars(part).items():
-            numbers = value if isinstance(value, (list, tuple)) else [value]
-            whole = numbers and all(type(n) is int and n > 0 for n in numbers)
-            if whole and _WIDTH_NAME.search(name):
-                yield WidthKey(path, name)
-
-
-def _parts(
+def _candidates(
     config: PretrainedConfig, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], PretrainedConfig]]:
-    """Yield a config and those inside it, with their paths."""
-    from transformers import PretrainedConfig
-
-    yield path, config
+) -> Iterator[WidthKey]:
+    """Yield the numbers of a config, and of those inside it, that may be widths by their names."""
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        whole = numbers and all(type(n) is int and n > 0 for n in numbers)
+        if whole and _WIDTH_NAME.search(name):
+            yield WidthKey(path, name)
     for name, value in list(vars(config).items()):
-        if isinstance(value, PretrainedConfig):
-            yield from _parts(value, (*path, name))
+        if hasattr(value, "model_type"):
+            yield from _candidates(value, (*path, name))
 
 
 def plain_config(config: PretrainedConfig) -> PretrainedConfig:

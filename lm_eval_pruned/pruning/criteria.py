@@ -42,14 +42,12 @@ class Criterion:
     Attributes:
         score: Takes gate and up, shape (neurons, H), and for ``activity`` also down, shape
             (H, neurons), and `Calibration.norms`. Returns shape (neurons,), float32.
-        formula: What it computes of row g of gate, row u of up and column d of down.
         needs: ``extremes`` of gate and up only, where no rounding depends on the device, and
             finite scores prove that the weights are finite; ``weights``, all of gate and up;
             or ``activity``, what the neurons do on calibration text.
     """
 
     score: Callable[..., Tensor]
-    formula: str
     needs: str = "weights"
 
 
@@ -132,26 +130,16 @@ def _act(gate: Tensor, up: Tensor, down: Tensor, activity: Tensor) -> Tensor:
     return down.float().norm(p=2, dim=0) * activity[0].float().to(down.device)
 
 
-#: Where each comes from: ``docs/criteria.md``.
+#: The formula of each, and where it comes from: ``docs/criteria.md``.
 CRITERIA = {
-    "maw": Criterion(
-        _sum(_peak_to_peak),
-        "(max g + |min g|) + (max u + |min u|)",
-        needs="extremes",
-    ),
-    "max_abs": Criterion(
-        _sum(_largest_magnitude), "max |g| + max |u|", needs="extremes"
-    ),
-    "l1": Criterion(_sum(_norm(1)), "sum |g| + sum |u|"),
-    "l2": Criterion(_sum(_norm(2)), "sqrt(sum g²) + sqrt(sum u²)"),
-    "vow": Criterion(_sum(_variance), "var g + var u, with divisor H - 1"),
-    "pon": Criterion(_product(_norm(1)), "sum |g| · sum |u|"),
-    "maw_act": Criterion(
-        _maw_act,
-        "(p(g) / max p(g) + p(u) / max p(u) + p(d) / max p(d)) · s",
-        needs="activity",
-    ),
-    "act": Criterion(_act, "sqrt(sum d²) · sqrt(sum x²)", needs="activity"),
+    "maw": Criterion(_sum(_peak_to_peak), needs="extremes"),
+    "max_abs": Criterion(_sum(_largest_magnitude), needs="extremes"),
+    "l1": Criterion(_sum(_norm(1))),
+    "l2": Criterion(_sum(_norm(2))),
+    "vow": Criterion(_sum(_variance)),
+    "pon": Criterion(_product(_norm(1))),
+    "maw_act": Criterion(_maw_act, needs="activity"),
+    "act": Criterion(_act, needs="activity"),
 }
 #: Criteria that score by what neurons do on text, and those that need calibration text.
 ACTIVITY = tuple(
@@ -196,14 +184,14 @@ def beaten_by_chance(cut: str, removed: float) -> str | None:
     )
 
 
-def canonical_name(criterion: str, *, chosen: bool = False) -> str:
-    """Return the name of a criterion without aliases; those without scores only where `chosen`.
+def canonical_name(criterion: str) -> str:
+    """Return the name of a criterion without aliases.
 
     Raises:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
     name = ALIASES.get(criterion, criterion)
-    names = [*CRITERIA, RANDOM, *([OBS] if chosen else [])]
+    names = [*CRITERIA, RANDOM, OBS]
     if name not in names and name not in (added := _declared_elsewhere()):
         known = [*names, *ALIASES, *sorted(added)]
         near = difflib.get_close_matches(str(name), known, n=1)

@@ -112,7 +112,7 @@ def curvature(
     with (
         watched(model, dict.fromkeys(outputs.values(), watch)),
         _differentiable(model),
-        progress_bar(len(texts), "curvature") as bar,
+        progress_bar(len(texts), "curvature", texts) as bar,
     ):
         for text in texts:
             tokens = text.to(model.device)
@@ -129,7 +129,12 @@ def curvature(
             predicted += len(after)
             bar.update()
     seen = sum(text.numel() for text in texts)
-    roots = {module: _root(total / seen, module) for module, total in sums.items()}
+    roots = {}
+    with progress_bar(len(sums), "roots of the curvature", texts, "layer") as bar:
+        for module in [*sums]:
+            # In place of the sum.
+            roots[module] = _root(sums.pop(module) / seen, module)
+            bar.update()
     named = {name: roots[module] for name, module in outputs.items()}
     return Curvature(loss / max(predicted, 1), named)
 

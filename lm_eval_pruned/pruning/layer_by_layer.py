@@ -62,7 +62,8 @@ def lent(
     copies: dict[int, Tensor] = {}
     with contextlib.ExitStack() as undo:
         for module in modules:
-            for name, tensor in _tensors_of(module):
+            weights = module.named_parameters(recurse=False)
+            for name, tensor in [*weights, *module.named_buffers(recurse=False)]:
                 if device is None and id(tensor) not in written:
                     continue
                 undo.callback(setattr, module, name, tensor)
@@ -76,14 +77,6 @@ def lent(
         yield
 
 
-def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the parameters and buffers of a module without those inside it, by name."""
-    return [
-        *module.named_parameters(recurse=False),
-        *module.named_buffers(recurse=False),
-    ]
-
-
 @contextlib.contextmanager
 def moved(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]:
     """Have a whole model on `device`, by default where it is; stay where it does not fit."""
@@ -93,7 +86,7 @@ def moved(model: PreTrainedModel, device: torch.device | None) -> Iterator[None]
                 stack.enter_context(lent(model.modules(), device))
             except torch.OutOfMemoryError:
                 logger.warning(
-                    "The unpruned model does not fit on %s, so its text runs on %s.",
+                    "The model does not fit on %s, so its text runs on %s.",
                     device,
                     model.device,
                 )

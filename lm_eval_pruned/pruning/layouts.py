@@ -66,6 +66,7 @@ class Region:
 
     Attributes:
         parameter: Full name of the parameter in the model.
+        owner: The module whose attribute it is.
         expert: Position on its first axis, where it stacks experts.
         half: 0 for gate and 1 for up, where it holds both.
         interleaved: Whether gate and up alternate row by row.
@@ -73,6 +74,7 @@ class Region:
     """
 
     parameter: str
+    owner: nn.Module
     expert: int | None = None
     half: int | None = None
     interleaved: bool = False
@@ -100,6 +102,8 @@ class GluMlp:
         index: Position among the model's GLU-MLPs, from 0.
         module: The module that holds its parameters.
         path: Path of that module in the model.
+        layer_path: Path of the model's layer that holds it, such as ``model.layers.3``.
+        layer: Number of that layer, as ``layers=`` counts.
         kind: ``dense``, ``expert`` or ``shared`` (an expert that every token uses).
         regions: Where each ``(projection, "weight" or "bias")`` with a neuron axis
             lies; the bias of down has none.
@@ -109,23 +113,20 @@ class GluMlp:
     index: int
     module: nn.Module
     path: str
+    layer_path: str
+    layer: int
     kind: str
     regions: Regions
 
-    def owner(self, region: Region) -> tuple[nn.Module, str]:
-        """Return the module that owns the parameter of `region`, and its name there."""
-        inside, _, name = region.parameter[len(self.path) + 1 :].rpartition(".")
-        return self.module.get_submodule(inside), name
-
     def parameter(self, region: Region) -> nn.Parameter:
         """Return the parameter of the model that holds `region`."""
-        return getattr(*self.owner(region))
+        return getattr(region.owner, region.parameter.rpartition(".")[2])
 
     def projection(self, name: str) -> Any:
         """Return the nn.Linear that holds only ``gate_proj``, ``up_proj`` or ``down_proj``, if any."""
         region = self.regions[name, "weight"]
         alone = region.half is region.expert is None
-        return self.owner(region)[0] if alone else None
+        return region.owner if alone else None
 
     def weight(self, projection: str, part: str = "weight") -> Tensor:
         """Return a view: (I, H) for gate and up, (H, I) for down, (I,) for a bias."""
@@ -141,18 +142,6 @@ class GluMlp:
     def width(self) -> int:
         """Intermediate size I, in neurons."""
         return self.weight("gate_proj").shape[0]
-
-    @property
-    def layer_path(self) -> str:
-        """Path of the model's layer that holds it, such as ``model.layers.3``."""
-        match = _LAYER.match(self.path)
-        return match[0] if match else self.path
-
-    @property
-    def layer(self) -> int:
-        """Number of the model's layer that holds it, as ``layers=`` counts."""
-        match = _LAYER.match(self.path)
-        return int(match[1]) if match else 0
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -188,7 +177,10 @@ def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
     for path, module in _language_modules(model):
         try:
             for name, regions in _mlps_of(path, module):
-                mlps.append(GluMlp(name, len(mlps), module, path, _kind(path), regions))
+                match = _LAYER.match(path)
+                layer = (match[0], int(match[1])) if match else (path, 0)
+                where = module, path, *layer, _kind(path)
+                mlps.append(GluMlp(name, len(mlps), *where, regions))
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{describe(model)} {error}") from None
     if not mlps:
@@ -220,7 +212,7 @@ def resize(mlps: Sequence[GluMlp], pieces: Mapping[tuple[str, str, str], Tensor]
     """
     for entries in regions_by_parameter(mlps).values():
         mlp, (projection, part), region = entries[0]
-        owner, name = mlp.owner(region)
+        owner, name = region.owner, region.parameter.rpartition(".")[2]
         old, new = mlp.parameter(region), pieces[mlp.name, projection, part]
         if region.half is not None or region.expert is not None:
             shape = list(new.shape)
@@ -348,8 +340,8 @@ def _mlps_of(path: str, module: nn.Module) -> Iterator[tuple[str, Regions]]:
     for expert in range(gate[0]) if stacked else (None,):
         regions: dict[tuple[str, str], Region] = {}
         for projection, name, half in zip(NEURON_AXIS, names, halves, strict=True):
-            cut = expert, half, interleaved
-            full = f"{path}.{name}"
+            owner = module if stacked else children[name]
+            cut, full = (owner, expert, half, interleaved), f"{path}.{name}"
             regions[projection, "weight"] = Region(full + weight, *cut, transposed)
             if projection != "down_proj" and name + bias in held:
                 regions[projection, "bias"] = Region(full + bias, *cut)

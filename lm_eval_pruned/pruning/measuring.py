@@ -8,18 +8,18 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from lm_eval_pruned.pruning.calibration import (
     Calibration,
-    CalibrationText,
     calibrate,
     run_texts,
     unless_cpu,
 )
+from lm_eval_pruned.pruning.calibration_text import SELF, TextSource
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
     CRITERIA,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import Number, PruneArguments
+    from lm_eval_pruned.pruning.calibration_text import CalibrationText
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
 
@@ -114,40 +115,6 @@ def block_influence(
     return influence
 
 
-def depth_in_memory(
-    model: PreTrainedModel,
-    arguments: PruneArguments,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    device: torch.device | None = None,
-    content: Hashable | None = None,
-) -> Depth | None:
-    """Return which layers of a loaded model stay.
-
-    Text runs on `device`, by default where the model is. `content` identifies the model for
-    `measured_once`.
-
-    Raises:
-        ValueError: The layers or the text are wrong, or there is no tokenizer.
-        UnsupportedModelError: Layers of this model cannot be dropped.
-    """
-    layers = len(layers_of(model)[1])
-    if not arguments.measures_depth:
-        return Depth.of(arguments, layers)
-    samples: Any = arguments.calibration_samples
-    text = CalibrationText.of(model, tokenizer, str(arguments.calibration), samples)
-
-    def measure() -> Measured:
-        check_weights(model)
-        with moved(model, device):
-            influence = block_influence(model, text.tokens)
-            measured_on = text.as_dict() | unless_cpu(model.device)
-        return {"influence": torch.tensor(influence, dtype=torch.float64)}, measured_on
-
-    what = ("block influence", text.key, (device or model.device).type)
-    tensors, measured_on = measured_once(content, what, measure)
-    return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
-
-
 def text_loss(model: PreTrainedModel, tokens: Tensor) -> float:
     """Return the loss of a text of shape (1, tokens), in nats, over the tokens but the first.
 
@@ -165,47 +132,64 @@ class LoadedModel:
     Attributes:
         model: The model.
         tokenizer: Its tokenizer; needed where text is read.
-        calibration: JSON Lines file of text.
-        samples: How many of its texts to use; None for all.
-        seed: Seed of the criterion ``random``.
+        arguments: The text to read, and how neurons and layers are chosen.
         device: Where text runs; default: where the model is.
         content: What identifies the model, with the layers that it has, for `measured_once`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    calibration: str | None
-    samples: int | None
-    seed: int
+    arguments: PruneArguments
     device: torch.device | None = None
     content: Hashable | None = None
 
-    def score(self, mlp: GluMlp, criterion: str) -> Tensor:
-        """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
-        activity = None
-        if criterion in ACTIVITY:
-            activity = self.observed.norms[mlp.name]
-        gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
-        scores = score_neurons(
-            gate,
-            up,
-            criterion,
-            layer=mlp.index,
-            seed=self.seed,
-            down=down,
-            activity=activity,
-            name=mlp.name,
-        )
-        return scores.cpu()
+    def depth(self) -> Depth | None:
+        """Return which layers stay, where layers are to be dropped.
 
-    def scores(self, criterion: str, mlps: Sequence[GluMlp]) -> Mapping[str, Tensor]:
-        """Return the scores of `mlps` by a criterion, by name of the MLP."""
-        if mlps and criterion in ACTIVITY:
-            # Text runs once, before threads ask for it.
-            _ = self.observed
+        Raises:
+            ValueError: The layers or the text are wrong, or there is no tokenizer.
+            UnsupportedModelError: Layers of this model cannot be dropped.
+        """
+        layers = len(layers_of(self.model)[1])
+        if not self.arguments.measures_depth:
+            return Depth.of(self.arguments, layers)
+        text = self.text
+
+        def measure() -> Measured:
+            check_weights(self.model)
+            with moved(self.model, self.device):
+                influence = block_influence(self.model, text.tokens)
+                measured_on = text.as_dict() | unless_cpu(self.model.device)
+            return {
+                "influence": torch.tensor(influence, dtype=torch.float64)
+            }, measured_on
+
+        what = ("block influence", text.key)
+        tensors, measured_on = self._measured_once(what, measure)
+        influence = tensors["influence"].tolist()
+        return Depth.of(self.arguments, layers, influence, measured_on)
+
+    def scores(self, mlps: Sequence[GluMlp]) -> Mapping[str, Tensor]:
+        """Return the scores of neurons, shape (I,), on the CPU, by name of the MLP."""
+        criterion, seed = self.arguments.criterion, int(self.arguments.seed)
+        norms = self.observed.norms if mlps and criterion in ACTIVITY else {}
+
+        def score(mlp: GluMlp) -> Tensor:
+            gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
+            return score_neurons(
+                gate,
+                up,
+                criterion,
+                layer=mlp.index,
+                seed=seed,
+                down=down,
+                activity=norms.get(mlp.name),
+                name=mlp.name,
+            ).cpu()
+
         # Most of scoring does not hold the lock of the interpreter.
         with ThreadPoolExecutor() as pool:
-            scores = pool.map(lambda mlp: self.score(mlp, criterion), mlps)
+            scores = pool.map(score, mlps)
             return {mlp.name: row for mlp, row in zip(mlps, scores, strict=True)}
 
     @functools.cached_property
@@ -227,10 +211,13 @@ class LoadedModel:
 
     @functools.cached_property
     def text(self) -> CalibrationText:
-        """The calibration text that was asked for; see `CalibrationText.of`."""
-        return CalibrationText.of(
-            self.model, self.tokenizer, str(self.calibration), self.samples
-        )
+        """The calibration text that was asked for; see `TextSource.read`."""
+        source = TextSource.of(self.arguments)
+        assert source is not None
+        # A file is read without the model.
+        device = self.device if source.name == SELF else None
+        with moved(self.model, device):
+            return source.read(self.model, self.tokenizer, self.content)
 
     @functools.cached_property
     def curvature(self) -> Curvature:
@@ -245,29 +232,24 @@ class LoadedModel:
 
         return Curvature.of(*self._measured_once(("curvature", text.key), measure))
 
-    def curves(
-        self, criterion: str, repair: str, shares: Sequence[Number] = CUTS
-    ) -> Sensitivity:
+    def curves(self, shares: Sequence[Number] = CUTS) -> Sensitivity:
         """Return what it costs to cut one layer, for each layer and width.
 
-        Args:
-            criterion: Which neurons go.
-            repair: What follows a cut: none or least_squares.
-            shares: Shares of neurons to remove, in percent.
+        `shares` are those of neurons to remove, in percent.
         """
 
         def measure() -> Measured:
-            return {}, self._curves(criterion, repair, shares).as_dict()
+            return {}, self._curves(shares).as_dict()
 
+        how = self.arguments.criterion, int(self.arguments.seed), self.arguments.repair
         # Nothing tells whether the code of another package is still the same.
-        if criterion not in (OBS, RANDOM, *CRITERIA):
+        if how[0] not in (OBS, RANDOM, *CRITERIA):
             return Sensitivity.of(measure()[1])
-        what = ("curves", self.text.key, criterion, self.seed, tuple(shares), repair)
+        what = ("curves", self.text.key, how, tuple(shares))
         return Sensitivity.of(self._measured_once(what, measure)[1])
 
-    def _curves(
-        self, criterion: str, repair: str, shares: Sequence[Number]
-    ) -> Sensitivity:
+    def _curves(self, shares: Sequence[Number]) -> Sensitivity:
+        criterion, repair = self.arguments.criterion, self.arguments.repair
         model, text, by_layer = self.model, self.text, self._mlps_by_layer()
         mlps = [mlp for together in by_layer.values() for mlp in together]
         widths, narrowed = {}, {}
@@ -281,7 +263,7 @@ class LoadedModel:
                     math.ceil(Fraction(kept * mlp.width, width))
                     for kept in widths[layer]
                 ]
-        scores = {} if criterion == OBS else self.scores(criterion, mlps)
+        scores = {} if criterion == OBS else self.scores(mlps)
         roots = self.curvature.roots
         errors = errors_of_cuts(
             model, text.tokens, mlps, narrowed, scores, roots, repair, self.device

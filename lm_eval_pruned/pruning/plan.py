@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from lm_eval_pruned.pruning.arguments import PruneArguments
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from typing_extensions import Unpack
 
@@ -123,9 +122,19 @@ class PrunePlan:
         number = layer if self.depth is None else self.depth.kept[layer]
         return self.layers is None or number in self.layers
 
-    def rounded(self, kept: int) -> int:
-        """Return `kept`, rounded down to `multiple_of` where that leaves something."""
-        return kept // self.multiple_of * self.multiple_of or kept
+    def rounded(self, kept: int, source: str = "") -> int:
+        """Return `kept`, rounded down to `multiple_of` where that leaves something.
+
+        Raises:
+            ValueError: It leaves nothing of the width that a `source` gives.
+        """
+        rounded = kept // self.multiple_of * self.multiple_of
+        if source and not rounded:
+            raise ValueError(
+                f"multiple_of={self.multiple_of} is larger than the kept width {kept} that "
+                f"{source}: use a multiple of at most {kept}."
+            )
+        return rounded or kept
 
     def kept_of(self, width: int, widest: int, unit: Fraction = Fraction(1)) -> int:
         """Return the kept width of an MLP of `width` neurons.
@@ -146,8 +155,6 @@ class PrunePlan:
         cls,
         hidden_size: int,
         width_before: int,
-        *,
-        available_layers: Collection[int] | None = None,
         **prune_arguments: Unpack[PruneKeywords],
     ) -> PrunePlan:
         """Resolve the user's arguments against a model's dimensions.
@@ -155,8 +162,6 @@ class PrunePlan:
         Args:
             hidden_size: Model width H.
             width_before: Intermediate size I, in neurons.
-            available_layers: Numbers of the layers that have a GLU-MLP; a mapping says
-                their widths too, where these differ.
             **prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
 
         Raises:
@@ -166,11 +171,8 @@ class PrunePlan:
         Source: sections 3.1 and 4.1 of arXiv 2512.22671; the widths are those of
         its checkpoints.
         """
-        widths: Any = available_layers
-        if widths is not None and not isinstance(widths, Mapping):
-            widths = dict.fromkeys(widths, width_before)
         arguments = PruneArguments(**prune_arguments)
-        return cls.of(arguments, hidden_size, width_before, widths)
+        return cls.of(arguments, hidden_size, width_before, None)
 
     @classmethod
     def of(
@@ -199,8 +201,8 @@ class PrunePlan:
             return plan if widths == before else plan.with_layers(widths)
         chosen = _chosen_layers(arguments, before or {}, depth)
         kept = _kept_width(name, value, hidden_size, width_before)
-        plan._check_multiple(kept, f"{name}={value} gives")
-        return dataclasses.replace(plan, width=plan.rounded(kept), layers=chosen)
+        width = plan.rounded(kept, f"{name}={value} gives")
+        return dataclasses.replace(plan, width=width, layers=chosen)
 
     def with_layers(self, widths: Mapping[int, int]) -> PrunePlan:
         """Return the same plan with the width of each layer, in neurons, by its number."""
@@ -221,16 +223,8 @@ class PrunePlan:
                     "them all."
                 )
             if width < before[layer]:
-                self._check_multiple(width, f"{where} gives layer {layer}")
-                named[layer] = self.rounded(width)
+                named[layer] = self.rounded(width, f"{where} gives layer {layer}")
         return {**before, **named}
-
-    def _check_multiple(self, kept: int, source: str) -> None:
-        if self.multiple_of > kept:
-            raise ValueError(
-                f"multiple_of={self.multiple_of} is larger than the kept width {kept} that "
-                f"{source}: use a multiple of at most {kept}."
-            )
 
 
 def whole_or_mean(width: Fraction) -> int | float:

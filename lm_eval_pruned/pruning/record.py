@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,15 +29,7 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.widths import Widths
 
 
-@dataclass(frozen=True)
-class WidthGroup:
-    """A number of GLU-MLPs that share kind, config key and width before and after, in neurons."""
-
-    kind: str
-    config_key: str
-    width_before: int
-    width_after: int
-    mlps: int
+_GROUP = ("kind", "config_key", "width_before", "width_after", "mlps")
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,8 @@ class PruneRecord:
         parameters_after: Parameters of the pruned model.
         kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
             empty for the baseline, and where the process that loaded does not tell.
-        groups: The GLU-MLPs by kind and width.
+        groups: The GLU-MLPs by kind, config key, and width before and after, in neurons, as the
+            results file has them.
         config_expresses_widths: Whether stock transformers can open the model once it is saved.
         calibration: The text on which the neurons were observed, if any, as the results file
             describes it.
@@ -63,7 +56,7 @@ class PruneRecord:
     parameters_before: int
     parameters_after: int
     kept: tuple[Tensor, ...]
-    groups: tuple[WidthGroup, ...]
+    groups: tuple[dict[str, Any], ...]
     config_expresses_widths: bool
     calibration: Mapping[str, Any] | None
     repaired: int | None = None
@@ -89,7 +82,10 @@ class PruneRecord:
             widths.parameters_before,
             widths.count_parameters(targets),
             kept or (),
-            tuple(WidthGroup(*group, mlps) for group, mlps in counts.items()),
+            tuple(
+                dict(zip(_GROUP, (*group, mlps), strict=True))
+                for group, mlps in counts.items()
+            ),
             not widths.inexpressible(targets),
             calibration,
             repaired,
@@ -128,7 +124,7 @@ class PruneRecord:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "kept_digest": self.digest,
-            "groups": [asdict(group) for group in self.groups],
+            "groups": [*self.groups],
             "config_expresses_widths": self.config_expresses_widths,
             **(plan.depth.as_dict() if plan.depth else {}),
         }

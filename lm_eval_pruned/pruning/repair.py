@@ -191,13 +191,11 @@ class CutMlp:
         kept: Its kept neurons, shape (k,), int64, ascending, on the CPU.
         down: The weights of down for them, shape (H, k), where the model is.
         bias: The bias of down, shape (H,), if it has one.
-        repaired: Whether they make up for the neurons that are gone.
     """
 
     kept: Tensor
     down: Tensor
     bias: Tensor | None
-    repaired: bool
 
 
 def tokens_per_neuron(
@@ -237,12 +235,13 @@ def cut_layer_by_layer(
     scores: Mapping[str, Tensor],
     roots: Mapping[str, Tensor],
     repair: str,
+    take: Callable[[Sequence[GluMlp], Mapping[str, CutMlp]], None],
     device: torch.device | str | None = None,
-) -> dict[str, CutMlp]:
+) -> int:
     """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
 
-    The model stays as it is. An MLP whose activations cannot be observed, or that sees fewer tokens
-    than it keeps neurons, is not repaired.
+    The model stays as it is, unless `take` changes it. An MLP whose activations cannot be observed,
+    or that sees fewer tokens than it keeps neurons, is not repaired.
 
     Args:
         model: The model, with all its neurons.
@@ -252,19 +251,22 @@ def cut_layer_by_layer(
         scores: Scores of each by name; those without any go by `order_by_cost`.
         roots: Those of `Curvature`, of each MLP without scores.
         repair: ``none`` or ``least_squares``.
+        take: Given the MLPs of a layer, and what is left of each by name, when no text needs the
+            layer any more.
         device: Where texts run and matrices are; see `LayerByLayer`.
 
     Returns:
-        What is left of each MLP, by name.
+        How many MLPs were repaired.
 
     Raises:
         ValueError: An activation is NaN or infinite.
         UnsupportedModelError: See `check_observable`, without scores.
     """
     cut_mlps: dict[str, CutMlp] = {}
-    home = model.device
+    repaired_mlps, home = 0, model.device
 
     def cut(mlp: GluMlp, moments: Moments) -> None:
+        nonlocal repaired_mlps
         name, width = mlp.name, targets[mlp.name]
         solves = repair == LEAST_SQUARES and moments.tokens >= width
         gram = torch.empty(0)
@@ -279,10 +281,13 @@ def cut_layer_by_layer(
         down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
         down = down.index_select(1, kept.to(down.device)).to(home)
         bias = None if bias is None else bias.clone()
-        cut_mlps[name] = CutMlp(kept, down, bias, solves)
+        cut_mlps[name] = CutMlp(kept, down, bias)
+        repaired_mlps += solves
 
-    _visit(model, texts, mlps, scores, cut, "repair", device)
-    repaired_mlps = sum(mlp.repaired for mlp in cut_mlps.values())
+    def leave(layer: Sequence[GluMlp]) -> None:
+        take(layer, {mlp.name: cut_mlps.pop(mlp.name) for mlp in layer})
+
+    _visit(model, texts, mlps, scores, cut, "repair", device, leave)
     if repaired_mlps < len(mlps) and repair != NO_REPAIR:
         logger.warning(
             "repair=%s: %d of %d GLU-MLPs are repaired; the others keep their weights, because "
@@ -292,7 +297,7 @@ def cut_layer_by_layer(
             repaired_mlps,
             len(mlps),
         )
-    return cut_mlps
+    return repaired_mlps
 
 
 def errors_of_cuts(
@@ -345,10 +350,11 @@ def _visit(
     visit: Callable[[GluMlp, Moments], None],
     what: str,
     device: torch.device | str | None = None,
+    leave: Callable[[Sequence[GluMlp]], object] = len,
 ) -> None:
     """Let `visit` look at one GLU-MLP after the other, and change it, as texts arrive there.
 
-    The texts go on with what it changed; the model ends as it was.
+    The texts go on with what it changed, and the layer is as it was when they `leave` its MLPs.
     """
     if any(mlp.name not in scores for mlp in mlps):
         check_observable(model, stacked=True)
@@ -359,8 +365,8 @@ def _visit(
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.layer_path)].append(mlp)
     last = max(walk.layers.index(layer) for layer in by_stack)
-    bar = progress_bar(last + 1, what)
-    with torch.no_grad(), one_by_one(model, mlps), bar:
+    drawn = progress_bar(last + 1, what, texts, "layer")
+    with torch.no_grad(), one_by_one(model, mlps), drawn as bar:
         for layer in walk.layers[: last + 1]:
             visited = by_stack.get(layer, [])
             downs = [weight for mlp in visited for weight in _down_of(mlp)]
@@ -375,8 +381,11 @@ def _visit(
                         visit(mlp, _checked(mlp, moments.of(mlp)))
                     # What was removed changes what the layer returns.
                     walk.go_on(replay.again())
+                    # The activations.
+                    del replay, moments
                 else:
                     walk.go_on(walk.run())
+            leave(visited)
             bar.update()
 
 

@@ -7,11 +7,14 @@ import functools
 import itertools
 import logging
 import math
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
@@ -29,13 +32,10 @@ from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     GluMlp,
     find_glu_mlps,
+    regions_by_parameter,
     resize,
 )
-from lm_eval_pruned.pruning.measuring import (
-    LoadedModel,
-    check_weights,
-    depth_in_memory,
-)
+from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.repair import (
     CutMlp,
@@ -47,7 +47,7 @@ from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,14 +117,13 @@ def prune_loaded(
 ) -> PreTrainedModel:
     """Do what `prune_model` does with arguments that are together."""
     widths = widths_in_memory(model)
+    evidence = LoadedModel(model, tokenizer, arguments)
     if arguments.drop_layers is not None:
         if arguments.measures_depth:
             # What is wrong with the arguments is refused before text runs.
             widths.plan(arguments)
-        widths = widths.without_layers(depth_in_memory(model, arguments, tokenizer))
+        widths = widths.without_layers(evidence.depth())
     plan = widths.plan(arguments)
-    samples: Any = arguments.calibration_samples
-    evidence = LoadedModel(model, tokenizer, arguments.calibration, samples, plan.seed)
     return finished(carry_out(evidence, plan, widths), widths)
 
 
@@ -134,33 +133,57 @@ def carry_out(
     widths: Widths,
     *,
     whole_on_error: bool = True,
+    scratch: Path | None = None,
 ) -> PreTrainedModel:
     """Prune a model in place as `plan` says, write its record and return it; see `prune_model`.
 
-    `evidence` settles the plan, and `widths` are those of the layers that stay. An error leaves the
-    model as it was: all is scored and narrowed before the first MLP is changed. Unless
-    `whole_on_error`, a narrow MLP takes its place as soon as it is made, which takes less memory.
+    An error leaves the model as it was: all is scored and narrowed before the first MLP is changed.
+
+    Args:
+        evidence: What settles the plan, of the model.
+        plan: What to do.
+        widths: Those of the layers that stay.
+        whole_on_error: If not, a narrow MLP takes its place as soon as it is made, which takes less
+            memory.
+        scratch: Folder on whose disk narrow weights are then, in place of memory, in files that go
+            with them.
     """
     model, arguments = evidence.model, plan.arguments
     calibration: dict[str, Any] | None = None
     repaired: int | None = None
     kept: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
-    cut_mlps: Mapping[str, CutMlp] = {}
     mlps: Sequence[GluMlp] = ()
+    waiting: list[Callable[[], None]] = []
     with contextlib.ExitStack() as on_error, ThreadPoolExecutor() as pool:
+
+        def take(chosen: Sequence[GluMlp], cut_mlps: Mapping[str, CutMlp]) -> None:
+            kept.update({name: mlp.kept for name, mlp in cut_mlps.items()})
+            by_path = itertools.groupby(chosen, key=lambda mlp: mlp.path)
+            groups = [list(group) for _, group in by_path]
+            narrowed = functools.partial(_narrowed, kept=kept, cut=cut_mlps)
+            # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes
+            # two thirds longer on two cores. But threads are faster than a disk.
+            made = (pool.map if scratch is None else map)(narrowed, groups)
+            for group, pieces in zip(groups, made, strict=True):
+                put = functools.partial(_put, group, pieces, cut_mlps, scratch)
+                waiting.append(put) if whole_on_error else put()
+
         if arguments.calibration is not None:
             # Text tells only that something is not finite.
             check_weights(model)
+            # The unpruned model may have to write it.
+            _ = evidence.text
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
-        plan = plan_layers(plan, widths, evidence)
+        if plan.is_open:
+            plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
             narrow_config = widths.narrowed_config(targets)
             cut = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
             if plan.criterion != OBS:
-                scores |= evidence.scores(plan.criterion, cut)
+                scores |= evidence.scores(cut)
         if arguments.calibration is None:
             check_weights(model, scores)
         for mlp in mlps:
@@ -172,7 +195,7 @@ def carry_out(
             text, device = evidence.text, evidence.device or model.device
             fewest = tokens_per_neuron(model, text.tokens, cut, targets)
             roots = evidence.curvature.roots if plan.criterion == OBS else {}
-            cut_mlps = cut_layer_by_layer(
+            changed = cut_layer_by_layer(
                 model,
                 text.tokens,
                 cut,
@@ -180,26 +203,19 @@ def carry_out(
                 scores,
                 roots,
                 arguments.repair,
+                take,
                 device,
             )
-            kept |= {name: mlp.kept for name, mlp in cut_mlps.items()}
             if arguments.repair != NO_REPAIR:
-                repaired = sum(mlp.repaired for mlp in cut_mlps.values())
+                repaired = changed
             calibration = text.as_dict() | unless_cpu(device)
             calibration["tokens_per_neuron"] = fewest
-        elif plan.criterion in CALIBRATED and scores:
-            calibration = evidence.observed.measured_on
-        by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
-        groups = [list(group) for _, group in by_path]
-        # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes two
-        # thirds longer on two cores.
-        narrowed: Iterable[Pieces] = pool.map(
-            functools.partial(_narrowed, kept=kept, cut=cut_mlps), groups
-        )
-        if whole_on_error:
-            narrowed = list(narrowed)
-        for group, pieces in zip(groups, narrowed, strict=True):
-            _put(group, pieces, cut_mlps)
+        else:
+            take(mlps, {})
+            if plan.criterion in CALIBRATED and scores:
+                calibration = evidence.observed.measured_on
+        for put in waiting:
+            put()
         on_error.pop_all()
     if plan.prunes:
         widths.copy_keys(narrow_config, model.config)
@@ -208,8 +224,10 @@ def carry_out(
     return model
 
 
-def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
-    """Have a pruned model run where it is going to stay, and tell what its widths cost there.
+def finished(
+    model: PreTrainedModel, widths: Widths, device: torch.device | None = None
+) -> PreTrainedModel:
+    """Have a pruned model run on `device`, by default where it is, and tell what its widths cost there.
 
     `widths` are those of its unpruned MLPs.
     """
@@ -231,7 +249,8 @@ def finished(model: PreTrainedModel, widths: Widths) -> PreTrainedModel:
             widths.keys[names[0]],
         )
     quantised = getattr(model.config, "quantization_config", None) is not None
-    if model.device.type == "cuda" and model.dtype.itemsize == 2 and not quantised:
+    kind = (device or model.device).type
+    if kind == "cuda" and model.dtype.itemsize == 2 and not quantised:
         cut = (targets[n] for n in targets if targets[n] < widths.actual[n])
         if odd := next((width for width in cut if width % _CUDA_MULTIPLE), 0):
             logger.warning(
@@ -309,11 +328,33 @@ def _narrowed(
 
 
 @torch.no_grad()
-def _put(mlps: Sequence[GluMlp], pieces: Pieces, cut: Mapping[str, CutMlp]) -> None:
+def _put(
+    mlps: Sequence[GluMlp],
+    pieces: Pieces,
+    cut: Mapping[str, CutMlp],
+    scratch: Path | None,
+) -> None:
     """Give GLU-MLPs that share a module their narrow weights, and the repaired bias of down."""
     if not pieces:
         return
     resize(mlps, pieces)
+    if scratch is not None:
+        _map(mlps, scratch)
     for mlp in mlps:
         if mlp.name in cut and (bias := cut[mlp.name].bias) is not None:
             mlp.projection("down_proj").bias.copy_(bias)
+
+
+def _map(mlps: Sequence[GluMlp], scratch: Path) -> None:
+    """Have the weights of GLU-MLPs mapped from a file, which has no name any more.
+
+    Raises:
+        SafetensorError: The disk is full.
+    """
+    entries = regions_by_parameter(mlps).items()
+    weights = {name: mlp.parameter(region) for name, [(mlp, _, region), *_] in entries}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        file = Path(folder, "narrow")
+        save_file({name: weight.data for name, weight in weights.items()}, file)
+        for name, stored in load_file(file).items():
+            weights[name].data = stored

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.pruning.config_widths import (
@@ -46,7 +47,8 @@ class Widths:
         config: What `lm_eval_pruned.pruning.config_widths.plain_config` makes of it.
         mlps: The GLU-MLPs of `skeleton`, in order.
         keys: The key of each MLP, by the MLP's name.
-        actual: The width of each MLP, by name.
+        configured: The width that the config gives each MLP, by name.
+        actual: The width that it has.
         layers: The width of each layer's experts, else of its MLP, in neurons, by number, ascending.
         depth: Which layers stay; None for all. The others are those of a model that never
             had the rest, `whole` has them all.
@@ -74,8 +76,9 @@ class Widths:
         self.skeleton, self.original = skeleton, config
         self.config = plain_config(config)
         self.mlps = find_glu_mlps(skeleton)
-        self.keys = find_keys(self.config, skeleton, self.mlps, self.build)
-        self.actual = dict(actual or {mlp.name: mlp.width for mlp in self.mlps})
+        self.keys = find_keys(self.config, skeleton, self.mlps)
+        self.configured = {mlp.name: mlp.width for mlp in self.mlps}
+        self.actual = dict(actual or self.configured)
         # The first of a layer represents it, and the first of all the model.
         experts_first = sorted(self.mlps, key=lambda mlp: mlp.kind != "expert")
         self._first = experts_first[0]
@@ -85,23 +88,16 @@ class Widths:
         self.whole = self
         self.remembered: list[Change] = []
 
-    def build(self, config: PretrainedConfig) -> PreTrainedModel:
-        """Return a model of the same class for another config, without weights."""
-        return without_weights(type(self.skeleton), config)
-
-    def with_actual(self, actual: Mapping[str, int]) -> Widths:
-        """Return those of the same whole model with the width `actual` of each MLP, by name."""
-        return Widths(self.skeleton, self.original, actual)
-
     def without_layers(self, depth: Depth | None) -> Widths:
         """Return those of the same model with the layers of `depth`; itself for None."""
         if depth is None:
             return self
         actual = [self.actual[mlp.name] for mlp in self.mlps if mlp.layer in depth.kept]
+        build = type(self.skeleton)
         try:
             config = shallow_config(self.original, depth)
-            shallow = self.build(plain_config(config))
-            whole = self.build(self.config)
+            shallow = without_weights(build, plain_config(config))
+            whole = without_weights(build, self.config)
             remembered = attributes_that_change(whole, shallow, depth)
             names = [mlp.name for mlp in find_glu_mlps(shallow)]
             widths = Widths(shallow, config, dict(zip(names, actual, strict=True)))
@@ -118,7 +114,7 @@ class Widths:
     @functools.cached_property
     def _widest(self) -> dict[str, int]:
         """Return the value of each MLP's key, of any layer, that builds the widest of its kind."""
-        kinds = {name: key.of_layer(None) for name, key in self.keys.items()}
+        kinds = {name: replace(key, layer=None) for name, key in self.keys.items()}
         values: dict[WidthKey, int] = defaultdict(int)
         for name, kind in kinds.items():
             value = math.ceil(self.actual[name] / kind.factor)
@@ -173,13 +169,9 @@ class Widths:
         """The parameters of the unpruned model; tied ones count once."""
         return self.whole.count_parameters(self.whole.actual)
 
-    def fit(self, targets: Mapping[str, int]) -> bool:
-        """Return whether `targets` are the widths that the config says."""
-        return all(targets[mlp.name] == mlp.width for mlp in self.mlps)
-
     def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
         """Return a copy of the config with the widths of `targets`, as far as keys hold them."""
-        if self.fit(targets):
+        if targets == self.configured:
             return copy.deepcopy(self.original)
         narrowed = copy.deepcopy(self.config)
         for key, value in self._values(targets).items():

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.report.page import Section, rendered, run_label
+from lm_eval_pruned.results.documents import documents_of
 from lm_eval_pruned.results.groups import primary_metrics
 from lm_eval_pruned.util.tables import Column, Table
 
@@ -17,7 +18,6 @@ from lm_eval_pruned.util.tables import Column, Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.results.documents import Sample
     from lm_eval_pruned.results.files import Run
 
@@ -76,7 +76,6 @@ def changed_answers(
     title: str,
     base: Run,
     others: Sequence[Run],
-    read: DocumentReader,
     *,
     texts: bool = True,
 ) -> tuple[Section | None, str]:
@@ -86,7 +85,7 @@ def changed_answers(
     samples of answers that are right or wrong. Without `texts` the page names documents by number
     and hash alone. ResultsError if a file of samples cannot be read or is incomplete.
     """
-    counts, not_counted, changes = find_changes(base, others, read)
+    counts, not_counted, changes = find_changes(base, others)
     if not counts:
         return None, ""
     explanation = (
@@ -110,19 +109,19 @@ def changed_answers(
 
 
 def find_changes(
-    base: Run, others: Sequence[Run], read: DocumentReader
+    base: Run, others: Sequence[Run]
 ) -> tuple[list[Counts], list[str], list[Change]]:
     """Return counts by run and task, tasks without counts, and changes, those for the worse first."""
     counts: list[Counts] = []
     not_counted: list[str] = []
     changes: list[Change] = []
     for task in base.tasks(subtasks=False):
-        metric, before = _counted(base, task, read)
+        metric, before = _counted(base, task)
         if not before:
             not_counted.append(task)
         for run in others:
             kinds, label = [], run_label(run)
-            for key, now in _answers(run, task, metric, read).items():
+            for key, now in _answers(run, task, metric).items():
                 if (was := before.get(key)) is None:
                     continue
                 pair = [sample.answer(metric) for _, sample in (was, now)]
@@ -135,20 +134,20 @@ def find_changes(
     return counts, not_counted, changes
 
 
-def _counted(base: Run, task: str, read: DocumentReader) -> tuple[str, _Answers]:
+def _counted(base: Run, task: str) -> tuple[str, _Answers]:
     """Return the first metric by which all answers are right or wrong, with them."""
     primary = primary_metrics([base])
     for key in sorted(base.scores, key=lambda key: key not in primary):
         # Of metrics to keep low, 1 is not right.
         wanted = key[0] == task and base.scores[key].higher_is_better is not False
-        if wanted and (answers := _answers(base, *key, read)):
+        if wanted and (answers := _answers(base, *key)):
             return key[1], answers
     return "", {}
 
 
-def _answers(run: Run, task: str, metric: str, read: DocumentReader) -> _Answers:
+def _answers(run: Run, task: str, metric: str) -> _Answers:
     """Return answers by document; none where samples are missing or one is neither right nor wrong."""
-    documents = read(run, task, metric)
+    documents = documents_of(run, task, metric)
     if documents is None or not {*documents.values} <= {0.0, 1.0}:
         return {}
     rights = zip(documents.values.astype(bool), documents.samples, strict=True)

@@ -44,15 +44,6 @@ if TYPE_CHECKING:
 
 #: How scores are drawn: file, title, axis and description.
 MEASURES = {
-    "relative": (
-        "capabilities",
-        "Scores relative to the unpruned model",
-        "relative to unpruned (%)",
-        (
-            "Perplexities are inverted (unpruned / pruned), so that up is better. Tasks on which the "
-            "unpruned model scores 0 are left out."
-        ),
-    ),
     "raw": (
         "scores",
         "Scores",
@@ -181,7 +172,6 @@ def points_of(
             "family": family.name,
             "side": family.side,
             "unit": "%" if share else key[1].removesuffix(",none"),
-            "falls": unpruned.higher_is_better is False,
             FLOOR: floors.get(key),
         }
         named = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
@@ -197,7 +187,7 @@ def points_of(
     data["ratio"] = data["run"].map(ratios)
     data["control"] = data["run"].map(random).fillna("")
     data = data.fillna(dict.fromkeys(TOOLTIP, "-"))
-    return pd.concat([_measured(data, measure) for measure in MEASURES])
+    return pd.concat([_raw(data), _kept(data)])
 
 
 def _point(row: Difference) -> dict[str, Any]:
@@ -215,28 +205,16 @@ def _point(row: Difference) -> dict[str, Any]:
     }
 
 
-def _measured(points: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Return the points that a measure has, with their places and levels by it."""
-    if measure == "kept":
-        return _kept(points)
-    base, falls = points["before"], points["falls"]
+def _raw(points: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores as they are, and shares in percent."""
     shares = points["unit"] == "%"
-
-    def placed(scores: pd.Series) -> pd.Series:
-        if measure == "raw":
-            return scores.where(~shares, 100 * scores)
-        part = 100 * (base / scores).where(falls, scores / base)
-        return part.where(np.isfinite(part) & (part >= 0))
-
-    ends = points[["low", "high"]]
+    places = points[["after", "low", "high", FLOOR]].set_axis(
+        ["value", "low", "high", FLOOR], axis=1
+    )
     # The interval of a difference may reach beyond what a share can be.
-    ends = ends.where(~shares, ends.clip(0, 1), axis=0).apply(placed)
-    low, high = ends.min(axis=1, skipna=False), ends.max(axis=1, skipna=False)
-    places = {"value": placed(points["after"]), "low": low, "high": high}
-    places[FLOOR] = placed(points[FLOOR])
-    relative = {"unit": "%", "unpruned": 100} if measure == "relative" else {}
-    placed_points = points.assign(measure=measure, **places, **relative)
-    return placed_points.dropna(subset=["value", "ratio"])
+    places = places.where(~shares, 100 * places.clip(0, 1), axis=0)
+    drawn = points.assign(measure="raw", **places)
+    return drawn.dropna(subset=["value", "ratio"])
 
 
 def _kept(points: pd.DataFrame) -> pd.DataFrame:
@@ -262,7 +240,7 @@ def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
     """Draw one measure: a panel for each side of the dichotomy, and for each unit."""
     present = set(points["family"])
     families = {f.name: f.label for f in FAMILIES if f.name in present}
-    data = points.drop(columns=["before", "after", "falls", "measure", *_SHARE])
+    data = points.drop(columns=["before", "after", "measure", *_SHARE])
     hues = {
         task: f"var(--family-{family})"
         for family in families

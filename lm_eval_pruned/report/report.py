@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.compare.comparison_table import record
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report import sections as words
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.report.figure import figure_section, truthfulness_section
@@ -35,40 +34,38 @@ def write_report(
     *,
     alpha: float = 0.05,
     texts: bool = True,
-    read: DocumentReader | None = None,
     comparison: Comparison | None = None,
     opening: Sequence[Section] = (),
 ) -> list[Path]:
     """Write the report of a sweep folder and return its files, ``report.html`` first.
 
     They go to `output_path`, by default ``report`` in the sweep folder. `alpha` is the level of the
-    tests; without `texts`, ``flips.html`` does not show what was asked and answered; `read` knows
-    documents already, and `comparison` is what `compared` returned with it. The report begins with
-    the sections of `opening`. ResultsError if the folder holds no sweep that can be read, or no
-    baseline; ValueError if `alpha` is out of range.
+    tests; without `texts`, ``flips.html`` does not show what was asked and answered; `comparison` is
+    what `compared` returned. The report begins with the sections of `opening`. ResultsError if the
+    folder holds no sweep that can be read, or no baseline; ValueError if `alpha` is out of range.
     """
     sweep = read_sweep(folder)
-    base, others = split_sweep(list(sweep.runs), str(folder))
+    base, others = sweep.split()
     target = Path(output_path) if output_path else sweep.path / "report"
-    runs, read = [base, *others], read or DocumentReader()
+    runs = [base, *others]
     comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
-    comparison = comparison or compared(sweep, alpha=alpha, read=read)
+    comparison = comparison or compared(sweep, alpha=alpha)
     known = {(row.run, row.task, row.metric): row.floor for row in comparison.rows}
     title = f"Width pruning of {_model_name(base)}"
     subtitle = (
         f"{len(runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
         f"the unpruned model ({base.name})"
     )
-    answers, changes = changed_answers(title, base, others, read, texts=texts)
+    answers, changes = changed_answers(title, base, others, texts=texts)
     sections = [
         *opening,
         words.families_section(runs, comparison),
         words.floors_section(comparison),
         figure_section(base, runs, comparison),
         words.scores_section(base, others, comparison),
-        words.levels_section(base, comparable, alpha, read),
+        words.levels_section(base, comparable, alpha),
         words.differences_section(others, comparison),
-        words.random_section(others, alpha, read, known),
+        words.random_section(others, alpha, known),
         answers,
         truthfulness_section(runs, comparison),
         words.trends_section(comparison),
@@ -90,18 +87,13 @@ def write_report(
 
 
 def compared(
-    sweep: SweepResults,
-    *,
-    read: DocumentReader,
-    alpha: float = 0.05,
-    margin: Margin | None = None,
+    sweep: SweepResults, *, alpha: float = 0.05, margin: Margin | None = None
 ) -> Comparison:
     """Compare a sweep's runs with its unpruned model, within a `margin` if there is one; see `compare`."""
-    base, others = split_sweep(list(sweep.runs), str(sweep.path))
+    base, others = sweep.split()
     comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
     runs = [*comparable, *sweep.floors] if comparable else []
-    # Answers are on the page of changed answers alone, which can be left out.
-    return compare(base, runs, alpha=alpha, margin=margin, read=read, texts=False)
+    return compare(base, runs, alpha=alpha, margin=margin)
 
 
 def _records(

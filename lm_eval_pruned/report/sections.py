@@ -8,8 +8,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lm_eval_pruned.compare.comparison_table import (
     DIFFERENCES,
     FLOOR,
@@ -21,6 +19,7 @@ from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.compare.judge import Case, judged
 from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.report.page import MARKS, Section, run_label, table_section
+from lm_eval_pruned.results.documents import documents_of, scored_on
 from lm_eval_pruned.results.files import Score, as_mapping
 from lm_eval_pruned.results.groups import (
     FAMILIES,
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Difference
-    from lm_eval_pruned.compare.pairing import DocumentReader, Reader
-    from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
 
@@ -76,7 +73,7 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
     text = (
         "Tasks of each family that are better or worse than the unpruned model at q < "
         f"{comparison.alpha:g}, by expansion ratio. No difference shown does not mean that "
-        "there is none: the table of differences says how large one could have been detected."
+        "there is none: the interval in the table of differences says how large one may be."
     )
 
     def counted_at(ratio: str) -> Callable[[tuple[str, str]], Cell]:
@@ -162,27 +159,22 @@ def _score_cell(row: Difference | None) -> Cell:
     return Cell(text, row.verdict)
 
 
-def levels_section(
-    base: Run, others: Sequence[Run], alpha: float, read: Reader
-) -> Section | None:
+def levels_section(base: Run, others: Sequence[Run], alpha: float) -> Section | None:
     """What is kept at each level of the tasks that declare levels and an exact floor."""
     rows: list[tuple[str, str, Score, dict[str, str | None]]] = []
     for key in primary_metrics([base]):
         by_run = {
             run.name: documents
             for run in (base, *others)
-            if key in run.scores and (documents := read(run, *key)) and documents.level
+            if (documents := documents_of(run, *key)) and documents.level
         }
         for level in sorted({*by_run[base.name].level}) if base.name in by_run else ():
-            at_level = {name: whole.at(level) for name, whole in by_run.items()}
             one, *pruned = (
-                _restricted(run, key, at_level[run.name])
+                scored_on(run, key, by_run[run.name].at(level))
                 for run in (base, *others)
-                if run.name in at_level
+                if run.name in by_run
             )
-            read_level = lambda run, *_, at_level=at_level: at_level[run.name]
-            compared = [(run, key, True) for run in pruned]
-            levels = standings(one, [], compared, alpha, read_level)
+            levels = standings(one, [], [(run, key, True) for run in pruned], alpha)
             kept = {run: standing.kept_text for (run, *_), standing in levels.items()}
             rows += [(key[0], level, one.scores[key], kept)] if kept else []
     text = (
@@ -203,14 +195,6 @@ def levels_section(
     return table_section("Kept by level", [text], columns, rows)
 
 
-def _restricted(run: Run, key: tuple[str, str], documents: Documents) -> Run:
-    """Return a run with one score, the mean over some of its documents."""
-    mean = float(np.average(documents.values, weights=documents.weights))
-    better = run.scores[key].higher_is_better
-    score = Score(mean, None, better, len(documents.keys))
-    return replace(run, scores={key: score})
-
-
 def differences_section(
     others: Sequence[Run], comparison: Comparison
 ) -> Section | None:
@@ -218,9 +202,8 @@ def differences_section(
     labels = {run.name: run_label(run) for run in others}
     rows = [replace(row, run=labels[row.run]) for row in comparison.rows if row.primary]
     text = (
-        "A difference of the smallest detectable size is found with a chance of 80 % at the level "
-        "that the correction leaves for its row. The interval has the same level: it excludes 0 "
-        "exactly where a difference is shown."
+        "The interval has the level that the correction leaves for its row: it excludes 0 exactly "
+        "where a difference is shown."
     )
     heading = "Differences from the unpruned model"
     return compared_section(heading, text, rows, comparison.alpha)
@@ -247,7 +230,6 @@ def compared_section(
 def random_section(
     others: Sequence[Run],
     alpha: float,
-    read: DocumentReader,
     known: Known | None = None,
 ) -> Section | None:
     """Each configuration against those whose neurons were removed at random in the same places."""
@@ -280,21 +262,20 @@ def random_section(
         f"again with {' '.join(words)} --seeds 0 1 2; finished units are not evaluated again."
     )
     notes = [note] * bool(missing)
-    rows = compared_pairs(pairs, alpha, read, known)
+    rows = compared_pairs(pairs, alpha, known)
     return compared_section("Compared with random pruning", text, rows, alpha, notes)
 
 
 def compared_pairs(
     pairs: Sequence[tuple[Run, Run]],
     alpha: float,
-    read: DocumentReader,
     known: Known | None = None,
 ) -> list[Difference]:
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
     cases = []
     for before, after in pairs:
         for key in primary_metrics([before, after]):
-            pair = paired_documents(before, after, *key, read)
+            pair = paired_documents(before, after, *key)
             family = key[0], is_control(after)
             cases.append(Case(before, after, key, pair, family))
     return [

@@ -9,7 +9,7 @@ import os.path
 import re
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -73,17 +73,6 @@ TRANSFORMS = {
 }
 #: Means that have no bounds, by the beginnings of their names; `bbq` holds the last two.
 _UNBOUNDED = ("kl,", "amb_bias_score", "disamb_bias_score")
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Scores without knowledge: of a model that finds all choices alike, of the commonest answer.
-
-    None where documents offer no choices, and where they offer different ones.
-    """
-
-    chance: float | None = None
-    majority: float | None = None
 
 
 class Reply(NamedTuple):
@@ -151,7 +140,8 @@ class Documents:
         weights: Shape (n,), float64; ones for a plain mean.
         clusters: Cluster of each document, length n, or None if documents are independent.
         transform: Name in `TRANSFORMS`.
-        levels: Where the documents tell.
+        levels: Scores without knowledge, where the documents tell: of a model that finds all choices alike
+            (``chance``), and of always giving the ``commonest answer``.
         samples: The line of each document, length n; empty where they are not known.
     """
 
@@ -160,8 +150,14 @@ class Documents:
     weights: np.ndarray
     clusters: tuple[str, ...] | None
     transform: str
-    levels: Levels = Levels()
+    levels: Mapping[str, float] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
+
+    @property
+    def score(self) -> float:
+        """What the harness would report of these documents."""
+        mean = np.average(self.values, weights=self.weights)
+        return float(TRANSFORMS[self.transform].score(mean))
 
     @property
     def level(self) -> tuple[str, ...]:
@@ -173,7 +169,7 @@ class Documents:
         """Return the documents of a level, of which no score without knowledge is known."""
         order = [n for n, name in enumerate(self.level) if name == level]
         keys = tuple(self.keys[index] for index in order)
-        return replace(self._taken(order, keys), levels=Levels())
+        return replace(self._taken(order, keys), levels={})
 
     def in_the_order_of(self, other: Documents) -> Documents | None:
         """Return these documents as `other` orders them; None where it has others."""
@@ -200,6 +196,23 @@ class Documents:
         """Task of each document, which another draw would have too; None for a single one."""
         tasks = tuple(task for task, _, _ in self.keys)
         return tasks if len(set(tasks)) > 1 else None
+
+
+def documents_of(run: Run, task: str, metric: str) -> Documents | None:
+    """Return the documents of a score, as `read_task` does, which reads each task of a run once."""
+    if task not in run.documents:
+        run.documents[task] = read_task(run, task)
+    return run.documents[task].get(metric)
+
+
+def scored_on(run: Run, key: tuple[str, str], documents: Documents) -> Run:
+    """Return a run with one score, that of some documents; more is better where the run has no such score."""
+    known = run.scores.get(key, Score(math.nan, None, True, None))
+    score = known._replace(
+        value=documents.score, stderr=None, documents=len(documents.keys)
+    )
+    of_task = {key[0]: {key[1]: documents}}
+    return replace(run, scores={key: score}, documents=of_task)
 
 
 def read_task(run: Run, task: str) -> dict[str, Documents]:
@@ -270,11 +283,13 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield sums / weights, weights
 
 
-def _levels(samples: Sequence[Sample], weights: np.ndarray, metric: str) -> Levels:
+def _levels(
+    samples: Sequence[Sample], weights: np.ndarray, metric: str
+) -> dict[str, float]:
     chances = [sample.chance for sample in samples]
     rights = [sample.right for sample in samples]
     if None in chances or not metric.startswith(("acc", "mc1", "mc2", CHOICE_PROB)):
-        return Levels()
+        return {}
     if metric.startswith("mc1"):
         # The best answer has to beat the false ones, and not the other true ones.
         false = [len(s.choices) * (1 - (s.chance or 0)) for s in samples]
@@ -282,9 +297,10 @@ def _levels(samples: Sequence[Sample], weights: np.ndarray, metric: str) -> Leve
     chance = float(np.average(np.array(chances, dtype=float), weights=weights))
     # The same choice in words may be the right one in every other context.
     if None in rights or len({sample.choices for sample in samples}) > 1:
-        return Levels(chance)
+        return {"chance": chance}
     counts = np.bincount(np.array(rights, dtype=int), weights)
-    return Levels(chance, float(counts.max() / weights.sum()))
+    commonest = float(counts.max() / weights.sum())
+    return {"chance": chance, "commonest answer": commonest}
 
 
 def read_samples(

@@ -204,6 +204,16 @@ class SweepResults(NamedTuple):
     failures: tuple[Failure, ...] = ()
     floors: tuple[Run, ...] = ()
 
+    def split(self) -> tuple[Run, list[Run]]:
+        """Return the run of the unpruned model, and the others; ResultsError if it is not finished."""
+        baseline = next((run for run in self.runs if run.is_baseline), None)
+        if baseline is None:
+            raise ResultsError(
+                f"{self.path} has no finished run of the unpruned model to compare with: add "
+                "prune_percent 0 to the sweep, or name a base: `compare BASE RUN`."
+            )
+        return baseline, [run for run in self.runs if run is not baseline]
+
 
 def read_sweep(path: str | Path) -> SweepResults:
     """Read the units of a sweep folder that ``sweep.json`` lists; others are named in a note.
@@ -301,7 +311,7 @@ def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
         name: {k: v for part in parts for k, v in getattr(part, name).items()}
         for name in by_task
     }
-    return replace(parts[-1], name=name, path=path, **joined)
+    return replace(parts[-1], name=name, path=path, documents={}, **joined)
 
 
 def setting_of(run: Run, name: str) -> Any:

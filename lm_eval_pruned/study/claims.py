@@ -131,7 +131,7 @@ def _on_truth(findings: Findings) -> Claim:
     for pair in findings.comparison.correlations:
         one, other = (task for task, _ in pair.tasks)
         between = {one, other} & knowledge and {one, other} & truth
-        r, n = pair.correlation.pearson, pair.correlation.n
+        r, n = pair.pearson, pair.n
         if between and r is not None and pair.series == series:
             texts.append(f"{one} and {other}: r = {r:.3f} over {n} sizes")
     claim = "truthfulness improves as knowledge falls"
@@ -178,7 +178,7 @@ def _fit(findings: Findings, task: TaskFinding) -> tuple[str, str]:
     known = trends.get((series_name(findings.cuts[0]), *key))
     if known is None or known.q is None or known.q >= comparison.alpha:
         return UNKNOWN, "shows no trend over three or more sizes"
-    if (known.trend.slope > 0) != bool(findings.base.scores[key].higher_is_better):
+    if (known.slope > 0) != bool(findings.base.scores[key].higher_is_better):
         return "no", "does not decline"
     runs = {run.name: run for run in (findings.base, *findings.cuts)}
     names = [findings.base.name, *(row.run for row in task.rows)]

@@ -10,7 +10,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import split_sweep
 from lm_eval_pruned.report.sections import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, as_mapping, read_json
 from lm_eval_pruned.results.groups import (
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Difference
-    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.groups import Family
     from lm_eval_pruned.results.runs import SweepResults
@@ -145,7 +143,6 @@ def read_findings(
     sweep: SweepResults,
     comparison: Comparison,
     families: Mapping[str, str],
-    read: DocumentReader,
 ) -> Findings:
     """Return what the comparison of a sweep with its unpruned model, within a margin, shows.
 
@@ -155,7 +152,7 @@ def read_findings(
         str(configuration["id"]): as_mapping(configuration.get("arguments"))
         for configuration in sweep.definition["configurations"]
     }
-    base, others = split_sweep(list(sweep.runs), str(sweep.path))
+    base, others = sweep.split()
     ways: dict[str, list[Run]] = defaultdict(list)
     for run in others:
         if {*run.tasks()} & {*base.tasks()}:
@@ -179,7 +176,7 @@ def read_findings(
         family = known.get(str(declared), FAMILIES[-1])
         tasks += [TaskFinding(*key, family, floor, rows)] if rows else []
     alpha = comparison.alpha
-    against = {way: _against(cuts, runs, alpha, read) for way, runs in ways.items()}
+    against = {way: _against(cuts, runs, alpha) for way, runs in ways.items()}
     draws = len({run.pruning.get("seed") for run in ways.get("random", ())})
     file = sweep.path / "profile" / "profile.json"
     profile = read_json(file) if file.is_file() else {}
@@ -203,7 +200,7 @@ def _way(run: Run, arguments: Mapping[str, Any]) -> str:
 
 
 def _against(
-    cuts: Sequence[Run], others: Sequence[Run], alpha: float, read: DocumentReader
+    cuts: Sequence[Run], others: Sequence[Run], alpha: float
 ) -> dict[str, set[str]]:
     """Return by task what is shown of any cut against all others of the same size."""
     pairs = [
@@ -213,7 +210,7 @@ def _against(
         if other.expansion_ratio == run.expansion_ratio
     ]
     shown: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for row in compared_pairs(pairs, alpha, read):
+    for row in compared_pairs(pairs, alpha):
         shown[row.task, row.run.partition(" against ")[0]].add(row.verdict)
     by_task: dict[str, set[str]] = defaultdict(set)
     for (task, _), verdicts in shown.items():

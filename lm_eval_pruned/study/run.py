@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.preset import checked_families, options_of
@@ -66,16 +65,14 @@ def run_study(
     from lm_eval_pruned.study.sections import study_sections
 
     try:
-        sweep, read = read_sweep(folder), DocumentReader()
+        sweep = read_sweep(folder)
         within = Margin("equivalent", margin)
-        comparison = compared(sweep, read=read, margin=within)
-        findings = read_findings(sweep, comparison, families, read)
+        comparison = compared(sweep, margin=within)
+        findings = read_findings(sweep, comparison, families)
         opening = study_sections(
             Path(options["model_args"]["pretrained"]).name, findings
         )
-        page, *_ = write_report(
-            folder, read=read, comparison=comparison, opening=opening
-        )
+        page, *_ = write_report(folder, comparison=comparison, opening=opening)
     except ResultsError as error:
         print(f"There is no report yet: {error}", file=sys.stderr)
         return 1

@@ -12,7 +12,6 @@ import functools
 import itertools
 import operator
 from argparse import Namespace
-from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -105,27 +104,6 @@ class Unit(NamedTuple):
         return self.configuration.id, self.task.name
 
 
-class Waiting:
-    """Units that wait to be run, by whoever holds a model."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self.units = list(units)
-        #: The id of the configuration whose model someone holds, by who it is.
-        self.held: dict[Any, str] = {}
-
-    def take(self, holder: Any) -> Unit:
-        """Take a unit of the model it holds, else of one nobody holds, else of the one with most left."""
-        mine, held = self.held.get(holder), [*self.held.values()]
-        left = Counter(unit.configuration.id for unit in self.units)
-
-        def rank(unit: Unit) -> tuple[bool, bool, int]:
-            name = unit.configuration.id
-            return name != mine, name in held, -left[name]
-
-        self.units.remove(unit := min(self.units, key=rank))
-        return unit
-
-
 @dataclass(eq=False)
 class Sweep:
     """Configurations by tasks: nothing is loaded, nothing is evaluated.
@@ -155,11 +133,6 @@ class Sweep:
     def __post_init__(self) -> None:
         self._manager = of_tasks.index_tasks(self.settings.include_path)
         self.tasks = of_tasks.resolve_tasks(self.options["tasks"], self._manager)
-
-    @property
-    def model(self) -> str:
-        """The model type of the configurations."""
-        return self.settings.model
 
     @property
     def baseline(self) -> Configuration:
@@ -210,7 +183,7 @@ class Sweep:
         if kind := configuration.floor:
             return {"model": kind, "model_args": configuration.arguments}
         return {
-            "model": self.model,
+            "model": self.settings.model,
             "model_args": self._described(self.model_args(configuration)),
             "sources": self.sources,
         }
@@ -300,7 +273,7 @@ def plan_sweep(options: dict[str, Any]) -> Sweep:
 def model_source(base: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that say which checkpoint a sweep is of."""
     if not base.get("pretrained"):
-        base = {**base, **find_default_model().model_args()}
+        base = {**base, "pretrained": find_default_model()}
     names = ("pretrained", *SOURCE_ARGUMENTS)
     return {name: base[name] for name in names if base.get(name)}
 
@@ -393,7 +366,7 @@ def _configurations(
 def _variants(options: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what is combined with each size, without what is the default."""
     criteria = options.get("criteria", [])
-    names = [canonical_name(name, chosen=True) for name in criteria]
+    names = [canonical_name(name) for name in criteria]
     seeds = [*map(parse_number, options.get("seeds", []))]
     if seeds and "random" not in names:
         raise ValueError(

@@ -1,63 +1,104 @@
-"""How far a sweep is: a line where a unit starts and where it ends."""
+"""The units of a sweep that are to run: who takes which, and a line where one starts and ends."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter, defaultdict
 from datetime import timedelta
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lm_eval_pruned.pruning.arguments import CUTS
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
+
+    from lm_eval_pruned.sweeps.plan import Configuration, Unit
 
 
 class Progress:
-    """Prints a line where a unit starts and where it ends.
+    """Hands units to whoever holds a model, and prints how far the sweep is.
 
-    Args:
-        done, failed: Units of this sweep that were finished, or failed, before.
-        waiting: Names of the tasks of the units to run.
-        seconds: Task and seconds of units that were finished before, to estimate the time left.
-        quick: Configuration and task of further units to run, which take no time to speak of.
+    The time left is that of units of the same task, else of all, and of loading and pruning the
+    models that are still to come, as it was for the last one that is pruned in the same way.
+
+    Attributes:
+        waiting: Units that nobody has taken.
+        held: The id of the configuration whose model someone holds, by who it is.
+        done: Number of units that were finished, before or now.
+        failed: Number of those that failed.
+        elsewhere: Number of those that another process has.
     """
 
     def __init__(
         self,
-        done: int,
-        failed: int,
-        waiting: Sequence[str],
-        seconds: Sequence[tuple[str, float]] = (),
-        quick: Sequence[tuple[str, str]] = (),
+        units: Iterable[Unit],
+        done: int = 0,
+        failed: int = 0,
+        seconds: Iterable[tuple[str, float]] = (),
     ) -> None:
-        self.done, self.failed, self.elsewhere, self.workers = done, failed, 0, 1
-        self._waiting, self._quick, self._seconds = [*waiting], quick, [*seconds]
-        to_run = len(waiting) + len(quick)
-        self._total = done + failed + to_run
-        counts = f"{done} done, {failed} failed before, {to_run} to run"
+        """Take the units to run, how many were finished or failed before, and the task and seconds of some."""
+        self.waiting, self.held = [*units], dict[Any, str]()
+        self.done, self.failed, self.elsewhere = done, failed, 0
+        # Models that know nothing take no time, and tell nothing of that of the others.
+        self._timed = [unit for unit in self.waiting if not unit.configuration.floor]
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+        for task, spent in seconds:
+            self._seconds[task].append(spent)
+        #: When units started that have not ended, by their names.
+        self._started: dict[tuple[str, str], float] = {}
+        #: Ids of configurations that were loaded, and seconds that it took by how they are pruned.
+        self._loaded: set[str] = set()
+        self._loading: dict[frozenset[Any], float] = {}
+        self._total = done + failed + len(self.waiting)
+        counts = f"{done} done, {failed} failed before, {len(self.waiting)} to run"
         print(f"{self._total} units: {counts}", flush=True)
 
-    def start(self, configuration: str, task: str) -> None:
-        """Say that a unit starts."""
-        self._say(1, f"{configuration} / {task} starts")
+    def take(self, holder: Any) -> Unit:
+        """Take a unit of the model it holds, else of one nobody holds, else of the one with most left."""
+        mine, held = self.held.get(holder), [*self.held.values()]
+        left = Counter(unit.configuration.id for unit in self.waiting)
 
-    def leave(self, configuration: str, task: str) -> None:
+        def rank(unit: Unit) -> tuple[bool, bool, int]:
+            name = unit.configuration.id
+            return name != mine, name in held, -left[name]
+
+        self.waiting.remove(unit := min(self.waiting, key=rank))
+        return unit
+
+    def start(self, unit: Unit) -> None:
+        """Say that a unit starts."""
+        self._started[unit.names] = time.monotonic()
+        self._say(1, f"{' / '.join(unit.names)} starts")
+
+    def leave(self, unit: Unit) -> None:
         """Leave a unit to another process."""
         self.elsewhere += 1
-        if (configuration, task) not in self._quick:
-            self._waiting.remove(task)
+        self._end(unit)
 
     def finish(
         self,
-        configuration: str,
-        task: str,
+        unit: Unit,
         seconds: float,
         scores: Mapping[str, float],
         error: Mapping[str, str] | None,
     ) -> None:
-        """Say how a unit ended: with scores after some seconds, or with type and message of an error."""
-        if (configuration, task) not in self._quick:
-            self._waiting.remove(task)
-            self._seconds += [] if error else [(task, seconds)]
+        """Say how a unit ended: with scores after some seconds, or with type and message of an error.
+
+        The seconds are those of the evaluation, without loading the model.
+        """
+        workers = len(self._started)
+        took, model = (
+            time.monotonic() - self._started.pop(unit.names),
+            unit.configuration,
+        )
+        if error is None and not model.floor:
+            self._seconds[unit.task.name].append(seconds)
+            if model.id not in self._loaded:
+                self._loading[_way(model)] = max(0.0, took - seconds)
+        self._loaded.add(model.id)
+        self._end(unit)
         if error is None:
             self.done += 1
             what = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -65,22 +106,41 @@ class Progress:
             self.failed += 1
             message = error["message"].strip().partition("\n")[0]
             what = f"FAILED with {error['type']}: {message}"
-        left = self.remaining_seconds()
-        known = "time left unknown" if left is None else f"{_clock(left)} left"
-        self._say(0, f"{configuration} / {task}: {what} ({_clock(seconds)}, {known})")
+        spent = f"{_clock(seconds)}, {self._left(workers)}"
+        self._say(0, f"{' / '.join(unit.names)}: {what} ({spent})")
 
-    def remaining_seconds(self) -> float | None:
-        """Estimate the time left by units of the same tasks, else of all; None while none is known."""
-        if not self._seconds:
-            return None
-        tasks = {task for task, _ in self._seconds}
-        known = {t: fmean(s for task, s in self._seconds if task == t) for t in tasks}
-        left = sum(known.get(task, fmean(known.values())) for task in self._waiting)
-        return left / max(1, min(self.workers, len(self._waiting)))
+    def _end(self, unit: Unit) -> None:
+        if unit in self._timed:
+            self._timed.remove(unit)
+
+    def _left(self, workers: int) -> str:
+        """Say how much time is left for so many workers."""
+        known = {task: fmean(spent) for task, spent in self._seconds.items()}
+        if not known:
+            return "time left unknown"
+        usual = fmean(known.values())
+        left = sum(known.get(unit.task.name, usual) for unit in self._timed)
+        models = {unit.configuration.id: unit.configuration for unit in self._timed}
+        ways = [_way(models[name]) for name in models.keys() - self._loaded]
+        left += sum(self._loading.get(way, 0) for way in ways)
+        left /= max(1, min(workers, len(self._timed)))
+        unknown = sum(way not in self._loading for way in ways)
+        models_text = f"{unknown} model{'s' * (unknown != 1)}"
+        besides = f", without loading and pruning {models_text}" if unknown else ""
+        return f"{_clock(left)} left{besides}"
 
     def _say(self, more: int, what: str) -> None:
         number = self.done + self.failed + more
         print(f"[{number}/{self._total}] {what}", flush=True)
+
+
+def _way(configuration: Configuration) -> frozenset[Any]:
+    """Return how a model is pruned, whatever its size, on which the time hardly depends."""
+    same = (*CUTS, "seed")
+    return frozenset(
+        (name, None if name in same else value)
+        for name, value in configuration.arguments.items()
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -25,7 +25,7 @@ from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Mapping
 
-    from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting
+    from lm_eval_pruned.sweeps.plan import Sweep, Unit
     from lm_eval_pruned.sweeps.progress import Progress
     from lm_eval_pruned.sweeps.unit import Ended
 
@@ -43,7 +43,6 @@ class Answer(NamedTuple):
 
 def run_on_ray(
     sweep: Sweep,
-    waiting: Waiting,
     new_folder: Callable[[], Any],
     progress: Progress,
     part: str,
@@ -52,7 +51,7 @@ def run_on_ray(
 
     ValueError where it cannot be reached, or no node of it has what a unit needs.
     """
-    options, count = sweep.options, len(waiting.units)
+    options, count = sweep.options, len(progress.waiting)
     with _cluster(options["ray"]) as ray, contextlib.ExitStack() as stack:
         cpus = options.get("cpus_per_unit", 1)
         has_gpus = ray.cluster_resources().get("GPU")
@@ -78,8 +77,8 @@ def run_on_ray(
         started, moved = 0, set()
         #: A worker with its unit, or without one until the worker has a place.
         running: dict[Any, tuple[Any, Unit | None]] = {}
-        while waiting.units or any(unit for _, unit in running.values()):
-            for _ in range(min(most, len(waiting.units)) - len(running)):
+        while progress.waiting or any(unit for _, unit in running.values()):
+            for _ in range(min(most, len(progress.waiting)) - len(running)):
                 name = f"{part}_worker{started}"
                 worker = remote.remote(options, os.getcwd(), name, threads)
                 stack.callback(ray.kill, worker)
@@ -98,22 +97,21 @@ def run_on_ray(
             # The device may be to blame, or the unit: another worker will tell.
             if unit and not answer.usable and unit.names not in moved:
                 moved.add(unit.names)
-                waiting.units.append(unit)
+                progress.waiting.append(unit)
             elif unit:
                 with new_folder() as folder:
                     for name, content in answer.files.items():
                         Path(folder, name).write_bytes(content)
                     yield unit, folder, answer.seconds, answer.failure
-            if waiting.units and answer.usable:
-                unit = waiting.take(worker)
-                waiting.held[worker] = unit.configuration.id
-                progress.workers = len(waiting.held)
-                progress.start(*unit.names)
+            if progress.waiting and answer.usable:
+                unit = progress.take(worker)
+                progress.held[worker] = unit.configuration.id
+                progress.start(unit)
                 future = worker.run.remote(*unit.names, unit.task.digest)
                 running[future] = worker, unit
             else:
                 # Its resources go to whoever waits for them, another worker among them.
-                waiting.held.pop(worker, None)
+                progress.held.pop(worker, None)
                 ray.kill(worker)
 
 

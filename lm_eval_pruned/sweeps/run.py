@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.results import runs as layout
 from lm_eval_pruned.sweeps.checks import check_files, check_installed
 from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
-from lm_eval_pruned.sweeps.plan import Sweep, Unit, Waiting, model_source
+from lm_eval_pruned.sweeps.plan import Sweep, Unit, model_source
 from lm_eval_pruned.sweeps.progress import Progress
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
@@ -60,7 +60,7 @@ def run_sweep(
             f"WORLD_SIZE={size} announces several processes, but a sweep evaluates in one: start "
             "it without a launcher, and split it with --shard next or --ray."
         )
-    options = sweep.options
+    options, model = sweep.options, sweep.settings.model
     fixed = shard if isinstance(shard, tuple) else None
     shared = shard == "next"
     name = f"shard{fixed[0]}of{fixed[1]}" if fixed else ""
@@ -80,9 +80,9 @@ def run_sweep(
         print(_plan_table(sweep, _entries(sweep, folder, units), folder.path), end="")
         return 0
     if not options.get("ray"):
-        check_installed(sweep.model, f"model={sweep.model}")
+        check_installed(model, f"model={model}")
     arguments = sweep.settings.model_args
-    check_files(sweep.model, {**model_source(arguments), **arguments}, "model_args")
+    check_files(model, {**model_source(arguments), **arguments}, "model_args")
     with contextlib.nullcontext() if shared else folder.held(name or "sweep"):
         entries = _entries(sweep, folder, units)
         definition = layout.as_text(_definition(sweep, folder.path))
@@ -90,29 +90,23 @@ def run_sweep(
         states = Counter(state for _, state, _ in entries)
         chosen = (TO_RUN, FAILED) if retry_failed else (TO_RUN,)
         to_run = [unit for unit, state, _ in entries if state in chosen]
-        # Models that know nothing take no time, and tell nothing of that of the others.
         known = [
             (unit.task.name, record.seconds)
             for unit, _, record in entries
             if record and not record.error and not unit.configuration.floor
         ]
-        timed = [unit.task.name for unit in to_run if not unit.configuration.floor]
-        quick = [unit.names for unit in to_run if unit.configuration.floor]
         failed = len(units) - len(to_run) - states[DONE]
-        progress = Progress(states[DONE], failed, timed, known, quick)
-        waiting = Waiting(to_run)
-        mine: Iterable[Unit] = to_run
-        if shared:
-            mine = _open_units(folder, entries, waiting, progress)
+        progress = Progress(to_run, states[DONE], failed, known)
+        mine = _open_units(folder, entries, progress) if shared else to_run
         ended = _run_here(runner, mine, folder, progress)
         if options.get("ray") and to_run:
-            ended = run_on_ray(sweep, waiting, folder.new_unit, progress, part)
+            ended = run_on_ray(sweep, folder.new_unit, progress, part)
         with contextlib.closing(ended):
             try:
                 for unit, files, spent, error in ended:
                     made_by = sweep.definition(*unit)
                     scores = folder.keep(files, unit.names, spent, made_by, error)
-                    progress.finish(*unit.names, spent, scores, error)
+                    progress.finish(unit, spent, scores, error)
             except KeyboardInterrupt:
                 ended.close()
                 done = f"{progress.done} of {len(units)} units are done"
@@ -161,21 +155,21 @@ def _definition(sweep: Sweep, path: Path) -> dict[str, Any]:
 
 
 def _open_units(
-    folder: SweepFolder, entries: list[Entry], waiting: Waiting, progress: Progress
+    folder: SweepFolder, entries: list[Entry], progress: Progress
 ) -> Generator[Unit]:
     """Yield units that no other process has, each held until the next one is asked for."""
     seen = {unit.names: record for unit, _, record in entries}
-    while waiting.units:
-        unit = waiting.take("here")
+    while progress.waiting:
+        unit = progress.take("here")
         try:
             with folder.held(layout.unit_folder(Path(), *unit.names)):
                 if folder.read(*unit.names) == seen[unit.names]:
-                    waiting.held["here"] = unit.configuration.id
+                    progress.held["here"] = unit.configuration.id
                     yield unit
                     continue
         except ValueError:
-            waiting.held[unit.names] = unit.configuration.id
-        progress.leave(*unit.names)
+            progress.held[unit.names] = unit.configuration.id
+        progress.leave(unit)
 
 
 def _run_here(
@@ -183,7 +177,7 @@ def _run_here(
 ) -> Generator[Ended]:
     """Evaluate units in this process, as long as its device lets it, and yield how each ended."""
     for unit in units:
-        progress.start(*unit.names)
+        progress.start(unit)
         with folder.new_unit() as files:
             yield unit, files, *runner.attempt(unit, files)
         if runner.device_failed:

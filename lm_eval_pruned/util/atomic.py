@@ -18,9 +18,18 @@ if TYPE_CHECKING:
 
 
 def write_atomically(file: str | Path, content: str | bytes) -> None:
-    """Write `content` to `file`, durably; readers see the old file or the new one.
+    """Write `content`, text in UTF-8, to `file`; see `appearing`."""
+    with appearing(file) as unfinished:
+        unfinished.write_bytes(
+            content.encode() if isinstance(content, str) else content
+        )
 
-    Text is written in UTF-8. A missing folder is made.
+
+@contextlib.contextmanager
+def appearing(file: str | Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which becomes `file`, durably, when the block succeeds.
+
+    Readers see the old file or the new one. A missing folder is made.
 
     Raises:
         OSError: The folder cannot be written to; `file` is then as it was.
@@ -29,8 +38,7 @@ def write_atomically(file: str | Path, content: str | bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
     try:
-        with unfinished.open("xb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
+        yield unfinished
         sync(unfinished)
         if file.exists():
             shutil.copymode(file, unfinished)
@@ -80,8 +88,10 @@ def appearing_whole(output: Path) -> Iterator[Path]:
     What a process that was killed left of the same `output` is removed first.
 
     Raises:
-        OSError: The folder cannot be written, or there is something in `output` already.
+        OSError: The folder, or weights, cannot be written, or there is something in `output` already.
     """
+    from safetensors import SafetensorError
+
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{output.name}.unfinished-"
@@ -101,6 +111,11 @@ def appearing_whole(output: Path) -> Iterator[Path]:
                     sync(path)
             unfinished.chmod(0o755)
             unfinished.replace(output)
+        except SafetensorError as error:
+            raise OSError(
+                f"The weights cannot be written to {output} ({error}): pass a folder on another disk, "
+                "or make room."
+            ) from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 

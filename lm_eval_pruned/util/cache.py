@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.util.atomic import write_atomically
+from lm_eval_pruned.util.atomic import appearing
 
 
 if TYPE_CHECKING:
@@ -53,23 +53,28 @@ def measured_once(
     import torch
     import transformers
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     if model is None:
         return measure()
     key = (_VERSION, torch.__version__, transformers.__version__, model, what)
     name = hashlib.sha256(repr(key).encode()).hexdigest()
     file = cache_folder() / "measured" / f"{name}.safetensors"
-    with (
-        contextlib.suppress(OSError, SafetensorError, ValueError, LookupError),
-        safe_open(file, "pt") as opened,
-    ):
-        facts = json.loads(opened.metadata()["facts"])
-        return {name: opened.get_tensor(name) for name in opened.keys()}, facts
+
+    def kept() -> Measured:
+        with safe_open(file, "pt") as opened:
+            facts = json.loads(opened.metadata()["facts"])
+            # Mapped, so that they take no memory.
+            return {name: opened.get_tensor(name) for name in opened.keys()}, facts
+
+    with contextlib.suppress(OSError, SafetensorError, ValueError, LookupError):
+        return kept()
     tensors, facts = measure()
     try:
-        write_atomically(file, save(tensors, {"facts": json.dumps(facts)}))
-    except OSError as error:
+        with appearing(file) as unfinished:
+            save_file(tensors, unfinished, {"facts": json.dumps(facts)})
+        return kept()
+    except (OSError, SafetensorError) as error:
         _tell_unwritable(file.parent, str(error))
     return tensors, facts
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,11 +20,10 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.compare.pooled import claim_text, mean_of, p_of_claim, pools_of
 from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics
+from lm_eval_pruned.results.groups import is_share, primary_metrics
 from lm_eval_pruned.results.settings import asked_differently
 from lm_eval_pruned.verdict.needed import what_decides
 
@@ -62,13 +60,6 @@ class Judged(NamedTuple):
         """The margin as it is written; a dash without one."""
         margin = self.claim[0].margin if self.claim else None
         return margin.text if margin else "-"
-
-    @property
-    def cannot_show_a_loss(self) -> bool:
-        """Whether nobody could lose anything: the base is not shown to be above the floor."""
-        floor = self.row.floor
-        no_bias = not is_bias(self.row.metric)
-        return bool(floor and not floor.base_above_floor and no_bias)
 
     @property
     def sentence(self) -> str:
@@ -119,8 +110,6 @@ def decide(
     floors: Sequence[Run] = (),
     *,
     measure: str | None = None,
-    read: DocumentReader | None = None,
-    texts: bool = True,
 ) -> Verdict:
     """Compare a candidate with its base, each score within its margin, as `read_margins` takes it.
 
@@ -134,9 +123,8 @@ def decide(
         ValueError: A margin names nothing that was scored, or the runs cannot be compared: of other
             tasks, versions, documents or settings, or without samples.
     """
-    read = read or DocumentReader()
     runs = base, candidate, *floors
-    base, candidate, *floors = (with_choice_prob(run, read) for run in runs)
+    base, candidate, *floors = (with_choice_prob(run) for run in runs)
     keys = [*judged_keys(base, measure, read_margins(margins))]
     if missing := [" ".join(key) for key in keys if key not in candidate.scores]:
         raise ResultsError(
@@ -159,34 +147,26 @@ def decide(
         [candidate, *floors],
         alpha=2 * CLAIM_LEVEL,
         margins=within,
-        read=read,
-        texts=texts,
     )
     _refuse_another_test(base, candidate, keys)
     rows = {(row.task, row.metric): row for row in compared.rows}
-    claims = [[rows[key].case._replace(family="")] for key in keys]
+    singles = [rows[key] for key in keys]
     # A margin that names a task is a claim on this task alone, and a floor shows no loss.
     pools = pools_of(
-        case
-        for (case,) in claims
-        if case.key[0] not in by_name
-        and not Judged([case], rows[case.key], "").cannot_show_a_loss
-        and rows[case.key].p is not None
+        row.case
+        for row in singles
+        if row.task not in by_name and not row.cannot_show_a_loss and row.p is not None
     )
-    means = [mean_of(pool) for pool in pools]
-    tested = [*itertools.chain(*claims), *(mean._replace(family="") for mean in means)]
-    differences = [*(rows[key] for key in keys), *judge(means, 2 * CLAIM_LEVEL)]
-    decided = decisions(tested, differences, [CLAIM_LEVEL] * len(tested))
-    judged = [
-        _judged(*claimed)
-        for claimed in zip([*claims, *pools], differences, decided, strict=True)
-    ]
-    alone, pooled = judged[: len(claims)], judged[len(claims) :]
+    means = judge([mean_of(pool) for pool in pools], 2 * CLAIM_LEVEL)
+    claims, differences = [*([row.case] for row in singles), *pools], [*singles, *means]
+    decided = decisions(differences, [CLAIM_LEVEL] * len(differences))
+    judged = [*map(_judged, claims, differences, decided)]
+    alone, pooled = judged[: len(keys)], judged[len(keys) :]
     counted = [*primary_metrics([base, candidate]), *(k for k in rows if k[1] == KL)]
     beside = [Judged([], rows[k], "not judged") for k in counted if k not in keys]
     verdict = Verdict(base, candidate, 0, alone, beside, compared.notes, pooled)
     words = {claim.word for claim in verdict.open}
-    blind = all(claim.cannot_show_a_loss for claim in alone)
+    blind = all(row.cannot_show_a_loss for row in singles)
     code = 1 if "worse" in words else 2 if words or blind else 0
     return verdict._replace(code=code)
 
@@ -210,7 +190,7 @@ def _judged(
             word = "undecided"
             message = f"Shown of the mean, and not of each task (p = {p or 1:.3g})."
     judged = Judged(claim, row, word, message)
-    if word != "worse" and judged.cannot_show_a_loss:
+    if word != "worse" and row.cannot_show_a_loss:
         # Such a score counts neither for nor against shipping.
         return judged._replace(word=NO_LOSS)
     take = what_decides(claim, row) if word == "undecided" else ""

@@ -10,16 +10,19 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.comparison import read_comparands
 from lm_eval_pruned.compare.margins import (
     check_measure,
     judged_keys,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
 from lm_eval_pruned.results.files import ResultsError, Run
-from lm_eval_pruned.results.runs import is_sweep, read_failures, read_sweep
+from lm_eval_pruned.results.runs import (
+    is_sweep,
+    read_failures,
+    read_run,
+    read_sweep,
+)
 from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
@@ -114,35 +117,37 @@ def both_runs(
     output_path: Path,
     margins: Sequence[str] = (),
     measure: str | None = None,
-    read: DocumentReader | None = None,
     text: str | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
     """Return the results of both models and of models that know nothing, each a path of results or as `plan_model` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
-    `margins` and the `measure` are known to suit the tasks. `read` keeps what it reads of a finished
-    base. The text of the file `text` takes the place of the demo's.
+    `margins` and the `measure` are known to suit the tasks. The text of the file `text` takes the
+    place of the demo's.
 
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
     models = {"base": base, "candidate": candidate}
-    finished = [path for path in models.values() if Path(path).exists()]
+    finished = {
+        name: _results_of(path, name)
+        for name, path in models.items()
+        if Path(path).exists()
+    }
     if text is None:
         options = {"tasks": [*TASKS, DEMO_TEXT], **options}
     elif finished:
         raise ValueError(
-            f"--text {text} cannot be read by {finished[0]}, which is finished results: pass "
-            "two models."
+            f"--text {text} cannot be read by {models[next(iter(finished))]}, which is finished "
+            "results: pass two models."
         )
     else:
         tasks = [*options.get("tasks", TASKS), text_task(text, output_path)]
         options = {**options, "tasks": tasks}
     scores: Scores = {}
-    if base in finished:
-        run, _ = read_comparands([_results_of(base)] * 2)
-        run = with_choice_prob(run, read or DocumentReader())
+    if "base" in finished:
+        run = with_choice_prob(finished["base"][0])
         check_measure(measure, (metric for _, metric in run.scores))
         scores = scores_of(judged_keys(run, measure, read_margins(margins)), run)
         options = {"tasks": run.tasks(subtasks=False), **options}
@@ -152,7 +157,7 @@ def both_runs(
             name, model, {**options, "output_path": str(output_path / name)}
         )
         for name, model in models.items()
-        if model not in finished
+        if name not in finished
     }
     if not finished:
         planned["candidate"].base = planned["base"]
@@ -163,37 +168,27 @@ def both_runs(
         }
         check_measure(measure, itertools.chain(*scores.values()))
     check_margins(margins, scores)
-    paths = dict(models)
+    results = dict(finished)
     for name, sweep in planned.items():
         print(f"The {name}: {models[name]}", flush=True)
-        paths[name] = sweep.options["output_path"]
+        folder = sweep.options["output_path"]
         if run_sweep(sweep, retry_failed=True) == 130:
             raise KeyboardInterrupt
-        for failure in read_failures(paths[name]):
+        for failure in read_failures(folder):
             raise ResultsError(
                 f"{failure.task} failed on the {name} {models[name]} ({failure.message}): repeat "
                 "the command to try it again; finished tasks are not evaluated again."
             )
-    floors = read_sweep(paths["base"]).floors if is_sweep(paths["base"]) else ()
-    of_base, others = read_comparands([*map(_results_of, paths.values())])
-    runs = [run for run in others if not run.is_floor]
-    if not runs:
-        raise ResultsError(
-            f"The candidate {candidate} is a model that knows nothing, which shows the floor of each "
-            "task: pass results of the model that you may ship."
-        )
-    if len(runs) != 1:
-        raise ResultsError(
-            f"The candidate {candidate} is a sweep of {len(runs)} pruned models: name one of them, "
-            f"such as {candidate}/units/{runs[0].name}."
-        )
-    run = runs[0]
-    if why := _not_measured(of_base, run, bool(finished)):
+        results[name] = _results_of(folder, name)
+    (before, floors), (run, _) = results["base"], results["candidate"]
+    if run.name == before.name:
+        run = replace(run, name=str(run.path))
+    if why := _not_measured(before, run, bool(finished)):
         note = f"The divergence from the base (KL) was not measured, because {why}."
         if KL.partition(",")[0] in read_margins(margins):
             raise ResultsError(f"{note[:-1]}: leave out its margin.")
         run = replace(run, notes=(*run.notes, note))
-    return of_base, run, floors
+    return before, run, floors
 
 
 def _metrics_of(task: SweepTask) -> list[str]:
@@ -214,7 +209,29 @@ def _not_measured(base: Run, candidate: Run, finished: bool) -> str:
     return next(filter(None, reasons), usual)
 
 
-def _results_of(path: str) -> str:
-    """Return the folder of the only model in a sweep folder; another path as it is."""
-    runs = read_sweep(path).runs if is_sweep(path) else ()
-    return str(runs[0].path) if len(runs) == 1 else path
+def _results_of(path: str, name: str) -> tuple[Run, Sequence[Run]]:
+    """Return the results of the base or the candidate, and the floors that are known with them.
+
+    Of a sweep of several models, the base is the unpruned one, and the candidate the only other.
+    """
+    floors: Sequence[Run] = ()
+    if not is_sweep(path):
+        run = read_run(path)
+    else:
+        sweep = read_sweep(path)
+        (run, *others), floors = sweep.runs, sweep.floors
+        if others:
+            run, others = sweep.split()
+        if others and name == "candidate":
+            run, *more = others
+            if more:
+                raise ResultsError(
+                    f"The candidate {path} is a sweep of {len(others)} pruned models: name one of "
+                    f"them, such as {path}/units/{run.name}."
+                )
+    if run.is_floor and name == "candidate":
+        raise ResultsError(
+            f"The candidate {path} is a model that knows nothing, which shows the floor of each "
+            "task: pass results of the model that you may ship."
+        )
+    return run, floors

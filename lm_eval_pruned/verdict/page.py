@@ -29,7 +29,6 @@ from lm_eval_pruned.verdict.needed import seconds_per_document
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.verdict.decision import Verdict
 
 #: How many of the answers that changed for the worse are shown.
@@ -55,16 +54,13 @@ _ON_TIME = (
 )
 
 
-def write_pages(
-    verdict: Verdict, folder: Path, subtitle: str, read: DocumentReader, *, texts: bool
-) -> str:
+def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -> str:
     """Write ``verdict.html`` and ``verdict.md``, with `texts` of answers or without.
 
-    `read` knows the documents of both runs. Returns what a terminal shows, which leaves out the
-    answers that changed.
+    Returns what a terminal shows, which leaves out the answers that changed.
     """
     title, tables = _title(verdict), _tables(verdict)
-    changed = _changed_for_the_worse(verdict, read, texts)
+    changed = _changed_for_the_worse(verdict, texts)
     remarks = [Section("Remarks", notes=verdict.notes)] * bool(verdict.notes)
     rows = [
         record(judged.row) | {"margin": judged.margin, "verdict": judged.word}
@@ -96,7 +92,8 @@ def headline(verdict: Verdict) -> str:
         row, metadata = judged.row, verdict.base.metadata
         label = family_of(row.task, metadata).label.lower()
         if verdict.base.exact_floor(row.task, row.metric) is not None:
-            parts.append(f"{label} kept {row.kept_text or 'not known'}")
+            kept = row.floor and row.floor.kept_text
+            parts.append(f"{label} kept {kept or 'not known'}")
             share = Margin("kept", judged.margin).share
             margins += [f"{1 - share:.0%}".replace("%", " %")] if share else []
         elif is_loss(row.metric) and row.relative is not None:
@@ -144,7 +141,7 @@ def _tables(verdict: Verdict) -> list[Section]:
 def _answer_section(verdict: Verdict) -> Section:
     """Return the answer, which scores could show a loss and which not, and what was decided of them."""
     judged, pooled = verdict.judged, verdict.pooled
-    blind = [score for score in judged if score.cannot_show_a_loss]
+    blind = [score for score in judged if score.row.cannot_show_a_loss]
     worse, undecided = (
         [claim for claim in verdict.open if claim.word == word]
         for word in ("worse", "undecided")
@@ -244,10 +241,8 @@ def _scores_section(heading: str, text: str, rows: Sequence[Judged]) -> Section 
     return table_section(heading, about, _SCORES, rows)
 
 
-def _changed_for_the_worse(
-    verdict: Verdict, read: DocumentReader, texts: bool
-) -> Section | None:
-    changes = find_changes(verdict.base, [verdict.candidate], read)[2]
+def _changed_for_the_worse(verdict: Verdict, texts: bool) -> Section | None:
+    changes = find_changes(verdict.base, [verdict.candidate])[2]
     lost = [change for change in changes if change.kind == LOST]
     shown = lost[:SHOWN]
     counted = f"{len(shown)} of {len(lost)} are shown."

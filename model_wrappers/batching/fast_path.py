@@ -32,24 +32,17 @@ class FastPath:
         argument: The model argument that turns it off, such as ``prefix_sharing``.
         is_on: Whether requests may take it.
         unit: What the size of a pass is counted in, such as ``tokens``.
-        reason: Why it is off, if it is.
+        reason: What about the model turned it off, if anything did.
         most: The size of a pass that a shortage of memory left, in `unit`; None: any.
         logged: Reasons that were logged.
-
-    Raises:
-        ValueError: `is_on` is neither true nor false.
     """
 
     argument: str
     is_on: bool
     unit: str
-    reason: str = field(init=False)
+    reason: str | None = None
     most: int | None = None
     logged: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        check_flag(self.argument, self.is_on)
-        self.reason = f"{self.argument}=false"
 
     @property
     def logger(self) -> logging.Logger:
@@ -78,13 +71,12 @@ class FastPathMixin(_Neighbour):
         record = {**self.answer_paths.take(), "linear": linear}
         return {**super().get_model_info(), "answer_paths": record}
 
-    def _can_take(self, path: FastPath) -> bool:
-        """Return whether nothing about the model speaks against `path`; say once what does."""
+    def _why_not(self, path: FastPath) -> str | None:
+        """Return why no request takes `path`, if none does; say once what about the model is why."""
         if path.is_on and (reason := unsupported_reason(self)) is not None:
-            path.is_on = False
-            path.reason = reason
+            path.is_on, path.reason = False, reason
             self._complain(path, reason)
-        return path.is_on
+        return None if path.is_on else path.reason or f"{path.argument}=false"
 
     def _complain(self, path: FastPath, reason: str) -> None:
         """Log why requests do not take `path`, once for each reason."""
@@ -159,25 +151,3 @@ class FastPathMixin(_Neighbour):
         # The last token of a row is never fed back.
         self.token_counts.processed += prompt + generated - context.shape[0]
         return output
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither true nor false, such as the text ``off``.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    if value not in (True, False):
-        raise ValueError(f"{name}={value!r} is not understood: pass true or false.")
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuse what is neither None nor a whole number of 1 or more.
-
-    Raises:
-        ValueError: It is neither.
-    """
-    if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(
-            f"{name}={value!r} is not understood: pass a whole number of 1 or more."
-        )

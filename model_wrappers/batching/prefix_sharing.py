@@ -52,17 +52,9 @@ class PrefixSharingMixin(FastPathMixin):
             *args: Passed on.
             prefix_sharing: Compute common prefixes of log-likelihood requests once.
             **kwargs: Passed on.
-
-        Raises:
-            ValueError: `prefix_sharing` is neither true nor false.
         """
         self._sharing = FastPath("prefix_sharing", prefix_sharing, "tokens")
         super().__init__(*args, **kwargs)
-
-    @property
-    def prefix_sharing(self) -> bool:
-        """Whether prefixes are shared where that is worth it."""
-        return bool(self._sharing.is_on)
 
     def _loglikelihood_tokens(
         self,
@@ -105,8 +97,8 @@ class PrefixSharingMixin(FastPathMixin):
 
     def _reasons(self, requests: list[Request]) -> list[str | None]:
         """Return why each request cannot be shared, None for those that can."""
-        if not self._can_take(self._sharing):
-            return [self._sharing.reason] * len(requests)
+        if (reason := self._why_not(self._sharing)) is not None:
+            return [reason] * len(requests)
         limit = sequence_limit(config_of(self))
         reasons: list[str | None] = []
         for request in requests:
@@ -146,7 +138,7 @@ class PrefixSharingMixin(FastPathMixin):
         lm-eval 0.4.13 gives two requests that split one text differently the first logits
         of the text for the shorter continuation, where the last ones belong.
         """
-        if self.prefix_sharing and self.world_size > 1 and self.batch_size == "auto":
+        if self._sharing.is_on and self.world_size > 1 and self.batch_size == "auto":
             # HFLM would find a size in a meeting of all processes, of which some share all.
             longest = max(self._input_length(request) for request in requests)
             override_bs = override_bs or max(

@@ -21,7 +21,7 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 
 from .attention_support import base_model, config_of, sequence_limit
-from .fast_path import FastPath, FastPathMixin, check_count
+from .fast_path import FastPath, FastPathMixin
 from .forward import Forward
 from .generation import end_tokens, unsupported_setting
 from .slot_table import SlotJob, SlotTable
@@ -66,19 +66,10 @@ class SlotRefillingMixin(FastPathMixin):
             slot_refilling: Refill the slots of a generating batch as they become free.
             slots: Most requests to generate for at once; None: see the class.
             **kwargs: Passed on.
-
-        Raises:
-            ValueError: `slot_refilling` is neither true nor false, or `slots` no count.
         """
-        check_count("slots", slots)
         self.slots = slots
         self._refilling = FastPath("slot_refilling", slot_refilling, "requests")
         super().__init__(*args, **kwargs)
-
-    @property
-    def slot_refilling(self) -> bool:
-        """Whether requests that are greedy run in slots."""
-        return bool(self._refilling.is_on)
 
     def generate_until(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -117,8 +108,8 @@ class SlotRefillingMixin(FastPathMixin):
     def _jobs(self, requests: list[Instance]) -> list[SlotJob | str]:
         """Return for each request what runs in a slot, or why `HFLM` has to answer."""
         path = self._refilling
-        if not self._can_take(path):
-            return [path.reason] * len(requests)
+        if (why := self._why_not(path)) is not None:
+            return [why] * len(requests)
         work = [self._job(i, *request.args) for i, request in enumerate(requests)]
         for reason in work:
             if isinstance(reason, str):

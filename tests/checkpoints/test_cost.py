@@ -84,7 +84,7 @@ def test_losses_are_those_of_the_model_the_export_and_a_random_cut_of_these_laye
     assert min(abs(a - b) for a in others for b in others if a != b) > 2e-3
 
 
-def made(name: str, lifts: np.ndarray) -> cost.Probed:
+def made(name: str, lifts: np.ndarray) -> Run:
     """Return made scores of a task whose floor is 0, in blocks of four."""
     task, metric = "pruned_probe_knowledge", "lift,none"
     keys = tuple((task, str(number), 0) for number in range(len(lifts)))
@@ -94,7 +94,8 @@ def made(name: str, lifts: np.ndarray) -> cost.Probed:
     scores = {(task, metric): Score(float(lifts.mean()), None, True, len(lifts))}
     declared = {"primary_metric": "lift", "floors": {"lift": 0}, "family": "knowledge"}
     run = Run(name, Path(name), scores, metadata={task: declared})
-    return cost.Probed(run, {(task, metric): documents})
+    run.documents[task] = {metric: documents}
+    return run
 
 
 def test_what_is_kept_is_fiellers_share_of_the_lift_by_block():
@@ -115,7 +116,7 @@ def test_what_is_kept_is_fiellers_share_of_the_lift_by_block():
     assert (label, unpruned[:5]) == ("knowledge kept, 200 prompts", "lift ")
     for name, text in zip(("pruned", "random cut"), kept, strict=True):
         values = [
-            measured[each].probed.documents["pruned_probe_knowledge", "lift,none"]
+            measured[each].probed.documents["pruned_probe_knowledge"]["lift,none"]
             for each in ("unpruned", name)
         ]
         blocks = values[0].clusters

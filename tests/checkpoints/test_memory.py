@@ -1,4 +1,4 @@
-"""What a load holds in memory at most, in bytes counted as they are allocated."""
+"""What a load or an export holds in memory at most, in bytes counted as they are allocated."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from lm_eval_pruned import load_pruned
+from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.pruning import measuring, slicing
 from tests.conftest import skip_without
 from tests.helpers.allocations import Allocations
 from tests.helpers.checkpoints import edit_weights, save_tiny
+from tests.helpers.ways_to_load import write_texts
 
 
 #: Eight layers, so that one of them is little of the model.
@@ -35,12 +37,12 @@ def counted(monkeypatch):
     for module in (measuring, slicing):
         monkeypatch.setattr(module, "ThreadPoolExecutor", InThisThread)
 
-    def load(folder, **asked):
+    def run(call, folder, *more, **asked):
         with Allocations() as allocations:
-            model = load_pruned(str(folder), **asked)
-        return allocations.peak, model
+            result = call(str(folder), *more, **asked)
+        return allocations.peak, result
 
-    return load
+    return run
 
 
 def size_of(module) -> int:
@@ -48,7 +50,7 @@ def size_of(module) -> int:
 
 
 def test_a_whole_model_that_is_mapped_takes_no_memory(counted, tmp_path):
-    peak, model = counted(save_tiny(tmp_path, **SIZES))
+    peak, model = counted(load_pruned, save_tiny(tmp_path, **SIZES))
     assert peak < size_of(model) / 100
 
 
@@ -73,8 +75,8 @@ def test_a_load_holds_at_most_the_pruned_model_and_one_layer(
         norms = lambda t: t.update({n: w.float() for n, w in t.items() if "norm" in n})
         edit_weights(tmp_path, norms)
     whole = load_pruned(str(tmp_path), dtype=dtype)
-    _, as_stored = counted(tmp_path, ratio=1, **more)
-    peak, model = counted(tmp_path, ratio=1, dtype=dtype, **more)
+    _, as_stored = counted(load_pruned, tmp_path, ratio=1, **more)
+    peak, model = counted(load_pruned, tmp_path, ratio=1, dtype=dtype, **more)
     # Attention and embeddings stay mapped until they are cast.
     narrow = sum(size_of(layer.mlp) for layer in as_stored.model.layers)
     cast = 0 if model.dtype == as_stored.dtype and not mixed else size_of(model)
@@ -89,7 +91,27 @@ def test_a_quantised_model_is_never_whole_in_memory(counted, tmp_path):
     save_tiny(tmp_path, dtype=torch.bfloat16, **SIZES)
     whole, narrow = load_pruned(str(tmp_path)), load_pruned(str(tmp_path), ratio=1)
     four_bits = BitsAndBytesConfig(load_in_4bit=True)
-    peak, model = counted(tmp_path, ratio=1, quantization_config=four_bits)
+    peak, model = counted(load_pruned, tmp_path, ratio=1, quantization_config=four_bits)
     mlps = sum(size_of(layer.mlp) for layer in narrow.model.layers)
     limit = mlps + size_of(model) + size_of(whole.model.layers[0])
     assert peak <= limit < 0.8 * size_of(whole)
+
+
+@pytest.mark.parametrize("recipe", ["study", "best"])
+def test_an_export_of_a_model_with_more_layers_takes_no_more_memory(
+    recipe, counted, tmp_path
+):
+    """While text runs back through all layers, it does. Later, the cache has what that told."""
+    peaks, asked = [], {"recipe": recipe, "prune_percent": 10}
+    if recipe == "best":
+        asked["calibration"] = write_texts(tmp_path / "texts", ["one two three " * 30])
+    for layers in (2, 8):
+        sizes = {"hidden_size": 64, "intermediate_size": 320}
+        folder = save_tiny(tmp_path / f"{layers}", num_hidden_layers=layers, **sizes)
+        output = tmp_path / f"{layers} pruned"
+        export_pruned(str(folder), tmp_path / f"{layers} first", prune_arguments=asked)
+        peak, _ = counted(export_pruned, folder, output, prune_arguments=asked)
+        peaks.append(peak)
+        (layer, *_) = load_pruned(str(output)).model.layers
+    fewer, more = peaks
+    assert more - fewer < size_of(layer.mlp)

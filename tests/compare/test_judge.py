@@ -25,7 +25,7 @@ def changes(right, wrong, n=400, **about):
 def decided(*cases, levels=None):
     """Return status and sentence of each case."""
     levels = levels or [CLAIM_LEVEL] * len(cases)
-    return [*decisions(cases, judged(cases), levels)]
+    return [*decisions(judged(cases), levels, [case.family for case in cases])]
 
 
 def tango(down, n, margin):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned.compare.pairing import paired_test
-from lm_eval_pruned.compare.pooled import mean_of, p_of_claim, p_of_guards
+from lm_eval_pruned.compare.pooled import guarded, mean_of, p_of_claim
 from lm_eval_pruned.compare.statistics import paired_difference
-from tests.helpers.cases import case_of
+from tests.helpers.cases import case_of, stderr_of
 
 
 def soft(seed, n, lost=0.0, spread=0.05):
@@ -39,7 +39,7 @@ def test_every_task_weighs_the_same_however_many_documents_it_has():
         for case in (few, many)
     ]
     stderr = math.sqrt(sum(variances)) / 2
-    assert test.distribution.stderr == pytest.approx(stderr)
+    assert stderr_of(test) == pytest.approx(stderr)
 
 
 def test_a_document_that_two_tasks_ask_about_counts_once():
@@ -65,7 +65,7 @@ def test_clusters_stay_together():
 def test_the_guard_is_two_and_a_half_times_the_margin():
     values = soft(0, 100)
     alone = p_of_claim([case_of(*values, margin="5pt")])
-    assert p_of_guards([case_of(*values)]) == pytest.approx(alone)
+    assert p_of_claim([guarded(case_of(*values))]) == pytest.approx(alone)
 
 
 def test_the_claim_is_shown_where_its_mean_and_each_guard_are():

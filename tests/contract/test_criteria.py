@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,57 @@ def test_calibration_samples_uses_the_first_and_a_text_is_cut_after_2048_tokens_
     found = load_pruned(str(folder), ratio=1, **asked).prune_record.as_dict()
     calibration = found["calibration"]
     assert (calibration["texts"], calibration["tokens"]) == (2, len("short") + tokens)
+
+
+def calibration_of(folder, source, **more):
+    asked = {"ratio": 1, "criterion": "act", "calibration": source}
+    return load_pruned(str(folder), **asked, **more).prune_record.as_dict()[
+        "calibration"
+    ]
+
+
+def test_a_dataset_is_read_until_there_are_enough_tokens(tiny_llama, text, tmp_path):
+    rows = tmp_path / "rows" / "train.jsonl"
+    rows.parent.mkdir()
+    blank = json.dumps({"text": ""}) + "\n"
+    rows.write_text(blank + Path(text).read_text("utf-8"))
+    source = f"dataset:{rows.parent}"
+    whole = calibration_of(tiny_llama, source)
+    assert whole == calibration_of(tiny_llama, text) | {
+        "file": source,
+        "sha256": whole["sha256"],
+    }
+    part = calibration_of(tiny_llama, source, calibration_tokens=10)
+    assert (part["texts"], part["tokens"]) == (1, len(TEXTS[0]))
+    assert part["sha256"] != whole["sha256"]
+
+
+@pytest.mark.parametrize("rows", [None, '{"question": "Why?"}\n'])
+def test_a_dataset_that_cannot_be_read_is_refused_before_the_load(
+    rows, tiny_llama, tmp_path
+):
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    if rows is not None:
+        (tmp_path / "rows").mkdir()
+        (tmp_path / "rows" / "train.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=r"calibration=dataset:.*rows"):
+        calibration_of(bare, f"dataset:{tmp_path / 'rows'}")
+
+
+def test_the_unpruned_model_writes_as_many_tokens_drawn_with_the_seed(tiny_llama):
+    more = {"calibration_tokens": 1000}
+    first = calibration_of(tiny_llama, "self", **more)
+    assert first["file"] == "self" and 1000 <= first["tokens"] < 1300
+    assert calibration_of(tiny_llama, "self", **more) == first
+    other = calibration_of(tiny_llama, "self", seed=1, **more)
+    assert other["sha256"] != first["sha256"]
+
+
+def test_a_shallow_model_is_calibrated_on_what_all_its_layers_write(tiny_llama):
+    more = {"calibration_tokens": 300}
+    whole = calibration_of(tiny_llama, "self", **more)
+    assert calibration_of(tiny_llama, "self", drop_layers=1, **more) == whole
 
 
 @pytest.mark.parametrize("device", ["nonsense:7", "cuda:99"])

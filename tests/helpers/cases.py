@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +40,9 @@ def case_of(
         scores = {key: Score(value, None, up, size)}
         runs.append(Run(name, Path(), scores, metadata={task: {"floors": floors}}))
     return Case(*runs, key, pair, key, margin=Margin(claim, margin))
+
+
+def stderr_of(test):
+    """Return the standard error of a mean, from the departures of its units."""
+    gaffke = test.distribution
+    return math.sqrt((gaffke.deviations**2).sum()) / gaffke.weights.sum()

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import cli, load_pruned, prune_model
-from lm_eval_pruned.checkpoints import cost, export
+from lm_eval_pruned.checkpoints import export
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
+from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.repair import Moments
 from tests.helpers import simulated_card
 from tests.helpers.checkpoints import (
@@ -45,7 +48,8 @@ def assert_same_on_the_card(model, expected, **close):
     for name, parameter in model.named_parameters():
         close = close or {"rtol": 0, "atol": 0}
         torch.testing.assert_close(parameter.cpu(), names[name], **close)
-    assert model.prune_record.digest == expected.prune_record.digest
+    if hasattr(expected, "prune_record"):
+        assert model.prune_record.digest == expected.prune_record.digest
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_on_load_and_in_memory_the_card_gives_the_same_model(
 
 
 @pytest.mark.parametrize("asked", ["maw_act", "act", "repair"])
-@pytest.mark.parametrize("route", ["load", "prune"])
+@pytest.mark.parametrize("route", ["device", "device_map", "prune"])
 def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkeypatch):
     text = write_texts(tmp_path / "text.jsonl", ("one two three " * 20, "four"))
     arguments = {"ratio": 1, "criterion": asked, "calibration": text}
@@ -92,8 +96,13 @@ def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkey
     expected = load_pruned(str(tiny_llama), **arguments)
     noted = lambda self, x: (ran.append(x.device.type), observed(self, x))
     monkeypatch.setattr(Moments, "add", noted)
-    if route == "load":
-        model = load_pruned(str(tiny_llama), device="card", **arguments)
+    find = measuring.curvature
+    noted_too = lambda model, *more: (ran.append(model.device.type), find(model, *more))
+    monkeypatch.setattr(measuring, "curvature", lambda *given: noted_too(*given)[1])
+    if route != "prune":
+        # What another load measured on the card would be used again.
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        model = load_pruned(str(tiny_llama), **{route: "card"}, **arguments)
     else:
         model = load_pruned(str(tiny_llama), device="card")
         prune_model(model, tokenizer=byte_tokenizer(), **arguments)
@@ -105,6 +114,19 @@ def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkey
     assert {each["device"] for each in texts} == {"card:0"}
     assert "calibrated on card:0" in model.prune_record.as_table()
     assert "calibrated on cpu" in expected.prune_record.as_table()
+
+
+def test_a_repair_never_has_the_whole_model_on_the_card(
+    tiny_llama, tmp_path, monkeypatch
+):
+    moved, devices = measuring.moved, []
+    noted = lambda model, device: (devices.append(device), moved(model, device))[1]
+    monkeypatch.setattr(measuring, "moved", noted)
+    text = write_texts(tmp_path / "text.jsonl", ("one two three " * 20, "four"))
+    asked = {"ratio": 1, "repair": "least_squares", "calibration": text}
+    model = load_pruned(str(tiny_llama), device="card", **asked)
+    assert model.prune_record.as_dict()["calibration"]["device"] == "card:0"
+    assert {*devices} <= {None}
 
 
 @pytest.mark.parametrize("asked", [{"recipe": "best"}, {"criterion": "act"}])
@@ -143,26 +165,44 @@ def test_curves_are_measured_on_the_card(repair, tiny_llama, tmp_path, capsys):
         assert one["rises"] == pytest.approx(other["rises"], rel=1e-3)
 
 
-def test_an_export_measures_what_the_cut_costs_on_the_card(
-    tiny_llama, tmp_path, monkeypatch
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_prune_measures_and_calibrates_on_the_card_and_saves_from_the_cpu(
+    dtype, tiny_llama, tmp_path, monkeypatch, capsys
 ):
-    measured, measure = [], export.quality_of
+    measured, ran, saved = [], [], []
 
-    def noted(model, tokenizer):
-        measured.append(model.device.type)
-        return measure(model, tokenizer)
+    def noted(where, function, device):
+        def with_note(*arguments, **named):
+            where.append(device(*arguments).type)
+            return function(*arguments, **named)
 
-    def end(*_, **__):
-        # What is on this card cannot be written: its tensors have no addresses.
-        raise InterruptedError
+        return with_note
 
-    monkeypatch.setattr(export, "quality_of", noted)
-    monkeypatch.setattr(export, "save_loaded", end)
-    asked = {"prune_arguments": {"prune_percent": 40}, "device": "card"}
-    asked |= {"measured": (cost.UNPRUNED, cost.PRUNED)}
-    with pytest.raises(InterruptedError):
-        export.export_pruned(str(tiny_llama), tmp_path / "out", **asked)
-    assert measured == ["card", "card"]
+    of_model = lambda model, *_: model.device
+    for where, name, function in (
+        (measured, "quality_of", export.quality_of),
+        (measured, "probed", lambda *_: None),
+        (saved, "save_loaded", export.save_loaded),
+    ):
+        monkeypatch.setattr(export, name, noted(where, function, of_model))
+    observes = noted(ran, Moments.add, lambda _, x: x.device)
+    monkeypatch.setattr(Moments, "add", observes)
+    text = write_texts(tmp_path / "text.jsonl", ("one two three " * 20, "four"))
+    command = ["prune", "--prune_percent", "40", "--check", "--calibration", text]
+    command += ["--recipe", "best", "--device", "card"]
+    command += ["--output_path", str(tmp_path / "out"), "--model_args"]
+    wanted = {"dtype": dtype} if dtype else {}
+    pairs = [f"{n}={v}" for n, v in {"pretrained": tiny_llama, **wanted}.items()]
+    assert cli.main([*command, *pairs]) == 0
+    assert measured == ["card"] * 6
+    assert {*ran} == {"card"}
+    assert saved == ["cpu"]
+    assert "calibrated on card:0" in capsys.readouterr().out
+    asked = {"prune_percent": 40, "recipe": "best", "calibration": text}
+    expected = load_pruned(str(tiny_llama), device="card", **wanted, **asked)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert written.dtype == (torch.bfloat16 if dtype else torch.float32)
+    assert_same_on_the_card(expected, written)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +219,35 @@ def test_an_export_measures_what_the_cut_costs_on_the_card(
 )
 def test_text_runs_on_the_first_device_that_is_named(asked, kind, tiny_llama):
     assert request_of(tiny_llama, arguments=asked).device().type == kind
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [
+        {"parallelize": True},
+        {"parallelize": True, "device_map": {"model": "card", "lm_head": "cpu"}},
+        {"tp_plan": "auto"},
+        {},
+        {"device_map": "auto"},
+    ],
+)
+@pytest.mark.parametrize("chosen", [{"recipe": "best"}, {"criterion": "act"}])
+def test_lm_eval_calibrates_on_the_card_wherever_the_model_is_to_go(
+    placed, chosen, tiny_llama, tmp_path, monkeypatch
+):
+    class Placed(Exception):
+        pass
+
+    def stop(_, model, rounded):
+        raise Placed(model.prune_record.as_table())
+
+    monkeypatch.setattr(Checkpoint, "place", stop)
+    # The harness knows this card by no name.
+    monkeypatch.setattr(PrunedHFLM, "device", torch.device("card", 0))
+    text = write_texts(tmp_path / "text.jsonl", ("one two three " * 20, "four"))
+    cut = {"prune_percent": 40, "calibration": text, **chosen}
+    with pytest.raises(Placed, match="calibrated on card:0"):
+        PrunedHFLM(str(tiny_llama), **placed, **cut)
 
 
 def test_a_model_that_does_not_fit_on_the_card_stays_and_says_so(

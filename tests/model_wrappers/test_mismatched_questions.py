@@ -32,29 +32,29 @@ def test_no_document_keeps_its_question_and_all_keep_their_answers(drawn):
     requests = [request for requests in documents for request in requests]
     if 2 * max(map(questions.count, questions)) > len(questions):
         with pytest.raises(ValueError, match="raise --limit"):
-            mismatched(requests)
+            mismatched("loglikelihood", requests)
         return
-    exchanged = mismatched(requests)
+    exchanged = mismatched("loglikelihood", requests)
     assert [r.args[1] for r in exchanged] == [r.args[1] for r in requests]
     assert all(a.args[0] != b.args[0] for a, b in zip(exchanged, requests, strict=True))
     # Each question is still asked once for each document that asked it.
     asked = {r.doc_id: r.args[0] for r in exchanged}
     assert sorted(asked.values()) == sorted(f"{question}?" for question in questions)
-    again = {r.doc_id: r.args[0] for r in mismatched(requests[::-1])}
+    again = {r.doc_id: r.args[0] for r in mismatched("loglikelihood", requests[::-1])}
     assert again == asked, "the exchange does not depend on the order"
 
 
 def test_contexts_of_answers_are_exchanged_place_by_place_and_empty_ones_stay():
     first = document(0, ["I ", "you ", ""], ["a", "a", "a"])
     second = document(1, ["he ", "she ", ""], ["b", "b", "b"])
-    exchanged = mismatched([*first, *second])
+    exchanged = mismatched("loglikelihood", [*first, *second])
     contexts = ["he ", "she ", "", "I ", "you ", ""]
     assert [request.args[0] for request in exchanged] == contexts
 
 
 def test_a_repeated_request_is_answered_again():
     first, second = document(0, ["A?"], ["a"]), document(1, ["B?"], ["b"])
-    exchanged = mismatched([*first, *first, *second])
+    exchanged = mismatched("loglikelihood", [*first, *first, *second])
     assert [request.args for request in exchanged] == [
         ("B?", "a"),
         ("B?", "a"),

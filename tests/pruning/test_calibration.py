@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import threading
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.pruning.calibration import CalibrationText, calibrate, read_texts
+from lm_eval_pruned.pruning import calibration
+from lm_eval_pruned.pruning.calibration import calibrate, progress_bar
+from lm_eval_pruned.pruning.calibration_text import TextSource, read_texts
 from lm_eval_pruned.pruning.criteria import ACTIVITY, CALIBRATED, OBS
 from tests.helpers import checkpoints
 from tests.helpers.checkpoints import byte_tokenizer
@@ -45,9 +49,9 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
     model, tokenizer, file = load_pruned(str(tiny_llama)), byte_tokenizer(), "a.jsonl"
     file = tmp_path / file
     file.write_text(json.dumps({"messages": chat}) + "\n\n")
-    observed = calibrate(model, CalibrationText.of(model, tokenizer, str(file)))
+    observed = calibrate(model, TextSource(str(file)).read(model, tokenizer))
     write_texts(file, [tokenizer.apply_chat_template(chat, tokenize=False)])
-    again = calibrate(model, CalibrationText.of(model, tokenizer, str(file)))
+    again = calibrate(model, TextSource(str(file)).read(model, tokenizer))
     assert observed.measured_on["tokens"] == again.measured_on["tokens"]
     for name, norms in observed.norms.items():
         assert torch.equal(norms[0], again.norms[name][0])
@@ -100,3 +104,22 @@ def test_overflowing_activations_are_named(tiny_llama, text):
 def test_samples_are_the_first_lines(text):
     assert read_texts(text, 2) == [*TEXTS[:2]]
     assert read_texts(text) == [*TEXTS]
+
+
+def test_the_clock_of_a_bar_goes_on_while_a_layer_takes_long(monkeypatch, capsys):
+    again = threading.Event()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(calibration, "_TICK", 0)
+    with progress_bar(2, "repair", [torch.ones(1, 1200)], "layer") as bar:
+        redraw = bar.refresh
+        monkeypatch.setattr(bar, "refresh", lambda: (redraw(), again.set()))
+        assert again.wait(60)
+    assert "repair, 1,200 tokens:   0%" in (seen := capsys.readouterr().err)
+    assert seen.count("0/2 [") > 1
+    assert "layer/s]" in seen
+
+
+def test_a_bar_shows_nothing_where_no_one_looks(capsys):
+    with progress_bar(2, "repair", [torch.ones(1, 1200)]) as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""

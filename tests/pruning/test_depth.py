@@ -140,6 +140,23 @@ def test_every_way_gives_the_model_without_the_layers(
     assert changed - lists <= {"num_hidden_layers", "first_k_dense_replace"}
 
 
+def test_settings_of_single_layers_move_with_their_layers(tmp_path):
+    """Gemma 4 has heads of another size where it attends to all tokens."""
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    more = {
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": kinds,
+    }
+    options = {**WINDOW, **more, "num_hidden_layers": LAYERS}
+    source = Source(save_tiny(tmp_path, "gemma4_text", **options))
+    whole, pruned = source.whole(), load_pruned(str(tmp_path), drop_layers=[0])
+    whole.model.layers[0].forward = lambda hidden_states, *_, **__: hidden_states
+    assert torch.equal(logits(pruned), logits(whole))
+    overrides = {"0": {"head_dim": 16}, "2": {"head_dim": 16}, "3": {"head_dim": 16}}
+    assert pruned.config.to_dict()["per_layer_config"] == overrides
+
+
 @pytest.mark.parametrize(
     ("asked", "influence", "dropped"),
     [

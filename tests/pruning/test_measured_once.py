@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_a_cache_that_cannot_be_written_is_no_error_and_is_told_once(
     assert "set XDG_CACHE_HOME to a writable folder" in message
 
 
-def test_a_matrix_that_experts_share_is_kept_once(text):
+def test_a_matrix_that_experts_share_is_kept_once_and_mapped(text):
     shared, other = torch.rand(3, 3).T, torch.rand(2, 2)
     costs = Curvature(1.5, {"0.a": shared, "0.b": shared, "1": other})
     for _ in range(2):
@@ -156,3 +157,5 @@ def test_a_matrix_that_experts_share_is_kept_once(text):
             torch.equal(again.roots[name], costs.roots[name]) for name in again.roots
         )
         assert again.roots["0.a"] is again.roots["0.b"]
+        (file,) = (cache.cache_folder() / "measured").iterdir()
+        assert str(file) in Path("/proc/self/maps").read_text()

@@ -10,10 +10,19 @@ from hypothesis import example, given, strategies as st
 
 from lm_eval_pruned import PrunePlan
 from lm_eval_pruned.pruning.argument_values import read_widths, written_layers
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.plan import whole_or_mean
 
 
 plan_of = PrunePlan.from_arguments
+
+
+def plan_of_layers(hidden_size, width, present, **arguments) -> PrunePlan:
+    """Return the plan for a model whose layers are known and equally wide."""
+    before = dict.fromkeys(present, width)
+    return PrunePlan.of(PruneArguments(**arguments), hidden_size, width, before)
+
+
 widths = st.integers(1, 100_000)
 percents = st.decimals(min_value="0", max_value="99.999999", places=6).map(str)
 
@@ -73,7 +82,7 @@ def test_other_mlps_are_rounded_down_where_that_leaves_something():
 
 
 def layers_of(available, **arguments):
-    return plan_of(32, 88, ratio=1, available_layers=available, **arguments).layers
+    return plan_of_layers(32, 88, available, ratio=1, **arguments).layers
 
 
 @pytest.mark.parametrize(
@@ -138,14 +147,13 @@ def test_a_file_of_widths_that_cannot_be_read_is_named(tmp_path, text, word):
 
 
 def test_a_plan_of_widths_keeps_the_layers_that_are_not_named():
-    given = {"available_layers": range(4), "widths": KEPT}
-    plan = plan_of(16, 48, **given)
+    plan = plan_of_layers(16, 48, range(4), widths=KEPT)
     assert plan.layer_widths == ((0, 20), (1, 48), (2, 7), (3, 48))
     assert plan.asked == {"widths": "0:20,2:7"}
     assert (plan.width, plan.mean_width) == (31, Fraction(123, 4))
-    plan = plan_of(16, 48, **given, multiple_of=5)
+    plan = plan_of_layers(16, 48, range(4), widths=KEPT, multiple_of=5)
     assert plan.layer_widths == ((0, 20), (1, 48), (2, 5), (3, 48))
-    assert not plan_of(16, 48, available_layers=[0], widths={0: 48}).prunes
+    assert not plan_of_layers(16, 48, [0], widths={0: 48}).prunes
 
 
 def test_a_mean_width_is_written_with_four_digits_and_a_whole_one_with_none():

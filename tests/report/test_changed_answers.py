@@ -6,8 +6,6 @@ import re
 
 import pytest
 
-from lm_eval_pruned.compare.comparison import split_sweep
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.results.runs import read_run, read_sweep
 from tests.helpers.results_files import (
@@ -49,13 +47,13 @@ def sweep_of(folder, before, after):
 
 def read(folder, title="A model", **options):
     """Return the section and the page."""
-    base, others = split_sweep(list(read_sweep(folder).runs), str(folder))
-    return changed_answers(title, base, others, DocumentReader(), **options)
+    base, others = read_sweep(folder).split()
+    return changed_answers(title, base, others, **options)
 
 
 def counted(section):
     """Return the rows of the table of counts."""
-    return [[cell.text for cell in row] for row in section.table.cells()]
+    return [[cell.text for cell in row] for row in section.table.cells]
 
 
 def rows_of(page):
@@ -122,7 +120,7 @@ def test_a_group_is_counted_over_its_members_where_there_are_samples(tmp_path, s
         folder = tmp_path / str(percent)
         write_run(folder, tasks, pruning=pruning(percent), **group)
         runs.append(read_run(folder))
-    section, page = changed_answers("A model", runs[0], runs[1:], DocumentReader())
+    section, page = changed_answers("A model", runs[0], runs[1:])
     if not samples:
         assert (section, page) == (None, "")
         return

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.util import palette
@@ -30,7 +30,7 @@ from lm_eval_pruned.report.figure import (
 
 
 def points(sweep):
-    base, others = split_sweep(list(read_sweep(sweep).runs), str(sweep))
+    base, others = read_sweep(sweep).split()
     ((_, members),) = series_of([base, *others]).items()
     return points_of(members, base, compare(base, others))
 
@@ -50,7 +50,7 @@ def point(drawn, measure, task, run):
 
 @pytest.mark.parametrize(
     ("measure", "value"),
-    [("raw", 30), ("relative", 100 * 0.3 / 0.65), ("kept", 100 * 0.05 / 0.4)],
+    [("raw", 30), ("kept", 100 * 0.05 / 0.4)],
 )
 def test_scores_by_each_measure(drawn, measure, value):
     mmlu = point(drawn, measure, "mmlu", "p60")
@@ -63,11 +63,10 @@ def test_scores_by_each_measure(drawn, measure, value):
     assert base["value"] == pytest.approx(65 if measure == "raw" else 100)
 
 
-def test_perplexities_are_inverted_and_keep_their_unit(drawn):
-    wikitext = point(drawn, "relative", "wikitext", "p60")
-    assert wikitext["value"] == pytest.approx(100 * np.exp(-3), rel=0.1)
+def test_perplexities_keep_their_unit(drawn):
+    wikitext = point(drawn, "raw", "wikitext", "p60")
     assert wikitext["low"] < wikitext["value"] < wikitext["high"]
-    assert point(drawn, "raw", "wikitext", "p60")["unit"] == "word_perplexity"
+    assert wikitext["unit"] == "word_perplexity"
     # Text has no floor: how many nats its loss rises.
     kept = point(drawn, "kept", "wikitext", "p60")
     assert kept["value"] == pytest.approx(3, abs=0.1)
@@ -103,10 +102,10 @@ def test_what_pruning_takes_is_next_to_what_it_leaves(drawn):
 
 def test_an_interval_extends_an_axis_by_as_much_as_the_lines_take_at_most(drawn):
     """Truthfulness with few documents would leave a flat line of what it lost."""
-    wide = drawn[drawn["measure"] == "relative"].copy()
+    wide = drawn[(drawn["measure"] == "raw") & (drawn["unit"] == "%")].copy()
     truth = wide["side"] == "truthfulness and instructions"
     wide.loc[truth, ["low", "high"]] = [-900.0, 5000.0]
-    spec = measure_chart(wide, "relative").to_dict()
+    spec = measure_chart(wide, "raw").to_dict()
     assert spec["resolve"]["scale"] == {"y": "independent"}
     for panel, (_, rows) in zip(spec["concat"], wide.groupby("side"), strict=False):
         layers = panel["layer"][-1]["layer"]
@@ -182,15 +181,12 @@ READY = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("width", "scheme", "plot"),
-    [(390, "dark", "scores-maw"), (1280, "light", "capabilities-maw")],
-)
-def test_a_browser_shows_it(sweep, browser, tmp_path, width, scheme, plot):
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1280, "light")])
+def test_a_browser_shows_it(sweep, browser, tmp_path, width, scheme):
     browser.open(sweep / "report/report.html")
     browser.wait(READY)
     browser.look(width, scheme=scheme)
-    browser.choose("figure select", plot)
+    browser.choose("figure select", "scores-maw")
     browser.wait(READY)
     assert browser.run("document.documentElement.scrollWidth") == width
     # No name of a task is cut.

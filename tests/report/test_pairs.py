@@ -6,8 +6,6 @@ import json
 
 import pytest
 
-from lm_eval_pruned.compare.comparison import split_sweep
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report.sections import random_section
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
@@ -61,7 +59,7 @@ def set_healing(folder, names, healing):
 def cells(section, *titles):
     """Return the texts in these columns of a section's table."""
     places = [section.table.titles.index(title) for title in titles]
-    return [[row[place].text for place in places] for row in section.table.cells()]
+    return [[row[place].text for place in places] for row in section.table.cells]
 
 
 def test_healed_sizes_are_series_of_their_own(folder):
@@ -85,9 +83,9 @@ def test_a_recipe_is_called_what_was_typed(tmp_path):
             results = json.loads(file.read_text())
             results["config"]["model_args"]["recipe"] = recipe
             file.write_text(json.dumps(results))
-    _, others = split_sweep(list(read_sweep(tmp_path).runs), "")
+    _, others = read_sweep(tmp_path).split()
     assert [*series_of(others)] == ["recipe=best", "recipe=study", "max_abs"]
-    (note,) = random_section(others, 0.05, DocumentReader()).notes
+    (note,) = random_section(others, 0.05).notes
     assert "--recipes best study --criteria max_abs random --seeds 0 1 2;" in note
 
 
@@ -99,8 +97,8 @@ def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
         for seed in (0, 1):
             chance = pruning(percent, criterion="random", seed=seed)
             runs[f"r{percent}_{seed}"] = chance, tasks(0.25 + 0.01 * seed)
-    _, others = split_sweep(list(read_sweep(write_sweep(tmp_path, runs)).runs), "")
-    section = random_section(others, 0.05, DocumentReader())
+    _, others = read_sweep(write_sweep(tmp_path, runs)).split()
+    section = random_section(others, 0.05)
     rows = cells(section, "run", "base", "score", "verdict")
     assert rows[:4] == [
         ["p20 (3.20) against r20_0", "0.2500", "0.9000", "better"],
@@ -112,5 +110,5 @@ def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
     (note,) = section.notes
     assert note.startswith("No random cut has the size of p60 (1.60).")
     assert "--criteria maw random --seeds 0 1 2;" in note
-    assert random_section(others[:2] + others[3:], 0.05, DocumentReader()).notes == []
-    assert random_section([], 0.05, DocumentReader()) is None
+    assert random_section(others[:2] + others[3:], 0.05).notes == []
+    assert random_section([], 0.05) is None

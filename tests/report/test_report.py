@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from lm_eval_pruned.compare.comparison import compare, split_sweep
+from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.report.sections import families_section
 from lm_eval_pruned.results.groups import FAMILIES, family_of
 from lm_eval_pruned.results.runs import read_sweep
@@ -24,7 +24,7 @@ pytest.importorskip("altair", reason="figures need the extra `report`")
 from lm_eval_pruned.report.report import write_report
 
 
-PLOTS = ("capabilities", "kept", "knowledge-truthfulness", "scores")
+PLOTS = ("kept", "knowledge-truthfulness", "scores")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_page_needs_nothing_and_runs_its_scripts_alone(sweep, name):
 
 def test_the_page_does_not_run_what_results_say(page, sweep):
     scripts = re.findall(r"<script[^>]*>(.*?)</script", page, re.DOTALL)
-    assert len(scripts) == page.count("<script") == 5
+    assert len(scripts) == page.count("<script") == 4
     *data, library, own = scripts
     assert NASTY in json.dumps(list(map(json.loads, data))).replace("\\\\", "\\")
     assert "alert('x')" not in library + own
@@ -169,7 +169,7 @@ def test_on_a_telephone_no_word_breaks_and_no_table_is_cut(sweep, browser):
         (
             [{"ifeval": [0.0] * 80}, {"ifeval": answers(0.4)}],
             "plots/scores-maw.png",
-            "plots/capabilities|Knowledge against",
+            "plots/kept|Knowledge against",
         ),
         ([{"ifeval": answers(0.4)}], "|ifeval|acc \u2191|0.4000|", "plots/"),
         ([{"a": answers(0.4)}, {"b": [1.0]}], "p20 shares no task", "plots/"),
@@ -195,10 +195,10 @@ def test_families_by_size(tmp_path):
     runs = {"base": (0, tasks(30, 20, 20)), "p20": (20, tasks(30, 20, 35))}
     runs |= {"p40": (40, tasks(10, 5, 35)), "r40": (random, tasks(9, 20, 20))}
     folder = write_sweep(tmp_path, runs)
-    base, others = split_sweep(list(read_sweep(folder).runs), "")
+    base, others = read_sweep(folder).split()
     section = families_section([base, *others], compare(base, others))
     assert section.table.titles == ["family", "pruned by", "3.20", "2.40"]
-    rows = section.table.cells()
+    rows = section.table.cells
     assert [[cell.text for cell in row] for row in rows] == [
         ["Knowledge", "maw", "\u25cb 1 not shown", "\u25bc 1 worse"],
         ["Knowledge", "random, seed 0", "-", "\u25bc 1 worse"],

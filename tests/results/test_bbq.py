@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare.pairing import DocumentReader, paired_documents, paired_test
+from lm_eval_pruned.compare.pairing import paired_documents, paired_test
 from lm_eval_pruned.results.documents import CHOICE_PROB, read_task
 from lm_eval_pruned.results.runs import read_run
 from tests.helpers.bbq import AGGREGATIONS, write_bbq
+from tests.helpers.cases import stderr_of
 
 
 def run_of(folder, picks):
@@ -45,7 +46,7 @@ def test_each_score_is_a_mean_over_its_documents(both):
                 assert len(found.values) == 600 / share
         # Ten choices say that nobody can know, and each is right.
         assert CHOICE_PROB not in read
-        assert read["acc,none"].levels.chance == pytest.approx((10 + 1) / 24)
+        assert read["acc,none"].levels["chance"] == pytest.approx((10 + 1) / 24)
 
 
 @pytest.mark.parametrize("kind", AGGREGATIONS)
@@ -54,7 +55,7 @@ def test_the_spread_is_that_of_a_paired_bootstrap_and_the_interval_no_shorter(
     both, kind, category
 ):
     name = f"{kind}_bias_score{category}"
-    pair = paired_documents(*both, "bbq", f"{name},none", DocumentReader())
+    pair = paired_documents(*both, "bbq", f"{name},none")
     test = paired_test(pair, alpha=0.1)
     logged = []
     for run in both:
@@ -85,7 +86,7 @@ def test_the_spread_is_that_of_a_paired_bootstrap_and_the_interval_no_shorter(
     )
     assert test.difference == pytest.approx(difference(range(len(logged[0]))))
     # The standard error of a thousand draws has one of 1 / sqrt(2000), 2.2 %.
-    assert test.distribution.stderr == pytest.approx(drawn.standard_error, rel=0.08)
+    assert stderr_of(test) == pytest.approx(drawn.standard_error, rel=0.08)
     # Ours allows for a document that nobody has seen.
     (low, high), of_draws = test.interval(0.1), drawn.confidence_interval
     within = 0.08 * (of_draws.high - of_draws.low)

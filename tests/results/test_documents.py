@@ -10,7 +10,6 @@ import pytest
 from lm_eval_pruned.results.documents import (
     TRANSFORMS,
     Documents,
-    Levels,
     Reply,
     read_sample,
     read_task,
@@ -104,7 +103,7 @@ def test_members_of_a_group_are_strata_and_count_as_its_score_does(tmp_path, wei
     assert np.average(found.values, weights=found.weights) == pytest.approx(score)
     assert (found.clusters, set(found.strata)) == (None, {"two", "four"})
     chance = (3 * 0.5 + 9 * 0.25) / 12 if weighted else (0.5 + 0.25) / 2
-    assert found.levels == Levels(pytest.approx(chance))
+    assert found.levels == {"chance": pytest.approx(chance)}
     run.samples["two"].unlink()
     assert read_task(read_run(file), "all").get("acc,none") is None
 
@@ -161,17 +160,17 @@ def test_guessing_beats_false_answers_in_mc1_and_draws_true_ones_in_mc2(
     row = offering([" a", " c", " b", " d"]) | {"doc": DOC}
     scored = {metric: {"values": [1.0] * 4, "rows": dict.fromkeys(range(4), row)}}
     run = read_run(write_run(tmp_path, {"demo": scored}))
-    assert read_task(run, "demo").get(metric).levels == Levels(chance)
+    assert read_task(run, "demo").get(metric).levels.get("chance") == chance
 
 
 def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):
     (found,) = documents_of(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
-    assert found.levels == Levels(0.5, 0.75)
+    assert found.levels == {"chance": 0.5, "commonest answer": 0.75}
     # Position 0 is always right, which no model can see.
     rows = {n: offering([f"right {n}", "wrong"]) for n in range(4)}
     acc = {"acc,none": {"values": [1.0] * 4, "rows": rows}}
     (found,) = documents_of(tmp_path, acc, "other")
-    assert found.levels == Levels(0.5)
+    assert found.levels == {"chance": 0.5}
 
 
 def test_prompt_and_target():

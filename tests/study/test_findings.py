@@ -15,7 +15,6 @@ from tests.helpers.results_files import pruning, write_sweep
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
 from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.compare.pairing import DocumentReader
 from lm_eval_pruned.report.report import compared
 from lm_eval_pruned.results.groups import SIDES
 from lm_eval_pruned.results.runs import read_sweep
@@ -68,9 +67,9 @@ def made(folder, tasks, *, sizes=(20, 40), metadata=None, cuts=(), **how):
 
 def found_in(folder, margin="5%", families=None):
     """Return what the sweep in a folder shows."""
-    sweep, read = read_sweep(folder), DocumentReader()
-    comparison = compared(sweep, read=read, margin=Margin("equivalent", margin))
-    return read_findings(sweep, comparison, families or {}, read)
+    sweep = read_sweep(folder)
+    comparison = compared(sweep, margin=Margin("equivalent", margin))
+    return read_findings(sweep, comparison, families or {})
 
 
 @pytest.fixture(scope="module")

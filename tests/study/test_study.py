@@ -26,7 +26,6 @@ def answers(share, seed):
 def studied(folder, tasks, percents=(0, 20, 40, 60)):
     """Write the sweep of a study, with random cuts and a floor, and return its report and its files."""
     from lm_eval_pruned.compare.margins import Margin
-    from lm_eval_pruned.compare.pairing import DocumentReader
     from lm_eval_pruned.report.report import compared, write_report
     from lm_eval_pruned.results.runs import read_sweep
     from lm_eval_pruned.study.findings import read_findings
@@ -45,11 +44,11 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
         task: answers(share, n) for n, (task, (*_, share)) in enumerate(tasks.items())
     }
     write_sweep(folder, {**runs, "floor-constant": ("constant", floor)})
-    sweep, read = read_sweep(folder), DocumentReader()
-    comparison = compared(sweep, read=read, margin=Margin("equivalent", "5%"))
-    findings = read_findings(sweep, comparison, checked_families({}), read)
+    sweep = read_sweep(folder)
+    comparison = compared(sweep, margin=Margin("equivalent", "5%"))
+    findings = read_findings(sweep, comparison, checked_families({}))
     opening = study_sections("Llama-3.2-1B", findings)
-    files = write_report(folder, read=read, comparison=comparison, opening=opening)
+    files = write_report(folder, comparison=comparison, opening=opening)
     return files[1].read_text("utf-8"), files
 
 
@@ -67,7 +66,7 @@ def test_the_report_begins_with_the_study_and_shows_what_was_published(tmp_path)
         "Scores that the study published",
         "Limits of the study",
     ]
-    assert "capabilities-maw" in {file.stem for file in files}
+    assert "scores-maw" in {file.stem for file in files}
     assert "|task|metric|0 %|10 %|" in text
     assert "|mmlu|acc,none|0.311|0.251|" in text
     assert "ifeval cannot show a loss" in text

@@ -1,19 +1,14 @@
-"""The plan of a sweep: its configurations, its units, what defines them, and which is the next."""
+"""The plan of a sweep: its configurations, its units, and what defines them."""
 
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 from lm_eval.tasks._factory import TaskFactory
 
 from lm_eval_pruned.sweeps.plan import (
     FLOORS,
-    Configuration,
-    Unit,
-    Waiting,
     plan_sweep,
 )
 from lm_eval_pruned.sweeps.tasks import fingerprint
@@ -136,29 +131,6 @@ def test_floors_share_nothing_with_the_model_but_the_documents(options):
     same = before.items() & prints(with_args(options, dtype="bfloat16")).items()
     assert {names[0] for names, _ in same} == ids
     assert not prints(options, limit=2.0).items() & before.items()
-
-
-@pytest.mark.parametrize(
-    ("waiting", "held", "chosen"),
-    [
-        ("at at bt", {"me": "b"}, 2),
-        ("at at bt", {}, 0),
-        ("at at bt", {"other": "a"}, 2),
-        ("at bt bt", {"me": "c", 1: "a", 2: "b"}, 1),
-        ("at bt bt", {"me": "a", 1: "a", 2: "b"}, 0),
-    ],
-)
-def test_a_worker_prefers_its_model_and_then_the_one_with_most_left(
-    waiting, held, chosen
-):
-    units = [
-        Unit(Configuration(a, {}), cast("Any", SimpleNamespace(name=b)))
-        for a, b in waiting.split()
-    ]
-    left = Waiting(units)
-    left.held |= held
-    assert left.take("me") is units[chosen]
-    assert len(left.units) == len(units) - 1
 
 
 INLINE = """\

@@ -116,7 +116,7 @@ def test_where_a_path_is_not_taken_hf_answers_and_one_line_says_why(
     assert (record["requests"], record["reasons"]) == ({"plain": 6}, [reason])
     assert record["tokens_computed"]["plain"] > 0
     assert "slots" not in record
-    assert not getattr(lm, fast.argument)
+    assert not fast.path(lm).is_on
 
 
 #: What a task may ask for of each request, and why `HFLM` answers it; None: greedy all the same.
