@@ -59,9 +59,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prune_percent", type=int, default=40)
     options = parser.parse_args()
-    load = find_default_model().model_args()
-    source = {"gguf_file": load["gguf_file"]} if "gguf_file" in load else {}
-    tokenizer = AutoTokenizer.from_pretrained(load["pretrained"], **source)
+    tokenizer = AutoTokenizer.from_pretrained(find_default_model())
 
     def made(layers: int) -> Any:
         config = LlamaConfig(

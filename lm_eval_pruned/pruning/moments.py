@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Bytes of activations that are kept, for each byte of a layer's down projections: together they
 #: are no larger than the gate, up and down projections.
 _KEPT = 3
-#: Tokens that are added together: so many are copied in float32.
+#: Tokens that are added together: so many are copied in float64.
 _BLOCK = 2048
 #: Rows of a symmetric matrix that are computed together, up to their last column on the diagonal.
 _ROWS = 512
@@ -88,8 +88,8 @@ class Moments:
         self.mean += len(x) / self.tokens * moved
         # What the mean moved counts as one more token.
         moved *= math.sqrt(before * len(x) / self.tokens)
-        # The mean is rounded alike for each token, so that it adds only its square.
-        deviations = torch.cat([x.float() - mean.float(), moved[None].float()])
+        # A rounded mean would be all there is where tokens are alike.
+        deviations = torch.cat([(x - mean).float(), moved[None].float()])
         for start, stop in block_rows(x.shape[1]):
             rows = self.scatter[start:stop, :stop]
             rows.addmm_(deviations[:, start:stop].T, deviations[:, :stop])
