@@ -88,7 +88,8 @@ class Moments:
         self.mean += len(x) / self.tokens * moved
         # What the mean moved counts as one more token.
         moved *= math.sqrt(before * len(x) / self.tokens)
-        deviations = torch.cat([x - mean, moved[None]]).float()
+        # A rounded mean would be all there is where tokens are alike.
+        deviations = torch.cat([(x - mean).float(), moved[None].float()])
         for start, stop in block_rows(x.shape[1]):
             rows = self.scatter[start:stop, :stop]
             rows.addmm_(deviations[:, start:stop].T, deviations[:, :stop])

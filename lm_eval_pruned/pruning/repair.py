@@ -138,8 +138,8 @@ def removed_in_steps(
         scores: Shape (I,): those of the highest stay, as `kept_set` has it, whatever it costs.
     """
     factor = _factor(gram)
-    # From the first step on, its lower triangle alone holds.
-    inverse = torch.cholesky_inverse(factor, out=factor)
+    # From the first step on, its lower triangle alone holds. LAPACK's rows are columns.
+    inverse = torch.cholesky_inverse(factor, out=factor).mT
     left = torch.arange(len(gram), device=gram.device)
     weights, error = down.to(inverse).T, 0.0
     if scores is not None:
@@ -176,7 +176,8 @@ def _shrink(inverse: Tensor, staying: Tensor, across: Tensor) -> Tensor:
     that still has to move.
     """
     for start, stop in block_rows(len(staying)):
-        rows = inverse[staying[start:stop, None], staying[:stop]]
+        rows = inverse.index_select(0, staying[start:stop])
+        rows = rows.index_select(1, staying[:stop])
         rows.addmm_(across[:, start:stop].T, across[:, :stop], alpha=-1)
         inverse[start:stop, :stop] = rows
     return inverse[: len(staying), : len(staying)]

@@ -212,9 +212,11 @@ def peak_of(compute) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_order_and_the_repair_hold_three_matrices_at_most(dtype):
+def test_the_order_and_the_repair_hold_three_matrices_at_most(dtype, monkeypatch):
     """Of float64, I x I, the sum over tokens among them: those of float32 are half as large."""
     neurons = 512
+    # As many blocks as 8,192 neurons have.
+    monkeypatch.setattr(moments_module, "_ROWS", 32)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2 * neurons, neurons, generator=generator)
     if dtype == torch.float64:
