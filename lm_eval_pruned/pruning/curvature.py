@@ -74,8 +74,9 @@ class Curvature:
 
 
 def weighted(root: Tensor, down: Tensor) -> Tensor:
-    """Return weights of down whose errors count as the loss minds them: R W, (H, I), float64."""
-    return root.to(down.device).double() @ down.double()
+    """Return weights of down whose errors count as the loss minds them: R W, (H, I), float32."""
+    dtype = torch.promote_types(root.dtype, down.dtype)
+    return root.to(down.device, dtype) @ down.to(dtype)
 
 
 def enough(texts: Sequence[Tensor], mlps: Sequence[GluMlp]) -> Sequence[Tensor]:
@@ -161,8 +162,8 @@ def _root(curvature: Tensor, module: nn.Module) -> Tensor:
             f"The calibration text gives the output of {module} NaN or infinite gradients: use "
             "another dtype, such as dtype=float32, or other text."
         )
-    values, vectors = torch.linalg.eigh(curvature.double())
-    return (values.clamp(min=0).sqrt()[:, None] * vectors.T).float().cpu()
+    values, vectors = torch.linalg.eigh(curvature)
+    return (values.clamp(min=0).sqrt()[:, None] * vectors.T).cpu()
 
 
 def _takes_much(model: PreTrainedModel, mlps: Sequence[GluMlp], tokens: int) -> bool:

@@ -6,6 +6,7 @@ A layer may hold many experts, and the matrix of each has I x I entries. One exi
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
 #: are no larger than the gate, up and down projections.
 _KEPT = 3
 #: Tokens that are added together: so many are copied in float64.
-_BLOCK = 1024
+_BLOCK = 2048
+#: Rows of a symmetric matrix that are computed together, up to their last column on the diagonal.
+_ROWS = 512
+
+
+def block_rows(size: int) -> list[tuple[int, int]]:
+    """Return first row and end of each block of rows of a matrix of `size` rows."""
+    return [(start, min(start + _ROWS, size)) for start in range(0, size, _ROWS)]
 
 
 @dataclass
@@ -37,7 +45,8 @@ class Moments:
     two large sums in float32 would be noise.
 
     Attributes:
-        scatter: Sum of (x - mean) (x - mean)', shape (I, I), float32, where the weights are.
+        scatter: Sum of (x - mean) (x - mean)', shape (I, I), float32, where the weights are; of
+            it, the lower triangle alone holds.
         mean: Mean of x, shape (I,), float64.
         tokens: Number of tokens.
 
@@ -57,9 +66,15 @@ class Moments:
             torch.zeros(width, device=device, dtype=torch.float64),
         )
 
-    def uncentred(self) -> Tensor:
-        """Return G, the sum over tokens of x x', shape (I, I), float64."""
-        return self.scatter.double().addr_(self.mean, self.mean, alpha=self.tokens)
+    def gram(self, centred: bool) -> Tensor:
+        """Return the sum over tokens of x x', or of (x - mean) (x - mean)', (I, I), float32."""
+        gram = self.scatter.clone()
+        for start, stop in block_rows(len(gram)):
+            gram[:start, start:stop] = gram[start:stop, :start].T
+        if not centred:
+            mean = self.mean.float()
+            gram.addr_(mean, mean, alpha=self.tokens)
+        return gram
 
     def add(self, x: Tensor) -> None:
         """Take in more tokens, of shape (tokens, I)."""
@@ -69,12 +84,14 @@ class Moments:
     def _add(self, x: Tensor) -> None:
         before, self.tokens = self.tokens, self.tokens + len(x)
         mean = x.mean(0, dtype=torch.float64)
-        deviations = (x - mean).float()
-        self.scatter.addmm_(deviations.T, deviations)
         moved = mean - self.mean
         self.mean += len(x) / self.tokens * moved
-        weight = before * len(x) / self.tokens
-        self.scatter.addr_(moved.float(), moved.float(), alpha=weight)
+        # What the mean moved counts as one more token.
+        moved *= math.sqrt(before * len(x) / self.tokens)
+        deviations = torch.cat([x - mean, moved[None]]).float()
+        for start, stop in block_rows(x.shape[1]):
+            rows = self.scatter[start:stop, :stop]
+            rows.addmm_(deviations[:, start:stop].T, deviations[:, :stop])
 
 
 class LayerMoments:

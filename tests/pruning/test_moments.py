@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -43,6 +44,26 @@ def made(kind: str):
     for layer in model.model.layers:
         layer.mlp = Mixture(model.config)
     return model
+
+
+@given(st.integers(0, 2**20), st.integers(2, 40), st.sampled_from([0.0, 300.0]))
+def test_the_sum_in_blocks_is_the_plain_product(seed, tokens, mean):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 13, generator=generator) + mean
+    summed = Moments.none(13, x.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "_ROWS", 5)
+        patch.setattr(moments, "_BLOCK", 7)
+        summed.add(x[: tokens // 2])
+        summed.add(x[tokens // 2 :])
+        grams = {centred: summed.gram(centred) for centred in (False, True)}
+    for centred, gram in grams.items():
+        y = x.double() - (x.double().mean(0) if centred else 0)
+        plain = y.T @ y
+        # Each of as many sums as there are tokens rounds once, each deviation as well.
+        size = torch.outer(y.norm(dim=0), y.norm(dim=0))
+        bound = (tokens + 8) * torch.finfo(torch.float32).eps * size
+        assert ((gram.double() - plain).abs() <= bound + 1e-9).all()
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "llama4_text", "apart"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -16,12 +17,14 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.cost import HELD_TEXT
+from lm_eval_pruned.pruning import moments as moments_module
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.repair import (
+    RIDGE,
     STEPS,
     Moments,
     order_by_cost,
@@ -60,7 +63,7 @@ def layer(seed: int, neurons: int = 24, tokens: int = 60):
     moments = Moments.none(neurons, torch.device("cpu"))
     moments.add(x[: tokens // 3])
     moments.add(x[tokens // 3 :])
-    return x.double(), down.double(), regularised(moments, centred=False)
+    return x.double(), down.double(), regularised(moments, centred=False).double()
 
 
 def objective(gram, down, kept, weights) -> float:
@@ -142,6 +145,96 @@ def test_after_each_step_costs_are_those_of_the_neurons_that_are_left(seed):
         costs = [objective(gram, down, s, repaired(gram, down, s)) for s in spared]
         left = spared[costs.index(min(costs))]
     assert order_by_cost(gram, down, STEPS).equal(left)
+
+
+@given(seeds, st.sampled_from([1e-2, 1e-4, 1e-5]), st.booleans())
+def test_in_single_precision_the_order_and_the_errors_are_those_of_double(
+    seed, ridge, together
+):
+    """Neurons of which each has another unit, and that go together up to what the ridge adds."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 2 if together else 24, generator=generator).double()
+    x = x @ torch.randn(x.shape[1], 24, generator=generator).double()
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    unit = 10 ** (4 * torch.rand(24, generator=generator).double() - 2)
+    gram, down = unit[:, None] * gram * unit, torch.randn(5, 24, generator=generator)
+    single, down = gram.float(), down.double() / unit
+    # What G is in single precision is all that is known of it.
+    gram = single.double()
+    costs = down.square().sum(0) / gram.inverse().diagonal()
+    ((left, _),) = removed_in_steps(single, down, [23])
+    (gone,) = {*range(24)} - {*left.tolist()}
+    assert costs[gone] <= 1.02 * costs.min()
+    widths = [20, 12, 4]
+    for left, error in removed_in_steps(single, down, widths):
+        new = repaired(gram, down, left)
+        best = objective(gram, down, left, new)
+        assert error == pytest.approx(best, rel=0.02)
+        new = repaired(single, down, left).double()
+        assert objective(gram, down, left, new) <= 1.001 * best
+
+
+def test_a_matrix_that_single_precision_cannot_solve_with_is_solved_in_double():
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(24, 1, generator=generator)
+    exact = direction @ direction.T
+    exact.diagonal().add_(1e-5)
+    down, kept = torch.randn(5, 24, generator=generator), torch.arange(12)
+    weights = repaired(exact, down, kept)
+    assert weights.dtype == torch.float64
+    torch.testing.assert_close(weights, repaired(exact.double(), down, kept))
+    exact.diagonal().add_(0.01)
+    assert repaired(exact, down, kept).dtype == torch.float32
+
+
+@given(seeds, st.booleans())
+def test_blocks_of_rows_do_not_change_the_order(seed, by_scores):
+    _, down, gram = layer(seed)
+    scores = torch.rand(24) if by_scores else None
+    whole = [*removed_in_steps(gram, down, [17, 4], scores)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments_module, "_ROWS", 5)
+        blocks = [*removed_in_steps(gram, down, [17, 4], scores)]
+    for (one, first), (other, second) in zip(whole, blocks, strict=True):
+        assert one.equal(other)
+        assert first == pytest.approx(second, rel=1e-9)
+
+
+def peak_of(compute) -> int:
+    """Return the most bytes that are allocated while a function runs, beside those before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        compute()
+    events = profile.profiler.kineto_results.events()
+    changes = [e.nbytes() for e in events if e.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_order_and_the_repair_hold_three_matrices_at_most(dtype):
+    """Of float64, I x I, the sum over tokens among them: those of float32 are half as large."""
+    neurons = 512
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * neurons, neurons, generator=generator)
+    if dtype == torch.float64:
+        # The ridge of large means that are alike would be large as well.
+        x += 1000
+    moments = Moments.none(neurons, x.device)
+    moments.add(x)
+    down = torch.randn(8, neurons, generator=generator)
+
+    def solve() -> None:
+        gram = regularised(moments, centred=False)
+        if dtype == torch.float64:
+            gram.diagonal().mul_(1 / (1 + 0.999 * RIDGE))
+        kept = order_by_cost(gram, down, neurons * 3 // 5)
+        assert repaired(gram, down, kept).dtype == dtype
+
+    held = peak_of(solve) + moments.scatter.nbytes
+    most = {torch.float32: 2, torch.float64: 3}[dtype]
+    # Beside them, a block of rows and what the neurons of a step supply.
+    assert held < (most + 0.1) * 8 * neurons**2
 
 
 @given(seeds)
