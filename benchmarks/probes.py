@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_pruned.compare.floors import share_kept
-from lm_eval_pruned.compare.gaffke import POWER
+from lm_eval_pruned.compare.power import POWER
 from lm_eval_pruned.compare.statistics import paired_mean
 from lm_eval_pruned.results.runs import read_sweep
 

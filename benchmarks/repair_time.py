@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.pruning import repair
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
-from lm_eval_pruned.pruning.calibration import CalibrationText
+from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.curvature import curvature, enough
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.moments import Moments
@@ -79,7 +79,7 @@ def main() -> None:
     curved = []
     for layers in (2, 1):
         model, start = made(layers), time.process_time()
-        texts = CalibrationText.of(model, tokenizer, str(OWN_TEXT)).tokens
+        texts = TextSource(str(OWN_TEXT)).read(model, tokenizer).tokens
         mlps = find_glu_mlps(model)
         few = enough(texts, mlps)
         roots = curvature(model, few, mlps).roots

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.slicing import carry_out, finished
@@ -138,37 +137,34 @@ class Stored(LoadedModel):
         cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Stored:
         """Load a model of `Checkpoint.with_stored_widths`; takes what `load_checkpoint` takes."""
-        arguments, content = checkpoint.plan.arguments, checkpoint.content_key()
-        device = checkpoint.device()
+        arguments, device = checkpoint.plan.arguments, checkpoint.device()
+        # Only what text says is kept for later loads.
+        content = checkpoint.content_key() if arguments.calibration else None
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
-        plan = checkpoint.plan
-        if content is not None and plan.depth is not None:
-            content = (content, plan.depth.kept)
         stored = cls(
             model,
             tokenizer,
-            TextSource.of(arguments),
-            plan.seed,
+            arguments,
             device,
             content,
             checkpoint=checkpoint,
             rounded=rounded,
         )
-        if not arguments.measures_depth:
-            return stored
-        depth: Any = stored.depth(arguments)
-        widths = checkpoint.widths.without_layers(depth)
-        checkpoint = dataclasses.replace(
-            checkpoint, widths=widths, plan=widths.plan(arguments)
-        )
-        content = content and (content, depth.kept)
+        if arguments.measures_depth:
+            widths = checkpoint.widths.without_layers(stored.depth())
+            checkpoint = dataclasses.replace(
+                checkpoint, widths=widths, plan=widths.plan(arguments)
+            )
+        if (depth := checkpoint.plan.depth) is not None:
+            content = content and (content, depth.kept)
         return dataclasses.replace(stored, checkpoint=checkpoint, content=content)
 
     def settled(self) -> PrunePlan:
         """Return the plan with what scores or losses decide."""
-        return plan_layers(self.checkpoint.plan, self.checkpoint.widths, self)
+        plan, widths = self.checkpoint.plan, self.checkpoint.widths
+        return plan_layers(plan, widths, self) if plan.is_open else plan
 
     def narrowed(self, scratch: Path | None = None) -> PreTrainedModel:
         """Prune the model in place and return it, in the dtype in which it was loaded.

@@ -12,17 +12,13 @@ from lm_eval_pruned.pruning.measuring import check_weights
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from transformers import PreTrainedTokenizerBase
-
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.pruning.arguments import Number
     from lm_eval_pruned.pruning.curves import Sensitivity
 
 
 def measure_sensitivity(
-    checkpoint: Checkpoint,
-    prune_percents: Iterable[Number] = (10, 25, 50),
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    checkpoint: Checkpoint, prune_percents: Iterable[Number] = (10, 25, 50)
 ) -> Sensitivity:
     """Return what cutting a single layer costs, for each layer and width.
 
@@ -30,7 +26,6 @@ def measure_sensitivity(
         checkpoint: The model, and how it is cut: its arguments have ``allocation=sensitivity``, and
             any size, which does not count.
         prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.
-        tokenizer: What reads the text; default: the model's own.
 
     Raises:
         ValueError: An argument is out of range, the text cannot be used, or the
@@ -45,7 +40,6 @@ def measure_sensitivity(
             "name shares between 0 and 100, such as 10 25 50."
         )
     checkpoint.check_text()
-    stored = Stored.of(checkpoint.with_stored_widths(), tokenizer)
+    stored = Stored.of(checkpoint.with_stored_widths())
     check_weights(stored.model)
-    plan = checkpoint.plan
-    return stored.curves(plan.criterion, plan.arguments.repair, shares)
+    return stored.curves(shares)

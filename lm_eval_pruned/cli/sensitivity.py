@@ -70,12 +70,14 @@ def run(arguments) -> None:
     print(f"{curves.explanation}\n\n{curves.table().markdown(padded=True)}")
     if not output:
         return
-    files: dict[str, str | bytes] = {"sensitivity.csv": measured.as_csv()}
+    files: dict[str, str | bytes] = {
+        SENSITIVITY: measured.as_json(),
+        "sensitivity.csv": measured.as_csv(),
+    }
     if why := plots_missing():
         print(f"No plots were drawn: {why}.", file=sys.stderr)
     else:
         files |= curves.plot().files()
-    measured.write(output / SENSITIVITY)
     for name, content in files.items():
         write_atomically(output / name, content)
-    print(f"Wrote {', '.join([SENSITIVITY, *files])} to {output}.", file=sys.stderr)
+    print(f"Wrote {', '.join(files)} to {output}.", file=sys.stderr)

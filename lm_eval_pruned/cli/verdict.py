@@ -72,6 +72,8 @@ def run(arguments) -> int:
     if repository:
         section = card_section(verdict, models[0])
         rows = (judged.row for judged in verdict.judged)
-        kept = {(row.task, row.metric): row.kept_text for row in rows}
+        kept = {
+            (row.task, row.metric): row.floor.kept_text for row in rows if row.floor
+        }
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code

@@ -53,7 +53,7 @@ DIFFERENCES = (
     Column("q margin", _claim("q"), "p"),
     Column("documents", lambda row: row.documents, "d"),
     Column("floor", lambda row: row.floor and row.floor.floor, ".4f", terminal=True),
-    Column("kept", lambda row: row.kept_text, ">", terminal=True),
+    Column("kept", lambda row: row.floor and row.floor.kept_text, ">", terminal=True),
     Column("equal answers", _answers("equal_answers"), ".0%", terminal=True),
     Column("KL", _answers("kl"), ".3f"),
     Column("commonest answer", _commonest, ">"),

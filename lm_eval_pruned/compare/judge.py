@@ -126,11 +126,6 @@ class Difference:
         return self.floor is not None and self.floor.above_floor is False
 
     @property
-    def kept_text(self) -> str | None:
-        """What the run keeps of the score above the floor, as `Standing` says it; None without a floor."""
-        return self.floor.kept_text if self.floor else None
-
-    @property
     def cannot_show_a_loss(self) -> bool:
         """Whether nobody could lose anything: the base is not shown to be above the floor."""
         return bool(

@@ -13,7 +13,6 @@ import dataclasses
 import logging
 import math
 from collections import Counter, defaultdict
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,15 +39,13 @@ logger = logging.getLogger("lm_eval.pruned.allocation")
 
 
 def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
-    """Return `plan` with the width of each layer that it prunes, if it `is_open`.
+    """Return an open plan with the width of each layer that it prunes.
 
     `evidence` is the model of `widths`, and says what cuts of its layers cost.
 
     Raises:
         UnsupportedModelError: See `check_comparable`.
     """
-    if not plan.is_open:
-        return plan
     check_comparable(plan, widths)
     before, targets = widths.layers, widths.targets(plan)
     # What the size makes of the MLPs to which the size of a layer refers.
@@ -59,7 +56,7 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
         and widths.actual[mlp.name] == before[mlp.layer]
     }
     neurons, multiple = sum(kept.values()), plan.multiple_of
-    measured = evidence.curves(plan.criterion, plan.arguments.repair)
+    measured = evidence.curves()
     curves = {curve.layer: curve for curve in measured.curves}
     costs = [
         marginal_costs(before[layer], curves[layer].widths, curves[layer].rises)
@@ -127,21 +124,16 @@ def marginal_costs(width: int, kept: Sequence[int], rises: Sequence[float]) -> C
         >>> marginal_costs(4, kept=[2, 3], rises=[4.0, 3.0]).tolist()
         [2.0, 2.0, 2.0, 2.0]
     """
-    points = [(0, 0.0)]
-    removed = [width - left for left in kept]
-    for x, y in sorted(zip(removed, rises, strict=True)):
-        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(
-            points[-1], (x, y)
-        ):
-            points.pop()
-        points.append((x, y))
-    bends = [*(x for x, _ in points[1:-1]), width]
-    slopes = [_slope(*ends) for ends in pairwise(points)]
-    return np.repeat(slopes, np.diff([0, *bends]))
-
-
-def _slope(one: tuple[int, float], other: tuple[int, float]) -> float:
-    return (other[1] - one[1]) / (other[0] - one[0])
+    removed = np.array([0, *(width - left for left in reversed(kept))])
+    rise = np.array([0.0, *reversed(rises)])
+    costs, bend = np.zeros(width), 0
+    while bend < len(kept):
+        after = slice(bend + 1, None)
+        chords = (rise[after] - rise[bend]) / (removed[after] - removed[bend])
+        costs[removed[bend] :] = chords.min()
+        bend += 1 + int(chords.argmin())
+    # Rounding may have a chord end below the one before.
+    return np.maximum.accumulate(costs)
 
 
 def allocate(
@@ -169,10 +161,12 @@ def allocate(
     for curve in costs:
         width = len(curve)
         high = width // multiple_of * multiple_of
-        widest.append(high if high >= low else width)
+        high, lowest = (high, low) if high >= low else (width, width)
+        widest.append(high)
         # What removing so many at a time costs, from the removed end on.
-        ended = curve[width - high : width - low if high >= low else width - high]
-        blocks.append(ended.reshape(-1, multiple_of).sum(1))
+        blocks.append(
+            curve[width - high : width - lowest].reshape(-1, multiple_of).sum(1)
+        )
     wanted = max(0, -(-(sum(widest) - neurons) // multiple_of))
     layer = np.repeat(np.arange(len(costs)), [len(block) for block in blocks])
     cheapest = np.argsort(np.concatenate(blocks), kind="stable")[:wanted]

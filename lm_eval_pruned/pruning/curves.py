@@ -9,13 +9,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
 
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 #: What a file of curves says it is, and the version of its entries.
 FORMAT, VERSION = "lm-eval-pruned sensitivity", 3
@@ -102,7 +100,6 @@ class Sensitivity:
         """Return what a file holds (JSON types only)."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
-    def write(self, file: str | Path) -> None:
-        """Write the curves to a JSON file, whole or not at all."""
-        text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
-        write_atomically(file, text + "\n")
+    def as_json(self) -> str:
+        """Return the content of a JSON file."""
+        return json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n"

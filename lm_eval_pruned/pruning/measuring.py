@@ -19,6 +19,7 @@ from lm_eval_pruned.pruning.calibration import (
     run_texts,
     unless_cpu,
 )
+from lm_eval_pruned.pruning.calibration_text import SELF, TextSource
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
     CRITERIA,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import Number, PruneArguments
-    from lm_eval_pruned.pruning.calibration_text import CalibrationText, TextSource
+    from lm_eval_pruned.pruning.calibration_text import CalibrationText
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
 
@@ -131,20 +132,18 @@ class LoadedModel:
     Attributes:
         model: The model.
         tokenizer: Its tokenizer; needed where text is read.
-        source: Where calibration text comes from; None where none is read.
-        seed: Seed of the criterion ``random``.
+        arguments: The text to read, and how neurons and layers are chosen.
         device: Where text runs; default: where the model is.
         content: What identifies the model, with the layers that it has, for `measured_once`.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    source: TextSource | None
-    seed: int
+    arguments: PruneArguments
     device: torch.device | None = None
     content: Hashable | None = None
 
-    def depth(self, arguments: PruneArguments) -> Depth | None:
+    def depth(self) -> Depth | None:
         """Return which layers stay, where layers are to be dropped.
 
         Raises:
@@ -152,8 +151,8 @@ class LoadedModel:
             UnsupportedModelError: Layers of this model cannot be dropped.
         """
         layers = len(layers_of(self.model)[1])
-        if not arguments.measures_depth:
-            return Depth.of(arguments, layers)
+        if not self.arguments.measures_depth:
+            return Depth.of(self.arguments, layers)
         text = self.text
 
         def measure() -> Measured:
@@ -167,34 +166,30 @@ class LoadedModel:
 
         what = ("block influence", text.key)
         tensors, measured_on = self._measured_once(what, measure)
-        return Depth.of(arguments, layers, tensors["influence"].tolist(), measured_on)
+        influence = tensors["influence"].tolist()
+        return Depth.of(self.arguments, layers, influence, measured_on)
 
-    def score(self, mlp: GluMlp, criterion: str) -> Tensor:
-        """Return the scores of an MLP by a criterion, shape (I,), on the CPU."""
-        activity = None
-        if criterion in ACTIVITY:
-            activity = self.observed.norms[mlp.name]
-        gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
-        scores = score_neurons(
-            gate,
-            up,
-            criterion,
-            layer=mlp.index,
-            seed=self.seed,
-            down=down,
-            activity=activity,
-            name=mlp.name,
-        )
-        return scores.cpu()
+    def scores(self, mlps: Sequence[GluMlp]) -> Mapping[str, Tensor]:
+        """Return the scores of neurons, shape (I,), on the CPU, by name of the MLP."""
+        criterion, seed = self.arguments.criterion, int(self.arguments.seed)
+        norms = self.observed.norms if mlps and criterion in ACTIVITY else {}
 
-    def scores(self, criterion: str, mlps: Sequence[GluMlp]) -> Mapping[str, Tensor]:
-        """Return the scores of `mlps` by a criterion, by name of the MLP."""
-        if mlps and criterion in ACTIVITY:
-            # Text runs once, before threads ask for it.
-            _ = self.observed
+        def score(mlp: GluMlp) -> Tensor:
+            gate, up, down = (mlp.weight(part).contiguous() for part in NEURON_AXIS)
+            return score_neurons(
+                gate,
+                up,
+                criterion,
+                layer=mlp.index,
+                seed=seed,
+                down=down,
+                activity=norms.get(mlp.name),
+                name=mlp.name,
+            ).cpu()
+
         # Most of scoring does not hold the lock of the interpreter.
         with ThreadPoolExecutor() as pool:
-            scores = pool.map(lambda mlp: self.score(mlp, criterion), mlps)
+            scores = pool.map(score, mlps)
             return {mlp.name: row for mlp, row in zip(mlps, scores, strict=True)}
 
     @functools.cached_property
@@ -217,9 +212,12 @@ class LoadedModel:
     @functools.cached_property
     def text(self) -> CalibrationText:
         """The calibration text that was asked for; see `TextSource.read`."""
-        assert self.source is not None
-        with moved(self.model, self.device):
-            return self.source.read(self.model, self.tokenizer, self.content)
+        source = TextSource.of(self.arguments)
+        assert source is not None
+        # A file is read without the model.
+        device = self.device if source.name == SELF else None
+        with moved(self.model, device):
+            return source.read(self.model, self.tokenizer, self.content)
 
     @functools.cached_property
     def curvature(self) -> Curvature:
@@ -234,29 +232,24 @@ class LoadedModel:
 
         return Curvature.of(*self._measured_once(("curvature", text.key), measure))
 
-    def curves(
-        self, criterion: str, repair: str, shares: Sequence[Number] = CUTS
-    ) -> Sensitivity:
+    def curves(self, shares: Sequence[Number] = CUTS) -> Sensitivity:
         """Return what it costs to cut one layer, for each layer and width.
 
-        Args:
-            criterion: Which neurons go.
-            repair: What follows a cut: none or least_squares.
-            shares: Shares of neurons to remove, in percent.
+        `shares` are those of neurons to remove, in percent.
         """
 
         def measure() -> Measured:
-            return {}, self._curves(criterion, repair, shares).as_dict()
+            return {}, self._curves(shares).as_dict()
 
+        how = self.arguments.criterion, int(self.arguments.seed), self.arguments.repair
         # Nothing tells whether the code of another package is still the same.
-        if criterion not in (OBS, RANDOM, *CRITERIA):
+        if how[0] not in (OBS, RANDOM, *CRITERIA):
             return Sensitivity.of(measure()[1])
-        what = ("curves", self.text.key, criterion, self.seed, tuple(shares), repair)
+        what = ("curves", self.text.key, how, tuple(shares))
         return Sensitivity.of(self._measured_once(what, measure)[1])
 
-    def _curves(
-        self, criterion: str, repair: str, shares: Sequence[Number]
-    ) -> Sensitivity:
+    def _curves(self, shares: Sequence[Number]) -> Sensitivity:
+        criterion, repair = self.arguments.criterion, self.arguments.repair
         model, text, by_layer = self.model, self.text, self._mlps_by_layer()
         mlps = [mlp for together in by_layer.values() for mlp in together]
         widths, narrowed = {}, {}
@@ -270,7 +263,7 @@ class LoadedModel:
                     math.ceil(Fraction(kept * mlp.width, width))
                     for kept in widths[layer]
                 ]
-        scores = {} if criterion == OBS else self.scores(criterion, mlps)
+        scores = {} if criterion == OBS else self.scores(mlps)
         roots = self.curvature.roots
         errors = errors_of_cuts(
             model, text.tokens, mlps, narrowed, scores, roots, repair, self.device

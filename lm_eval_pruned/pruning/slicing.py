@@ -20,7 +20,6 @@ from lm_eval_pruned.pruning.allocation import plan_layers
 from lm_eval_pruned.pruning.argument_values import NO_REPAIR, UNIFORM
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.calibration import unless_cpu
-from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import (
     CALIBRATED,
     OBS,
@@ -118,13 +117,12 @@ def prune_loaded(
 ) -> PreTrainedModel:
     """Do what `prune_model` does with arguments that are together."""
     widths = widths_in_memory(model)
-    source, seed = TextSource.of(arguments), int(arguments.seed)
-    evidence = LoadedModel(model, tokenizer, source, seed)
+    evidence = LoadedModel(model, tokenizer, arguments)
     if arguments.drop_layers is not None:
         if arguments.measures_depth:
             # What is wrong with the arguments is refused before text runs.
             widths.plan(arguments)
-        widths = widths.without_layers(evidence.depth(arguments))
+        widths = widths.without_layers(evidence.depth())
     plan = widths.plan(arguments)
     return finished(carry_out(evidence, plan, widths), widths)
 
@@ -178,13 +176,14 @@ def carry_out(
             _ = evidence.text
         if widths.depth is not None:
             drop_layers(model, widths.depth, widths.remembered, on_error)
-        plan = plan_layers(plan, widths, evidence)
+        if plan.is_open:
+            plan = plan_layers(plan, widths, evidence)
         if plan.prunes:
             mlps, targets = find_glu_mlps(model), widths.targets(plan)
             narrow_config = widths.narrowed_config(targets)
             cut = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
             if plan.criterion != OBS:
-                scores |= evidence.scores(plan.criterion, cut)
+                scores |= evidence.scores(cut)
         if arguments.calibration is None:
             check_weights(model, scores)
         for mlp in mlps:

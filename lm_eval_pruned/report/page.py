@@ -135,7 +135,7 @@ def as_markdown(
         parts += [f"[{_plain(text)}]({file})" for text, file in section.links]
         if table := section.table:
             titles = map(_not_html, table.titles)
-            rows = [[_not_html(cell.text) for cell in row] for row in table.cells()]
+            rows = [[_not_html(cell.text) for cell in row] for row in table.cells]
             parts.append(markdown_table([*titles], rows, table.align, padded=padded))
         for plot in section.plots:
             text = f"{plot.title}. {plot.description}".translate({91: "(", 93: ")"})

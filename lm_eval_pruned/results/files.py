@@ -223,17 +223,17 @@ def _check_metadata(run: Run, metadata: Mapping[str, Mapping[str, Any]]) -> None
     for task, declared in metadata.items():
         if run.subtasks.get(task):
             continue
-        metrics = [name.partition(",")[0] for key, name in run.scores if key == task]
-        names, primary = listed([*dict.fromkeys(metrics)]), declared.get(PRIMARY)
-        if primary not in (None, *metrics):
-            raise ResultsError(
-                f"{task} declares {PRIMARY}: {primary}, which it does not report: name one of {names}."
-            )
-        for metric, floor in as_mapping(declared.get("floors")).items():
+        names = (name for key, name in run.scores if key == task)
+        metrics = [*dict.fromkeys(name.partition(",")[0] for name in names)]
+        primary, floors = declared.get(PRIMARY), as_mapping(declared.get("floors"))
+        named = {f"{PRIMARY}: {primary}": primary} if primary is not None else {}
+        named |= {f"a floor of {metric}": metric for metric in floors}
+        for what, metric in named.items():
             if metric not in metrics:
                 raise ResultsError(
-                    f"{task} declares a floor of {metric}, which it does not report: name one of {names}."
+                    f"{task} declares {what}, which it does not report: name one of {listed(metrics)}."
                 )
+        for metric, floor in floors.items():
             if finite_or_none(floor) is None:
                 raise ResultsError(
                     f"{task} declares the floor {floor!r} of {metric}: pass a number."

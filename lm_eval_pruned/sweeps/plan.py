@@ -135,11 +135,6 @@ class Sweep:
         self.tasks = of_tasks.resolve_tasks(self.options["tasks"], self._manager)
 
     @property
-    def model(self) -> str:
-        """The model type of the configurations."""
-        return self.settings.model
-
-    @property
     def baseline(self) -> Configuration:
         """What the other configurations are compared with."""
         return self.configurations[0]
@@ -188,7 +183,7 @@ class Sweep:
         if kind := configuration.floor:
             return {"model": kind, "model_args": configuration.arguments}
         return {
-            "model": self.model,
+            "model": self.settings.model,
             "model_args": self._described(self.model_args(configuration)),
             "sources": self.sources,
         }

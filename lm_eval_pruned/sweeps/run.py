@@ -60,7 +60,7 @@ def run_sweep(
             f"WORLD_SIZE={size} announces several processes, but a sweep evaluates in one: start "
             "it without a launcher, and split it with --shard next or --ray."
         )
-    options = sweep.options
+    options, model = sweep.options, sweep.settings.model
     fixed = shard if isinstance(shard, tuple) else None
     shared = shard == "next"
     name = f"shard{fixed[0]}of{fixed[1]}" if fixed else ""
@@ -80,9 +80,9 @@ def run_sweep(
         print(_plan_table(sweep, _entries(sweep, folder, units), folder.path), end="")
         return 0
     if not options.get("ray"):
-        check_installed(sweep.model, f"model={sweep.model}")
+        check_installed(model, f"model={model}")
     arguments = sweep.settings.model_args
-    check_files(sweep.model, {**model_source(arguments), **arguments}, "model_args")
+    check_files(model, {**model_source(arguments), **arguments}, "model_args")
     with contextlib.nullcontext() if shared else folder.held(name or "sweep"):
         entries = _entries(sweep, folder, units)
         definition = layout.as_text(_definition(sweep, folder.path))

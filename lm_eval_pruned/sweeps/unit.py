@@ -128,7 +128,7 @@ class UnitRunner:
             logger.info("Loading %s.", configuration.id)
             more = {name: getattr(sweep.settings, name) for name in OF_MODEL}
             try:
-                kind = configuration.floor or sweep.model
+                kind = configuration.floor or sweep.settings.model
                 load = get_model(kind).create_from_arg_obj
                 self._lm = load(sweep.model_args(configuration), more)
             except Exception as error:  # noqa: BLE001
@@ -182,7 +182,7 @@ class UnitRunner:
                 answers.close()
                 lm.set_cache_hook(CacheHook(None))
         # What `lm_eval run` records where it makes the model itself.
-        name, model = configuration.floor or sweep.model, getattr(lm, "model", None)
+        name, model = configuration.floor or settings.model, getattr(lm, "model", None)
         results["config"] |= {"model": name, "use_cache": cache}
         is_here = isinstance(model, torch.nn.Module)
         results["config"]["weight_bytes"] = _bytes_of(model) if is_here else None

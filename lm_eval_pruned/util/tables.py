@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 
@@ -72,8 +73,8 @@ class Table:
         Words may go on in another line, if that leaves three lines at most.
         """
         width = 0
-        for column in self.columns:
-            texts = [column.cell(row).text for row in self.rows]
+        for index, column in enumerate(self.columns):
+            texts = [row[index].text for row in self.cells]
             words = re.split(r"[ _]", " ".join([column.title, *texts]))
             lines = 1 if column.form else 3
             width += (
@@ -82,13 +83,14 @@ class Table:
             )
         return width > _NARROW
 
+    @cached_property
     def cells(self) -> list[list[Cell]]:
-        """Return the rows as they are shown."""
+        """The rows as they are shown, in HTML, in Markdown and in a terminal alike."""
         return [[column.cell(row) for column in self.columns] for row in self.rows]
 
     def markdown(self, *, padded: bool = False) -> str:
         """Return the table in Markdown; `padded` is that of `markdown_table`."""
-        texts = [[cell.text for cell in row] for row in self.cells()]
+        texts = [[cell.text for cell in row] for row in self.cells]
         return markdown_table(self.titles, texts, self.align, padded=padded)
 
 

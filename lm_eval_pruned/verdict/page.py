@@ -92,7 +92,8 @@ def headline(verdict: Verdict) -> str:
         row, metadata = judged.row, verdict.base.metadata
         label = family_of(row.task, metadata).label.lower()
         if verdict.base.exact_floor(row.task, row.metric) is not None:
-            parts.append(f"{label} kept {row.kept_text or 'not known'}")
+            kept = row.floor and row.floor.kept_text
+            parts.append(f"{label} kept {kept or 'not known'}")
             share = Margin("kept", judged.margin).share
             margins += [f"{1 - share:.0%}".replace("%", " %")] if share else []
         elif is_loss(row.metric) and row.relative is not None:

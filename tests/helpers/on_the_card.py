@@ -116,6 +116,19 @@ def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkey
     assert "calibrated on cpu" in expected.prune_record.as_table()
 
 
+def test_a_repair_never_has_the_whole_model_on_the_card(
+    tiny_llama, tmp_path, monkeypatch
+):
+    moved, devices = measuring.moved, []
+    noted = lambda model, device: (devices.append(device), moved(model, device))[1]
+    monkeypatch.setattr(measuring, "moved", noted)
+    text = write_texts(tmp_path / "text.jsonl", ("one two three " * 20, "four"))
+    asked = {"ratio": 1, "repair": "least_squares", "calibration": text}
+    model = load_pruned(str(tiny_llama), device="card", **asked)
+    assert model.prune_record.as_dict()["calibration"]["device"] == "card:0"
+    assert {*devices} <= {None}
+
+
 @pytest.mark.parametrize("asked", [{"recipe": "best"}, {"criterion": "act"}])
 def test_text_on_the_card_leaves_tensors_of_another_dtype_as_they_are_stored(
     asked, tmp_path

@@ -53,7 +53,7 @@ def read(folder, title="A model", **options):
 
 def counted(section):
     """Return the rows of the table of counts."""
-    return [[cell.text for cell in row] for row in section.table.cells()]
+    return [[cell.text for cell in row] for row in section.table.cells]
 
 
 def rows_of(page):

@@ -51,7 +51,7 @@ def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_share():
     curves = LayerCurves.of(made_curves())
     table = curves.table()
     assert table.titles == ["layer", "10 % removed", "50 % removed"]
-    assert [cell.text for cell in table.cells()[3]] == ["3", "+0.400", "+2.000"]
+    assert [cell.text for cell in table.cells[3]] == ["3", "+0.400", "+2.000"]
     for words in (
         "criterion=obs, repair=least_squares",
         "3.000 unpruned, on 2 texts with 1,256 tokens",
@@ -64,7 +64,7 @@ def test_layers_of_different_widths_have_a_dash_at_the_shares_of_others():
     data["curves"] += [{**curve, "layer": curve["layer"] + 4} for curve in others]
     table = LayerCurves.of(data).table()
     assert table.titles[1:] == [f"{share} % removed" for share in (10, 50, 51)]
-    assert [cell.text for cell in table.cells()[0]][2] == "-"
+    assert [cell.text for cell in table.cells[0]][2] == "-"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def set_healing(folder, names, healing):
 def cells(section, *titles):
     """Return the texts in these columns of a section's table."""
     places = [section.table.titles.index(title) for title in titles]
-    return [[row[place].text for place in places] for row in section.table.cells()]
+    return [[row[place].text for place in places] for row in section.table.cells]
 
 
 def test_healed_sizes_are_series_of_their_own(folder):

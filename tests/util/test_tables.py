@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lm_eval_pruned.util.tables import csv_table, markdown_table
+from lm_eval_pruned.util.tables import Column, Table, csv_table, markdown_table
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,12 @@ def test_no_cell_ends_early_or_breaks_its_row(text):
 def test_csv_quotes_what_would_end_a_cell():
     rows = [{"task": 'a,"b"', "n": None}, {"n": 1, "task": "c"}]
     assert csv_table(rows) == 'task,n\n"a,""b""",\nc,1\n'
+
+
+def test_what_a_row_says_is_asked_once_however_often_a_table_is_shown():
+    values = []
+    column = Column("n", lambda row: values.append(row) or row, "d")
+    table = Table("Numbers", [column], [1, 2])
+    shown = table.markdown(), table.markdown(padded=True), table.is_wide
+    assert shown[0] == "|n|\n|---:|\n|1|\n|2|"
+    assert values == [1, 2]
