@@ -5,7 +5,9 @@ what was drawn, at what a GLU-MLP returns for one token, and B the mean of g g' 
 error e of that output then moves the model's predictions by about e' B e / 2, in nats: the
 second-order term of the KL divergence, which the Fisher information gives, as K-FAC has it for the
 outputs of a layer. So errors of different layers are on one scale, on which they add up. With the
-tokens of the text in place of drawn ones, B would be large where the text surprises the model.
+tokens of the text in place of drawn ones, B would be large where the text surprises the model. That
+e and g of a token are independent, as in K-FAC, need not hold where a norm follows the MLP: in
+Gemma-3, late layers get far too high costs.
 
 Source: Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
 Curvature", arXiv 1503.05671, section 3; Kunstner et al. 2019, "Limitations of the Empirical Fisher
