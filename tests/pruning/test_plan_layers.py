@@ -52,13 +52,13 @@ class MadeUp:
     def __init__(self, rises):
         self._rises = rises
 
-    def curves(self, criterion, repair):
+    def curves(self):
         widths = tuple(sorted({WIDTH - math.floor(s / 100 * WIDTH) for s in (25, 50)}))
         curves = tuple(
             LayerCurve(layer, WIDTH, widths, rises)
             for layer, rises in enumerate(self._rises)
         )
-        cut, text = (criterion, repair), ("t.jsonl", "0" * 64, 2, 9)
+        cut, text = ("maw", "none"), ("t.jsonl", "0" * 64, 2, 9)
         return Sensitivity("m", 3.0, curves, *cut, *text)
 
 

@@ -40,7 +40,7 @@ def test_what_the_table_reads_is_what_the_measurement_writes(tmp_path):
     made = made_curves()
     curves = tuple(LayerCurve(**curve) for curve in made.pop("curves"))
     del made["format"], made["version"]
-    Sensitivity(curves=curves, **made).write(file)
+    file.write_text(Sensitivity(curves=curves, **made).as_json())
     read = LayerCurves.of(json.loads(file.read_text()))
     for curve in curves:
         for width, rise in zip(curve.widths, curve.rises, strict=True):
