@@ -93,7 +93,14 @@ def main() -> None:
     (mlp,), start = mlps, time.process_time()
     width = mlp.width - mlp.width * options.prune_percent // 100
     repair.cut_layer_by_layer(
-        model, texts, mlps, {mlp.name: width}, {}, roots, "least_squares"
+        model,
+        texts,
+        mlps,
+        {mlp.name: width},
+        {},
+        roots,
+        "least_squares",
+        lambda *_: None,
     )
     rest = time.process_time() - start - sum(seconds.values())
     seconds["forward pass"] = rest
