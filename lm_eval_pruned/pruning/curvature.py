@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from lm_eval_pruned.pruning.calibration import progress_bar, watched
@@ -39,11 +38,16 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
 
-#: Tokens for each hidden dimension after which more of them hardly change B.
-_TOKENS_PER_HIDDEN = 16
+#: Tokens for each hidden dimension: as many as change B little, and as many as it takes; and in
+#: all, from where on it gets the fewer.
+_MOST, _LEAST, _TOKENS = 16, 4, 10_000
 #: What a pass with gradients keeps of each token and layer, in hidden sizes H and widths I: what
-#: goes into projections, norms and products.
+#: goes into projections, norms and products. It may take this many bytes, or as many as the solver
+#: has for matrices.
 _KEPT_HIDDEN, _KEPT_WIDTHS = 10, 4
+_KEPT_BYTES, _MATRICES = 5e8, 4
+#: What a smaller probability counts as.
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def enough(texts: Sequence[Tensor], mlps: Sequence[GluMlp]) -> Sequence[Tensor]:
     """Return as many texts, spread over all, as it takes to tell what directions the loss minds."""
     hidden = max(mlp.hidden_size for mlp in mlps)
     tokens = sum(text.numel() for text in texts)
-    return texts[:: max(1, tokens // (_TOKENS_PER_HIDDEN * hidden))]
+    wanted = max(_LEAST * hidden, min(_MOST * hidden, _TOKENS))
+    return texts[:: max(1, tokens // wanted)]
 
 
 def curvature(
@@ -93,8 +98,8 @@ def curvature(
 ) -> Curvature:
     """Run texts, each of shape (1, tokens), int64, through a model and back, where it is.
 
-    Only activations get gradients. Of a text whose activations take more memory than the weights,
-    each layer computes twice.
+    Only activations get gradients. Of a text whose activations take more memory than the matrices
+    of a cut, each layer computes twice.
 
     Raises:
         ValueError: A gradient is NaN or infinite.
@@ -120,15 +125,21 @@ def curvature(
             tokens = text.to(model.device)
             again = _takes_much(model, mlps, text.numel())
             with computing(_twice(model) if again else {}):
-                logits = model(input_ids=tokens, use_cache=False).logits[0].float()
+                logits = model(input_ids=tokens, use_cache=False).logits[0]
+                chances = logits.detach().softmax(-1, dtype=torch.float32)
                 # Where these are NaN, so are the gradients, which are refused below.
-                chances = logits.detach().softmax(-1).nan_to_num(1).cpu()
-                drawn = torch.multinomial(chances, 1, generator=draws)[:, 0]
-                drawn = drawn.to(model.device)
-                cross_entropy(logits, drawn, reduction="sum").backward()
-            before, after = logits.detach()[:-1], tokens[0, 1:]
-            loss += float(cross_entropy(before, after, reduction="sum"))
-            predicted += len(after)
+                drawn = torch.multinomial(
+                    chances.nan_to_num(1).cpu(), 1, generator=draws
+                )
+                after = tokens[0, 1:, None]
+                right = chances[:-1].gather(1, after).clamp(min=_TINY)
+                loss -= float(right.log().double().sum())
+                predicted += len(after)
+                # With it, chances are the gradient of the loss: a vocabulary takes much memory.
+                chances.scatter_add_(
+                    1, drawn.to(model.device), chances.new_full(drawn.shape, -1.0)
+                )
+                logits.backward(chances.to(logits.dtype))
             bar.update()
     seen = sum(text.numel() for text in texts)
     roots = {}
@@ -173,7 +184,9 @@ def _takes_much(model: PreTrainedModel, mlps: Sequence[GluMlp], tokens: int) -> 
     a_token = sum(
         _KEPT_HIDDEN * mlp.hidden_size + _KEPT_WIDTHS * mlp.width for mlp in dense
     )
-    return tokens * a_token > model.num_parameters()
+    widest = max(mlp.width for mlp in dense)
+    most = max(_KEPT_BYTES, _MATRICES * 8 * widest**2)
+    return tokens * a_token * model.dtype.itemsize > most
 
 
 def _twice(model: PreTrainedModel) -> dict[nn.Module, Callable[..., Any]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lm_eval.pruned.cache")
 
 #: Raise it when something is measured in another way, so that what was kept before is not used.
-_VERSION = 2
+_VERSION = 3
 
 
 def cache_folder() -> Path:

@@ -24,7 +24,7 @@ IDS = [torch.tensor([byte_tokenizer()(text[:90])["input_ids"]]) for text in TEXT
 class Linear(torch.nn.Module):
     """A model whose logits are a linear function of what its one GLU-MLP returns."""
 
-    device, config = torch.device("cpu"), SimpleNamespace()
+    device, dtype, config = torch.device("cpu"), torch.float32, SimpleNamespace()
 
     def __init__(self):
         super().__init__()
@@ -32,9 +32,6 @@ class Linear(torch.nn.Module):
         self.embedded = torch.randn(11, 6, generator=generator)
         self.head = torch.randn(11, 4, generator=generator)
         self.down = torch.nn.Linear(6, 4, bias=False)
-
-    def num_parameters(self) -> int:
-        return 10**6
 
     def forward(self, input_ids, use_cache):
         logits = self.down(self.embedded[input_ids]) @ self.head.T
