@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned.pruning import curvature as module
-from lm_eval_pruned.pruning.curvature import curvature, weighted
+from lm_eval_pruned.pruning.curvature import curvature, enough, weighted
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.repair import order_by_cost, removed_in_steps, repaired
 from tests.helpers.checkpoints import byte_tokenizer
@@ -131,6 +131,17 @@ def test_layers_that_compute_twice_give_the_same(family, tmp_path, monkeypatch):
         torch.testing.assert_close(
             root.T @ root, other.T @ other, rtol=1e-4, atol=1e-5 * scale
         )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "tokens"), [(64, 1024), (576, 9216), (2048, 10_000), (4096, 16_384)]
+)
+def test_the_backward_pass_reads_16_tokens_for_each_dimension_and_4_where_there_are_many(
+    hidden, tokens
+):
+    texts = [torch.zeros(1, 100)] * 1000
+    count = sum(t.numel() for t in enough(texts, [SimpleNamespace(hidden_size=hidden)]))
+    assert tokens <= count <= 1.2 * tokens
 
 
 def test_gradients_that_are_not_finite_are_refused():
