@@ -21,12 +21,13 @@ OPTIONS = (
 
 def run(arguments) -> None:
     """Write the report, and print the names of its files."""
-    from lm_eval_pruned.results.runs import read_definition
+    from lm_eval_pruned.results.runs import read_definition, read_sweep
 
     # A wrong folder is told before a missing package.
     read_definition(Path(arguments.folder))
     from lm_eval_pruned.report.report import write_report
 
     where, texts = arguments.output_path, not arguments.no_texts
-    files = write_report(arguments.folder, where, alpha=arguments.alpha, texts=texts)
+    sweep = read_sweep(arguments.folder)
+    files = write_report(sweep, where, alpha=arguments.alpha, texts=texts)
     print(*files, sep="\n")

@@ -13,7 +13,6 @@ from lm_eval_pruned.report.figure import figure_section, truthfulness_section
 from lm_eval_pruned.report.layers import layers_section
 from lm_eval_pruned.report.page import write_page
 from lm_eval_pruned.results.groups import healing_name, model_arguments
-from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import csv_table
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def write_report(
-    folder: str | Path,
+    sweep: SweepResults,
     output_path: str | Path | None = None,
     *,
     alpha: float = 0.05,
@@ -37,14 +36,13 @@ def write_report(
     comparison: Comparison | None = None,
     opening: Sequence[Section] = (),
 ) -> list[Path]:
-    """Write the report of a sweep folder and return its files, ``report.html`` first.
+    """Write the report of a sweep and return its files, ``report.html`` first.
 
-    They go to `output_path`, by default ``report`` in the sweep folder. `alpha` is the level of the
+    They go to `output_path`, by default ``report`` in the sweep's folder. `alpha` is the level of the
     tests; without `texts`, ``flips.html`` does not show what was asked and answered; `comparison` is
     what `compared` returned. The report begins with the sections of `opening`. ResultsError if the
-    folder holds no sweep that can be read, or no baseline; ValueError if `alpha` is out of range.
+    sweep has no baseline; ValueError if `alpha` is out of range.
     """
-    sweep = read_sweep(folder)
     base, others = sweep.split()
     target = Path(output_path) if output_path else sweep.path / "report"
     runs = [base, *others]

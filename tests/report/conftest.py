@@ -56,6 +56,7 @@ def sweep(tmp_path_factory):
     """Folder of a sweep of four sizes with its report; one size failed, and a meter ran."""
     pytest.importorskip("altair", reason="figures need the extra `report`")
     from lm_eval_pruned.report.report import write_report
+    from lm_eval_pruned.results.runs import read_sweep
 
     folder = tmp_path_factory.mktemp("sweep")
     runs = {f"p{each}": (each, tasks(each)) for each in PERCENTS}
@@ -68,5 +69,5 @@ def sweep(tmp_path_factory):
         data = json.loads(file.read_text())
         data["config"]["energy"] = block
         file.write_text(json.dumps(data))
-    write_report(folder)
+    write_report(read_sweep(folder))
     return folder

@@ -190,12 +190,16 @@ def test_texts_and_the_page_of_an_earlier_report_go(tmp_path):
     sweep = sweep_of(tmp_path, *tasks)
 
     def with_texts(**options):
-        files = [each for each in write_report(sweep, **options) if each.is_file()]
+        files = [
+            each
+            for each in write_report(read_sweep(sweep), **options)
+            if each.is_file()
+        ]
         return {each.name for each in files if WORD.encode() in each.read_bytes()}
 
     assert with_texts() == {PAGE}
     assert with_texts(texts=False) == set()
     for file in sweep.glob("units/*/*/samples_*.jsonl"):
         file.unlink()
-    write_report(sweep)
+    write_report(read_sweep(sweep))
     assert not (sweep / "report" / PAGE).exists()
