@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Text = str | list[dict[str, Any]]
 
-#: Values of ``calibration`` that are no file: the model's own text, and this before a dataset.
+#: Values of ``calibration`` that name no file: text that the model writes, and the prefix of a dataset.
 SELF, DATASET = "self", "dataset:"
 #: A text longer than this, or than the model's positions, is cut at its end.
 MAX_TOKENS = 2048
@@ -176,7 +176,7 @@ class TextSource:
         model for `measured_once`.
 
         Raises:
-            ValueError: The source or a text cannot be used, or there is no tokenizer.
+            ValueError: The source or a text cannot be used, or the tokenizer is missing.
         """
         if tokenizer is None:
             raise ValueError(

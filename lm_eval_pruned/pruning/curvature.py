@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
 
-#: Tokens for each hidden dimension: as many as change B little, and as many as it takes; and in
-#: all, from where on it gets the fewer.
+#: Tokens for each hidden dimension, at most and at least, and how many in all are at most read
+#: above the least. With 4 for each, the loss of a cut SmolLM2 is that with 16 to 0.004 nats.
 _MOST, _LEAST, _TOKENS = 16, 4, 10_000
 #: What a pass with gradients keeps of each token and layer, in hidden sizes H and widths I: what
-#: goes into projections, norms and products. It may take this many bytes, or as many as the solver
-#: has for matrices.
+#: goes into projections, norms and products. It may take the larger of these bytes and so many
+#: I x I matrices of float64.
 _KEPT_HIDDEN, _KEPT_WIDTHS = 10, 4
 _KEPT_BYTES, _MATRICES = 5e8, 4
 #: What a smaller probability counts as.

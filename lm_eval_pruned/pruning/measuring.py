@@ -147,7 +147,7 @@ class LoadedModel:
         """Return which layers stay, where layers are to be dropped.
 
         Raises:
-            ValueError: The layers or the text are wrong, or there is no tokenizer.
+            ValueError: The layers or the text cannot be used, or the tokenizer is missing.
             UnsupportedModelError: Layers of this model cannot be dropped.
         """
         layers = len(layers_of(self.model)[1])
