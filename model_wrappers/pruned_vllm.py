@@ -117,10 +117,10 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
             _end_with(engine.engine_core)
             caches = engine.vllm_config.cache_config.enable_prefix_caching
             self._plain_because = None if caches else "enable_prefix_caching is off"
-        if tells and checkpoint.plan.prunes:
+        if tells and checkpoint.cut.plan.prunes:
             pruned = self.model.collective_rpc("pruned_record")[0]
         else:
-            record = PruneRecord.of(checkpoint.plan, checkpoint.widths, None)
+            record = PruneRecord.of(checkpoint.cut, None)
             pruned = {"record": record.as_dict(), "table": record.as_table()}
         self._pruning: dict[str, Any] = pruned["record"]
         if adapter is not None and tells:

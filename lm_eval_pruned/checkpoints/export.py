@@ -31,7 +31,7 @@ from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import Stored, load_checkpoint
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.layer_by_layer import moved
-from lm_eval_pruned.pruning.slicing import finished
+from lm_eval_pruned.pruning.slicing import carry_out, finish
 from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 
 
@@ -159,10 +159,10 @@ def export_pruned(
     loaded = Stored.of(checkpoint)
     measure(UNPRUNED, loaded.model)
     with appearing_whole(output) as unfinished:
-        model = loaded.narrowed(unfinished)
+        model, cut = loaded.model, carry_out(loaded, loaded.cut, scratch=unfinished)
         if dtype is not None:
-            model = loaded.checkpoint.place(model, loaded.rounded)
-        finished(model, loaded.checkpoint.widths, device)
+            model = checkpoint.place(model, cut, loaded.rounded)
+        finish(model, cut, device)
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
         if not record.plan.changes_model:
             raise ValueError(
@@ -215,16 +215,16 @@ def _least_bytes(
     checkpoint: Checkpoint, source: Path, dtype: torch.dtype | None
 ) -> int:
     """Return how many bytes of weights there will be at least; 0 where only a load tells."""
-    plan, widths = checkpoint.plan, checkpoint.widths
-    if plan.is_open or plan.arguments.measures_depth:
+    cut = checkpoint.cut
+    if cut.plan.is_open or cut.plan.arguments.measures_depth:
         return 0
-    parameters = widths.count_parameters(widths.targets(plan))
+    parameters = cut.parameters_after
     if dtype is not None:
         return parameters * dtype.itemsize
     known: Any = checkpoint.config.dtype or torch.float32
     size = sum(path.stat().st_size for path in source.glob("model*.safetensors"))
     # A folder may hold weights that are not loaded, and a config lie about the dtype.
-    share = size * parameters // widths.parameters_before
+    share = size * parameters // cut.parameters_before
     return min(share, parameters * known.itemsize)
 
 

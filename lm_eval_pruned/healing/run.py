@@ -75,7 +75,7 @@ def resolved(
         )
     if adapter is not None:
         # peft refuses modules that the model lacks.
-        widths = base.widths
+        widths = base.cut.widths
         skeleton = without_weights(type(widths.skeleton), widths.config)
         adapted_shapes(skeleton, adapter)
     positions = getattr(config, "max_position_embeddings", None)

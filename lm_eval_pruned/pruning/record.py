@@ -17,7 +17,7 @@ from lm_eval_pruned.pruning.argument_values import (
 )
 from lm_eval_pruned.pruning.arguments import STUDY
 from lm_eval_pruned.pruning.criteria import RANDOM
-from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
+from lm_eval_pruned.pruning.plan import whole_or_mean
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lm_eval_pruned.pruning.widths import Widths
+    from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.widths import Cut
 
 
 _GROUP = ("kind", "config_key", "width_before", "width_after", "mlps")
@@ -64,29 +65,28 @@ class PruneRecord:
     @classmethod
     def of(
         cls,
-        plan: PrunePlan,
-        widths: Widths,
+        cut: Cut,
         kept: tuple[Tensor, ...] | None,
         calibration: Mapping[str, Any] | None = None,
         repaired: int | None = None,
     ) -> PruneRecord:
-        """Describe what `plan` did to the MLPs of `widths`; `kept` is None if not reported."""
-        targets = widths.targets(plan)
+        """Describe a `cut` that was carried out; `kept` is None if not reported."""
+        widths, targets = cut.widths, cut.targets
         counts = Counter(
             (mlp.kind, str(widths.keys[n := mlp.name]), widths.actual[n], targets[n])
             for mlp in widths.mlps
         )
         return cls(
-            plan,
+            cut.plan,
             len({mlp.layer_path for mlp in widths.mlps}),
-            widths.parameters_before,
-            widths.count_parameters(targets),
+            cut.parameters_before,
+            cut.parameters_after,
             kept or (),
             tuple(
                 dict(zip(_GROUP, (*group, mlps), strict=True))
                 for group, mlps in counts.items()
             ),
-            not widths.inexpressible(targets),
+            not cut.inexpressible,
             calibration,
             repaired,
         )
