@@ -36,7 +36,11 @@ from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths, Tok
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import CheckedArguments
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_checkpoint
-from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
+from lm_eval_pruned.pruning.arguments import (
+    DECLARED,
+    PruneArguments,
+    take_prune_arguments,
+)
 from lm_eval_pruned.pruning.record import PruneRecord
 
 
@@ -69,7 +73,7 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
         self.token_counts = TokenCounts()
         seed = {"seed": kwargs["seed"]} if kwargs.get("seed") is not None else {}
         with argument_errors():
-            arguments = PruneArguments.taken_from(kwargs)
+            arguments = PruneArguments(**take_prune_arguments(kwargs))
             self.check_arguments({**kwargs, "pretrained": pretrained})
             for name, ours in (
                 ("load_format", LOAD_FORMAT),

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader import (
 
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, as_stored, tensors_of
 from lm_eval_pruned.checkpoints.load import Stored
-from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, text_config
 from lm_eval_pruned.pruning.slicing import carry_out
 
@@ -90,7 +90,7 @@ class PrunedModelLoader(DefaultModelLoader):
 
     def __init__(self, load_config: Any) -> None:
         others = dict(load_config.model_loader_extra_config)
-        self._prune_arguments = PruneArguments.taken_from(others)
+        self._prune_arguments = PruneArguments(**take_prune_arguments(others))
         super().__init__(
             dataclasses.replace(
                 load_config, load_format="auto", model_loader_extra_config=others

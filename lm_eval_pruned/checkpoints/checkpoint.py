@@ -192,10 +192,9 @@ class Checkpoint:
         self.device()
         plan, skeleton = self.cut.plan, self.cut.widths.skeleton
         arguments = plan.arguments
-        source = TextSource.of(arguments)
-        if source is None:
+        if arguments.calibration is None:
             return
-        source.check()
+        TextSource.of(arguments).check()
         if plan.is_open:
             check_comparable(self.cut)
         if plan.criterion in CALIBRATED:
@@ -340,7 +339,12 @@ class Checkpoint:
         }
         dtype = arguments.pop("dtype", "auto")
         if dtype == "auto":
-            dtype = self._default_dtype(model)
+            # As `from_pretrained` loads the whole model if it is not told any.
+            config: Any = self.config
+            if type(config) is not type(model.config):
+                config = text_config(config)
+            stored = (tensor.dtype for tensor in self.stored.values())
+            dtype = config.dtype or next(stored, model.dtype)
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         if dtype == model.dtype and not any(map(PLACING.fullmatch, arguments)):
@@ -361,14 +365,6 @@ class Checkpoint:
         )
         placed.prune_record = model.prune_record
         return placed
-
-    def _default_dtype(self, model: PreTrainedModel) -> torch.dtype:
-        """Return the dtype in which `from_pretrained` loads the whole model if it is not told any."""
-        config: Any = self.config
-        if type(config) is not type(model.config):
-            config = text_config(config)
-        first = next((tensor.dtype for tensor in self.stored.values()), model.dtype)
-        return config.dtype or first
 
     def _built(
         self, arguments: dict[str, Any], cut: Cut

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
-from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
 from lm_eval_pruned.pruning.record import PruneRecord
 from lm_eval_pruned.pruning.slicing import carry_out, finish
@@ -84,7 +84,7 @@ def load_pruned(
     """
     import transformers
 
-    prune_arguments = PruneArguments.taken_from(arguments)
+    prune_arguments = PruneArguments(**take_prune_arguments(arguments))
     if dtype is not None:
         arguments["dtype"] = dtype
     if device is not None:

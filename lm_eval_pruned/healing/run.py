@@ -18,7 +18,7 @@ from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_checkpoint
 from lm_eval_pruned.healing.trainer import Checkpoints, HealingTrainer, write_record
-from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.calibration_text import read_texts, token_ids
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, without_weights
 from lm_eval_pruned.pruning.stacked import runnable
@@ -59,7 +59,7 @@ def resolved(
             )
     loading = dict(model_args)
     pretrained = str(loading.pop("pretrained"))
-    pruning = PruneArguments.taken_from(loading)
+    pruning = PruneArguments(**take_prune_arguments(loading))
     base = Checkpoint.of(pretrained, pruning, loading, AutoModelForCausalLM)
     config = base.config
     if config.is_encoder_decoder:

@@ -214,7 +214,6 @@ class LoadedModel:
     def text(self) -> CalibrationText:
         """The calibration text that was asked for; see `TextSource.read`."""
         source = TextSource.of(self.arguments)
-        assert source is not None
         # A file is read without the model.
         device = self.device if source.name == SELF else None
         with moved(self.model, device):

@@ -230,7 +230,17 @@ def finish(
         method = plan.criterion + ", skip_layers=0" * spares_first
         if plan.depth is None and (plan.layers is None or spares_first):
             _tell_once(beaten_by_chance(method, 1 - plan.width / plan.width_before))
-    choose_experts_implementation(model)
+    if (refused := refused_by_grouped_mm(model)) is not None:
+        width, multiple = refused
+        model.set_experts_implementation("eager")
+        logger.warning(
+            "The experts of %d neurons run one by one, because torch's grouped matrix product "
+            "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens the "
+            "saved model with experts_implementation=eager.",
+            width,
+            multiple,
+            multiple,
+        )
     if names := cut.inexpressible:
         logger.warning(
             "%s keeps a width that %s in the config cannot express, and transformers up to 5.24 "
@@ -257,21 +267,6 @@ def finish(
 def _tell_once(sentence: str | None) -> None:
     if sentence is not None:
         logger.warning(sentence)
-
-
-def choose_experts_implementation(model: PreTrainedModel) -> None:
-    """Let experts run one by one where their width rules out the grouped product."""
-    if (refused := refused_by_grouped_mm(model)) is not None:
-        width, multiple = refused
-        model.set_experts_implementation("eager")
-        logger.warning(
-            "The experts of %d neurons run one by one, because torch's grouped matrix product "
-            "needs a multiple of %d: add multiple_of=%d for speed. Stock transformers opens the "
-            "saved model with experts_implementation=eager.",
-            width,
-            multiple,
-            multiple,
-        )
 
 
 @torch.no_grad()

@@ -165,9 +165,11 @@ class Widths:
         actual = [self.actual[mlp.name] for mlp in self.mlps if mlp.layer in depth.kept]
         build = type(self.skeleton)
         try:
-            widths = Widths(build, shallow_config(self.original, depth), actual)
+            config = shallow_config(self.original, depth)
+            shallow = without_weights(build, plain_config(config))
             whole = without_weights(build, self.config)
-            widths.remembered = attributes_that_change(whole, widths.skeleton, depth)
+            remembered = attributes_that_change(whole, shallow, depth)
+            widths = Widths(build, config, actual)
         except (TypeError, LookupError, AttributeError, ValueError) as error:
             if isinstance(error, UnsupportedModelError):
                 raise
@@ -175,7 +177,7 @@ class Widths:
                 f"drop_layers cannot be used with {describe(self.skeleton)}, whose config does not accept "
                 f"{len(depth.kept)} layers ({error}): leave it out."
             ) from None
-        widths.whole, widths.depth = self, depth
+        widths.whole, widths.depth, widths.remembered = self, depth, remembered
         return widths
 
     @functools.cached_property
@@ -196,12 +198,20 @@ class Widths:
         """The model with all these layers and neurons."""
         return self.cut(PruneArguments())
 
+    @functools.cached_property
+    def _per_neuron(self) -> dict[str, int]:
+        """The parameters of a neuron of each MLP, by name."""
+        return {
+            mlp.name: sum(mlp.weight(*place).numel() for place in mlp.regions)
+            // self.configured[mlp.name]
+            for mlp in self.mlps
+        }
+
     def count_parameters(self, widths: Mapping[str, int]) -> int:
         """Return the parameters of the model with these widths; tied ones count once."""
         return self.skeleton.num_parameters() + sum(
-            (widths[mlp.name] - mlp.width)
-            * sum(mlp.weight(*place).numel() // mlp.width for place in mlp.regions)
-            for mlp in self.mlps
+            (widths[name] - width) * self._per_neuron[name]
+            for name, width in self.configured.items()
         )
 
 
@@ -324,15 +334,16 @@ def find_keys(
             continue
         reshaped = {name for name, _ in shapes ^ _shapes(other)} - neurons
         for mlp in mlps:
-            if doubled.get(mlp.name) == mlp.width or mlp.name in keys:
+            width = mlp.width
+            if doubled.get(mlp.name) == width or mlp.name in keys:
                 continue
             if reshaped:
                 why = f"{key} in its config also sets the shape of {min(reshaped)}"
                 refusals[mlp.name] = why
-            elif doubled.get(mlp.name) == 2 * mlp.width:
+            elif doubled.get(mlp.name) == 2 * width:
                 layer = None if type(value) is int else mlp.layer
                 single = dataclasses.replace(key, layer=layer)
-                factor = Fraction(mlp.width, single.get(config))
+                factor = Fraction(width, single.get(config))
                 keys[mlp.name] = dataclasses.replace(single, factor=factor)
     for name, reason in refusals.items():
         if name not in keys:
