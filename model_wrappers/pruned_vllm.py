@@ -32,7 +32,7 @@ from lm_eval_pruned.checkpoints.adapters import (
 )
 from lm_eval_pruned.checkpoints.configs import argument_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
-from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths, TokenCounts
+from lm_eval_pruned.model_wrappers.batching.fast_path import AnswerPaths, TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import CheckedArguments
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_checkpoint
@@ -124,7 +124,7 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
         if tells and checkpoint.cut.plan.prunes:
             pruned = self.model.collective_rpc("pruned_record")[0]
         else:
-            record = PruneRecord.of(checkpoint.cut, None)
+            record = PruneRecord(checkpoint.cut.widths, checkpoint.cut.plan)
             pruned = {"record": record.as_dict(), "table": record.as_table()}
         self._pruning: dict[str, Any] = pruned["record"]
         if adapter is not None and tells:

@@ -73,7 +73,7 @@ dropped, "layers" and the numbers of those that are kept come first).
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} The weights are {sum(shards):,} bytes in {len(shards)} file{"s" * (len(shards) > 1)}.
+{shown}{_NOT_IN_STOCK if record.inexpressible else _IN_STOCK} The weights are {sum(shards):,} bytes in {len(shards)} file{"s" * (len(shards) > 1)}.
 
 The cost of the cut depends on the model, the size and the task. Whether the model may be shipped in place
 of its source, for your use:

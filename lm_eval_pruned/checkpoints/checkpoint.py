@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.checkpoints.weights import StoredTensor
     from lm_eval_pruned.pruning.arguments import PruneArguments
+    from lm_eval_pruned.pruning.record import PruneRecord
     from lm_eval_pruned.pruning.widths import Cut
 
     #: A module, the name of a tensor in it, and that tensor as it is stored. A module that goes to a
@@ -323,13 +324,12 @@ class Checkpoint:
         return model
 
     def place(
-        self, model: PreTrainedModel, cut: Cut, rounded: Iterable[Rounded]
+        self, model: PreTrainedModel, rounded: Iterable[Rounded]
     ) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.
 
         Args:
             model: On the CPU, in the dtype of `load_stored`.
-            cut: What was done to it.
             rounded: What `load_stored` returned.
         """
         arguments = {
@@ -356,14 +356,15 @@ class Checkpoint:
             if exceeds > torch.finfo(dtype).max:
                 check_finite(name, tensor.to(dtype))
         arguments |= {"dtype": dtype, "state_dict": state}
-        placed, _ = self._built(arguments, cut)
+        record: PruneRecord = model.prune_record  # type: ignore[assignment]
+        placed, _ = self._built(arguments, record)
         placed.config.name_or_path = model.config.name_or_path
         placed.generation_config = model.generation_config
         # What `save_pretrained` takes apart again.
         placed._weight_conversions = getattr(  # type: ignore[assignment]
             model, "_weight_conversions", None
         )
-        placed.prune_record = model.prune_record
+        placed.prune_record = record  # type: ignore[assignment]
         return placed
 
     def _built(

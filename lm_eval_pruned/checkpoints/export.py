@@ -159,10 +159,11 @@ def export_pruned(
     loaded = Stored.of(checkpoint)
     measure(UNPRUNED, loaded.model)
     with appearing_whole(output) as unfinished:
-        model, cut = loaded.model, carry_out(loaded, loaded.cut, scratch=unfinished)
+        model = loaded.model
+        carry_out(loaded, loaded.cut, scratch=unfinished)
         if dtype is not None:
-            model = checkpoint.place(model, cut, loaded.rounded)
-        finish(model, cut, device)
+            model = checkpoint.place(model, loaded.rounded)
+        finish(model, device)
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
         if not record.plan.changes_model:
             raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
+from lm_eval_pruned.pruning.argument_values import exact
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
 from lm_eval_pruned.pruning.record import PruneRecord
@@ -14,12 +15,14 @@ from lm_eval_pruned.pruning.slicing import carry_out, finish
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.checkpoint import Rounded
+    from lm_eval_pruned.pruning.arguments import Number
+    from lm_eval_pruned.pruning.curves import Sensitivity
     from lm_eval_pruned.pruning.widths import Cut
 
 
@@ -111,13 +114,13 @@ def load_checkpoint(
     cut = checkpoint.cut
     if cut.plan.changes_model or cut.plan.arguments.measures_depth:
         stored = Stored.of(checkpoint, tokenizer)
-        cut = carry_out(stored, stored.cut)
-        model = checkpoint.place(stored.model, cut, stored.rounded)
+        carry_out(stored, stored.cut)
+        model = checkpoint.place(stored.model, stored.rounded)
     else:
         model = checkpoint.load_whole()
         check_weights(model)
-        model.prune_record = PruneRecord.of(cut, ())  # type: ignore[assignment]
-    finish(model, cut)
+        model.prune_record = PruneRecord(cut.widths, cut.plan)  # type: ignore[assignment]
+    finish(model)
     return model
 
 
@@ -162,3 +165,31 @@ class Stored(LoadedModel):
         if (depth := cut.plan.depth) is not None:
             content = content and (content, depth.kept)
         return dataclasses.replace(stored, cut=cut, content=content)
+
+
+def measure_sensitivity(
+    checkpoint: Checkpoint, prune_percents: Iterable[Number] = (10, 25, 50)
+) -> Sensitivity:
+    """Return what cutting a single layer costs, for each layer and width.
+
+    Args:
+        checkpoint: The model, and how it is cut: its arguments have ``allocation=sensitivity``, and
+            any size, which does not count.
+        prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.
+
+    Raises:
+        ValueError: An argument is out of range, the text cannot be used, or the
+            checkpoint is damaged.
+        UnsupportedModelError: Layers of the model cannot be compared.
+        OSError: A file of the checkpoint is missing.
+    """
+    shares = sorted({exact("prune_percents", p, "25") for p in prune_percents})
+    if not shares or not 0 < shares[0] <= shares[-1] < 100:
+        raise ValueError(
+            f"prune_percents={' '.join(f'{float(s):g}' for s in shares)} leaves nothing to measure: "
+            "name shares between 0 and 100, such as 10 25 50."
+        )
+    checkpoint.check_text()
+    stored = Stored.of(checkpoint.with_stored_widths())
+    check_weights(stored.model)
+    return stored.curves(shares)

@@ -18,6 +18,7 @@ from lm_eval_pruned.pruning.argument_values import (
 from lm_eval_pruned.pruning.arguments import STUDY
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.plan import whole_or_mean
+from lm_eval_pruned.pruning.widths import Cut
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -26,70 +27,43 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lm_eval_pruned.pruning.plan import PrunePlan
-    from lm_eval_pruned.pruning.widths import Cut
-
 
 _GROUP = ("kind", "config_key", "width_before", "width_after", "mlps")
 
 
 @dataclass(frozen=True)
-class PruneRecord:
-    """What was done to a model.
+class PruneRecord(Cut):
+    """A cut that was made.
 
     Attributes:
-        plan: The plan that was carried out.
-        layers: Number of layers that stay and hold GLU-MLPs.
-        parameters_before: Parameters of the unpruned model; tied ones count once.
-        parameters_after: Parameters of the pruned model.
         kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
             empty for the baseline, and where the process that loaded does not tell.
-        groups: The GLU-MLPs by kind, config key, and width before and after, in neurons, as the
-            results file has them.
-        config_expresses_widths: Whether stock transformers can open the model once it is saved.
         calibration: The text on which the neurons were observed, if any, as the results file
             describes it.
         repaired: How many GLU-MLPs were repaired; None where no repair was asked for.
     """
 
-    plan: PrunePlan
-    layers: int
-    parameters_before: int
-    parameters_after: int
-    kept: tuple[Tensor, ...]
-    groups: tuple[dict[str, Any], ...]
-    config_expresses_widths: bool
-    calibration: Mapping[str, Any] | None
+    kept: tuple[Tensor, ...] = ()
+    calibration: Mapping[str, Any] | None = None
     repaired: int | None = None
 
-    @classmethod
-    def of(
-        cls,
-        cut: Cut,
-        kept: tuple[Tensor, ...] | None,
-        calibration: Mapping[str, Any] | None = None,
-        repaired: int | None = None,
-    ) -> PruneRecord:
-        """Describe a `cut` that was carried out; `kept` is None if not reported."""
-        widths, targets = cut.widths, cut.targets
+    @property
+    def layers(self) -> int:
+        """Number of layers that stay and hold GLU-MLPs."""
+        return len({mlp.layer_path for mlp in self.widths.mlps})
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The GLU-MLPs by kind, config key, and width before and after, in neurons."""
+        widths, targets = self.widths, self.targets
         counts = Counter(
             (mlp.kind, str(widths.keys[n := mlp.name]), widths.actual[n], targets[n])
             for mlp in widths.mlps
         )
-        return cls(
-            cut.plan,
-            len({mlp.layer_path for mlp in widths.mlps}),
-            cut.parameters_before,
-            cut.parameters_after,
-            kept or (),
-            tuple(
-                dict(zip(_GROUP, (*group, mlps), strict=True))
-                for group, mlps in counts.items()
-            ),
-            not cut.inexpressible,
-            calibration,
-            repaired,
-        )
+        return [
+            dict(zip(_GROUP, (*group, mlps), strict=True))
+            for group, mlps in counts.items()
+        ]
 
     @property
     def digest(self) -> str | None:
@@ -124,8 +98,8 @@ class PruneRecord:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "kept_digest": self.digest,
-            "groups": [*self.groups],
-            "config_expresses_widths": self.config_expresses_widths,
+            "groups": self.groups,
+            "config_expresses_widths": not self.inexpressible,
             **(plan.depth.as_dict() if plan.depth else {}),
         }
         if plan.allocation != UNIFORM:

@@ -121,7 +121,8 @@ def prune_loaded(
     cut = whole.cut(arguments)
     if arguments.measures_depth:
         cut = whole.cut(arguments, evidence.depth())
-    finish(model, carry_out(evidence, cut, whole_on_error=True))
+    carry_out(evidence, cut, whole_on_error=True)
+    finish(model)
     return model
 
 
@@ -131,8 +132,8 @@ def carry_out(
     *,
     whole_on_error: bool = False,
     scratch: Path | None = None,
-) -> Cut:
-    """Prune a model in place and write its record; return what was done. See `prune_model`.
+) -> None:
+    """Prune a model in place and write its record; see `prune_model`.
 
     Args:
         evidence: What settles the plan, of the model.
@@ -214,17 +215,14 @@ def carry_out(
         on_error.pop_all()
     if plan.prunes:
         cut.copy_keys(narrow_config, model.config)
-    record = PruneRecord.of(cut, tuple(kept.values()), calibration, repaired)
-    model.prune_record = record  # type: ignore[assignment]
-    return cut
+    done = tuple(kept.values()), calibration, repaired
+    model.prune_record = PruneRecord(cut.widths, cut.plan, *done)  # type: ignore[assignment]
 
 
-def finish(
-    model: PreTrainedModel, cut: Cut, device: torch.device | None = None
-) -> None:
-    """Have a pruned model run on `device`, by default where it is, and tell what its `cut` costs there."""
+def finish(model: PreTrainedModel, device: torch.device | None = None) -> None:
+    """Have a pruned model run on `device`, by default where it is, and tell what its widths cost there."""
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    plan, widths, targets = cut.plan, cut.widths, cut.targets
+    plan, targets = record.plan, record.targets
     if plan.prunes and (plan.allocation, plan.arguments.repair) == (UNIFORM, NO_REPAIR):
         spares_first = plan.layers == tuple(range(1, record.layers))
         method = plan.criterion + ", skip_layers=0" * spares_first
@@ -241,18 +239,18 @@ def finish(
             multiple,
             multiple,
         )
-    if names := cut.inexpressible:
+    if names := record.inexpressible:
         logger.warning(
             "%s keeps a width that %s in the config cannot express, and transformers up to 5.24 "
             "cannot build MLPs of several widths: open the saved model with --model pruned-hf or "
             "load_pruned.",
             names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
-            widths.keys[names[0]],
+            record.widths.keys[names[0]],
         )
     quantised = getattr(model.config, "quantization_config", None) is not None
     kind = (device or model.device).type
     if kind == "cuda" and model.dtype.itemsize == 2 and not quantised:
-        kept = (targets[n] for n in targets if targets[n] < widths.actual[n])
+        kept = (targets[n] for n in targets if targets[n] < record.widths.actual[n])
         if odd := next((width for width in kept if width % _CUDA_MULTIPLE), 0):
             logger.warning(
                 "%d neurons are not a multiple of %d, so CUDA's kernels for 16-bit weights are "

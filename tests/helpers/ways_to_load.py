@@ -44,7 +44,7 @@ class Source:
 
     def opened(self, folder, record):
         """Open a pruned model that was saved, with stock transformers if it can."""
-        return (self.whole if record.config_expresses_widths else self.load)(folder)
+        return (self.load if record.inexpressible else self.whole)(folder)
 
     def export(self, folder, dtype=None, **asked):
         return export_pruned(
