@@ -63,7 +63,7 @@ def check_buildable(checkpoint: Checkpoint) -> None:
         why = "drop_layers removes layers that an engine looks for in the checkpoint"
     elif plan.is_open:
         why = (
-            f"allocation={plan.allocation} derives the widths from losses, but an engine needs "
+            f"allocation={plan.arguments.allocation} derives the widths from losses, but an engine needs "
             "them before it loads any weight"
         )
     if why is not None:

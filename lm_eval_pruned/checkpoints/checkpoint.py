@@ -211,7 +211,11 @@ class Checkpoint:
             f"{n} {width} neurons" for n, width in targets.items() if width % processes
         ]
         # What an allocation finds is not known yet.
-        if plan.prunes and plan.allocation != UNIFORM and plan.multiple_of % processes:
+        if (
+            plan.prunes
+            and plan.arguments.allocation != UNIFORM
+            and plan.multiple_of % processes
+        ):
             odd = [f"each layer multiples of {plan.multiple_of} neurons"]
         if odd:
             raise ValueError(
@@ -266,14 +270,6 @@ class Checkpoint:
                 "as cpu, or cuda:0 where there is a GPU."
             ) from None
 
-    def load_whole(self) -> PreTrainedModel:
-        """Load the model unpruned, with all its layers; see `with_stored_widths`.
-
-        Raises:
-            ValueError: It is damaged, or an argument is wrong.
-        """
-        return self._filled(self.model_arguments)
-
     def load_stored(self) -> tuple[PreTrainedModel, list[Rounded]]:
         """Do the same as the model is stored, on the CPU, whatever the user asked for.
 
@@ -297,7 +293,7 @@ class Checkpoint:
         }
         if inside:
             arguments["dtype"] = functools.reduce(torch.promote_types, inside)
-        model = self._filled(arguments)
+        model = self.load_whole(arguments)
         state, rounded = model.state_dict(keep_vars=True), []
         for name in outside & stored.keys():
             weight = state[name]
@@ -309,8 +305,15 @@ class Checkpoint:
                     rounded.append((model.get_submodule(path), attribute, exact))
         return model, rounded
 
-    def _filled(self, arguments: Mapping[str, Any]) -> PreTrainedModel:
-        arguments = dict(arguments)
+    def load_whole(self, arguments: Mapping[str, Any] | None = None) -> PreTrainedModel:
+        """Load the model unpruned, with all its layers; see `with_stored_widths`.
+
+        `arguments` are those of ``from_pretrained``; default: the user's.
+
+        Raises:
+            ValueError: It is damaged, or an argument is wrong.
+        """
+        arguments = dict(self.model_arguments if arguments is None else arguments)
         if arguments.get("gguf_file") is not None:
             from transformers import GgufConfig
 

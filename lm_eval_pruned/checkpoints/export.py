@@ -133,15 +133,14 @@ def export_pruned(
         raise ValueError(
             f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
         )
-    source_arguments = {name: v for name, v in from_pretrained.items() if v is not None}
     checkpoint = Checkpoint.of(
         pretrained,
         PruneArguments(**prune_arguments),
-        {**source_arguments, "dtype": dtype},
+        {**from_pretrained, "dtype": dtype},
         calibrates_on=device,
     )
     device = checkpoint.device()
-    source = source_folder(pretrained, source_arguments)
+    source = source_folder(checkpoint)
     check_writable(output, _least_bytes(checkpoint, source, stored))
     tokenizer = _tokenizer_of_measurable(checkpoint) if measured else None
     checkpoint = checkpoint.with_stored_widths()
@@ -183,8 +182,7 @@ def export_pruned(
             max_shard_size,
             keeps_dtype=dtype is None,
         )
-        revision = source_arguments.get("revision")
-        card = model_card(pretrained, revision, source, record, unfinished, cost=cost)
+        card = model_card(checkpoint, source, record, unfinished, cost=cost)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         shards = shard_sizes(unfinished)
     if push_to_hub is not None:
@@ -237,16 +235,17 @@ def check_output(output: Path) -> None:
         )
 
 
-def source_folder(pretrained: str, source: dict[str, Any]) -> Path:
+def source_folder(checkpoint: Checkpoint) -> Path:
     """Return the folder that holds the files beside the weights, fetching them if need be."""
-    folder, subfolder = Path(pretrained), source.get("subfolder") or ""
+    folder, source = Path(checkpoint.pretrained), checkpoint.model_arguments
+    subfolder = source.get("subfolder") or ""
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         wanted = (*_KEPT_FILES, _MODEL_CODE, "README.md")
         options = ("revision", "cache_dir", "token", "local_files_only")
         fetched = snapshot_download(
-            pretrained,
+            checkpoint.pretrained,
             **{name: source[name] for name in options if source.get(name)},
             allow_patterns=[Path(subfolder, name).as_posix() for name in wanted],
         )

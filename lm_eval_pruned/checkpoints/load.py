@@ -129,12 +129,10 @@ class Stored(LoadedModel):
     """A model as it is stored, with all its layers, and what is to become of it.
 
     Attributes:
-        checkpoint: What was loaded.
         cut: What is to be done, with the layers that text chose.
         rounded: What the dtype of `model` rounded; see `Checkpoint.load_stored`.
     """
 
-    checkpoint: Checkpoint = field(kw_only=True)
     cut: Cut = field(kw_only=True)
     rounded: Sequence[Rounded] = field(kw_only=True)
 
@@ -150,16 +148,8 @@ class Stored(LoadedModel):
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
-        stored = cls(
-            model,
-            tokenizer,
-            arguments,
-            device,
-            content,
-            checkpoint=checkpoint,
-            cut=cut,
-            rounded=rounded,
-        )
+        loaded = model, tokenizer, arguments, device, content
+        stored = cls(*loaded, cut=cut, rounded=rounded)
         if arguments.measures_depth:
             cut = cut.widths.cut(arguments, stored.depth())
         if (depth := cut.plan.depth) is not None:

@@ -257,8 +257,7 @@ def _write(
     *,
     merge: bool,
 ) -> None:
-    name, revision = base.pretrained, base.model_arguments.get("revision")
-    origin = (name, revision, source_folder(name, base.model_arguments), pruned)
+    source = source_folder(base)
     method, text = record["method"], record["data"]
     trained = (
         f"The {'pruned ' * pruned.plan.prunes}model was then trained on {record['tokens_seen']:,} "
@@ -267,7 +266,7 @@ def _write(
     if method != "full":
         model.save_pretrained(folder)
         # In place of peft's, an empty template that names a folder of this machine.
-        card = adapter_card(*origin, method, trained)
+        card = adapter_card(base, source, pruned, method, trained)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if not merge:
             return
@@ -275,7 +274,7 @@ def _write(
         folder /= "merged"
         folder.mkdir()
     model.config.use_cache = True
-    save_loaded(model, base, origin[2], folder)
+    save_loaded(model, base, source, folder)
     if pruned.plan.prunes:
-        card = model_card(*origin, folder, trained)
+        card = model_card(base, source, pruned, folder, trained)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -70,7 +70,7 @@ def plan_layers(cut: Cut, evidence: LoadedModel) -> Cut:
     kept = dict(zip(kept, shared, strict=True))
     logger.info(
         "allocation=%s gives the layers these widths: %s.",
-        plan.allocation,
+        plan.arguments.allocation,
         written_by_layer(kept.items()),
     )
     text = {n: getattr(measured, n) for n in ("file", "sha256", "texts", "tokens")}
@@ -99,7 +99,7 @@ def check_comparable(cut: Cut) -> None:
         if mlps != mlps_of[first]:
             raise UnsupportedModelError(
                 f"{describe(model)} has {_counted(mlps_of[first])} in layer {first} and "
-                f"{_counted(mlps)} in layer {layer}, whose neurons allocation={plan.allocation} cannot weigh against each other: name "
+                f"{_counted(mlps)} in layer {layer}, whose neurons allocation={plan.arguments.allocation} cannot weigh against each other: name "
                 "layers that are alike with layers, or leave it out."
             )
 

@@ -102,9 +102,9 @@ class PruneRecord(Cut):
             "config_expresses_widths": not self.inexpressible,
             **(plan.depth.as_dict() if plan.depth else {}),
         }
-        if plan.allocation != UNIFORM:
-            record["allocation"] = plan.allocation
+        allocation = plan.arguments.allocation
         optional: dict[str, Any] = {
+            "allocation": allocation if allocation != UNIFORM else None,
             "layers_pruned": plan.layers and written_layers(plan.layers),
             "measured_on": plan.measured_on and dict(plan.measured_on),
             "layer_widths": plan.layer_widths
@@ -113,7 +113,7 @@ class PruneRecord(Cut):
             "recipe": recipe if recipe != STUDY else None,
             "repair": repair if repair != NO_REPAIR and plan.prunes else None,
             "mlps_repaired": self.repaired,
-            "seed": plan.seed if plan.criterion == RANDOM else None,
+            "seed": int(plan.arguments.seed) if plan.criterion == RANDOM else None,
         }
         record |= {k: value for k, value in optional.items() if value is not None}
         return record
@@ -141,8 +141,8 @@ class PruneRecord(Cut):
             done += f", calibrated on {text.get('device', 'cpu')}"
         sizes = [f"{name}={value}" for name, value in plan.asked.items()]
         sizes = sizes or ["baseline"]
-        if plan.allocation != UNIFORM:
-            sizes += [f"allocation={plan.allocation}"]
+        if plan.arguments.allocation != UNIFORM:
+            sizes += [f"allocation={plan.arguments.allocation}"]
         pruned = f" ({written_layers(plan.layers)} pruned)" if plan.layers else ""
         digest = f"kept digest {(self.digest or 'none')[:12]}"
         below = ", ".join([*sizes, done, f"{self.layers} layers{pruned}", digest])

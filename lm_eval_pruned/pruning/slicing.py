@@ -223,7 +223,10 @@ def finish(model: PreTrainedModel, device: torch.device | None = None) -> None:
     """Have a pruned model run on `device`, by default where it is, and tell what its widths cost there."""
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
     plan, targets = record.plan, record.targets
-    if plan.prunes and (plan.allocation, plan.arguments.repair) == (UNIFORM, NO_REPAIR):
+    if plan.prunes and (plan.arguments.allocation, plan.arguments.repair) == (
+        UNIFORM,
+        NO_REPAIR,
+    ):
         spares_first = plan.layers == tuple(range(1, record.layers))
         method = plan.criterion + ", skip_layers=0" * spares_first
         if plan.depth is None and (plan.layers is None or spares_first):
