@@ -143,17 +143,14 @@ class LoadedModel:
     device: torch.device | None = None
     content: Hashable | None = None
 
-    def depth(self) -> Depth | None:
-        """Return which layers stay, where layers are to be dropped.
+    def depth(self) -> Depth:
+        """Return which layers stay, where text is to decide.
 
         Raises:
             ValueError: The layers or the text cannot be used, or the tokenizer is missing.
             UnsupportedModelError: Layers of this model cannot be dropped.
         """
-        layers = len(layers_of(self.model)[1])
-        if not self.arguments.measures_depth:
-            return Depth.of(self.arguments, layers)
-        text = self.text
+        layers, text = len(layers_of(self.model)[1]), self.text
 
         def measure() -> Measured:
             check_weights(self.model)

@@ -144,7 +144,7 @@ def carry_out(
         scratch: Folder on whose disk narrow weights are then, in place of memory, in files that go
             with them.
     """
-    model, arguments, widths = evidence.model, cut.plan.arguments, cut.widths
+    model, arguments = evidence.model, cut.plan.arguments
     calibration: dict[str, Any] | None = None
     repaired: int | None = None
     kept: dict[str, Tensor] = {}
@@ -170,8 +170,8 @@ def carry_out(
             check_weights(model)
             # The unpruned model may have to write it.
             _ = evidence.text
-        if widths.depth is not None:
-            drop_layers(model, widths.depth, widths.remembered, on_error)
+        if (depth := cut.plan.depth) is not None:
+            drop_layers(model, depth, cut.widths.remembered, on_error)
         if cut.plan.is_open:
             cut = plan_layers(cut, evidence)
         plan, targets = cut.plan, cut.targets

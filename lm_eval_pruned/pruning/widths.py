@@ -94,9 +94,7 @@ class Widths:
         configured: The width that the config gives each MLP, by name.
         actual: The width that it has.
         layers: The width of each layer's experts, else of its MLP, in neurons, by number, ascending.
-        depth: Which layers stay; None for all. The others are those of a model that never
-            had the rest, `whole` has them all.
-        whole: Those of the model with all its layers.
+        whole: Those of the model with all its layers, where these are of one that never had some.
         remembered: What modules remember of the number of layers; see
             `lm_eval_pruned.pruning.depth.attributes_that_change`.
     """
@@ -130,7 +128,6 @@ class Widths:
         self._first = experts_first[0]
         layers = {mlp.layer: self.actual[mlp.name] for mlp in reversed(experts_first)}
         self.layers = dict(sorted(layers.items()))
-        self.depth: Depth | None = None
         self.whole = self
         self.remembered: list[Change] = []
 
@@ -143,13 +140,13 @@ class Widths:
             ValueError: An argument is out of range.
             UnsupportedModelError: Layers of the model cannot be dropped.
         """
-        widths = self
+        widths, depth = self, measured
         if arguments.drop_layers is not None:
-            number = len(layers_of(self.skeleton)[1])
-            shallow = self._without_layers(measured or Depth.of(arguments, number))
+            stay = measured or Depth.of(arguments, len(layers_of(self.skeleton)[1]))
+            shallow = self._without_layers(stay)
             if measured or not arguments.measures_depth:
-                widths = shallow
-        first, depth = widths._first, widths.depth
+                widths, depth = shallow, stay
+        first = widths._first
         kept = depth.kept if depth else range(max(widths.layers) + 1)
         plan = PrunePlan.of(
             arguments,
@@ -177,7 +174,7 @@ class Widths:
                 f"drop_layers cannot be used with {describe(self.skeleton)}, whose config does not accept "
                 f"{len(depth.kept)} layers ({error}): leave it out."
             ) from None
-        widths.whole, widths.depth, widths.remembered = self, depth, remembered
+        widths.whole, widths.remembered = self, remembered
         return widths
 
     @functools.cached_property
