@@ -240,7 +240,7 @@ def check_dtype(name: str, value: Any) -> None:
         )
 
 
-def with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_quantisation(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of ``from_pretrained`` with one object that says how to quantise."""
     others = {k: v for k, v in arguments.items() if not _BITSANDBYTES.fullmatch(k)}
     of_bitsandbytes = {k: v for k, v in arguments.items() if k not in others}
