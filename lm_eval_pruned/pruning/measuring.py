@@ -42,7 +42,7 @@ from lm_eval_pruned.util.cache import measured_once
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,19 +57,18 @@ if TYPE_CHECKING:
 CUTS = tuple(Fraction(175, 2) * n / STEPS for n in range(1, STEPS + 1))
 
 
-def check_weights(model: PreTrainedModel, scored: Collection[str] = ()) -> None:
+def check_weights(model: PreTrainedModel, scored: Iterable[GluMlp] = ()) -> None:
     """Refuse a model of which a weight is NaN or infinite; it may be quantised or on disk in part.
 
-    Weights of the GLU-MLPs named in `scored` are not read again: scoring looked at them.
+    Weights of GLU-MLPs that were `scored` are not read again: scoring looked at them.
 
     Raises:
         ValueError: The first such weight is named.
     """
-    regions = regions_by_parameter(find_glu_mlps(model) if scored else ())
     seen = {
         name
-        for name, entries in regions.items()
-        if all(mlp.name in scored and part == "weight" for mlp, (_, part), _ in entries)
+        for name, [(_, (_, part), _), *_] in regions_by_parameter(scored).items()
+        if part == "weight"
     }
     for name, weight in model.named_parameters():
         plain = type(weight) is torch.nn.Parameter and weight.is_floating_point()

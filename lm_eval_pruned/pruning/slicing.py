@@ -150,6 +150,7 @@ def carry_out(
     kept: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     mlps: Sequence[GluMlp] = ()
+    narrower: Sequence[GluMlp] = ()
     waiting: list[Callable[[], None]] = []
     with contextlib.ExitStack() as on_error, ThreadPoolExecutor() as pool:
 
@@ -181,7 +182,7 @@ def carry_out(
             if plan.criterion != OBS:
                 scores |= evidence.scores(narrower)
         if arguments.calibration is None:
-            check_weights(model, scores)
+            check_weights(model, narrower)
         for mlp in mlps:
             if mlp.name in scores:
                 kept[mlp.name] = kept_set(scores[mlp.name], targets[mlp.name])
