@@ -94,7 +94,7 @@ class Widths:
         configured: The width that the config gives each MLP, by name.
         actual: The width that it has.
         layers: The width of each layer's experts, else of its MLP, in neurons, by number, ascending.
-        whole: Those of the model with all its layers, where these are of one that never had some.
+        whole: Those of the model with all its layers; these, unless layers are dropped.
         remembered: What modules remember of the number of layers; see
             `lm_eval_pruned.pruning.depth.attributes_that_change`.
     """
