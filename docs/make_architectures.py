@@ -245,7 +245,7 @@ def check(model_type: str, auto_class, class_name: str) -> Row:
         except Exception as error:  # noqa: BLE001 - anything may be wrong with a guess
             reason = f"the tiny model does not run unpruned: {_first_line(error)}"
             return Row(model_type, class_name, "not tried", reason)
-        plan = widths.plan(PruneArguments(prune_percent=PERCENT))
+        plan = widths.cut(PruneArguments(prune_percent=PERCENT)).plan
         whole = aligned(auto_class.from_pretrained(source, **EAGER))
         expected, masks = by_hand.sliced(
             whole, by_hand.best(by_hand.share(PERCENT, plan.width_before))

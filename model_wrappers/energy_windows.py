@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval_pruned.energy.meter import CodecarbonMeter, MeterDescription, check_country
 from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, add_up, ratio
-from lm_eval_pruned.model_wrappers.batching.answer_paths import TokenCounts
+from lm_eval_pruned.model_wrappers.batching.fast_path import TokenCounts
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,10 @@
-"""The model types ``constant`` and ``echo``, which know nothing: the floors of tasks."""
+"""What is scored without reading a question: the floors of tasks, and of one model.
+
+The model types ``constant`` and ``echo`` know nothing: a floor for any model. Answers after another
+document's question are the floor of one model: what its own preferences among the answers are worth.
+Sources: choices-only prompts, Balepur et al. 2024 (arXiv 2402.12483); the prior of an answer, Holtzman
+et al. 2021 (arXiv 2104.08315).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import LM
@@ -17,6 +24,8 @@ if TYPE_CHECKING:
 
     from lm_eval.api.instance import Instance
 
+#: The argument of the model types, and the entry of ``config`` in their results.
+MISMATCHED = "mismatched_questions"
 #: Which of several answers is the most likely one.
 RULES = ("equal", "shortest", "longest", "first", "commonest")
 #: Fields of a document that may say which answer is right.
@@ -52,10 +61,7 @@ class EchoLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Make one answer to each document certain, or all alike; a single one is any bytes."""
-        documents: dict[Any, list[Instance]] = defaultdict(list)
-        # One that is repeated is listed again.
-        for request in {id(request): request for request in requests}.values():
-            documents[request.task_name, request.doc_id].append(request)
+        documents = _documents(requests)
         counts = _right_answers(documents.values()) if self._rule == "commonest" else {}
         answers: dict[int, tuple[float, bool]] = {}
         for document in documents.values():
@@ -121,6 +127,15 @@ def _is_no_missing_language(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Unable to detect language")
 
 
+def _documents(requests: Iterable[Instance]) -> dict[Any, list[Instance]]:
+    """Return the requests about each document, by its task and number."""
+    documents: dict[Any, list[Instance]] = defaultdict(list)
+    # One that is repeated is listed again.
+    for request in {id(request): request for request in requests}.values():
+        documents[request.task_name, request.doc_id].append(request)
+    return documents
+
+
 def _of_bytes(text: str) -> float:
     return -math.log(256) * len(text.encode())
 
@@ -162,3 +177,60 @@ def _choice(value: Any, choices: tuple[str, ...]) -> int:
         return choices.index(text)
     is_index = isinstance(value, int) or text.isdecimal()
     return int(value) if is_index and 0 <= int(value) < len(choices) else -1
+
+
+def mismatched(request_type: str, requests: Sequence[Instance]) -> list[Instance]:
+    """Return requests of type ``loglikelihood`` with the contexts of another document of the same task.
+
+    The exchange is fixed: documents in the order of a hash of their contexts take those of a later
+    one, never a context equal to theirs. It brings its few-shot examples along. Where each answer
+    has a context of its own, as in Winogrande, documents with as many answers are exchanged, place
+    by place. An empty context, by which ``acc_mutual_info`` asks for an answer alone, stays empty.
+
+    Raises:
+        ValueError: A task has no two documents that can be exchanged, or the requests are of a type
+            that offers no answers to score.
+    """
+    if request_type != "loglikelihood":
+        raise ValueError(
+            f"{MISMATCHED}=true scores given answers after another document's question, and "
+            f"{requests[0].task_name} has none: leave the task out of --tasks."
+        )
+    documents = _documents(requests)
+    alike: dict[Any, list[list[Instance]]] = defaultdict(list)
+    for (task, _), document in documents.items():
+        alike[task, len(_contexts(document))].append(document)
+    exchanged: dict[int, Instance] = {}
+    for (task, _), group in alike.items():
+        group.sort(key=lambda document: (_hash(document), document[0].doc_id))
+        commonest = max(Counter(map(_contexts, group)).values())
+        if 2 * commonest > len(group):
+            raise ValueError(
+                f"{MISMATCHED}=true asks for another document's question, but {task} has no "
+                f"{len(group)} documents with different questions to exchange: raise --limit, or "
+                "leave the task out."
+            )
+        for number, document in enumerate(group):
+            contexts = _contexts(group[(number + commonest) % len(group)])
+            in_turn = iter(contexts * len(document))
+            for request in document:
+                exchanged[id(request)] = _after(request, in_turn)
+    return [exchanged[id(request)] for request in requests]
+
+
+def _contexts(document: Sequence[Instance]) -> tuple[str, ...]:
+    """Return the contexts of a document: one, or one for each answer."""
+    contexts = tuple(request.args[0] for request in document if request.args[0])
+    return contexts[:1] if len(set(contexts)) == 1 else contexts
+
+
+def _after(request: Instance, contexts: Any) -> Instance:
+    if not request.args[0]:
+        return request
+    other = copy(request)
+    other.arguments = (next(contexts), *request.args[1:])
+    return other
+
+
+def _hash(document: Sequence[Instance]) -> str:
+    return hashlib.sha256("\0".join(_contexts(document)).encode()).hexdigest()

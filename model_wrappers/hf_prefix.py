@@ -24,7 +24,7 @@ from lm_eval_pruned.model_wrappers.batching.attention_support import is_encoder_
 from lm_eval_pruned.model_wrappers.batching.prefix_sharing import PrefixSharingMixin
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import SlotRefillingMixin
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
-from lm_eval_pruned.model_wrappers.mismatched_questions import ARGUMENT, mismatched
+from lm_eval_pruned.model_wrappers.floors import MISMATCHED, mismatched
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _is_text(value: Any) -> bool:
 _FLAGS = (
     *("add_bos_token", "energy", "load_in_4bit", "load_in_8bit", "logits_cache"),
     *("parallelize", "prefix_sharing", "slot_refilling", "truncation"),
-    *("trust_remote_code", "use_fast_tokenizer", ARGUMENT),
+    *("trust_remote_code", "use_fast_tokenizer", MISMATCHED),
 )
 _NAMES = (
     *("attn_implementation", "delta", "gguf_file", "peft", "pretrained"),
@@ -142,7 +142,7 @@ class PrefixHFLM(
         Raises:
             ValueError: The name of an argument is misspelt, or its value cannot be used.
         """
-        named = {"pretrained": pretrained, ARGUMENT: mismatched_questions}
+        named = {"pretrained": pretrained, MISMATCHED: mismatched_questions}
         self.check_arguments(kwargs | named)
         self._mismatched_questions = mismatched_questions
         if pretrained is None:
@@ -162,7 +162,7 @@ class PrefixHFLM(
     def get_model_info(self) -> dict[str, Any]:
         """Return HFLM's model information, ``energy``, and whether questions were exchanged."""
         info = super().get_model_info() | self.energy_info()
-        return info | {ARGUMENT: True} if self._mismatched_questions else info
+        return info | {MISMATCHED: True} if self._mismatched_questions else info
 
     def barrier(self) -> None:
         """Wait for all processes, as the harness does after each type of request; end its windows."""

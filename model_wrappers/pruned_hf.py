@@ -16,7 +16,11 @@ from lm_eval_pruned.checkpoints.configs import (
 )
 from lm_eval_pruned.checkpoints.load import load_checkpoint
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
-from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
+from lm_eval_pruned.pruning.arguments import (
+    DECLARED,
+    PruneArguments,
+    take_prune_arguments,
+)
 from lm_eval_pruned.pruning.slicing import prune_loaded
 
 
@@ -66,7 +70,7 @@ class PrunedHFLM(PrefixHFLM):
             ValueError: A size, the criterion or the model cannot be pruned as asked.
         """
         with argument_errors():
-            self._prune_arguments = PruneArguments.taken_from(kwargs)
+            self._prune_arguments = PruneArguments(**take_prune_arguments(kwargs))
             if peft_stage not in (None, *STAGES) or (peft_stage and peft is None):
                 raise ValueError(
                     f"peft_stage={peft_stage} says when peft is applied: pass peft=ADAPTER and one of "
@@ -118,7 +122,7 @@ class PrunedHFLM(PrefixHFLM):
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
                 checkpoint.check_divides(processes, "tp_plan")
             quantising = quantising_arguments(kwargs)
-            if merging is not None and quantising and checkpoint.plan.changes_model:
+            if merging is not None and quantising and checkpoint.cut.plan.changes_model:
                 raise ValueError(
                     f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
                     f"afterwards, because {merging} adds to its weights first: export the pruned "

@@ -32,11 +32,15 @@ from lm_eval_pruned.checkpoints.adapters import (
 )
 from lm_eval_pruned.checkpoints.configs import argument_errors
 from lm_eval_pruned.checkpoints.default_model import find_default_model
-from lm_eval_pruned.model_wrappers.batching.answer_paths import AnswerPaths, TokenCounts
+from lm_eval_pruned.model_wrappers.batching.fast_path import AnswerPaths, TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import WARM_UP_TOKENS, EnergyWindows
 from lm_eval_pruned.model_wrappers.hf_prefix import CheckedArguments
 from lm_eval_pruned.model_wrappers.vllm_loader import LOAD_FORMAT, engine_checkpoint
-from lm_eval_pruned.pruning.arguments import DECLARED, PruneArguments
+from lm_eval_pruned.pruning.arguments import (
+    DECLARED,
+    PruneArguments,
+    take_prune_arguments,
+)
 from lm_eval_pruned.pruning.record import PruneRecord
 
 
@@ -69,7 +73,7 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
         self.token_counts = TokenCounts()
         seed = {"seed": kwargs["seed"]} if kwargs.get("seed") is not None else {}
         with argument_errors():
-            arguments = PruneArguments.taken_from(kwargs)
+            arguments = PruneArguments(**take_prune_arguments(kwargs))
             self.check_arguments({**kwargs, "pretrained": pretrained})
             for name, ours in (
                 ("load_format", LOAD_FORMAT),
@@ -117,10 +121,10 @@ class PrunedVLLM(CheckedArguments, EnergyWindows, VLLM):
             _end_with(engine.engine_core)
             caches = engine.vllm_config.cache_config.enable_prefix_caching
             self._plain_because = None if caches else "enable_prefix_caching is off"
-        if tells and checkpoint.plan.prunes:
+        if tells and checkpoint.cut.plan.prunes:
             pruned = self.model.collective_rpc("pruned_record")[0]
         else:
-            record = PruneRecord.of(checkpoint.plan, checkpoint.widths, None)
+            record = PruneRecord(checkpoint.cut.widths, checkpoint.cut.plan)
             pruned = {"record": record.as_dict(), "table": record.as_table()}
         self._pruning: dict[str, Any] = pruned["record"]
         if adapter is not None and tells:

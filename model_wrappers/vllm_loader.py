@@ -24,8 +24,9 @@ from vllm.model_executor.model_loader import (
 
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, as_stored, tensors_of
 from lm_eval_pruned.checkpoints.load import Stored
-from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, text_config
+from lm_eval_pruned.pruning.slicing import carry_out
 
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def engine_checkpoint(
     checkpoint = Checkpoint.of(pretrained, arguments, source, AutoModelForCausalLM)
     checkpoint = checkpoint.with_stored_widths()
     check_buildable(checkpoint)
-    if checkpoint.plan.prunes:
+    if checkpoint.cut.plan.prunes:
         checkpoint.check_divides(processes, "tensor_parallel_size")
         checkpoint.check_text()
     return checkpoint
@@ -56,13 +57,13 @@ def engine_checkpoint(
 
 def check_buildable(checkpoint: Checkpoint) -> None:
     """Refuse what no engine can build from a config, except dense MLPs, which are rebuilt."""
-    widths, plan = checkpoint.widths, checkpoint.plan
+    cut, plan, widths = checkpoint.cut, checkpoint.cut.plan, checkpoint.cut.widths
     why = None
     if plan.arguments.drop_layers is not None:
         why = "drop_layers removes layers that an engine looks for in the checkpoint"
     elif plan.is_open:
         why = (
-            f"allocation={plan.allocation} derives the widths from losses, but an engine needs "
+            f"allocation={plan.arguments.allocation} derives the widths from losses, but an engine needs "
             "them before it loads any weight"
         )
     if why is not None:
@@ -71,7 +72,7 @@ def check_buildable(checkpoint: Checkpoint) -> None:
             "prune)."
         )
     experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
-    for name in widths.inexpressible(widths.targets(plan)):
+    for name in cut.inexpressible:
         if name in experts:
             raise UnsupportedModelError(
                 f"{plan.as_written() or 'The checkpoint'} gives {name} another width than the "
@@ -89,7 +90,7 @@ class PrunedModelLoader(DefaultModelLoader):
 
     def __init__(self, load_config: Any) -> None:
         others = dict(load_config.model_loader_extra_config)
-        self._prune_arguments = PruneArguments.taken_from(others)
+        self._prune_arguments = PruneArguments(**take_prune_arguments(others))
         super().__init__(
             dataclasses.replace(
                 load_config, load_format="auto", model_loader_extra_config=others
@@ -113,11 +114,12 @@ class PrunedModelLoader(DefaultModelLoader):
             trust_remote_code=model_config.trust_remote_code,
             cache_dir=self.load_config.download_dir,
         )
-        if checkpoint.plan.prunes:
+        if checkpoint.cut.plan.prunes:
             if self.load_config.safetensors_load_strategy == "prefetch":
                 self._read_ahead(model_config)
             stored = Stored.of(checkpoint)
-            self._pruned = stored.narrowed()
+            carry_out(stored, stored.cut)
+            self._pruned = stored.model
             as_stored(stored.rounded)
         self._checkpoint = checkpoint
         narrow_config(checkpoint, model_config.hf_config)
@@ -155,9 +157,8 @@ class PrunedModelLoader(DefaultModelLoader):
 
 def narrow_config(checkpoint: Checkpoint, config: Any) -> None:
     """Write the kept widths into the config that vLLM builds its model from."""
-    widths = checkpoint.widths
-    targets = widths.targets(checkpoint.plan)
-    narrowed = widths.narrowed_config(targets)
+    cut, widths = checkpoint.cut, checkpoint.cut.widths
+    narrowed = cut.config()
     if config.model_type != narrowed.model_type:
         # The class is handed the part of the config that is of text.
         config = text_config(config)
@@ -173,17 +174,16 @@ def narrow_config(checkpoint: Checkpoint, config: Any) -> None:
                 f"says {key.get(widths.config)}: leave that out of hf_overrides, because the "
                 "kept width is derived."
             )
-    widths.copy_keys(narrowed, config)
+    cut.copy_keys(narrowed, config)
     # vLLM looks up compiled code by a hash of all that is in its config.
-    config.odd_widths = {name: targets[name] for name in widths.inexpressible(targets)}
+    config.odd_widths = {name: cut.targets[name] for name in cut.inexpressible}
 
 
 def build_odd_widths(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Rebuild the MLPs whose width the config of vLLM's `model` cannot hold, before it has weights."""
-    widths, modules = checkpoint.widths, dict(model.named_modules())
-    targets = widths.targets(checkpoint.plan)
-    paths = {mlp.name: mlp.path for mlp in widths.mlps}
-    for name in widths.inexpressible(targets):
+    cut, modules = checkpoint.cut, dict(model.named_modules())
+    paths = {mlp.name: mlp.path for mlp in cut.widths.mlps}
+    for name in cut.inexpressible:
         mlp = modules.get(paths[name])
         children = dict(mlp.named_children()) if mlp is not None else {}
         linears = {n: c for n, c in children.items() if isinstance(c, LinearBase)}
@@ -193,7 +193,7 @@ def build_odd_widths(checkpoint: Checkpoint, model: nn.Module) -> None:
                 "of vLLM cannot build, or cannot build quantised: prune all layers alike, or use --model pruned-hf."
             )
         for child, linear in linears.items():
-            setattr(mlp, child, _of_width(linear, targets[name]))
+            setattr(mlp, child, _of_width(linear, cut.targets[name]))
 
 
 def _of_width(linear: LinearBase, width: int) -> LinearBase:

@@ -66,12 +66,12 @@ def check_adapter(
             f"peft_stage=before merges {argument}={adapter} before pruning, but it was trained on "
             "a model that was pruned already: leave out peft_stage."
         )
-    plan = checkpoint.plan
-    widths = checkpoint.widths if after else checkpoint.widths.whole
-    targets = widths.targets(plan) if after else widths.actual
-    if widths.inexpressible(targets):
+    plan, cut = checkpoint.cut.plan, checkpoint.cut
+    if not after:
+        cut = cut.widths.whole.uncut
+    if cut.inexpressible:
         return
-    narrow = without_weights(type(widths.skeleton), widths.narrowed_config(targets))
+    narrow = without_weights(type(cut.widths.skeleton), cut.config())
     expected = adapted_shapes(narrow, config)
     depth, absent = plan.depth, sorted({*stored} - {*expected})
     if after and depth is not None and absent:
@@ -83,7 +83,7 @@ def check_adapter(
         )
     for name in sorted(stored.keys() & expected.keys()):
         for have, want in zip(stored[name].shape, expected[name], strict=False):
-            if have == want or want not in targets.values():
+            if have == want or want not in cut.targets.values():
                 continue
             other = plan.width_before if after else plan.width
             advice = f"intermediate_size={have}"

@@ -15,6 +15,7 @@ from lm_eval_pruned.pruning.plan import whole_or_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.checkpoints.cost import Quality
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
@@ -32,8 +33,7 @@ config: open it with `lm_eval_pruned.load_pruned` or `lm_eval --model pruned-hf`
 
 
 def model_card(
-    pretrained: str,
-    revision: str | None,
+    source: Checkpoint,
     folder: Path,
     record: PruneRecord,
     written: Path,
@@ -43,26 +43,26 @@ def model_card(
     """Return the README.md of the exported checkpoint.
 
     Args:
-        pretrained: Folder or Hub name of the source.
-        revision: Its revision on the Hub.
-        folder: Folder of the source's own card.
+        source: The checkpoint that was pruned.
+        folder: Folder of its card.
         record: What was pruned.
         written: Folder of the weights, which are complete.
         trained: A sentence on how the pruned model was trained.
         cost: What to show of it; see `Export`.
     """
-    plan, name = record.plan, _name(pretrained)
+    plan, revision = record.plan, source.model_arguments.get("revision")
+    name = _name(source.pretrained)
     if trained is None:
         trained = _UNTRAINED if record.repaired is None else _REPAIRED
     shown = f"{_COST}\n\n{cost_table(cost)}\n\n" if cost else ""
-    source = f"{name} (revision {revision})" if revision else name
+    origin = f"{name} (revision {revision})" if revision else name
     loaded = f"pretrained={name}" + (f",revision={revision}" if revision else "")
     shards = shard_sizes(written)
     ranked = (
         f" In each layer, the neurons with the highest scores by `{plan.criterion}` were "
         "kept."
     )
-    body = f"""{_OURS} pruned {source}.{ranked * plan.prunes} {trained}
+    body = f"""{_OURS} pruned {origin}.{ranked * plan.prunes} {trained}
 
 {_table(record)}
 
@@ -73,7 +73,7 @@ dropped, "layers" and the numbers of those that are kept come first).
 {json.dumps(record.as_dict(), indent=2)}
 ```
 
-{shown}{_IN_STOCK if record.config_expresses_widths else _NOT_IN_STOCK} The weights are {sum(shards):,} bytes in {len(shards)} file{"s" * (len(shards) > 1)}.
+{shown}{_NOT_IN_STOCK if record.inexpressible else _IN_STOCK} The weights are {sum(shards):,} bytes in {len(shards)} file{"s" * (len(shards) > 1)}.
 
 The cost of the cut depends on the model, the size and the task. Whether the model may be shipped in place
 of its source, for your use:
@@ -83,22 +83,22 @@ lm-eval-pruned verdict pruned-hf,{loaded} pruned-hf,pretrained=FOLDER_OF_THIS_MO
 ```
 """
     tags = ["depth-pruning"] * (plan.depth is not None)
-    title = f"{source}, {_what(plan)}"
-    return _card(pretrained, folder, "transformers", record, tags, title, body)
+    title = f"{origin}, {_what(plan)}"
+    return _card(source, folder, "transformers", record, tags, title, body)
 
 
 def adapter_card(
-    pretrained: str,
-    revision: str | None,
+    source: Checkpoint,
     folder: Path,
     record: PruneRecord,
     method: str,
     trained: str,
 ) -> str:
     """Return the README.md of an adapter by a `method`, ``lora`` or ``dora``; see `model_card`."""
-    plan, name = record.plan, _name(pretrained)
-    loading = {"pretrained": name, **({"revision": revision} if revision else {})}
-    arguments = ",".join(f"{k}={v}" for k, v in {**loading, **plan.asked}.items())
+    plan, name = record.plan, _name(source.pretrained)
+    loading = {"pretrained": name, "revision": source.model_arguments.get("revision")}
+    loading = {k: v for k, v in (loading | plan.asked).items() if v}
+    arguments = ",".join(f"{k}={v}" for k, v in loading.items())
     title = f"{method} adapter for {name}"
     if plan.changes_model:
         title += f", {_what(plan)}"
@@ -112,11 +112,11 @@ To evaluate it, pass the arguments of pruning that it was trained with (`healing
 lm_eval --model pruned-hf --model_args {arguments},peft=FOLDER_OF_THIS_ADAPTER
 ```
 """
-    return _card(pretrained, folder, "peft", record, [method], title, body)
+    return _card(source, folder, "peft", record, [method], title, body)
 
 
 def _card(
-    pretrained: str,
+    source: Checkpoint,
     folder: Path,
     library: str,
     record: PruneRecord,
@@ -130,7 +130,7 @@ def _card(
     if (card := folder / "README.md").is_file():
         known = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
     fields = ModelCardData(
-        base_model=None if Path(pretrained).is_dir() else pretrained,
+        base_model=None if Path(source.pretrained).is_dir() else source.pretrained,
         library_name=library,
         tags=[*["width-pruning"] * record.plan.prunes, *tags, "glu", "lm-eval-pruned"],
         **{field: known[field] for field in _KEPT_CARD_FIELDS if field in known},

@@ -37,15 +37,13 @@ from lm_eval_pruned.pruning.allocation import check_comparable
 from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.calibration_text import TextSource
-from lm_eval_pruned.pruning.config_widths import plain_config
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, check_finite
-from lm_eval_pruned.pruning.depth import Depth, layers_of
+from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
     regions_by_parameter,
     text_config,
     with_widths,
-    without_weights,
 )
 from lm_eval_pruned.pruning.widths import Widths
 
@@ -62,8 +60,8 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.checkpoints.weights import StoredTensor
     from lm_eval_pruned.pruning.arguments import PruneArguments
-    from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.record import PruneRecord
+    from lm_eval_pruned.pruning.widths import Cut
 
     #: A module, the name of a tensor in it, and that tensor as it is stored. A module that goes to a
     #: device and back stays the same object; its parameters may not.
@@ -83,8 +81,7 @@ class Checkpoint:
         auto_class: The transformers class to load with.
         config: Its config, with the settings among the arguments of ``from_pretrained``.
         model_arguments: The other arguments of ``from_pretrained``.
-        widths: The widths of the GLU-MLPs in the layers that stay.
-        plan: What to do to them, with the arguments of pruning.
+        cut: What is to become of its GLU-MLPs, with the arguments of pruning.
         calibrates_on: Where calibration text runs; default: see `device`.
     """
 
@@ -92,8 +89,7 @@ class Checkpoint:
     auto_class: Any
     config: PretrainedConfig
     model_arguments: dict[str, Any]
-    widths: Widths
-    plan: PrunePlan
+    cut: Cut
     calibrates_on: str | torch.device | None = None
 
     @classmethod
@@ -116,19 +112,19 @@ class Checkpoint:
         with clear_errors(pretrained):
             config, rest = config_and_rest(pretrained, from_pretrained)
             auto_class = auto_class or auto_class_for(config)
-            skeleton = without_weights(
-                auto_class.from_config, plain_config(config), trust_remote_code=trusted
-            )
-            widths, plan = _planned(Widths(skeleton, config), prune_arguments)
-        return cls(pretrained, auto_class, config, rest, widths, plan, calibrates_on)
+            build = functools.partial(auto_class.from_config, trust_remote_code=trusted)
+            whole = Widths(build, config)
+            with argument_errors():
+                cut = whole.cut(prune_arguments)
+        return cls(pretrained, auto_class, config, rest, cut, calibrates_on)
 
     def asking(
         self, prune_arguments: PruneArguments, whole: Widths | None = None
     ) -> Checkpoint:
         """Return the same model with other arguments of pruning, or `whole` other widths."""
-        with clear_errors(self.pretrained):
-            widths, plan = _planned(whole or self.widths.whole, prune_arguments)
-        return dataclasses.replace(self, widths=widths, plan=plan)
+        whole = whole or self.cut.widths.whole
+        with clear_errors(self.pretrained), argument_errors():
+            return dataclasses.replace(self, cut=whole.cut(prune_arguments))
 
     def with_stored_widths(self) -> Checkpoint:
         """Return the same model with the widths that its tensors have, by the headers of its files.
@@ -136,7 +132,7 @@ class Checkpoint:
         Raises:
             ValueError: The tensors of an MLP do not fit together, or the config.
         """
-        whole = self.widths.whole
+        whole = self.cut.widths.whole
         shapes = {name: tensor.shape for name, tensor in self.stored.items()}
         expected = tensors_of(whole.skeleton)
         if not shapes or all(shapes.get(name) == t.shape for name, t in expected):
@@ -147,14 +143,15 @@ class Checkpoint:
         # It would report what does not fit, at length.
         logging.set_verbosity_error()
         try:
-            _, loading = self._built({**reading, "device_map": "meta"})
+            _, loading = self._built({**reading, "device_map": "meta"}, whole.uncut)
         finally:
             logging.set_verbosity(verbosity)
         actual = stored_widths(loading["mismatched_keys"], whole)
         if actual == whole.actual:
             return self
-        stored = Widths(whole.skeleton, whole.original, actual)
-        return self.asking(self.plan.arguments, stored)
+        build = type(whole.skeleton)
+        stored = Widths(build, whole.original, actual.values())
+        return self.asking(self.cut.plan.arguments, stored)
 
     @functools.cached_property
     def stored(self) -> dict[str, StoredTensor]:
@@ -194,27 +191,31 @@ class Checkpoint:
     def check_text(self) -> None:
         """Refuse what cannot be calibrated, and an unknown device, before a weight is read."""
         self.device()
-        arguments, skeleton = self.plan.arguments, self.widths.skeleton
-        source = TextSource.of(arguments)
-        if source is None:
+        plan, skeleton = self.cut.plan, self.cut.widths.skeleton
+        arguments = plan.arguments
+        if arguments.calibration is None:
             return
-        source.check()
-        if self.plan.is_open:
-            check_comparable(self.plan, self.widths)
-        if self.plan.criterion in CALIBRATED:
+        TextSource.of(arguments).check()
+        if plan.is_open:
+            check_comparable(self.cut)
+        if plan.criterion in CALIBRATED:
             # Layers that are cut one after the other show what their experts are given.
-            check_observable(skeleton, stacked=self.plan.criterion == OBS)
-        if arguments.layer_by_layer or self.plan.is_open:
+            check_observable(skeleton, stacked=plan.criterion == OBS)
+        if arguments.layer_by_layer or plan.is_open:
             layers_of(skeleton)
 
     def check_divides(self, processes: int, argument: str) -> None:
         """Refuse widths that do not divide among the processes that `argument` asked for."""
-        plan, targets = self.plan, self.widths.targets(self.plan)
+        plan, targets = self.cut.plan, self.cut.targets
         odd = [
             f"{n} {width} neurons" for n, width in targets.items() if width % processes
         ]
         # What an allocation finds is not known yet.
-        if plan.prunes and plan.allocation != UNIFORM and plan.multiple_of % processes:
+        if (
+            plan.prunes
+            and plan.arguments.allocation != UNIFORM
+            and plan.multiple_of % processes
+        ):
             odd = [f"each layer multiples of {plan.multiple_of} neurons"]
         if odd:
             raise ValueError(
@@ -269,14 +270,6 @@ class Checkpoint:
                 "as cpu, or cuda:0 where there is a GPU."
             ) from None
 
-    def load_whole(self) -> PreTrainedModel:
-        """Load the model unpruned, with all its layers; see `with_stored_widths`.
-
-        Raises:
-            ValueError: It is damaged, or an argument is wrong.
-        """
-        return self._filled(self.model_arguments)
-
     def load_stored(self) -> tuple[PreTrainedModel, list[Rounded]]:
         """Do the same as the model is stored, on the CPU, whatever the user asked for.
 
@@ -292,7 +285,7 @@ class Checkpoint:
             for name, value in self.model_arguments.items()
             if not PLACING.fullmatch(name)
         }
-        whole, stored = self.widths.whole, self.stored
+        whole, stored = self.cut.widths.whole, self.stored
         # Tensors of other names may become part of an MLP.
         outside = whole.skeleton.state_dict().keys() - regions_by_parameter(whole.mlps)
         inside = {
@@ -300,7 +293,7 @@ class Checkpoint:
         }
         if inside:
             arguments["dtype"] = functools.reduce(torch.promote_types, inside)
-        model = self._filled(arguments)
+        model = self.load_whole(arguments)
         state, rounded = model.state_dict(keep_vars=True), []
         for name in outside & stored.keys():
             weight = state[name]
@@ -312,8 +305,15 @@ class Checkpoint:
                     rounded.append((model.get_submodule(path), attribute, exact))
         return model, rounded
 
-    def _filled(self, arguments: Mapping[str, Any]) -> PreTrainedModel:
-        arguments = dict(arguments)
+    def load_whole(self, arguments: Mapping[str, Any] | None = None) -> PreTrainedModel:
+        """Load the model unpruned, with all its layers; see `with_stored_widths`.
+
+        `arguments` are those of ``from_pretrained``; default: the user's.
+
+        Raises:
+            ValueError: It is damaged, or an argument is wrong.
+        """
+        arguments = dict(self.model_arguments if arguments is None else arguments)
         if arguments.get("gguf_file") is not None:
             from transformers import GgufConfig
 
@@ -321,8 +321,9 @@ class Checkpoint:
             arguments.setdefault("dtype", torch.float32)
             arguments["quantization_config"] = GgufConfig(dequantize=True)
         ignore_sizes = arguments.get("ignore_mismatched_sizes")
-        model, loading = self._built(arguments)
-        check_filled(model, loading, self.widths.whole, ignore_sizes)
+        whole = self.cut.widths.whole
+        model, loading = self._built(arguments, whole.uncut)
+        check_filled(model, loading, whole, ignore_sizes)
         return model
 
     def place(
@@ -341,7 +342,12 @@ class Checkpoint:
         }
         dtype = arguments.pop("dtype", "auto")
         if dtype == "auto":
-            dtype = self._default_dtype(model)
+            # As `from_pretrained` loads the whole model if it is not told any.
+            config: Any = self.config
+            if type(config) is not type(model.config):
+                config = text_config(config)
+            stored = (tensor.dtype for tensor in self.stored.values())
+            dtype = config.dtype or next(stored, model.dtype)
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
         if dtype == model.dtype and not any(map(PLACING.fullmatch, arguments)):
@@ -352,10 +358,9 @@ class Checkpoint:
             exceeds = tensor.is_floating_point() and torch.finfo(tensor.dtype).max
             if exceeds > torch.finfo(dtype).max:
                 check_finite(name, tensor.to(dtype))
-        record: PruneRecord = model.prune_record  # type: ignore[assignment]
-        targets = self.widths.targets(record.plan)
         arguments |= {"dtype": dtype, "state_dict": state}
-        placed, _ = self._built(arguments, targets)
+        record: PruneRecord = model.prune_record  # type: ignore[assignment]
+        placed, _ = self._built(arguments, record)
         placed.config.name_or_path = model.config.name_or_path
         placed.generation_config = model.generation_config
         # What `save_pretrained` takes apart again.
@@ -365,51 +370,30 @@ class Checkpoint:
         placed.prune_record = record  # type: ignore[assignment]
         return placed
 
-    def _default_dtype(self, model: PreTrainedModel) -> torch.dtype:
-        """Return the dtype in which `from_pretrained` loads the whole model if it is not told any."""
-        config: Any = self.config
-        if type(config) is not type(model.config):
-            config = text_config(config)
-        first = next((tensor.dtype for tensor in self.stored.values()), model.dtype)
-        return config.dtype or first
-
     def _built(
-        self, arguments: dict[str, Any], targets: Mapping[str, int] | None = None
+        self, arguments: dict[str, Any], cut: Cut
     ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-        """Build the whole model from its files, or one with MLPs of `targets` from a state dict.
+        """Build a model of a `cut` from the state dict in `arguments`, or else from its files.
 
         Returns:
             The model, and transformers' loading info.
         """
-        widths, config = self.widths, self.config
+        widths, config = cut.widths, self.config
         loader, source = self.auto_class, None
-        if targets is None:
-            widths, source = widths.whole, self.pretrained
-            targets = widths.actual
+        if "state_dict" not in arguments:
+            source = self.pretrained
             # What does not fit is told by `stored_widths` and `check_filled`.
             arguments = arguments | {"ignore_mismatched_sizes": True}
-        if source is None or targets != widths.configured:
-            loader, config = type(widths.skeleton), widths.narrowed_config(targets)
-        if widths.inexpressible(targets):
-            loader = with_widths(loader, targets)
+        if source is None or cut.targets != widths.configured:
+            loader, config = type(widths.skeleton), cut.config()
+        if cut.inexpressible:
+            loader = with_widths(loader, cut.targets)
         with BUILDING, clear_errors(self.pretrained, self.model_arguments):
             model, loading = loader.from_pretrained(
                 source, config=config, output_loading_info=True, **arguments
             )
         model.__class__ = type(widths.skeleton)
         return model, loading
-
-
-def _planned(whole: Widths, arguments: PruneArguments) -> tuple[Widths, PrunePlan]:
-    """Return the widths of the layers that stay, and the plan, as far as the config tells."""
-    widths = whole
-    if arguments.drop_layers is not None:
-        _, layers = layers_of(whole.skeleton)
-        shallow = whole.without_layers(Depth.of(arguments, len(layers)))
-        # Where text decides which layers stay, only their number is known.
-        widths = whole if arguments.measures_depth else shallow
-    with argument_errors():
-        return widths, widths.plan(arguments)
 
 
 def as_stored(rounded: Iterable[Rounded]) -> None:

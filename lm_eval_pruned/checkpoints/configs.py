@@ -204,7 +204,7 @@ def config_and_rest(
         raise ValueError(
             f"trust_remote_code={trusted!r} is not understood: pass true or false."
         )
-    arguments = _with_quantisation(from_pretrained)
+    arguments = with_quantisation(from_pretrained)
     if (dtype := arguments.pop("torch_dtype", None)) is not None:
         arguments["dtype"] = arguments.get("dtype") or dtype
     check_dtype("dtype", arguments.get("dtype"))
@@ -240,7 +240,7 @@ def check_dtype(name: str, value: Any) -> None:
         )
 
 
-def _with_quantisation(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_quantisation(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of ``from_pretrained`` with one object that says how to quantise."""
     others = {k: v for k, v in arguments.items() if not _BITSANDBYTES.fullmatch(k)}
     of_bitsandbytes = {k: v for k, v in arguments.items() if k not in others}

@@ -174,7 +174,7 @@ def _continued(
 
 def random_cut(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with a random cut of the same size and layers, without repair."""
-    arguments = checkpoint.plan.arguments
+    arguments = checkpoint.cut.plan.arguments
     names = [*CUTS, "layers", "skip_layers", "multiple_of"]
     if arguments.measures_depth:
         names += ["drop_by", "seed", *CALIBRATION]

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.util.atomic import appearing_whole
 from lm_eval_pruned.util.cache import cache_folder
 
@@ -89,17 +90,12 @@ def _check_hub(missing: str) -> None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     """Write `gguf` to `folder` as an ordinary float32 checkpoint, whole or not at all."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 
-    from lm_eval_pruned.pruning.layouts import BUILDING
-
-    source, file = gguf.parent, {"gguf_file": gguf.name}
-    whole = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    file = {"gguf_file": gguf.name}
+    packaged = Checkpoint.of(str(gguf.parent), PruneArguments(), file)
     with appearing_whole(folder) as unfinished:
-        with BUILDING:
-            model = AutoModelForCausalLM.from_pretrained(source, **file, **whole)
-        tokenizer = AutoTokenizer.from_pretrained(source, **file)
+        model, tokenizer = packaged.load_whole(), packaged.load_tokenizer()
         save_converted(model, tokenizer, unfinished)
 
 

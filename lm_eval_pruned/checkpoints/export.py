@@ -31,7 +31,7 @@ from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import Stored, load_checkpoint
 from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
 from lm_eval_pruned.pruning.layer_by_layer import moved
-from lm_eval_pruned.pruning.slicing import finished
+from lm_eval_pruned.pruning.slicing import carry_out, finish
 from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 
 
@@ -133,15 +133,14 @@ def export_pruned(
         raise ValueError(
             f"max_shard_size={max_shard_size} is not a size: pass one such as 5GB."
         )
-    source_arguments = {name: v for name, v in from_pretrained.items() if v is not None}
     checkpoint = Checkpoint.of(
         pretrained,
         PruneArguments(**prune_arguments),
-        {**source_arguments, "dtype": dtype},
+        {**from_pretrained, "dtype": dtype},
         calibrates_on=device,
     )
     device = checkpoint.device()
-    source = source_folder(pretrained, source_arguments)
+    source = source_folder(checkpoint)
     check_writable(output, _least_bytes(checkpoint, source, stored))
     tokenizer = _tokenizer_of_measurable(checkpoint) if measured else None
     checkpoint = checkpoint.with_stored_widths()
@@ -159,10 +158,11 @@ def export_pruned(
     loaded = Stored.of(checkpoint)
     measure(UNPRUNED, loaded.model)
     with appearing_whole(output) as unfinished:
-        model = loaded.narrowed(unfinished)
+        model = loaded.model
+        carry_out(loaded, loaded.cut, scratch=unfinished)
         if dtype is not None:
-            model = loaded.checkpoint.place(model, loaded.rounded)
-        finished(model, loaded.checkpoint.widths, device)
+            model = checkpoint.place(model, loaded.rounded)
+        finish(model, device)
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
         if not record.plan.changes_model:
             raise ValueError(
@@ -182,8 +182,7 @@ def export_pruned(
             max_shard_size,
             keeps_dtype=dtype is None,
         )
-        revision = source_arguments.get("revision")
-        card = model_card(pretrained, revision, source, record, unfinished, cost=cost)
+        card = model_card(checkpoint, source, record, unfinished, cost=cost)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         shards = shard_sizes(unfinished)
     if push_to_hub is not None:
@@ -215,16 +214,16 @@ def _least_bytes(
     checkpoint: Checkpoint, source: Path, dtype: torch.dtype | None
 ) -> int:
     """Return how many bytes of weights there will be at least; 0 where only a load tells."""
-    plan, widths = checkpoint.plan, checkpoint.widths
-    if plan.is_open or plan.arguments.measures_depth:
+    cut = checkpoint.cut
+    if cut.plan.is_open or cut.plan.arguments.measures_depth:
         return 0
-    parameters = widths.count_parameters(widths.targets(plan))
+    parameters = cut.parameters_after
     if dtype is not None:
         return parameters * dtype.itemsize
     known: Any = checkpoint.config.dtype or torch.float32
     size = sum(path.stat().st_size for path in source.glob("model*.safetensors"))
     # A folder may hold weights that are not loaded, and a config lie about the dtype.
-    share = size * parameters // widths.parameters_before
+    share = size * parameters // cut.parameters_before
     return min(share, parameters * known.itemsize)
 
 
@@ -236,16 +235,17 @@ def check_output(output: Path) -> None:
         )
 
 
-def source_folder(pretrained: str, source: dict[str, Any]) -> Path:
+def source_folder(checkpoint: Checkpoint) -> Path:
     """Return the folder that holds the files beside the weights, fetching them if need be."""
-    folder, subfolder = Path(pretrained), source.get("subfolder") or ""
+    folder, source = Path(checkpoint.pretrained), checkpoint.model_arguments
+    subfolder = source.get("subfolder") or ""
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         wanted = (*_KEPT_FILES, _MODEL_CODE, "README.md")
         options = ("revision", "cache_dir", "token", "local_files_only")
         fetched = snapshot_download(
-            pretrained,
+            checkpoint.pretrained,
             **{name: source[name] for name in options if source.get(name)},
             allow_patterns=[Path(subfolder, name).as_posix() for name in wanted],
         )

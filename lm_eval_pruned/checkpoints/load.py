@@ -7,22 +7,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
-from lm_eval_pruned.pruning.allocation import plan_layers
-from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.argument_values import exact
+from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.measuring import LoadedModel, check_weights
 from lm_eval_pruned.pruning.record import PruneRecord
-from lm_eval_pruned.pruning.slicing import carry_out, finished
+from lm_eval_pruned.pruning.slicing import carry_out, finish
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Sequence
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.checkpoint import Rounded
-    from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.arguments import Number
+    from lm_eval_pruned.pruning.curves import Sensitivity
+    from lm_eval_pruned.pruning.widths import Cut
 
 
 def load_pruned(
@@ -86,7 +87,7 @@ def load_pruned(
     """
     import transformers
 
-    prune_arguments = PruneArguments.taken_from(arguments)
+    prune_arguments = PruneArguments(**take_prune_arguments(arguments))
     if dtype is not None:
         arguments["dtype"] = dtype
     if device is not None:
@@ -110,14 +111,17 @@ def load_checkpoint(
     """
     checkpoint.check_text()
     checkpoint = checkpoint.with_stored_widths()
-    plan = checkpoint.plan
-    if plan.changes_model or plan.arguments.measures_depth:
-        return Stored.of(checkpoint, tokenizer).placed()
-    model = checkpoint.load_whole()
-    check_weights(model)
-    record = PruneRecord.of(plan, checkpoint.widths, ())
-    model.prune_record = record  # type: ignore[assignment]
-    return finished(model, checkpoint.widths)
+    cut = checkpoint.cut
+    if cut.plan.changes_model or cut.plan.arguments.measures_depth:
+        stored = Stored.of(checkpoint, tokenizer)
+        carry_out(stored, stored.cut)
+        model = checkpoint.place(stored.model, stored.rounded)
+    else:
+        model = checkpoint.load_whole()
+        check_weights(model)
+        model.prune_record = PruneRecord(cut.widths, cut.plan)  # type: ignore[assignment]
+    finish(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,11 @@ class Stored(LoadedModel):
     """A model as it is stored, with all its layers, and what is to become of it.
 
     Attributes:
-        checkpoint: What was loaded, with the plan that its tensors, and text, decide.
+        cut: What is to be done, with the layers that text chose.
         rounded: What the dtype of `model` rounded; see `Checkpoint.load_stored`.
     """
 
-    checkpoint: Checkpoint = field(kw_only=True)
+    cut: Cut = field(kw_only=True)
     rounded: Sequence[Rounded] = field(kw_only=True)
 
     @classmethod
@@ -137,44 +141,45 @@ class Stored(LoadedModel):
         cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Stored:
         """Load a model of `Checkpoint.with_stored_widths`; takes what `load_checkpoint` takes."""
-        arguments, device = checkpoint.plan.arguments, checkpoint.device()
+        cut, device = checkpoint.cut, checkpoint.device()
+        arguments = cut.plan.arguments
         # Only what text says is kept for later loads.
         content = checkpoint.content_key() if arguments.calibration else None
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
-        stored = cls(
-            model,
-            tokenizer,
-            arguments,
-            device,
-            content,
-            checkpoint=checkpoint,
-            rounded=rounded,
-        )
+        loaded = model, tokenizer, arguments, device, content
+        stored = cls(*loaded, cut=cut, rounded=rounded)
         if arguments.measures_depth:
-            widths = checkpoint.widths.without_layers(stored.depth())
-            checkpoint = dataclasses.replace(
-                checkpoint, widths=widths, plan=widths.plan(arguments)
-            )
-        if (depth := checkpoint.plan.depth) is not None:
+            cut = cut.widths.cut(arguments, stored.depth())
+        if (depth := cut.plan.depth) is not None:
             content = content and (content, depth.kept)
-        return dataclasses.replace(stored, checkpoint=checkpoint, content=content)
+        return dataclasses.replace(stored, cut=cut, content=content)
 
-    def settled(self) -> PrunePlan:
-        """Return the plan with what scores or losses decide."""
-        plan, widths = self.checkpoint.plan, self.checkpoint.widths
-        return plan_layers(plan, widths, self) if plan.is_open else plan
 
-    def narrowed(self, scratch: Path | None = None) -> PreTrainedModel:
-        """Prune the model in place and return it, in the dtype in which it was loaded.
+def measure_sensitivity(
+    checkpoint: Checkpoint, prune_percents: Iterable[Number] = (10, 25, 50)
+) -> Sensitivity:
+    """Return what cutting a single layer costs, for each layer and width.
 
-        Its narrow weights are in memory, or on the disk of the folder `scratch`.
-        """
-        plan, widths = self.checkpoint.plan, self.checkpoint.widths
-        return carry_out(self, plan, widths, whole_on_error=False, scratch=scratch)
+    Args:
+        checkpoint: The model, and how it is cut: its arguments have ``allocation=sensitivity``, and
+            any size, which does not count.
+        prune_percents: Shares of neurons to remove, as ``prune_percent`` counts.
 
-    def placed(self) -> PreTrainedModel:
-        """Prune the model, then cast and place what is left as the user asked."""
-        model = self.checkpoint.place(self.narrowed(), self.rounded)
-        return finished(model, self.checkpoint.widths)
+    Raises:
+        ValueError: An argument is out of range, the text cannot be used, or the
+            checkpoint is damaged.
+        UnsupportedModelError: Layers of the model cannot be compared.
+        OSError: A file of the checkpoint is missing.
+    """
+    shares = sorted({exact("prune_percents", p, "25") for p in prune_percents})
+    if not shares or not 0 < shares[0] <= shares[-1] < 100:
+        raise ValueError(
+            f"prune_percents={' '.join(f'{float(s):g}' for s in shares)} leaves nothing to measure: "
+            "name shares between 0 and 100, such as 10 25 50."
+        )
+    checkpoint.check_text()
+    stored = Stored.of(checkpoint.with_stored_widths())
+    check_weights(stored.model)
+    return stored.curves(shares)

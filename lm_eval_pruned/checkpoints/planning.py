@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
-    from lm_eval_pruned.pruning.widths import Widths
+    from lm_eval_pruned.pruning.widths import Cut
 
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
@@ -164,25 +164,30 @@ def plan_rows(
 
 
 def _needs_weights(checkpoint: Checkpoint) -> bool:
-    return checkpoint.plan.is_open or checkpoint.plan.arguments.measures_depth
+    plan = checkpoint.cut.plan
+    return plan.is_open or plan.arguments.measures_depth
 
 
 def _row(checkpoint: Checkpoint) -> PlanRow:
     """Describe what becomes of a model."""
-    plan = checkpoint.plan
+    cut = checkpoint.cut
     if _needs_weights(checkpoint):
         from lm_eval_pruned.checkpoints.load import Stored
+        from lm_eval_pruned.pruning.allocation import plan_layers
 
         checkpoint.check_text()
         stored = Stored.of(checkpoint.with_stored_widths())
-        plan, checkpoint = stored.settled(), stored.checkpoint
-    widths = checkpoint.widths
-    after = widths.count_parameters(widths.targets(plan))
+        cut = plan_layers(stored.cut, stored) if stored.cut.plan.is_open else stored.cut
     dtype: Any = checkpoint.config.dtype
-    row = _described(plan, widths.parameters_before, after, dtype and dtype.itemsize)
-    if plan.depth is None or plan.prunes:
+    row = _described(
+        cut.plan,
+        cut.parameters_before,
+        cut.parameters_after,
+        dtype and dtype.itemsize,
+    )
+    if cut.plan.depth is None or cut.plan.prunes:
         return row
-    return replace(row, equal_ratio=_equal_ratio(plan, widths.whole, after))
+    return replace(row, equal_ratio=_equal_ratio(cut))
 
 
 def _described(
@@ -294,11 +299,11 @@ class _Dense:
         return _described(plan, before, after, self.itemsize)
 
 
-def _equal_ratio(plan: PrunePlan, whole: Widths, parameters: int) -> str:
+def _equal_ratio(cut: Cut) -> str:
     """Return the ratio at which all layers together have as many parameters; empty without one."""
-    before = whole.parameters_before
+    plan, whole, before = cut.plan, cut.widths.whole, cut.parameters_before
     rest = whole.count_parameters(dict.fromkeys(whole.actual, 0))
-    share = Fraction(before - parameters, before - rest)
+    share = Fraction(before - cut.parameters_after, before - rest)
     width = plan.width_before - round(plan.width_before * share)
     # Rounded down to six digits, of which the kept width is rounded up again.
     return f"{width * 10**6 // plan.hidden_size / 10**6:.6f}" if width >= 1 else ""

@@ -18,7 +18,7 @@ from lm_eval_pruned.pruning.layouts import neuron_axis, regions_by_parameter
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
@@ -79,22 +79,23 @@ def checkpoint_files(
     return []
 
 
-def tensors_in(file: str) -> Iterator[StoredTensor]:
-    """Yield the tensors of a file of weights whose dtype is one of `_FLOATS`, by its header."""
+def tensors_in(file: str) -> list[StoredTensor]:
+    """Return the tensors of a file of weights whose dtype is one of `_FLOATS`, by its header."""
     from transformers.modeling_utils import load_state_dict
 
-    if file.endswith(".safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                header = tensors.get_slice(name)
-                if dtype := _FLOATS.get(header.get_dtype()):
-                    yield StoredTensor(
-                        name, file, dtype, torch.Size(header.get_shape())
-                    )
-        return
-    for name, tensor in load_state_dict(file, map_location="meta").items():
-        if tensor.dtype in _FLOATS.values():
-            yield StoredTensor(name, file, tensor.dtype, tensor.shape)
+    if not file.endswith(".safetensors"):
+        return [
+            StoredTensor(name, file, tensor.dtype, tensor.shape)
+            for name, tensor in load_state_dict(file, map_location="meta").items()
+            if tensor.dtype in _FLOATS.values()
+        ]
+    with safe_open(file, framework="pt") as tensors:
+        headers = {name: tensors.get_slice(name) for name in tensors.keys()}
+        return [
+            StoredTensor(name, file, dtype, torch.Size(header.get_shape()))
+            for name, header in headers.items()
+            if (dtype := _FLOATS.get(header.get_dtype()))
+        ]
 
 
 def tensor_in(file: str, name: str) -> Tensor:

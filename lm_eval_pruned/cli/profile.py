@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lm_eval_pruned.cli import model_args as loading
-from lm_eval_pruned.profiling.options import ProfileRequest
+from lm_eval_pruned.profiling.options import ProfileRequest, demo_prompts, read_prompts
 from lm_eval_pruned.pruning.arguments import SEVERAL, SEVERAL_SIZES, option_row
 from lm_eval_pruned.util.options import row
 
@@ -34,7 +34,6 @@ def run(arguments) -> int:
     from lm_eval_pruned.energy.monitor import EnergyMonitor
     from lm_eval_pruned.profiling import report as profile_report
     from lm_eval_pruned.profiling.measure import profile
-    from lm_eval_pruned.profiling.prompts import demo_prompts, read_prompts
 
     model_args, folder = loading.read(arguments), Path(arguments.output_path)
     taken = {SEVERAL.get(option, option): option for option in vars(arguments)}

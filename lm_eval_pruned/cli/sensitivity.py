@@ -40,8 +40,8 @@ def run(arguments) -> None:
     from transformers import AutoModelForCausalLM
 
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
+    from lm_eval_pruned.checkpoints.load import measure_sensitivity
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
-    from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
     from lm_eval_pruned.report.layers import LayerCurves
     from lm_eval_pruned.results.runs import SENSITIVITY
 

@@ -18,7 +18,7 @@ from lm_eval_pruned.checkpoints.configs import quantising_arguments
 from lm_eval_pruned.checkpoints.export import check_output, save_loaded, source_folder
 from lm_eval_pruned.checkpoints.load import load_checkpoint
 from lm_eval_pruned.healing.trainer import Checkpoints, HealingTrainer, write_record
-from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.calibration_text import read_texts, token_ids
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, without_weights
 from lm_eval_pruned.pruning.stacked import runnable
@@ -59,7 +59,7 @@ def resolved(
             )
     loading = dict(model_args)
     pretrained = str(loading.pop("pretrained"))
-    pruning = PruneArguments.taken_from(loading)
+    pruning = PruneArguments(**take_prune_arguments(loading))
     base = Checkpoint.of(pretrained, pruning, loading, AutoModelForCausalLM)
     config = base.config
     if config.is_encoder_decoder:
@@ -75,7 +75,7 @@ def resolved(
         )
     if adapter is not None:
         # peft refuses modules that the model lacks.
-        widths = base.widths
+        widths = base.cut.widths
         skeleton = without_weights(type(widths.skeleton), widths.config)
         adapted_shapes(skeleton, adapter)
     positions = getattr(config, "max_position_embeddings", None)
@@ -257,8 +257,7 @@ def _write(
     *,
     merge: bool,
 ) -> None:
-    name, revision = base.pretrained, base.model_arguments.get("revision")
-    origin = (name, revision, source_folder(name, base.model_arguments), pruned)
+    source = source_folder(base)
     method, text = record["method"], record["data"]
     trained = (
         f"The {'pruned ' * pruned.plan.prunes}model was then trained on {record['tokens_seen']:,} "
@@ -267,7 +266,7 @@ def _write(
     if method != "full":
         model.save_pretrained(folder)
         # In place of peft's, an empty template that names a folder of this machine.
-        card = adapter_card(*origin, method, trained)
+        card = adapter_card(base, source, pruned, method, trained)
         (folder / "README.md").write_text(card, encoding="utf-8")
         if not merge:
             return
@@ -275,7 +274,7 @@ def _write(
         folder /= "merged"
         folder.mkdir()
     model.config.use_cache = True
-    save_loaded(model, base, origin[2], folder)
+    save_loaded(model, base, source, folder)
     if pruned.plan.prunes:
-        card = model_card(*origin, folder, trained)
+        card = model_card(base, source, pruned, folder, trained)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -24,8 +24,7 @@ from lm_eval_pruned.model_wrappers.batching.generation import (
     count_generated,
     end_tokens,
 )
-from lm_eval_pruned.profiling.options import ProfileRequest, plan_models
-from lm_eval_pruned.profiling.prompts import batches_of
+from lm_eval_pruned.profiling.options import ProfileRequest, batches_of, plan_models
 from lm_eval_pruned.profiling.summary import MODES, cells_of
 
 

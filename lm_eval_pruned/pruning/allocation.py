@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lm_eval_pruned.pruning.plan import PrunePlan
-    from lm_eval_pruned.pruning.widths import Widths
+    from lm_eval_pruned.pruning.widths import Cut
 
     Costs = NDArray[np.float64]
 
@@ -38,16 +37,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lm_eval.pruned.allocation")
 
 
-def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> PrunePlan:
-    """Return an open plan with the width of each layer that it prunes.
+def plan_layers(cut: Cut, evidence: LoadedModel) -> Cut:
+    """Return a cut of an open plan with the width of each layer that it prunes.
 
-    `evidence` is the model of `widths`, and says what cuts of its layers cost.
+    `evidence` is the model, and says what cuts of its layers cost.
 
     Raises:
         UnsupportedModelError: See `check_comparable`.
     """
-    check_comparable(plan, widths)
-    before, targets = widths.layers, widths.targets(plan)
+    check_comparable(cut)
+    plan, widths = cut.plan, cut.widths
+    before, targets = widths.layers, cut.targets
     # What the size makes of the MLPs to which the size of a layer refers.
     kept = {
         mlp.layer: targets[mlp.name]
@@ -70,21 +70,23 @@ def plan_layers(plan: PrunePlan, widths: Widths, evidence: LoadedModel) -> Prune
     kept = dict(zip(kept, shared, strict=True))
     logger.info(
         "allocation=%s gives the layers these widths: %s.",
-        plan.allocation,
+        plan.arguments.allocation,
         written_by_layer(kept.items()),
     )
     text = {n: getattr(measured, n) for n in ("file", "sha256", "texts", "tokens")}
     text |= unless_cpu(torch.device(measured.device))
-    return dataclasses.replace(plan.with_layers(kept), measured_on=text)
+    plan = dataclasses.replace(plan.with_layers(kept), measured_on=text)
+    return dataclasses.replace(cut, plan=plan)
 
 
-def check_comparable(plan: PrunePlan, widths: Widths) -> None:
+def check_comparable(cut: Cut) -> None:
     """Refuse a model whose layers an open plan cannot compare, before any weight is read.
 
     Raises:
         UnsupportedModelError: An allocation would have to weigh layers against each other that
             hold different MLPs, or their activations cannot be observed.
     """
+    plan, widths = cut.plan, cut.widths
     model = widths.skeleton
     check_observable(model, "allocation=uniform", stacked=True)
     mlps_of: dict[int, Counter[str]] = defaultdict(Counter)
@@ -97,7 +99,7 @@ def check_comparable(plan: PrunePlan, widths: Widths) -> None:
         if mlps != mlps_of[first]:
             raise UnsupportedModelError(
                 f"{describe(model)} has {_counted(mlps_of[first])} in layer {first} and "
-                f"{_counted(mlps)} in layer {layer}, whose neurons allocation={plan.allocation} cannot weigh against each other: name "
+                f"{_counted(mlps)} in layer {layer}, whose neurons allocation={plan.arguments.allocation} cannot weigh against each other: name "
                 "layers that are alike with layers, or leave it out."
             )
 

@@ -30,7 +30,7 @@ from lm_eval_pruned.util.options import DeclaredOptions, Row, option
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.pruning.argument_values import Layers, Number
 
@@ -178,15 +178,22 @@ class PruneArguments(DeclaredOptions):
     calibration_samples: Number | None = option(object, None, "N", check=whole)
     calibration_tokens: Number | None = option(object, None, "N", check=whole)
 
-    @classmethod
-    def taken_from(cls, keywords: dict[str, Any]) -> PruneArguments:
-        """Take the arguments of pruning out of keyword arguments, and leave the others there."""
-        return cls(**take_prune_arguments(keywords))
-
     def __post_init__(self) -> None:
         self._settle(**with_recipe(vars(self)))
         super().__post_init__()
-        for sentence in (*_conflicts(vars(self)), *_idle(vars(self)).values()):
+        written = _written(vars(self))
+        for purpose, names in EXCLUSIVE.items():
+            if len(several := [written[n] for n in names if n in written]) > 1:
+                raise ValueError(
+                    f"{' and '.join(several)} were given together, but each of them {purpose}: pass "
+                    "one."
+                )
+        if "drop_by" in written and isinstance(self.drop_layers, tuple):
+            raise ValueError(
+                f"{written['drop_by']} chooses layers to drop, but {written['drop_layers']} lists "
+                "them: pass a count such as drop_layers=4, or leave drop_by out."
+            )
+        for sentence in _idle(vars(self)).values():
             raise ValueError(sentence)
         text = self.size is not None and _needs_text(vars(self))
         if self.calibration is None and (text or self.measures_depth):
@@ -281,20 +288,6 @@ def _written(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{name}={value}" for name, value in chosen.items()}
 
 
-def _conflicts(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence on each combination of arguments that do not go together."""
-    written = _written(values)
-    for purpose, names in EXCLUSIVE.items():
-        if len(several := [written[name] for name in names if name in written]) > 1:
-            together = f"{' and '.join(several)} were given together"
-            yield f"{together}, but each of them {purpose}: pass one."
-    if "drop_by" in written and isinstance(values["drop_layers"], tuple):
-        yield (
-            f"{written['drop_by']} chooses layers to drop, but {written['drop_layers']} lists them: "
-            "pass a count such as drop_layers=4, or leave drop_by out."
-        )
-
-
 def _idle(values: Mapping[str, Any]) -> dict[str, str]:
     """Return a sentence on each argument that has no effect beside the others, by its name."""
     written, idle = _written(values), {}
@@ -338,7 +331,7 @@ def without_idle(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_prune_arguments(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Take the arguments of pruning out of keyword arguments, unchecked."""
+    """Take the arguments of pruning out of keyword arguments, unchecked, and leave the others there."""
     taken: dict[str, Any] = {}
     last = ""
     for name in list(keywords):

@@ -139,13 +139,12 @@ class TextSource:
     seed: int = 0
 
     @classmethod
-    def of(cls, arguments: PruneArguments) -> TextSource | None:
-        """Return what arguments ask for; None if they read no text."""
-        if arguments.calibration is None:
-            return None
+    def of(cls, arguments: PruneArguments) -> TextSource:
+        """Return what arguments that read text ask for."""
+        name: Any = arguments.calibration
         samples: Any = arguments.calibration_samples
         tokens: Any = arguments.calibration_tokens
-        return cls(arguments.calibration, samples, tokens, int(arguments.seed))
+        return cls(name, samples, tokens, int(arguments.seed))
 
     def check(self) -> None:
         """Refuse a file that cannot be used, or a dataset whose first row cannot.

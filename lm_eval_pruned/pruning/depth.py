@@ -78,8 +78,8 @@ class Depth:
         layers: int,
         influence: Sequence[float] | None = None,
         measured_on: Mapping[str, Any] | None = None,
-    ) -> Depth | None:
-        """Resolve the user's arguments against a model of so many layers; None where all stay.
+    ) -> Depth:
+        """Resolve arguments that drop layers against a model of so many.
 
         Without the block `influence` that `arguments` choose by, layers are chosen by their place,
         so that their number can be checked.
@@ -88,8 +88,6 @@ class Depth:
             ValueError: A layer does not exist, or none would stay.
         """
         chosen: Any = arguments.drop_layers
-        if chosen is None:
-            return None
         if isinstance(chosen, int):
             written, count = str(chosen), chosen
             asked = {"drop_layers": written}

@@ -44,7 +44,7 @@ from lm_eval_pruned.util.cache import measured_once
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,19 +62,18 @@ logger = logging.getLogger("lm_eval.pruned.calibration")
 CUTS = tuple(Fraction(175, 2) * n / STEPS for n in range(1, STEPS + 1))
 
 
-def check_weights(model: PreTrainedModel, scored: Collection[str] = ()) -> None:
+def check_weights(model: PreTrainedModel, scored: Iterable[GluMlp] = ()) -> None:
     """Refuse a model of which a weight is NaN or infinite; it may be quantised or on disk in part.
 
-    Weights of the GLU-MLPs named in `scored` are not read again: scoring looked at them.
+    Weights of GLU-MLPs that were `scored` are not read again: scoring looked at them.
 
     Raises:
         ValueError: The first such weight is named.
     """
-    regions = regions_by_parameter(find_glu_mlps(model) if scored else ())
     seen = {
         name
-        for name, entries in regions.items()
-        if all(mlp.name in scored and part == "weight" for mlp, (_, part), _ in entries)
+        for name, [(_, (_, part), _), *_] in regions_by_parameter(scored).items()
+        if part == "weight"
     }
     for name, weight in model.named_parameters():
         plain = type(weight) is torch.nn.Parameter and weight.is_floating_point()
@@ -148,17 +147,14 @@ class LoadedModel:
     device: torch.device | None = None
     content: Hashable | None = None
 
-    def depth(self) -> Depth | None:
-        """Return which layers stay, where layers are to be dropped.
+    def depth(self) -> Depth:
+        """Return which layers stay, where text is to decide.
 
         Raises:
             ValueError: The layers or the text cannot be used, or the tokenizer is missing.
             UnsupportedModelError: Layers of this model cannot be dropped.
         """
-        layers = len(layers_of(self.model)[1])
-        if not self.arguments.measures_depth:
-            return Depth.of(self.arguments, layers)
-        text = self.text
+        layers, text = len(layers_of(self.model)[1]), self.text
 
         def measure() -> Measured:
             check_weights(self.model)
@@ -219,7 +215,6 @@ class LoadedModel:
     def text(self) -> CalibrationText:
         """The calibration text that was asked for; see `TextSource.read`."""
         source = TextSource.of(self.arguments)
-        assert source is not None
         if source.name != str(OWN_TEXT):
             logger.info(
                 "A cut keeps what calibration=%s holds: if that is of one kind, other kinds of text lose "

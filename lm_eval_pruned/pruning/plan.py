@@ -73,24 +73,18 @@ class PrunePlan:
         return self.arguments.criterion
 
     @property
-    def allocation(self) -> str:
-        """Name of how the neurons are shared among the layers."""
-        return self.arguments.allocation
-
-    @property
     def multiple_of(self) -> int:
         """The kept width was rounded down to a multiple of this."""
         return int(self.arguments.multiple_of)
 
     @property
-    def seed(self) -> int:
-        """Seed of the ``random`` criterion; no other criterion reads it."""
-        return int(self.arguments.seed)
-
-    @property
     def is_open(self) -> bool:
         """Whether weights or text have to be looked at before it says what each layer becomes."""
-        return self.prunes and self.allocation != UNIFORM and self.layer_widths is None
+        return (
+            self.prunes
+            and self.arguments.allocation != UNIFORM
+            and self.layer_widths is None
+        )
 
     @property
     def ratio(self) -> float:

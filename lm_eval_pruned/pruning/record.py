@@ -17,7 +17,8 @@ from lm_eval_pruned.pruning.argument_values import (
 )
 from lm_eval_pruned.pruning.arguments import STUDY
 from lm_eval_pruned.pruning.criteria import RANDOM
-from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
+from lm_eval_pruned.pruning.plan import whole_or_mean
+from lm_eval_pruned.pruning.widths import Cut
 from lm_eval_pruned.util.tables import markdown_table
 
 
@@ -26,70 +27,43 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lm_eval_pruned.pruning.widths import Widths
-
 
 _GROUP = ("kind", "config_key", "width_before", "width_after", "mlps")
 
 
 @dataclass(frozen=True)
-class PruneRecord:
-    """What was done to a model.
+class PruneRecord(Cut):
+    """A cut that was made.
 
     Attributes:
-        plan: The plan that was carried out.
-        layers: Number of layers that stay and hold GLU-MLPs.
-        parameters_before: Parameters of the unpruned model; tied ones count once.
-        parameters_after: Parameters of the pruned model.
         kept: Kept neurons of every GLU-MLP, each of shape (k,), int64, on the CPU;
             empty for the baseline, and where the process that loaded does not tell.
-        groups: The GLU-MLPs by kind, config key, and width before and after, in neurons, as the
-            results file has them.
-        config_expresses_widths: Whether stock transformers can open the model once it is saved.
         calibration: The text on which the neurons were observed, if any, as the results file
             describes it.
         repaired: How many GLU-MLPs were repaired; None where no repair was asked for.
     """
 
-    plan: PrunePlan
-    layers: int
-    parameters_before: int
-    parameters_after: int
-    kept: tuple[Tensor, ...]
-    groups: tuple[dict[str, Any], ...]
-    config_expresses_widths: bool
-    calibration: Mapping[str, Any] | None
+    kept: tuple[Tensor, ...] = ()
+    calibration: Mapping[str, Any] | None = None
     repaired: int | None = None
 
-    @classmethod
-    def of(
-        cls,
-        plan: PrunePlan,
-        widths: Widths,
-        kept: tuple[Tensor, ...] | None,
-        calibration: Mapping[str, Any] | None = None,
-        repaired: int | None = None,
-    ) -> PruneRecord:
-        """Describe what `plan` did to the MLPs of `widths`; `kept` is None if not reported."""
-        targets = widths.targets(plan)
+    @property
+    def layers(self) -> int:
+        """Number of layers that stay and hold GLU-MLPs."""
+        return len({mlp.layer_path for mlp in self.widths.mlps})
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The GLU-MLPs by kind, config key, and width before and after, in neurons."""
+        widths, targets = self.widths, self.targets
         counts = Counter(
             (mlp.kind, str(widths.keys[n := mlp.name]), widths.actual[n], targets[n])
             for mlp in widths.mlps
         )
-        return cls(
-            plan,
-            len({mlp.layer_path for mlp in widths.mlps}),
-            widths.parameters_before,
-            widths.count_parameters(targets),
-            kept or (),
-            tuple(
-                dict(zip(_GROUP, (*group, mlps), strict=True))
-                for group, mlps in counts.items()
-            ),
-            not widths.inexpressible(targets),
-            calibration,
-            repaired,
-        )
+        return [
+            dict(zip(_GROUP, (*group, mlps), strict=True))
+            for group, mlps in counts.items()
+        ]
 
     @property
     def digest(self) -> str | None:
@@ -124,13 +98,13 @@ class PruneRecord:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "kept_digest": self.digest,
-            "groups": [*self.groups],
-            "config_expresses_widths": self.config_expresses_widths,
+            "groups": self.groups,
+            "config_expresses_widths": not self.inexpressible,
             **(plan.depth.as_dict() if plan.depth else {}),
         }
-        if plan.allocation != UNIFORM:
-            record["allocation"] = plan.allocation
+        allocation = plan.arguments.allocation
         optional: dict[str, Any] = {
+            "allocation": allocation if allocation != UNIFORM else None,
             "layers_pruned": plan.layers and written_layers(plan.layers),
             "measured_on": plan.measured_on and dict(plan.measured_on),
             "layer_widths": plan.layer_widths
@@ -139,7 +113,7 @@ class PruneRecord:
             "recipe": recipe if recipe != STUDY else None,
             "repair": repair if repair != NO_REPAIR and plan.prunes else None,
             "mlps_repaired": self.repaired,
-            "seed": plan.seed if plan.criterion == RANDOM else None,
+            "seed": int(plan.arguments.seed) if plan.criterion == RANDOM else None,
         }
         record |= {k: value for k, value in optional.items() if value is not None}
         return record
@@ -167,8 +141,8 @@ class PruneRecord:
             done += f", calibrated on {text.get('device', 'cpu')}"
         sizes = [f"{name}={value}" for name, value in plan.asked.items()]
         sizes = sizes or ["baseline"]
-        if plan.allocation != UNIFORM:
-            sizes += [f"allocation={plan.allocation}"]
+        if plan.arguments.allocation != UNIFORM:
+            sizes += [f"allocation={plan.arguments.allocation}"]
         pruned = f" ({written_layers(plan.layers)} pruned)" if plan.layers else ""
         digest = f"kept digest {(self.digest or 'none')[:12]}"
         below = ", ".join([*sizes, done, f"{self.layers} layers{pruned}", digest])

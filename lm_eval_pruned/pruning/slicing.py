@@ -43,7 +43,7 @@ from lm_eval_pruned.pruning.repair import (
     tokens_per_neuron,
 )
 from lm_eval_pruned.pruning.stacked import refused_by_grouped_mm
-from lm_eval_pruned.pruning.widths import Widths, widths_in_memory
+from lm_eval_pruned.pruning.widths import widths_in_memory
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from lm_eval_pruned.pruning.arguments import PruneKeywords
-    from lm_eval_pruned.pruning.plan import PrunePlan
+    from lm_eval_pruned.pruning.widths import Cut
 
     #: The new weight of each name of a GLU-MLP, projection, and "weight" or "bias".
     Pieces = dict[tuple[str, str, str], Tensor]
@@ -116,44 +116,41 @@ def prune_loaded(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Do what `prune_model` does with arguments that are together."""
-    widths = widths_in_memory(model)
+    whole = widths_in_memory(model)
     evidence = LoadedModel(model, tokenizer, arguments)
-    if arguments.drop_layers is not None:
-        if arguments.measures_depth:
-            # What is wrong with the arguments is refused before text runs.
-            widths.plan(arguments)
-        widths = widths.without_layers(evidence.depth())
-    plan = widths.plan(arguments)
-    return finished(carry_out(evidence, plan, widths), widths)
+    cut = whole.cut(arguments)
+    if arguments.measures_depth:
+        cut = whole.cut(arguments, evidence.depth())
+    carry_out(evidence, cut, whole_on_error=True)
+    finish(model)
+    return model
 
 
 def carry_out(
     evidence: LoadedModel,
-    plan: PrunePlan,
-    widths: Widths,
+    cut: Cut,
     *,
-    whole_on_error: bool = True,
+    whole_on_error: bool = False,
     scratch: Path | None = None,
-) -> PreTrainedModel:
-    """Prune a model in place as `plan` says, write its record and return it; see `prune_model`.
-
-    An error leaves the model as it was: all is scored and narrowed before the first MLP is changed.
+) -> None:
+    """Prune a model in place and write its record; see `prune_model`.
 
     Args:
         evidence: What settles the plan, of the model.
-        plan: What to do.
-        widths: Those of the layers that stay.
-        whole_on_error: If not, a narrow MLP takes its place as soon as it is made, which takes less
-            memory.
+        cut: What to do.
+        whole_on_error: Whether an error leaves the model as it was: all is scored and narrowed before
+            the first MLP is changed. If not, a narrow MLP takes its place as soon as it is made,
+            which takes less memory.
         scratch: Folder on whose disk narrow weights are then, in place of memory, in files that go
             with them.
     """
-    model, arguments = evidence.model, plan.arguments
+    model, arguments = evidence.model, cut.plan.arguments
     calibration: dict[str, Any] | None = None
     repaired: int | None = None
     kept: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     mlps: Sequence[GluMlp] = ()
+    narrower: Sequence[GluMlp] = ()
     waiting: list[Callable[[], None]] = []
     with contextlib.ExitStack() as on_error, ThreadPoolExecutor() as pool:
 
@@ -174,18 +171,18 @@ def carry_out(
             check_weights(model)
             # The unpruned model may have to write it.
             _ = evidence.text
-        if widths.depth is not None:
-            drop_layers(model, widths.depth, widths.remembered, on_error)
-        if plan.is_open:
-            plan = plan_layers(plan, widths, evidence)
+        if (depth := cut.plan.depth) is not None:
+            drop_layers(model, depth, cut.widths.remembered, on_error)
+        if cut.plan.is_open:
+            cut = plan_layers(cut, evidence)
+        plan, targets = cut.plan, cut.targets
         if plan.prunes:
-            mlps, targets = find_glu_mlps(model), widths.targets(plan)
-            narrow_config = widths.narrowed_config(targets)
-            cut = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
+            mlps, narrow_config = find_glu_mlps(model), cut.config()
+            narrower = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
             if plan.criterion != OBS:
-                scores |= evidence.scores(cut)
+                scores |= evidence.scores(narrower)
         if arguments.calibration is None:
-            check_weights(model, scores)
+            check_weights(model, narrower)
         for mlp in mlps:
             if mlp.name in scores:
                 kept[mlp.name] = kept_set(scores[mlp.name], targets[mlp.name])
@@ -193,12 +190,12 @@ def carry_out(
                 kept[mlp.name] = torch.arange(mlp.width, device="cpu")
         if plan.prunes and arguments.layer_by_layer:
             text, device = evidence.text, evidence.device or model.device
-            fewest = tokens_per_neuron(model, text.tokens, cut, targets)
+            fewest = tokens_per_neuron(model, text.tokens, narrower, targets)
             roots = evidence.curvature.roots if plan.criterion == OBS else {}
             changed = cut_layer_by_layer(
                 model,
                 text.tokens,
-                cut,
+                narrower,
                 targets,
                 scores,
                 roots,
@@ -218,59 +215,23 @@ def carry_out(
             put()
         on_error.pop_all()
     if plan.prunes:
-        widths.copy_keys(narrow_config, model.config)
-    record = PruneRecord.of(plan, widths, tuple(kept.values()), calibration, repaired)
-    model.prune_record = record  # type: ignore[assignment]
-    return model
+        cut.copy_keys(narrow_config, model.config)
+    done = tuple(kept.values()), calibration, repaired
+    model.prune_record = PruneRecord(cut.widths, cut.plan, *done)  # type: ignore[assignment]
 
 
-def finished(
-    model: PreTrainedModel, widths: Widths, device: torch.device | None = None
-) -> PreTrainedModel:
-    """Have a pruned model run on `device`, by default where it is, and tell what its widths cost there.
-
-    `widths` are those of its unpruned MLPs.
-    """
+def finish(model: PreTrainedModel, device: torch.device | None = None) -> None:
+    """Have a pruned model run on `device`, by default where it is, and tell what its widths cost there."""
     record: PruneRecord = model.prune_record  # type: ignore[assignment]
-    plan = record.plan
-    targets = widths.targets(plan)
-    if plan.prunes and (plan.allocation, plan.arguments.repair) == (UNIFORM, NO_REPAIR):
+    plan, targets = record.plan, record.targets
+    if plan.prunes and (plan.arguments.allocation, plan.arguments.repair) == (
+        UNIFORM,
+        NO_REPAIR,
+    ):
         spares_first = plan.layers == tuple(range(1, record.layers))
         method = plan.criterion + ", skip_layers=0" * spares_first
         if plan.depth is None and (plan.layers is None or spares_first):
             _tell_once(beaten_by_chance(method, 1 - plan.width / plan.width_before))
-    choose_experts_implementation(model)
-    if names := widths.inexpressible(targets):
-        logger.warning(
-            "%s keeps a width that %s in the config cannot express, and transformers up to 5.24 "
-            "cannot build MLPs of several widths: open the saved model with --model pruned-hf or "
-            "load_pruned.",
-            names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
-            widths.keys[names[0]],
-        )
-    quantised = getattr(model.config, "quantization_config", None) is not None
-    kind = (device or model.device).type
-    if kind == "cuda" and model.dtype.itemsize == 2 and not quantised:
-        cut = (targets[n] for n in targets if targets[n] < widths.actual[n])
-        if odd := next((width for width in cut if width % _CUDA_MULTIPLE), 0):
-            logger.warning(
-                "%d neurons are not a multiple of %d, so CUDA's kernels for 16-bit weights are "
-                "slower: add multiple_of=%d.",
-                odd,
-                _CUDA_MULTIPLE,
-                math.lcm(_CUDA_MULTIPLE, plan.multiple_of),
-            )
-    return model
-
-
-@functools.cache
-def _tell_once(sentence: str | None) -> None:
-    if sentence is not None:
-        logger.warning(sentence)
-
-
-def choose_experts_implementation(model: PreTrainedModel) -> None:
-    """Let experts run one by one where their width rules out the grouped product."""
     if (refused := refused_by_grouped_mm(model)) is not None:
         width, multiple = refused
         model.set_experts_implementation("eager")
@@ -282,6 +243,32 @@ def choose_experts_implementation(model: PreTrainedModel) -> None:
             multiple,
             multiple,
         )
+    if names := record.inexpressible:
+        logger.warning(
+            "%s keeps a width that %s in the config cannot express, and transformers up to 5.24 "
+            "cannot build MLPs of several widths: open the saved model with --model pruned-hf or "
+            "load_pruned.",
+            names[0] if len(names) == 1 else f"Each of {len(names)} GLU-MLPs",
+            record.widths.keys[names[0]],
+        )
+    quantised = getattr(model.config, "quantization_config", None) is not None
+    kind = (device or model.device).type
+    if kind == "cuda" and model.dtype.itemsize == 2 and not quantised:
+        kept = (targets[n] for n in targets if targets[n] < record.widths.actual[n])
+        if odd := next((width for width in kept if width % _CUDA_MULTIPLE), 0):
+            logger.warning(
+                "%d neurons are not a multiple of %d, so CUDA's kernels for 16-bit weights are "
+                "slower: add multiple_of=%d.",
+                odd,
+                _CUDA_MULTIPLE,
+                math.lcm(_CUDA_MULTIPLE, plan.multiple_of),
+            )
+
+
+@functools.cache
+def _tell_once(sentence: str | None) -> None:
+    if sentence is not None:
+        logger.warning(sentence)
 
 
 @torch.no_grad()

@@ -1,22 +1,26 @@
-"""Widths: how wide the GLU-MLPs of a model are, and what each becomes."""
+"""Widths: how wide the GLU-MLPs of a model are, which keys set that, and what a cut makes of each.
+
+Keys are found, not listed: a key belongs to the MLPs whose width doubles when it doubles, in a model
+without weights. LFM2 computes its width from several keys; here it is taken from one.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
+import re
 from collections import defaultdict
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.config_widths import (
-    COMPUTES_WIDTH,
-    WidthKey,
-    find_keys,
-    plain_config,
-)
+from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.depth import (
+    Depth,
     attributes_that_change,
+    layers_of,
     shallow_config,
 )
 from lm_eval_pruned.pruning.layouts import (
@@ -30,12 +34,52 @@ from lm_eval_pruned.pruning.plan import PrunePlan
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from lm_eval_pruned.pruning.arguments import PruneArguments
-    from lm_eval_pruned.pruning.depth import Change, Depth
+    from lm_eval_pruned.pruning.depth import Change
+    from lm_eval_pruned.pruning.layouts import GluMlp
+
+#: Names of keys that may set a width.
+_WIDTH_NAME = re.compile(r"intermediate|ffn|ff_dim|d_ff|mlp_(dim|size|hidden)|ff_size")
+#: Whether LFM2 computes its width, rather than take it as it is.
+COMPUTES_WIDTH = "block_auto_adjust_ff_dim"
+
+
+@dataclass(frozen=True)
+class WidthKey:
+    """A number in a config that sets widths.
+
+    Attributes:
+        path: Names of the sub-configs that lead to it, such as ``("text_config",)``.
+        name: Its own name, such as ``intermediate_size``.
+        layer: The layer that it is about; None where all share one number.
+        factor: Neurons of an MLP for each unit of it.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    layer: int | None = None
+    factor: Fraction = dataclasses.field(default=Fraction(1), compare=False)
+
+    def __str__(self) -> str:
+        where = ".".join((*self.path, self.name))
+        return where if self.layer is None else f"{where}[{self.layer}]"
+
+    def get(self, config: PretrainedConfig) -> Any:
+        """Return its value in `config`: that of its layer, else what all layers share."""
+        value = getattr(functools.reduce(getattr, self.path, config), self.name)
+        return value if self.layer is None else value[self.layer]
+
+    def set(self, config: PretrainedConfig, value: Any) -> None:
+        """Set its value in `config`."""
+        part = functools.reduce(getattr, self.path, config)
+        if self.layer is not None:
+            entries = list(getattr(part, self.name))
+            entries[self.layer] = value
+            value = entries
+        setattr(part, self.name, value)
 
 
 class Widths:
@@ -44,54 +88,77 @@ class Widths:
     Attributes:
         skeleton: The model without weights, of `config`.
         original: The config that it has.
-        config: What `lm_eval_pruned.pruning.config_widths.plain_config` makes of it.
+        config: What `plain_config` makes of it.
         mlps: The GLU-MLPs of `skeleton`, in order.
         keys: The key of each MLP, by the MLP's name.
         configured: The width that the config gives each MLP, by name.
         actual: The width that it has.
         layers: The width of each layer's experts, else of its MLP, in neurons, by number, ascending.
-        depth: Which layers stay; None for all. The others are those of a model that never
-            had the rest, `whole` has them all.
-        whole: Those of the model with all its layers.
+        whole: Those of the model with all its layers; these, unless layers are dropped.
         remembered: What modules remember of the number of layers; see
             `lm_eval_pruned.pruning.depth.attributes_that_change`.
     """
 
     def __init__(
         self,
-        skeleton: PreTrainedModel,
+        build: Callable[..., PreTrainedModel],
         config: PretrainedConfig,
-        actual: Mapping[str, int] | None = None,
+        actual: Iterable[int] | None = None,
     ):
         """Find the GLU-MLPs of a model, and the keys of their widths.
 
         Args:
-            skeleton: The model that `plain_config` of `config` describes, without weights.
+            build: The class of the model, or another function that builds it of a config.
             config: Config of the model.
-            actual: Width of each MLP by name; default: as `config` says.
+            actual: Width of each MLP, in order; default: as `config` says.
         """
-        if type(skeleton.config) is not type(config):
+        plain = plain_config(config)
+        self.skeleton = without_weights(build, plain)
+        if type(self.skeleton.config) is not type(config):
             # The class is handed the part of the config that is of text.
-            config = text_config(config)
-        self.skeleton, self.original = skeleton, config
-        self.config = plain_config(config)
-        self.mlps = find_glu_mlps(skeleton)
-        self.keys = find_keys(self.config, skeleton, self.mlps)
+            config, plain = text_config(config), text_config(plain)
+        self.original, self.config = config, plain
+        self.mlps = find_glu_mlps(self.skeleton)
+        self.keys = find_keys(plain, self.skeleton, self.mlps)
         self.configured = {mlp.name: mlp.width for mlp in self.mlps}
-        self.actual = dict(actual or self.configured)
+        widths = self.configured.values() if actual is None else actual
+        self.actual = dict(zip(self.configured, widths, strict=True))
         # The first of a layer represents it, and the first of all the model.
         experts_first = sorted(self.mlps, key=lambda mlp: mlp.kind != "expert")
         self._first = experts_first[0]
         layers = {mlp.layer: self.actual[mlp.name] for mlp in reversed(experts_first)}
         self.layers = dict(sorted(layers.items()))
-        self.depth: Depth | None = None
         self.whole = self
         self.remembered: list[Change] = []
 
-    def without_layers(self, depth: Depth | None) -> Widths:
-        """Return those of the same model with the layers of `depth`; itself for None."""
-        if depth is None:
-            return self
+    def cut(self, arguments: PruneArguments, measured: Depth | None = None) -> Cut:
+        """Resolve the user's arguments, which refer to its experts, else to its first MLP.
+
+        Where text decides which layers stay, `measured` says which; without it, all do.
+
+        Raises:
+            ValueError: An argument is out of range.
+            UnsupportedModelError: Layers of the model cannot be dropped.
+        """
+        widths, depth = self, measured
+        if arguments.drop_layers is not None:
+            stay = measured or Depth.of(arguments, len(layers_of(self.skeleton)[1]))
+            shallow = self._without_layers(stay)
+            if measured or not arguments.measures_depth:
+                widths, depth = shallow, stay
+        first = widths._first
+        kept = depth.kept if depth else range(max(widths.layers) + 1)
+        plan = PrunePlan.of(
+            arguments,
+            first.hidden_size,
+            int(widths.widest[first.name] * widths.keys[first.name].factor),
+            {kept[n]: width for n, width in widths.layers.items()},
+            depth,
+        )
+        return Cut(widths, plan)
+
+    def _without_layers(self, depth: Depth) -> Widths:
+        """Return those of the same model with the layers of `depth`."""
         actual = [self.actual[mlp.name] for mlp in self.mlps if mlp.layer in depth.kept]
         build = type(self.skeleton)
         try:
@@ -99,8 +166,7 @@ class Widths:
             shallow = without_weights(build, plain_config(config))
             whole = without_weights(build, self.config)
             remembered = attributes_that_change(whole, shallow, depth)
-            names = [mlp.name for mlp in find_glu_mlps(shallow)]
-            widths = Widths(shallow, config, dict(zip(names, actual, strict=True)))
+            widths = Widths(build, config, actual)
         except (TypeError, LookupError, AttributeError, ValueError) as error:
             if isinstance(error, UnsupportedModelError):
                 raise
@@ -108,97 +174,127 @@ class Widths:
                 f"drop_layers cannot be used with {describe(self.skeleton)}, whose config does not accept "
                 f"{len(depth.kept)} layers ({error}): leave it out."
             ) from None
-        widths.whole, widths.depth, widths.remembered = self, depth, remembered
+        widths.whole, widths.remembered = self, remembered
         return widths
 
     @functools.cached_property
-    def _widest(self) -> dict[str, int]:
-        """Return the value of each MLP's key, of any layer, that builds the widest of its kind."""
-        kinds = {name: replace(key, layer=None) for name, key in self.keys.items()}
+    def widest(self) -> dict[str, int]:
+        """The value of each MLP's key, of any layer, that builds the widest of its kind, by name."""
+        kinds = {
+            name: dataclasses.replace(key, layer=None)
+            for name, key in self.keys.items()
+        }
         values: dict[WidthKey, int] = defaultdict(int)
         for name, kind in kinds.items():
             value = math.ceil(self.actual[name] / kind.factor)
             values[kind] = max(value, values[kind])
         return {name: values[kind] for name, kind in kinds.items()}
 
-    def plan(self, arguments: PruneArguments) -> PrunePlan:
-        """Resolve the user's arguments, which refer to its experts, else to its first MLP."""
-        first = self._first
-        kept = self.depth.kept if self.depth else range(max(self.layers) + 1)
-        return PrunePlan.of(
-            arguments,
-            first.hidden_size,
-            int(self._widest[first.name] * self.keys[first.name].factor),
-            {kept[n]: width for n, width in self.layers.items()},
-            self.depth,
+    @functools.cached_property
+    def uncut(self) -> Cut:
+        """The model with all these layers and neurons."""
+        return self.cut(PruneArguments())
+
+    @functools.cached_property
+    def _per_neuron(self) -> dict[str, int]:
+        """The parameters of a neuron of each MLP, by name."""
+        return {
+            mlp.name: sum(mlp.weight(*place).numel() for place in mlp.regions)
+            // self.configured[mlp.name]
+            for mlp in self.mlps
+        }
+
+    def count_parameters(self, widths: Mapping[str, int]) -> int:
+        """Return the parameters of the model with these widths; tied ones count once."""
+        return self.skeleton.num_parameters() + sum(
+            (widths[name] - width) * self._per_neuron[name]
+            for name, width in self.configured.items()
         )
 
-    def targets(self, plan: PrunePlan) -> dict[str, int]:
-        """Return the kept width of each MLP, by name.
+
+@dataclass(frozen=True)
+class Cut:
+    """What is to become of the GLU-MLPs of a model, and of the config that describes them.
+
+    Attributes:
+        widths: Those of the layers that stay.
+        plan: What is to be done to them.
+    """
+
+    widths: Widths
+    plan: PrunePlan
+
+    @functools.cached_property
+    def targets(self) -> dict[str, int]:
+        """The kept width of each MLP, by name.
 
         Where the layers have widths of their own, shared experts, and whatever else is as wide
         as it pleases in a layer, are narrowed in the proportion of the layer.
         """
-        targets = dict(self.actual)
+        plan, widths = self.plan, self.widths
+        targets = dict(widths.actual)
         if not plan.prunes:
             return targets
-        widest, before = self._widest, self.layers
+        before = widths.layers
         after = before | dict(plan.layer_widths or ())
-        for mlp in self.mlps:
+        for mlp in widths.mlps:
             width, old, new = targets[mlp.name], before[mlp.layer], after[mlp.layer]
             if plan.layer_widths is None:
                 if plan.includes_layer(mlp.layer):
-                    unit = self.keys[mlp.name].factor
-                    targets[mlp.name] = plan.kept_of(width, widest[mlp.name], unit)
+                    unit, widest = widths.keys[mlp.name].factor, widths.widest[mlp.name]
+                    targets[mlp.name] = plan.kept_of(width, widest, unit)
             elif width == old:
                 targets[mlp.name] = new
             elif new < old:
                 targets[mlp.name] = plan.rounded(-(-width * new // old))
         return targets
 
-    def count_parameters(self, widths: Mapping[str, int]) -> int:
-        """Return the parameters of the model with these widths; tied ones count once."""
-        return self.skeleton.num_parameters() + sum(
-            (widths[mlp.name] - mlp.width)
-            * sum(mlp.weight(*place).numel() // mlp.width for place in mlp.regions)
-            for mlp in self.mlps
-        )
+    @functools.cached_property
+    def _values(self) -> dict[WidthKey, int]:
+        """The value of each key: what its MLPs agree on, else the one that it has."""
+        wanted: dict[WidthKey, set[int]] = defaultdict(set)
+        for name, key in self.widths.keys.items():
+            wanted[key].add(math.ceil(self.targets[name] / key.factor))
+        return {
+            key: values.pop() if len(values) == 1 else key.get(self.widths.config)
+            for key, values in wanted.items()
+        }
+
+    def config(self) -> PretrainedConfig:
+        """Return a copy of the model's config with its widths, as far as keys hold them."""
+        if self.targets == self.widths.configured:
+            return copy.deepcopy(self.widths.original)
+        narrowed = copy.deepcopy(self.widths.config)
+        for key, value in self._values.items():
+            key.set(narrowed, value)
+        return narrowed
+
+    @property
+    def inexpressible(self) -> list[str]:
+        """The names of the MLPs whose width no key of the config can hold.
+
+        Stock transformers builds the model if there are none.
+        """
+        values, keys = self._values, self.widths.keys
+        return [
+            name
+            for name, key in keys.items()
+            if values[key] * key.factor != self.targets[name]
+        ]
 
     @property
     def parameters_before(self) -> int:
         """The parameters of the unpruned model; tied ones count once."""
-        return self.whole.count_parameters(self.whole.actual)
+        return self.widths.whole.count_parameters(self.widths.whole.actual)
 
-    def narrowed_config(self, targets: Mapping[str, int]) -> PretrainedConfig:
-        """Return a copy of the config with the widths of `targets`, as far as keys hold them."""
-        if targets == self.configured:
-            return copy.deepcopy(self.original)
-        narrowed = copy.deepcopy(self.config)
-        for key, value in self._values(targets).items():
-            key.set(narrowed, value)
-        return narrowed
-
-    def inexpressible(self, targets: Mapping[str, int]) -> list[str]:
-        """Return the names of the MLPs whose width in `targets` no key of the config can hold.
-
-        Stock transformers builds a model of these widths if there are none.
-        """
-        values, keys = self._values(targets), self.keys
-        return [n for n in keys if values[keys[n]] * keys[n].factor != targets[n]]
-
-    def _values(self, targets: Mapping[str, int]) -> dict[WidthKey, int]:
-        """Return the value of each key: what its MLPs agree on, else the one that it has."""
-        wanted: dict[WidthKey, set[int]] = defaultdict(set)
-        for name, key in self.keys.items():
-            wanted[key].add(math.ceil(targets[name] / key.factor))
-        return {
-            key: values.pop() if len(values) == 1 else key.get(self.config)
-            for key, values in wanted.items()
-        }
+    @property
+    def parameters_after(self) -> int:
+        """The parameters of what is left."""
+        return self.widths.count_parameters(self.targets)
 
     def copy_keys(self, source: PretrainedConfig, target: PretrainedConfig) -> None:
         """Give `target` the width keys of `source`, and whether they are the widths."""
-        for key in set(self.keys.values()):
+        for key in set(self.widths.keys.values()):
             key.set(target, key.get(source))
         computes = getattr(text_config(source), COMPUTES_WIDTH, None)
         if computes is not None:
@@ -207,6 +303,83 @@ class Widths:
 
 def widths_in_memory(model: PreTrainedModel) -> Widths:
     """Return the widths of a loaded model and the config keys that set them."""
-    skeleton = without_weights(type(model), plain_config(model.config))
-    actual = {mlp.name: mlp.width for mlp in find_glu_mlps(model)}
-    return Widths(skeleton, model.config, actual)
+    actual = [mlp.width for mlp in find_glu_mlps(model)]
+    return Widths(type(model), model.config, actual)
+
+
+def find_keys(
+    config: PretrainedConfig, model: PreTrainedModel, mlps: Sequence[GluMlp]
+) -> dict[str, WidthKey]:
+    """Find the key of the width of each of the GLU-MLPs of `model`, by the MLP's name.
+
+    `config` is as `plain_config` returns it, and `model` is of it, without weights.
+
+    Raises:
+        UnsupportedModelError: The width of one has no key, or shares its key.
+    """
+    shapes = _shapes(model)
+    neurons = {region.parameter for mlp in mlps for region in mlp.regions.values()}
+    keys: dict[str, WidthKey] = {}
+    refusals = {mlp.name: "no key of its config sets that width" for mlp in mlps}
+    for key in _candidates(config):
+        value, probe = key.get(config), copy.deepcopy(config)
+        try:
+            key.set(probe, 2 * value if type(value) is int else [2 * n for n in value])
+            other = without_weights(type(model), probe)
+            doubled = {mlp.name: mlp.width for mlp in find_glu_mlps(other)}
+        except Exception:  # noqa: BLE001, S112 - configs refuse values in any way
+            continue
+        reshaped = {name for name, _ in shapes ^ _shapes(other)} - neurons
+        for mlp in mlps:
+            width = mlp.width
+            if doubled.get(mlp.name) == width or mlp.name in keys:
+                continue
+            if reshaped:
+                why = f"{key} in its config also sets the shape of {min(reshaped)}"
+                refusals[mlp.name] = why
+            elif doubled.get(mlp.name) == 2 * width:
+                layer = None if type(value) is int else mlp.layer
+                single = dataclasses.replace(key, layer=layer)
+                factor = Fraction(width, single.get(config))
+                keys[mlp.name] = dataclasses.replace(single, factor=factor)
+    for name, reason in refusals.items():
+        if name not in keys:
+            raise UnsupportedModelError(
+                f"{describe(model)} cannot be pruned in {name}, because {reason}."
+            )
+    return keys
+
+
+def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(t.shape)) for name, t in model.state_dict().items()}
+
+
+def _candidates(
+    config: PretrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[WidthKey]:
+    """Yield the numbers of a config, and of those inside it, that may be widths by their names."""
+    for name, value in vars(config).items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        whole = numbers and all(type(n) is int and n > 0 for n in numbers)
+        if whole and _WIDTH_NAME.search(name):
+            yield WidthKey(path, name)
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "model_type"):
+            yield from _candidates(value, (*path, name))
+
+
+def plain_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a config whose keys are the widths, where the model computes them from the keys."""
+    plain = copy.deepcopy(config)
+    text: Any = text_config(plain)
+    if getattr(text, COMPUTES_WIDTH, False):
+        width = int(2 * text.intermediate_size / 3)
+        if text.block_ffn_dim_multiplier is not None:
+            width = int(text.block_ffn_dim_multiplier * width)
+            width = -(-width // text.block_multiple_of) * text.block_multiple_of
+        text.intermediate_size = width
+        setattr(text, COMPUTES_WIDTH, False)
+    if plain.model_type == "recurrent_gemma":
+        # It builds half as many neurons, rounded down.
+        text.intermediate_size -= text.intermediate_size % 2
+    return plain

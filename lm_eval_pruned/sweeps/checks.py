@@ -11,8 +11,13 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
-from lm_eval_pruned.checkpoints.configs import not_found
-from lm_eval_pruned.pruning.arguments import CUTS, DECLARED, PruneArguments
+from lm_eval_pruned.checkpoints.configs import not_found, with_quantisation
+from lm_eval_pruned.pruning.arguments import (
+    CUTS,
+    DECLARED,
+    PruneArguments,
+    take_prune_arguments,
+)
 from lm_eval_pruned.sweeps.plan import MODELS, SOURCES, find_misspelt, model_source
 
 
@@ -40,7 +45,7 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
     if "vllm" not in model:
         check_quantiser(pretrained, {**source, **arguments}, where)
     if prunes:
-        pruning = PruneArguments.taken_from(dict(arguments))
+        pruning = PruneArguments(**take_prune_arguments(dict(arguments)))
         try:
             Checkpoint.of(pretrained, pruning, source)
         except (ValueError, OSError) as error:
@@ -67,16 +72,11 @@ def check_quantiser(pretrained: str, arguments: Mapping[str, Any], where: str) -
     """
     how = {n: arguments[n] for n in ("revision", "subfolder") if arguments.get(n)}
     stored, _ = PretrainedConfig.get_config_dict(pretrained, **how)
-    bits = {n: True for n in ("load_in_8bit", "load_in_4bit") if arguments.get(n)}
-    requested = arguments.get("quantization_config") or (
-        {"quant_method": "bitsandbytes", **bits} if bits else None
-    )
-    config = requested or stored.get("quantization_config")
-    if not config:
-        return
     try:
-        quantiser = AutoHfQuantizer.from_config(dict(config))
-        quantiser.validate_environment(device_map=None, pre_quantized=not requested)
+        requested = with_quantisation(arguments).get("quantization_config")
+        if config := requested or stored.get("quantization_config"):
+            quantiser = AutoHfQuantizer.from_config(config)
+            quantiser.validate_environment(device_map=None, pre_quantized=not requested)
     except ImportError as error:
         raise ValueError(f"{where} cannot be loaded: {error}") from None
 

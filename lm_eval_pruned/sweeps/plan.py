@@ -357,7 +357,7 @@ def _configurations(
             arguments = {argument: value, **variant}
             # Refused here, not once the baseline has been evaluated.
             merged = of_pruning.without_idle({**base, **arguments})
-            of_pruning.PruneArguments.taken_from(merged)
+            of_pruning.PruneArguments(**of_pruning.take_prune_arguments(merged))
             name = _id(arguments)
             configurations[name] = Configuration(name, arguments, *_size(row))
     return [*configurations.values()]

@@ -14,6 +14,7 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.checkpoint import as_stored, tensors_of
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.load import Stored
+from lm_eval_pruned.pruning.slicing import carry_out
 from tests.helpers import by_hand
 from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
 from tests.helpers.layouts import logits
@@ -173,9 +174,10 @@ def test_an_export_is_stored_as_its_source_is(make, asked, tmp_path):
         assert_state(stock, model.state_dict())
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     # What vLLM is handed.
-    cut = Stored.of(request_of(folder, **asked))
-    model = cut.narrowed()
-    as_stored(cut.rounded)
+    whole = Stored.of(request_of(folder, **asked))
+    model = whole.model
+    carry_out(whole, whole.cut)
+    as_stored(whole.rounded)
     tensors = dict(tensors_of(model))
     assert tensors.keys() == stored.keys()
     assert all(torch.equal(tensors[name], stored[name]) for name in stored)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
-from lm_eval_pruned.checkpoints.sensitivity import measure_sensitivity
+from lm_eval_pruned.checkpoints.load import measure_sensitivity
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.curvature import curvature
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps

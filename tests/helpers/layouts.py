@@ -19,7 +19,7 @@ from tests.helpers.checkpoints import (
 
 
 #: So that results can be compared bit for bit at any width; see
-#: `lm_eval_pruned.pruning.slicing.choose_experts_implementation`.
+#: `lm_eval_pruned.pruning.slicing.finish`.
 EAGER = {"experts_implementation": "eager"}
 
 _T5 = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 256}

@@ -19,6 +19,7 @@ from lm_eval_pruned.checkpoints.checkpoint import (
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.load import Stored
 from lm_eval_pruned.pruning.arguments import PruneArguments
+from lm_eval_pruned.pruning.slicing import carry_out
 from tests.helpers.checkpoints import auto_class, byte_tokenizer
 from tests.helpers.layouts import EAGER
 
@@ -43,7 +44,7 @@ class Source:
 
     def opened(self, folder, record):
         """Open a pruned model that was saved, with stock transformers if it can."""
-        return (self.whole if record.config_expresses_widths else self.load)(folder)
+        return (self.load if record.inexpressible else self.whole)(folder)
 
     def export(self, folder, dtype=None, **asked):
         return export_pruned(
@@ -131,7 +132,8 @@ def _streamed(source, asked, folder):
     source.export(folder, **asked)
     checkpoint = request_of(source.folder, source.auto, **asked)
     stored = Stored.of(checkpoint.with_stored_widths())
-    model = stored.narrowed()
+    model = stored.model
+    carry_out(stored, stored.cut)
     as_stored(stored.rounded)
     tensors = {name: tensor.clone() for name, tensor in tensors_of(model)}
     assert tensors.keys() == load_file(folder / WEIGHTS).keys()

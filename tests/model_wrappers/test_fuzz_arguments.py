@@ -110,6 +110,12 @@ def test_what_hf_and_transformers_leave_unclear_is_one_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_layers_that_a_model_lacks_end_the_command_with_one_sentence(tiny_llama):
+    with pytest.raises(SystemExit) as ended:
+        PrunedHFLM(str(tiny_llama), device="cpu", drop_layers=9)
+    assert str(ended.value.code).startswith("drop_layers=9 would drop all 3 layers")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["prune_precent=3", "frobnicate=3", "ratio=two"])
 def test_the_command_ends_with_the_sentence(tiny_llama, text, monkeypatch):

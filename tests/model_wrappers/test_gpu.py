@@ -18,8 +18,7 @@ from lm_eval_pruned.energy.meter import CodecarbonMeter
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.profiling.measure import generate, profile
-from lm_eval_pruned.profiling.options import ProfileRequest
-from lm_eval_pruned.profiling.prompts import make_batches
+from lm_eval_pruned.profiling.options import ProfileRequest, make_batches
 from tests.helpers import checkpoints, layouts
 from tests.helpers.answering import GENERATED, SCORED, assert_close
 

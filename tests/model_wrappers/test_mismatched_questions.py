@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 from lm_eval.api.instance import Instance
 
+from lm_eval_pruned.model_wrappers.floors import mismatched
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
-from lm_eval_pruned.model_wrappers.mismatched_questions import mismatched
 from lm_eval_pruned.results.files import Run
 from tests.helpers.evaluations import evaluate
 

@@ -12,8 +12,7 @@ from hypothesis import given, strategies as st
 from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.energy.monitor import EnergyMonitor
 from lm_eval_pruned.profiling import measure, report
-from lm_eval_pruned.profiling.options import plan_models
-from lm_eval_pruned.profiling.prompts import make_batches, read_prompts
+from lm_eval_pruned.profiling.options import make_batches, plan_models, read_prompts
 from lm_eval_pruned.profiling.summary import change, distribution, estimate
 from tests.helpers import checkpoints
 from tests.helpers.meters import monitor_of

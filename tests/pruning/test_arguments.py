@@ -13,6 +13,7 @@ from lm_eval_pruned.pruning.arguments import (
     SEVERAL,
     PruneArguments,
     PruneKeywords,
+    take_prune_arguments,
     without_idle,
 )
 from lm_eval_pruned.sweeps.plan import plan_sweep
@@ -67,7 +68,7 @@ def test_a_sweep_names_the_option_that_takes_several():
     ],
 )
 def test_lists_that_the_harness_split_at_commas_are_joined(given, taken, rest):
-    assert PruneArguments.taken_from(given) == PruneArguments(**taken)
+    assert PruneArguments(**take_prune_arguments(given)) == PruneArguments(**taken)
     assert given == rest
 
 

@@ -82,14 +82,12 @@ def test_experts_of_a_layer_share_a_width_and_the_budget_is_exact(
     widths, percent, multiple, rises
 ):
     asked = {"prune_percent": percent, "multiple_of": multiple}
-    uniform = widths.plan(PruneArguments(**asked))
+    uniform = widths.cut(PruneArguments(**asked))
     by_cost = {"allocation": "sensitivity", "calibration": "t.jsonl"}
-    plan = plan_layers(
-        widths.plan(PruneArguments(**asked, **by_cost)), widths, MadeUp(rises)
-    )
-    kept, targets = dict(plan.layer_widths), widths.targets(plan)
-    assert sum(kept.values()) == uniform.width * len(kept)
-    alike, difference = widths.targets(uniform), 0
+    cut = plan_layers(widths.cut(PruneArguments(**asked, **by_cost)), MadeUp(rises))
+    kept, targets = dict(cut.plan.layer_widths), cut.targets
+    assert sum(kept.values()) == uniform.plan.width * len(kept)
+    alike, difference = uniform.targets, 0
     shared = [mlp for mlp in widths.mlps if mlp.kind != "expert"]
     for mlp in shared:
         share = mlp.width * kept[mlp.layer] / WIDTH

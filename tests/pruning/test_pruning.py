@@ -39,7 +39,7 @@ def test_a_warning_says_how_to_open_what_no_key_expresses(tmp_path, caplog):
             linear.weight = torch.nn.Parameter(linear.weight.narrow(cut, 0, 12).clone())
     record = prune_model(model, prune_percent=50).prune_record
     assert {group["width_after"] for group in record.groups} == {8, 6}
-    assert not record.config_expresses_widths
+    assert record.inexpressible
     assert "open the saved model with --model pruned-hf" in caplog.text
 
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from lm_eval_pruned.model_wrappers.batching import (
-    answer_paths,
     attention_support,
     cpu_linear,
     fast_path,
@@ -218,7 +217,7 @@ def test_what_answered_is_recorded_for_one_evaluation(fast):
     ("dtype", "linear"), [(torch.float32, "onednn"), (torch.float64, "torch")]
 )
 def test_the_results_say_what_computed_linear_layers(dtype, linear, monkeypatch):
-    for module in (cpu_linear, answer_paths):
+    for module in (cpu_linear, fast_path):
         monkeypatch.setattr(module, "linear_backend", lambda: "onednn")
     lm = ours(tiny(dtype=dtype))
     SCORED.ask(lm)
