@@ -5,12 +5,9 @@ what was drawn, at what a GLU-MLP returns for one token, and B the mean of g g' 
 error e of that output then moves the model's predictions by about e' B e / 2, in nats: the
 second-order term of the KL divergence, which the Fisher information gives, as K-FAC has it for the
 outputs of a layer. So errors of different layers are on one scale, on which they add up. With the
-tokens of the text in place of drawn ones, B would be large where the text surprises the model.
-
-This takes e and g of a token for independent, as K-FAC does. Where a norm follows the MLP, g is small
-where the output is large. So the costs of a layer are multiplied by its `dependence`: how much of the
-output meets the gradient, over what would if they were independent. In late layers of Gemma-3 it is a
-hundredth.
+tokens of the text in place of drawn ones, B would be large where the text surprises the model. That
+e and g of a token are independent, as in K-FAC, need not hold where a norm follows the MLP: in
+Gemma-3, late layers get far too high costs.
 
 Source: Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
 Curvature", arXiv 1503.05671, section 3; Kunstner et al. 2019, "Limitations of the Empirical Fisher
@@ -49,9 +46,6 @@ _MOST, _LEAST, _TOKENS = 16, 4, 10_000
 #: I x I matrices of float64.
 _KEPT_HIDDEN, _KEPT_WIDTHS = 10, 4
 _KEPT_BYTES, _MATRICES = 5e8, 4
-#: So many times the median squared output is the most that counts of a token, for dependence: repair
-#: follows the few that have thousands of times as much more closely than the others.
-_MASSIVE = 10
 #: What a smaller probability counts as.
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -64,13 +58,10 @@ class Curvature:
         loss: Mean loss of the model, in nats per token.
         roots: By name of the MLP a matrix R of shape (H, H), float32, with R' R = B, on the CPU.
             Experts share that of the output of their layer.
-        dependence: By name of the MLP what to multiply costs of different layers by before they are
-            compared: the mean over tokens of y'y g'g, over the product of the means, y being the output.
     """
 
     loss: float
     roots: Mapping[str, Tensor]
-    dependence: Mapping[str, float]
 
     def as_measured(self) -> Measured:
         """Return it as `measured_once` keeps it, with each matrix once."""
@@ -79,17 +70,13 @@ class Curvature:
             first.setdefault(id(root), name)
         tensors = {name: self.roots[name].contiguous() for name in first.values()}
         same = {name: first[id(root)] for name, root in self.roots.items()}
-        return tensors, {
-            "loss": self.loss,
-            "roots": same,
-            "dependence": dict(self.dependence),
-        }
+        return tensors, {"loss": self.loss, "roots": same}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Curvature:
         """Make one of what `as_measured` returned."""
         roots = {name: tensors[first] for name, first in facts["roots"].items()}
-        return cls(facts["loss"], roots, facts["dependence"])
+        return cls(facts["loss"], roots)
 
 
 def weighted(root: Tensor, down: Tensor) -> Tensor:
@@ -124,12 +111,9 @@ def curvature(
     # On the CPU, so that every device draws alike.
     draws = torch.Generator().manual_seed(0)
 
-    squares: dict[nn.Module, list[Tensor]] = {module: [] for module in sums}
-
-    def add(module: nn.Module, output: Tensor, gradient: Tensor) -> None:
+    def add(module: nn.Module, gradient: Tensor) -> None:
         rows = gradient.flatten(0, -2).float()
         sums[module].addmm_(rows.T, rows)
-        squares[module].append(torch.stack([output, rows.square().sum(-1)]))
 
     watch = functools.partial(_watch, add)
     with (
@@ -165,18 +149,7 @@ def curvature(
             roots[module] = _root(sums.pop(module) / seen, module)
             bar.update()
     named = {name: roots[module] for name, module in outputs.items()}
-    meeting = {
-        name: _dependence(*torch.cat(squares[module], 1))
-        for name, module in outputs.items()
-    }
-    return Curvature(loss / max(predicted, 1), named, meeting)
-
-
-def _dependence(outputs: Tensor, gradients: Tensor) -> float:
-    """Return it of the squares at each token, both of shape (tokens,)."""
-    outputs = outputs.clamp(max=_MASSIVE * outputs.median())
-    independent = outputs.mean() * gradients.mean()
-    return float((outputs * gradients).mean() / independent) if independent else 1.0
+    return Curvature(loss / max(predicted, 1), named)
 
 
 def _output_of(model: PreTrainedModel, mlp: GluMlp) -> nn.Module:
@@ -193,8 +166,7 @@ def _watch(
     if not returned.requires_grad:
         # No parameter requires a gradient, so nothing before the first such module does.
         returned.requires_grad_()
-    square = returned.detach().flatten(0, -2).float().square().sum(-1)
-    returned.register_hook(functools.partial(add, module, square))
+    returned.register_hook(functools.partial(add, module))
 
 
 def _root(curvature: Tensor, module: nn.Module) -> Tensor:

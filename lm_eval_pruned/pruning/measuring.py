@@ -237,8 +237,7 @@ class LoadedModel:
                 texts = enough(text.tokens, mlps)
                 return curvature(self.model, texts, mlps).as_measured()
 
-        what = ("curvature and dependence", text.key)
-        return Curvature.of(*self._measured_once(what, measure))
+        return Curvature.of(*self._measured_once(("curvature", text.key), measure))
 
     def curves(self, shares: Sequence[Number] = CUTS) -> Sensitivity:
         """Return what it costs to cut one layer, for each layer and width.
@@ -253,7 +252,7 @@ class LoadedModel:
         # Nothing tells whether the code of another package is still the same.
         if how[0] not in (OBS, RANDOM, *CRITERIA):
             return Sensitivity.of(measure()[1])
-        what = ("costs of cuts", self.text.key, how, tuple(shares))
+        what = ("curves", self.text.key, how, tuple(shares))
         return Sensitivity.of(self._measured_once(what, measure)[1])
 
     def _curves(self, shares: Sequence[Number]) -> Sensitivity:
@@ -272,16 +271,13 @@ class LoadedModel:
                     for kept in widths[layer]
                 ]
         scores = {} if criterion == OBS else self.scores(mlps)
-        roots, dependence = self.curvature.roots, self.curvature.dependence
+        roots = self.curvature.roots
         errors = errors_of_cuts(
             model, text.tokens, mlps, narrowed, scores, roots, repair, self.device
         )
         curves, tokens = [], sum(ids.numel() for ids in text.tokens)
         for layer, kept in widths.items():
-            by_mlp = [
-                [dependence[mlp.name] * error for error in errors[mlp.name]]
-                for mlp in by_layer[layer]
-            ]
+            by_mlp = [errors[mlp.name] for mlp in by_layer[layer]]
             # Half the squared error of a token, on average: the second-order term.
             rises = [sum(both) / 2 / tokens for both in zip(*by_mlp, strict=True)]
             before = by_layer[layer][0].width

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned.pruning import curvature as module, measuring
+from lm_eval_pruned.pruning import curvature as module
 from lm_eval_pruned.pruning.curvature import curvature, enough, weighted
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.pruning.repair import order_by_cost, removed_in_steps, repaired
 from tests.helpers.checkpoints import byte_tokenizer
 from tests.helpers.layouts import breadth
-from tests.helpers.ways_to_load import write_texts
-from tests.pruning.test_repair import SHAPES, TEXTS, layer, made, prune, tiny
+from tests.pruning.test_repair import SHAPES, TEXTS, layer, made, tiny
 
 
 seeds = st.integers(0, 2**20)
@@ -117,56 +114,6 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
     )
 
 
-@pytest.mark.parametrize(
-    "family", breadth((*SHAPES, "gpt_oss"), "llama", "gemma2", "qwen2_moe")
-)
-def test_dependence_is_how_much_of_an_output_meets_the_gradient(family, tmp_path):
-    model, text = made(tmp_path, family).double(), IDS[0]
-    mlps = find_glu_mlps(model)
-    curved = curvature(model, [text], mlps)
-    returned: dict[str, torch.Tensor] = {}
-
-    def note(name, _module, _given, output):
-        returned[name] = output[0] if isinstance(output, tuple) else output
-        returned[name].retain_grad()
-
-    for mlp in mlps:
-        place = model.get_submodule(mlp.layer_path)
-        if mlp.kind == "dense":
-            place = mlp.projection("down_proj")
-        place.register_forward_hook(functools.partial(note, mlp.name))
-    logits = model(input_ids=text, use_cache=False).logits[0]
-    chance = torch.Generator().manual_seed(0)
-    drawn = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=chance)
-    torch.nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
-    for name, output in returned.items():
-        outputs, gradients = (
-            rows.detach().flatten(0, -2).square().sum(-1)
-            for rows in (output, output.grad)
-        )
-        few = outputs.clamp(max=10 * outputs.median())
-        expected = (few * gradients).mean() / few.mean() / gradients.mean()
-        assert curved.dependence[name] == pytest.approx(float(expected), rel=1e-3)
-
-
-def test_costs_of_layers_that_are_compared_allow_for_dependence(tmp_path, monkeypatch):
-    """A layer whose errors meet a hundredth of the gradient gives more neurons."""
-    text = write_texts(tmp_path / "text.jsonl", [t[:200] for t in TEXTS])
-    asked = {"recipe": "uneven", "prune_percent": 40}
-    even = prune(tiny(), {"calibration": text}, **asked).prune_record
-    original = module.curvature
-
-    def one_small(*args):
-        curved = original(*args)
-        name = [*curved.dependence][-1]
-        small = {**curved.dependence, name: curved.dependence[name] / 100}
-        return dataclasses.replace(curved, dependence=small)
-
-    monkeypatch.setattr(measuring, "curvature", one_small)
-    shared = prune(tiny(), {"calibration": text}, **asked).prune_record
-    assert len(shared.kept[-1]) < len(even.kept[-1])
-
-
 @pytest.mark.parametrize("family", breadth(SHAPES, "llama", "qwen2_moe"))
 def test_layers_that_compute_twice_give_the_same(family, tmp_path, monkeypatch):
     model = made(tmp_path, family)
@@ -178,7 +125,6 @@ def test_layers_that_compute_twice_give_the_same(family, tmp_path, monkeypatch):
         each.keys() for each in before
     ]
     assert once.loss == pytest.approx(twice.loss, rel=1e-5)
-    assert once.dependence == pytest.approx(twice.dependence, rel=1e-3)
     for name, root in once.roots.items():
         other = twice.roots[name]
         scale = float(root.norm() ** 2)
