@@ -5,9 +5,11 @@ what was drawn, at what a GLU-MLP returns for one token, and B the mean of g g' 
 error e of that output then moves the model's predictions by about e' B e / 2, in nats: the
 second-order term of the KL divergence, which the Fisher information gives, as K-FAC has it for the
 outputs of a layer. So errors of different layers are on one scale, on which they add up. With the
-tokens of the text in place of drawn ones, B would be large where the text surprises the model. That
-e and g of a token are independent, as in K-FAC, need not hold where a norm follows the MLP: in
-Gemma-3, late layers get far too high costs.
+tokens of the text in place of drawn ones, B would be large where the text surprises the model.
+
+This takes e and g of a token for independent, as K-FAC does. Where a norm follows the MLP, g is the
+smaller the larger the output is, so there e is divided by the size of the output, as in
+`lm_eval_pruned.pruning.moments`, and g is multiplied by it.
 
 Source: Martens and Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
 Curvature", arXiv 1503.05671, section 3; Kunstner et al. 2019, "Limitations of the Empirical Fisher
@@ -27,10 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from lm_eval_pruned.pruning.calibration import progress_bar, watched
 from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layer_by_layer import computing
+from lm_eval_pruned.pruning.layouts import norm_follows
+from lm_eval_pruned.pruning.moments import size_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -111,11 +115,14 @@ def curvature(
     # On the CPU, so that every device draws alike.
     draws = torch.Generator().manual_seed(0)
 
-    def add(module: nn.Module, gradient: Tensor) -> None:
-        rows = gradient.flatten(0, -2).float()
+    normed = {outputs[mlp.name] for mlp in mlps if norm_follows(model, mlp)}
+
+    def add(module: nn.Module, size: Tensor | None, gradient: Tensor) -> None:
+        gradient = gradient.float() if size is None else gradient.float() * size
+        rows = gradient.flatten(0, -2)
         sums[module].addmm_(rows.T, rows)
 
-    watch = functools.partial(_watch, add)
+    watch = functools.partial(_watch, add, normed)
     with (
         watched(model, dict.fromkeys(outputs.values(), watch)),
         _differentiable(model),
@@ -159,14 +166,20 @@ def _output_of(model: PreTrainedModel, mlp: GluMlp) -> nn.Module:
 
 
 def _watch(
-    add: Callable[..., None], module: nn.Module, _positional, _named, output
+    add: Callable[..., None],
+    normed: Collection[nn.Module],
+    module: nn.Module,
+    _positional,
+    _named,
+    output,
 ) -> None:
     """Have `add` called with the gradient at what a module returns."""
     returned = output[0] if isinstance(output, tuple) else output
     if not returned.requires_grad:
         # No parameter requires a gradient, so nothing before the first such module does.
         returned.requires_grad_()
-    returned.register_hook(functools.partial(add, module))
+    size = size_of(returned.detach()) if module in normed else None
+    returned.register_hook(functools.partial(add, module, size))
 
 
 def _root(curvature: Tensor, module: nn.Module) -> Tensor:

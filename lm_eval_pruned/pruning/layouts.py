@@ -51,6 +51,9 @@ _WIDTH_NAMES = re.compile("intermediate_size|intermediate_dim|expert_dim|ffn_dim
 #: Path of a layer of the model at the start of a module's path, and its number.
 _LAYER = re.compile(r".*?\.(\d+)(?=\.|$)")
 
+#: What models call a norm that takes what an MLP returns.
+_NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm")
+
 #: Held while a model is built or loaded: transformers replaces methods of all models and
 #: functions of torch meanwhile, and two threads restore each other's replacements.
 BUILDING = threading.RLock()
@@ -159,6 +162,12 @@ def without_weights(
         config.dtype = getattr(torch, config.dtype)
     with BUILDING, torch.device("meta"):
         return build(config, **named)
+
+
+def norm_follows(model: PreTrainedModel, mlp: GluMlp) -> bool:
+    """Return whether a norm takes what a dense MLP returns, so that only its direction counts."""
+    layer = model.get_submodule(mlp.layer_path)
+    return mlp.kind == "dense" and any(hasattr(layer, name) for name in _NORMS_AFTER)
 
 
 def describe(model: PreTrainedModel) -> str:

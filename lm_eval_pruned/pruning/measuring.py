@@ -237,7 +237,8 @@ class LoadedModel:
                 texts = enough(text.tokens, mlps)
                 return curvature(self.model, texts, mlps).as_measured()
 
-        return Curvature.of(*self._measured_once(("curvature", text.key), measure))
+        what = ("curvature", "of sizes", text.key)
+        return Curvature.of(*self._measured_once(what, measure))
 
     def curves(self, shares: Sequence[Number] = CUTS) -> Sensitivity:
         """Return what it costs to cut one layer, for each layer and width.
@@ -252,7 +253,7 @@ class LoadedModel:
         # Nothing tells whether the code of another package is still the same.
         if how[0] not in (OBS, RANDOM, *CRITERIA):
             return Sensitivity.of(measure()[1])
-        what = ("curves", self.text.key, how, tuple(shares))
+        what = ("curves", "of sizes", self.text.key, how, tuple(shares))
         return Sensitivity.of(self._measured_once(what, measure)[1])
 
     def _curves(self, shares: Sequence[Number]) -> Sensitivity:

@@ -1,6 +1,10 @@
 """What the neurons of GLU-MLPs do over calibration text, as the matrices that repair solves with.
 
 A layer may hold many experts, and the matrix of each has I x I entries. One exists at a time.
+
+Where a norm follows an MLP, the size of what the MLP returns for a token does not count, but its
+direction does. So the neurons' values at a token are divided by that size, and errors are those of
+an output of size 1.
 """
 
 from __future__ import annotations
@@ -35,6 +39,12 @@ _ROWS = 512
 def block_rows(size: int) -> list[tuple[int, int]]:
     """Return first row and end of each block of rows of a matrix of `size` rows."""
     return [(start, min(start + _ROWS, size)) for start in range(0, size, _ROWS)]
+
+
+def size_of(output: Tensor) -> Tensor:
+    """Return the root mean square of what an MLP returns for each token, shape (..., 1), float32."""
+    size = output.float().square().mean(-1, keepdim=True).sqrt()
+    return size.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @dataclass
@@ -107,10 +117,18 @@ class LayerMoments:
     """
 
     def __init__(
-        self, walk: LayerByLayer, replay: Replay, mlps: Sequence[GluMlp]
+        self,
+        walk: LayerByLayer,
+        replay: Replay,
+        mlps: Sequence[GluMlp],
+        normed: bool = False,
     ) -> None:
-        """Run the texts of `walk` through the layer that holds `mlps`."""
+        """Run the texts of `walk` through the layer that holds `mlps`.
+
+        `normed` is whether a norm follows, for the only one.
+        """
         self._walk, self._replay, self._mlps = walk, replay, mlps
+        self._normed = normed
         self._most = _KEPT * sum(mlp.weight("down_proj").nbytes for mlp in mlps)
         self.observed = False
         self._sum: Moments | None = None
@@ -141,7 +159,8 @@ class LayerMoments:
             run(hooks)
 
     def _observe(self, mlp, module, positional, named, output) -> None:
-        self._take(mlp, positional[0])
+        x = positional[0]
+        self._take(mlp, x / size_of(output) if self._normed else x)
 
     def _take(self, mlp: GluMlp, x: Tensor) -> None:
         self.observed = True

@@ -6,7 +6,8 @@ text, in the sense of least squares with a ridge, are ::
 
     W_S + W_R G_RS (G_SS + lambda I)^-1,    G = sum over the tokens of x x'
 
-where R are the removed neurons. `repaired` computes them; `order_by_cost` removes the neurons
+where R are the removed neurons, and x is divided by the size of the output where a norm follows
+(`LayerMoments`). `repaired` computes them; `order_by_cost` removes the neurons
 whose removal costs least after that (optimal brain surgeon), in nats: with R W in place of W, R being
 the root of `Curvature`, an error of the output counts as far as it moves the model's predictions.
 Repair itself is the same for any R. Layers are cut one after the other, each on the inputs that the
@@ -34,7 +35,7 @@ from lm_eval_pruned.pruning.calibration import check_observable, progress_bar
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.curvature import weighted
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
-from lm_eval_pruned.pruning.layouts import text_config
+from lm_eval_pruned.pruning.layouts import norm_follows, text_config
 from lm_eval_pruned.pruning.moments import LayerMoments, Moments, block_rows
 from lm_eval_pruned.pruning.stacked import one_by_one
 
@@ -372,8 +373,9 @@ def _visit(
             downs = [weight for mlp in visited for weight in _down_of(mlp)]
             with walk.layer_lent(downs):
                 if visited:
-                    replay = _replay(walk, model, visited)
-                    moments = LayerMoments(walk, replay, visited)
+                    normed = norm_follows(model, visited[0])
+                    replay = _replay(walk, model, visited, normed)
+                    moments = LayerMoments(walk, replay, visited, normed)
                     chosen = any(mlp.name not in scores for mlp in visited)
                     if chosen and not moments.observed:
                         check_observable(model)
@@ -390,11 +392,12 @@ def _visit(
 
 
 def _replay(
-    walk: LayerByLayer, model: PreTrainedModel, mlps: Sequence[GluMlp]
+    walk: LayerByLayer, model: PreTrainedModel, mlps: Sequence[GluMlp], normed: bool
 ) -> Replay:
     down = mlps[0].projection("down_proj")
     alone = len(mlps) == 1 and down is not None and mlps[0].kind == "dense"
-    fits = alone and Replay.fits(walk, model, down)
+    # The size of what it returns is needed at once.
+    fits = alone and not normed and Replay.fits(walk, model, down)
     return Replay(walk, {mlp.module for mlp in mlps}, down if fits else None)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from lm_eval_pruned.pruning import curvature as module
 from lm_eval_pruned.pruning.curvature import curvature, enough, weighted
-from lm_eval_pruned.pruning.layouts import find_glu_mlps
+from lm_eval_pruned.pruning.layouts import find_glu_mlps, norm_follows
 from lm_eval_pruned.pruning.repair import order_by_cost, removed_in_steps, repaired
 from tests.helpers.checkpoints import byte_tokenizer
 from tests.helpers.layouts import breadth
@@ -90,8 +90,19 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
     # The slope of the loss of each token's error, by finite differences of one text.
     text, size, squares = IDS[0][:, :9], 1e-2, 0.0
     alone = curvature(model, [text], mlps).roots[mlps[-1].name]
+    # Where a norm follows, an error is a share of the size of the output.
+    sizes = torch.ones(9)
+
+    def note(_module, _given, output):
+        sizes[:] = output[0].square().mean(-1).sqrt()
+
+    normed = norm_follows(model, mlps[-1])
+    assert normed == (family in ("gemma2", "gemma3n_text", "olmo2"))
+    noting = place.register_forward_hook(note) if normed else None
     with torch.no_grad():
         logits = model(input_ids=text, use_cache=False).logits[0].float()
+    if noting:
+        noting.remove()
     chance = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(logits.softmax(-1), 1, generator=chance)[:, 0]
 
@@ -108,7 +119,7 @@ def test_a_small_error_raises_the_loss_as_gradients_by_hand_say(family, tmp_path
 
     for token in range(9):
         slope = (loss_with(size, token) - loss_with(-size, token)) / (2 * size)
-        squares += slope**2
+        squares += (slope * float(sizes[token])) ** 2
     assert float((alone.double() @ error).square().sum()) == pytest.approx(
         squares / 9, rel=0.05
     )

@@ -320,6 +320,29 @@ def test_texts_meet_each_layer_with_what_the_cut_ones_return(
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_error_is_a_share_of_the_output_where_a_norm_follows(family, tmp_path):
+    model = made(tmp_path, family)
+    text = {"calibration": write_texts(tmp_path / "text.jsonl", [TEXTS[0][:400]])}
+    down = layers_of(model)[1][0].mlp.down_proj
+    seen: list = []
+    hook = down.register_forward_hook(lambda _, x, y: seen.extend((x[0][0], y[0])))
+    ids = torch.tensor([byte_tokenizer()(TEXTS[0][:400])["input_ids"]])
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    hook.remove()
+    x, y = (rows.double() for rows in seen)
+    if family == "gemma2":
+        x = x / y.square().mean(-1, keepdim=True).sqrt()
+    gram = x.T @ x
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    before = down.weight.detach().double()
+    pruned = prune(model, text, criterion="l2", repair="least_squares")
+    expected = repaired(gram, before, pruned.prune_record.kept[0])
+    after = layers_of(pruned)[1][0].mlp.down_proj.weight.detach().double()
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_nothing_in_front_of_the_down_projection_runs_twice(text, monkeypatch):
     ran: Counter[str] = Counter()
     monkeypatch.setattr(Replay, "fits", lambda *_: True)
