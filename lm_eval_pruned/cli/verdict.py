@@ -52,7 +52,7 @@ def run(arguments) -> int:
     from lm_eval_pruned.verdict.models import both_runs
     from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 
-    read_margins(arguments.margin)
+    margins, measure = read_margins(arguments.margin), arguments.measure
     chosen = Evaluation.parsed(arguments)
     read = Evaluation.of(chosen, "verdict")
     if repository := arguments.push_to_hub:
@@ -60,7 +60,6 @@ def run(arguments) -> int:
     options = {name: getattr(read, name) for name in chosen}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
-    margins, measure = arguments.margin, arguments.measure
     base, candidate, floors = both_runs(
         *models, options, folder, margins, measure, arguments.text
     )

@@ -132,7 +132,8 @@ def compare(
         sizes = {row.task: row.case.margin_size for row in rows if row.primary}
         if without := [task for task, size in sizes.items() if size is None]:
             notes.append(margin.misfit(listed(without)))
-    correlations, trends = over_ratios(everything, alpha)
+    # A verdict is on one size.
+    correlations, trends = ((), ()) if margins else over_ratios(everything, alpha)
     return Comparison(
         base.name, alpha, rows, correlations, trends, tuple(notes), margin, of_base
     )

@@ -54,7 +54,7 @@ def write_report(
         f"{len(runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
         f"the unpruned model ({base.name})"
     )
-    answers, changes = changed_answers(title, base, others, texts=texts)
+    answers, changes = changed_answers(title, base, comparison.rows, texts=texts)
     sections = [
         *opening,
         words.families_section(runs, comparison),

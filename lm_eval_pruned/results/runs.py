@@ -227,8 +227,11 @@ def read_sweep(path: str | Path) -> SweepResults:
     for name, listed in units.items():
         records = _records(path, name, listed)
         counted |= records
-        if files := [unit.results for unit in records.values() if unit.results]:
-            parts = [*map(read_results_file, files)]
+        if parts := [
+            read_results_file(unit.results, unit.seconds)
+            for unit in records.values()
+            if unit.results
+        ]:
             read[name] = _joined(name, path / UNITS / name, parts)
     failures = _failures(counted)
     notes = _notes(path, counted)
@@ -285,7 +288,11 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
             "`lm_eval --output_path`, or a results file."
         )
         raise ResultsError(notes[0] if notes else missing)
-    runs = [read_results_file(file) for file in files]
+    units = [read_unit(file.parent) for file in files]
+    runs = [
+        read_results_file(file, unit and unit.seconds)
+        for file, unit in zip(files, units, strict=True)
+    ]
     models = [_model(run) for run in runs]
     # The units of a configuration are of one model, whatever its arguments say.
     if sweep is None and any(model != models[0] for model in models):
@@ -305,7 +312,7 @@ def _model(run: Run) -> list[Any]:
 def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
     """Join results of one model, the oldest first; of each task the last counts."""
     by_task = (
-        "scores", "versions", "subtasks", "samples", "energy", "settings", "metadata",
+        "scores", "versions", "subtasks", "samples", "energy", "evaluated", "settings", "metadata",
     )  # fmt: skip
     joined: dict[str, Any] = {
         name: {k: v for part in parts for k, v in getattr(part, name).items()}

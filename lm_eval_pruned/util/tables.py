@@ -62,11 +62,6 @@ class Table:
         return [column.title for column in self.columns]
 
     @property
-    def align(self) -> str:
-        """A letter for each column, as `markdown_table` takes them."""
-        return "".join("r" if column.form else "l" for column in self.columns)
-
-    @property
     def is_wide(self) -> bool:
         """Whether a telephone cannot show it as a table, without cutting words or numbers.
 
@@ -88,10 +83,14 @@ class Table:
         """The rows as they are shown, in HTML, in Markdown and in a terminal alike."""
         return [[column.cell(row) for column in self.columns] for row in self.rows]
 
-    def markdown(self, *, padded: bool = False) -> str:
-        """Return the table in Markdown; `padded` is that of `markdown_table`."""
-        texts = [[cell.text for cell in row] for row in self.cells]
-        return markdown_table(self.titles, texts, self.align, padded=padded)
+    def markdown(
+        self, *, padded: bool = False, escapes: Mapping[int, str] | None = None
+    ) -> str:
+        """Return the table in Markdown; `padded` is that of `markdown_table`, `escapes` of `str.translate`."""
+        lines = [self.titles, *([cell.text for cell in row] for row in self.cells)]
+        texts = [[text.translate(escapes or {}) for text in line] for line in lines]
+        align = "".join("r" if column.form else "l" for column in self.columns)
+        return markdown_table(texts[0], texts[1:], align, padded=padded)
 
 
 def number_text(value: Any, form: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.comparison import compare
@@ -77,7 +79,7 @@ class Verdict(NamedTuple):
     """The answer on two runs, with the exit code of `check`.
 
     The claims of `pooled` decide in place of those of their tasks, unless a task is shown to be worse.
-    `beside` are scores that were compared and not judged.
+    `beside` are scores that were compared and not judged, `rows` all differences between the two.
     """
 
     base: Run
@@ -86,6 +88,7 @@ class Verdict(NamedTuple):
     judged: Sequence[Judged]
     beside: Sequence[Judged]
     notes: Sequence[str]
+    rows: Sequence[Difference]
     pooled: Sequence[Judged] = ()
 
     @property
@@ -106,12 +109,12 @@ class Verdict(NamedTuple):
 def decide(
     base: Run,
     candidate: Run,
-    margins: Sequence[str] = (),
+    margins: Mapping[str, str] = MappingProxyType({}),
     floors: Sequence[Run] = (),
     *,
     measure: str | None = None,
 ) -> Verdict:
-    """Compare a candidate with its base, each score within its margin, as `read_margins` takes it.
+    """Compare a candidate with its base, each score within its margin, as `read_margins` returns them.
 
     `measure` is judged of each task that has it; see `judged_keys` for what is judged of others. A
     candidate is shipped if each score is shown to lie within its margin, which needs no
@@ -125,18 +128,18 @@ def decide(
     """
     runs = base, candidate, *floors
     base, candidate, *floors = (with_choice_prob(run) for run in runs)
-    keys = [*judged_keys(base, measure, read_margins(margins))]
+    keys = [*judged_keys(base, measure, margins)]
     if missing := [" ".join(key) for key in keys if key not in candidate.scores]:
         raise ResultsError(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
     scores = scores_of(keys, base, candidate)
-    by_name = check_margins(margins, scores)
+    check_margins(margins, scores)
     within = {
         key: Margin(
             "not_worse",
-            _margin_of(key, by_name)
+            _margin_of(key, margins)
             or usual_margin(base, key, *scores[key[0]][key[1]]),
         )
         for key in keys
@@ -155,7 +158,7 @@ def decide(
     pools = pools_of(
         row.case
         for row in singles
-        if row.task not in by_name and not row.cannot_show_a_loss and row.p is not None
+        if row.task not in margins and not row.cannot_show_a_loss and row.p is not None
     )
     means = judge([mean_of(pool) for pool in pools], 2 * CLAIM_LEVEL)
     claims, differences = [*([row.case] for row in singles), *pools], [*singles, *means]
@@ -164,7 +167,9 @@ def decide(
     alone, pooled = judged[: len(keys)], judged[len(keys) :]
     counted = [*primary_metrics([base, candidate]), *(k for k in rows if k[1] == KL)]
     beside = [Judged([], rows[k], "not judged") for k in counted if k not in keys]
-    verdict = Verdict(base, candidate, 0, alone, beside, compared.notes, pooled)
+    verdict = Verdict(
+        base, candidate, 0, alone, beside, compared.notes, compared.rows, pooled
+    )
     words = {claim.word for claim in verdict.open}
     blind = all(row.cannot_show_a_loss for row in singles)
     code = 1 if "worse" in words else 2 if words or blind else 0
@@ -222,17 +227,10 @@ def read_margins(texts: Iterable[str]) -> dict[str, str]:
     return margins
 
 
-def check_margins(texts: Iterable[str], scores: Scores) -> dict[str, str]:
-    """Return margins as `read_margins` does, or raise ValueError for those that cannot be meant."""
-    margins = read_margins(texts)
-    names = {
-        *scores,
-        *(
-            metric.partition(",")[0]
-            for of_task in scores.values()
-            for metric in of_task
-        ),
-    }
+def check_margins(margins: Mapping[str, str], scores: Scores) -> None:
+    """Raise ValueError for margins that cannot be meant of these scores."""
+    metrics = itertools.chain(*scores.values())
+    names = {*scores, *(metric.partition(",")[0] for metric in metrics)}
     # The metrics of a task in Python are known once it has scores.
     unknown = margins.keys() - names - {""} if all(scores.values()) else ()
     for name in sorted(unknown):
@@ -246,7 +244,6 @@ def check_margins(texts: Iterable[str], scores: Scores) -> dict[str, str]:
             for metric, values in metrics.items():
                 if margin := _margin_of((task, metric), margins):
                     Margin("margin", margin).check(task, metric, *values)
-    return margins
 
 
 def scores_of(keys: Iterable[Key], *runs: Run) -> dict[str, dict[str, list[float]]]:

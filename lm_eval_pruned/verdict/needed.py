@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.judge import CLAIM_LEVEL
 from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
-from lm_eval_pruned.results.files import as_mapping, read_json
-from lm_eval_pruned.results.runs import read_unit, results_files
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from lm_eval_pruned.compare.judge import Case, Difference
-    from lm_eval_pruned.results.files import Run
 
 
 def what_decides(claim: Sequence[Case], row: Difference) -> str:
@@ -41,39 +37,10 @@ def what_decides(claim: Sequence[Case], row: Difference) -> str:
     more = f"It would take about {needed:,} documents instead of {seen:,}"
     more += " of these tasks together" if claim[1:] else ""
     leaves = [leaf for case in claim for leaf in base.leaves(case.key[0])]
-    files = [_files_of(run, leaves) for run in (base, candidate)]
-    available = sum(_sizes(file)[leaf]["original"] for leaf, file in files[0].items())
+    available = sum(base.evaluated[leaf].available for leaf in leaves)
     if available < needed:
         tasks = "the tasks have" if claim[1:] else "the task has"
         return f"{more}, but {tasks} {available:,}: accept a wider margin."
-    costs = [seconds_per_document({*by_task.values()}) for by_task in files]
+    costs = [run.seconds_per_document(leaves) for run in (base, candidate)]
     minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
     return f"{more}, {max(1, round(minutes)):,} min." if all(costs) else f"{more}."
-
-
-def _files_of(run: Run, tasks: Iterable[str]) -> dict[str, Path]:
-    """Return the results file that each task is in."""
-    files = results_files(run.path)
-    return {
-        task: next(file for file in files if task in _sizes(file)) for task in tasks
-    }
-
-
-def seconds_per_document(files: Iterable[Path]) -> float | None:
-    """Return the wall time of evaluating, over the documents; None where no file says it.
-
-    That of a sweep's unit leaves out loading the model, that of the harness includes it.
-    """
-    spent, seen = 0.0, 0
-    for file in files:
-        unit = read_unit(file.parent)
-        of_harness = read_json(file).get("total_evaluation_time_seconds")
-        if seconds := float(unit.seconds if unit else of_harness or 0):
-            spent += seconds
-            seen += sum(size["effective"] for size in _sizes(file).values())
-    return spent / seen if seen else None
-
-
-def _sizes(file: Path) -> Mapping[str, Any]:
-    """Return how many documents each task of a results file has, and how many were evaluated."""
-    return as_mapping(read_json(file).get("n-samples"))

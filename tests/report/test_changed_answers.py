@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.results.runs import read_run, read_sweep
 from tests.helpers.results_files import (
@@ -48,7 +49,7 @@ def sweep_of(folder, before, after):
 def read(folder, title="A model", **options):
     """Return the section and the page."""
     base, others = read_sweep(folder).split()
-    return changed_answers(title, base, others, **options)
+    return changed_answers(title, base, compare(base, others).rows, **options)
 
 
 def counted(section):
@@ -120,7 +121,7 @@ def test_a_group_is_counted_over_its_members_where_there_are_samples(tmp_path, s
         folder = tmp_path / str(percent)
         write_run(folder, tasks, pruning=pruning(percent), **group)
         runs.append(read_run(folder))
-    section, page = changed_answers("A model", runs[0], runs[1:])
+    section, page = changed_answers("A model", runs[0], compare(runs[0], runs[1:]).rows)
     if not samples:
         assert (section, page) == (None, "")
         return
