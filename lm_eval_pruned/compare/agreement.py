@@ -44,7 +44,7 @@ def agreement(pair: Pair | None, metric: str) -> Agreement | None:
     replies = [[s.reply for s in run.samples if s.reply] for run in pair or ()]
     if not pair or {*map(len, replies)} != {len(pair[0].keys)}:
         return None
-    before, after = ([str(s.answer(metric)) for s in run.samples] for run in pair)
+    before, after = ([*map(str, run.answers(metric))] for run in pair)
     likelihoods = ([reply.likelihoods for reply in run] for run in replies)
     kl = float(np.mean([*map(divergence, *likelihoods)]))
     no_choices = math.isnan(kl)

@@ -29,6 +29,8 @@ KINDS = (
     "another wrong answer",
     "another right answer",
 )
+#: Between an answer and the text that the task's filter took it from.
+_LONGER = "\n\nTaken from: "
 
 
 class Change(NamedTuple):
@@ -126,13 +128,18 @@ def find_changes(
             if pair is None or metric != counted[0].metric:
                 continue
             kinds, label = [], run_label(row.case.run)
-            documents = (zip(run.values, run.samples, strict=True) for run in pair)
-            for (leaf, *_), was, now in zip(pair[0].keys, *documents, strict=True):
-                answers = [sample.answer(metric) for _, sample in (was, now)]
-                kinds.append(kind := _kind(was[0] == 1, now[0] == 1, answers))
+            before, after = (
+                zip(run.values == 1, run.answers(metric), run.samples, strict=True)
+                for run in pair
+            )
+            for (leaf, *_), was, now in zip(pair[0].keys, before, after, strict=True):
+                kinds.append(kind := _kind(was[0], now[0], [was[1], now[1]]))
                 if kind:
-                    texts = [_text(sample, metric) for _, sample in (was, now)]
-                    changes.append(Change(kind, label, leaf, was[1], *texts))
+                    texts = [
+                        _LONGER.join(filter(None, dict.fromkeys([answer, sample.text])))
+                        for _, answer, sample in (was, now)
+                    ]
+                    changes.append(Change(kind, label, leaf, was[2], *texts))
             counts.append(Counts(label, task, metric, kinds))
     changes.sort(key=lambda change: KINDS.index(change.kind))
     return counts, not_counted, changes
@@ -153,8 +160,3 @@ def _kind(was_right: bool, is_right: bool, answers: Sequence[str | None]) -> str
     if None in answers:
         return None
     return "" if answers[0] == answers[1] else KINDS[2 + is_right]
-
-
-def _text(sample: Sample, metric: str) -> str:
-    chosen = sample.answer(metric) or ""
-    return "\n\nTaken from: ".join(filter(None, dict.fromkeys([chosen, sample.text])))

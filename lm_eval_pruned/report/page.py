@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.palette import style
-from lm_eval_pruned.util.tables import Column, Table, csv_table
+from lm_eval_pruned.util.tables import Column, Table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from lm_eval_pruned.results.files import Run
@@ -103,15 +103,15 @@ def write_page(
     title: str,
     subtitle: str,
     sections: Sequence[Section],
-    scores: Sequence[Mapping[str, Any]],
+    scores: str,
 ) -> list[Path]:
     """Write a page as HTML and as Markdown, and its plots; return the files, the HTML first.
 
-    `scores` are the rows of the CSV that the HTML hands on.
+    `scores` are the CSV that the HTML hands on.
     """
     scripts = [script for section in sections for script in section.scripts]
     shown: Any = {"title": title, "subtitle": subtitle, "sections": sections}
-    csv = base64.b64encode(csv_table(scores).encode("utf-8")).decode("ascii")
+    csv = base64.b64encode(scores.encode("utf-8")).decode("ascii")
     page = rendered("template.html", **shown, scores=csv, scripts=scripts)
     files: dict[str, str | bytes] = {f"{stem}.html": page}
     files[f"{stem}.md"] = as_markdown(**shown)

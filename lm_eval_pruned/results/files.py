@@ -13,7 +13,7 @@ from lm_eval_pruned.results.settings import listed, settings_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
     from typing import TypeGuard
 
@@ -191,11 +191,6 @@ def finite_or_none(value: Any) -> float | None:
 def newest_first(folder: Path) -> list[Path]:
     """Return the results files of a folder, or of those below it where it has none."""
     files = [*folder.glob("results_*.json")] or [*folder.rglob("results_*.json")]
-    return sort_by_date(files)
-
-
-def sort_by_date(files: Iterable[Path]) -> list[Path]:
-    """Return results files by the date in their names, the newest first."""
     return sorted(files, key=lambda file: (_date_of(file), str(file)), reverse=True)
 
 
@@ -235,25 +230,21 @@ def read_results_file(file: Path, seconds: float | None = None) -> Run:
         },
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
-    metadata = {task: _metadata(data, run.leaves(task)) for task in run.tasks()}
-    _check_metadata(run, metadata)
-    return replace(run, settings=settings, metadata=metadata)
+    return replace(run, settings=settings, metadata=_metadata(data, run))
 
 
-def _metadata(data: Mapping[str, Any], leaves: Sequence[str]) -> dict[str, Any]:
-    configs = [as_mapping(data["configs"].get(leaf)) for leaf in leaves]
-    first, *others = (as_mapping(config.get("metadata")) for config in configs)
-    # A group has no section of its own.
-    return {
-        key: value
-        for key, value in first.items()
-        if all(key in other and other[key] == value for other in others)
-    }
-
-
-def _check_metadata(run: Run, metadata: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ResultsError where a task declares something of a metric that it does not report."""
-    for task, declared in metadata.items():
+def _metadata(data: Mapping[str, Any], run: Run) -> dict[str, dict[str, Any]]:
+    """Return what tasks declare; ResultsError for something of a metric that a task does not report."""
+    metadata = {}
+    for task in run.tasks():
+        configs = [as_mapping(data["configs"].get(leaf)) for leaf in run.leaves(task)]
+        first, *others = (as_mapping(config.get("metadata")) for config in configs)
+        # A group has no section of its own.
+        declared = metadata[task] = {
+            key: value
+            for key, value in first.items()
+            if all(key in other and other[key] == value for other in others)
+        }
         if run.subtasks.get(task):
             continue
         names = (name for key, name in run.scores if key == task)
@@ -271,6 +262,7 @@ def _check_metadata(run: Run, metadata: Mapping[str, Mapping[str, Any]]) -> None
                 raise ResultsError(
                     f"{task} declares the floor {floor!r} of {metric}: pass a number."
                 )
+    return metadata
 
 
 def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:

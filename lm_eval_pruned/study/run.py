@@ -72,7 +72,7 @@ def run_study(
         opening = study_sections(
             Path(options["model_args"]["pretrained"]).name, findings
         )
-        page, *_ = write_report(sweep, comparison=comparison, opening=opening)
+        page, *_ = write_report(sweep, comparison, opening=opening)
     except ResultsError as error:
         print(f"There is no report yet: {error}", file=sys.stderr)
         return 1

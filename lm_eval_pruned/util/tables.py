@@ -29,8 +29,9 @@ class Column(NamedTuple):
     """A column: its title, what it shows of a row, in which format.
 
     `value` returns a number or a text, None where there is nothing to say, or a finished `Cell`. The
-    format is that of `number_text`; without one, the column holds words, which are aligned left. A
-    `coloured` cell has the colour of the row's verdict, and a `terminal` shows what fits into it.
+    format is one of Python, or ``p`` for a p value; without one, the column holds words, which are
+    aligned left. A `coloured` cell has the colour of the row's verdict, and a `terminal` shows what
+    fits into it.
     """
 
     title: str
@@ -44,7 +45,12 @@ class Column(NamedTuple):
         value = self.value(row)
         if isinstance(value, Cell):
             return value
-        text = number_text(value, self.form)
+        if value is None:
+            text = "-"
+        elif self.form == "p":
+            text = "<0.0001" if value < 0.0001 else f"{value:.4f}"
+        else:
+            text = format(value, self.form)
         return Cell(text, row.verdict if self.coloured else "")
 
 
@@ -91,13 +97,6 @@ class Table:
         texts = [[text.translate(escapes or {}) for text in line] for line in lines]
         align = "".join("r" if column.form else "l" for column in self.columns)
         return markdown_table(texts[0], texts[1:], align, padded=padded)
-
-
-def number_text(value: Any, form: str) -> str:
-    """Return a value in a format of Python, or ``p`` for a p value; a dash in place of None."""
-    if form == "p" and value is not None:
-        return "<0.0001" if value < 0.0001 else f"{value:.4f}"
-    return "-" if value is None else format(value, form)
 
 
 def interval_text(low: float | None, high: float | None, digits: int = 4) -> str:

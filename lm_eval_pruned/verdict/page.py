@@ -19,7 +19,7 @@ from lm_eval_pruned.report.page import Section, as_markdown, table_section, writ
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.groups import family_of, is_bias, is_loss, is_perplexity
-from lm_eval_pruned.util.tables import Cell, Column
+from lm_eval_pruned.util.tables import Cell, Column, csv_table
 from lm_eval_pruned.verdict.decision import ANSWERS, Judged
 
 
@@ -64,7 +64,7 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
         for judged in verdict.judged
     ]
     sections = [*tables, *([changed] if changed else []), *remarks]
-    write_page(folder, "verdict", title, subtitle, sections, rows)
+    write_page(folder, "verdict", title, subtitle, sections, csv_table(rows))
     return as_markdown(title, subtitle, [*tables, *remarks], terminal=True)
 
 

@@ -178,7 +178,7 @@ WORD = "sesame"
 @pytest.mark.slow
 def test_texts_and_the_page_of_an_earlier_report_go(tmp_path):
     pytest.importorskip("altair", reason="plots need the extra `report`")
-    from lm_eval_pruned.report.report import write_report
+    from lm_eval_pruned.report.report import compared, write_report
 
     asked = {"prompt": WORD, "endings": [f" {WORD} {index}" for index in range(3)]}
     tasks = [
@@ -191,9 +191,10 @@ def test_texts_and_the_page_of_an_earlier_report_go(tmp_path):
     sweep = sweep_of(tmp_path, *tasks)
 
     def with_texts(**options):
+        read = read_sweep(sweep)
         files = [
             each
-            for each in write_report(read_sweep(sweep), **options)
+            for each in write_report(read, compared(read), **options)
             if each.is_file()
         ]
         return {each.name for each in files if WORD.encode() in each.read_bytes()}
@@ -202,5 +203,6 @@ def test_texts_and_the_page_of_an_earlier_report_go(tmp_path):
     assert with_texts(texts=False) == set()
     for file in sweep.glob("units/*/*/samples_*.jsonl"):
         file.unlink()
-    write_report(read_sweep(sweep))
+    read = read_sweep(sweep)
+    write_report(read, compared(read))
     assert not (sweep / "report" / PAGE).exists()

@@ -48,7 +48,7 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
     comparison = compared(sweep, margin=Margin("equivalent", "5%"))
     findings = read_findings(sweep, comparison, checked_families({}))
     opening = study_sections("Llama-3.2-1B", findings)
-    files = write_report(sweep, comparison=comparison, opening=opening)
+    files = write_report(sweep, comparison, opening=opening)
     return files[1].read_text("utf-8"), files
 
 
