@@ -12,12 +12,9 @@ from scipy import special
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from lm_eval_pruned.compare.pairing import Pair
-
-#: A model has collapsed to one answer where this share of its answers, or more, is the same.
-COLLAPSED = 0.9
 
 
 @dataclass(frozen=True)
@@ -81,19 +78,3 @@ def _beginning(before: str, after: str) -> float:
     one, other = before.split(), after.split()
     same = [*(a == b for a, b in zip(one, other, strict=False)), False].index(False)
     return same / len(one) if one else float(not other)
-
-
-def collapse_notes(
-    base: str, answers: Iterable[tuple[str, str, Agreement | None]]
-) -> list[str]:
-    """Return a note for each task to which a run, or its base, gives one answer; `answers` name both."""
-    shares: dict[str, dict[str, float]] = {}
-    for run, task, both in answers:
-        if both and max(both.base_commonest, both.commonest) >= COLLAPSED:
-            by_run = {base: both.base_commonest, run: both.commonest}
-            shares.setdefault(task, {}).update(by_run)
-    return [
-        f"{task}: the answers collapse to one. Share of the commonest answer: "
-        f"{', '.join(f'{share:.0%} of {run}' for run, share in by_run.items())}."
-        for task, by_run in shares.items()
-    ]

@@ -197,14 +197,14 @@ def p_outside(case: Case, test: PairedTest) -> float | None:
         return None
     up, one_sided = case.scores[0].higher_is_better, margin.claim == "not_worse"
     share, floor = margin.share, case.base.exact_floor(*case.key)
-    if share and floor is not None and case.pair and test.sides != (0.5, 0.5):
-        groups = grouping(case.pair[0])
-        if groups.pop("transform") == "mean":
-            base, run = (documents.values for documents in case.pair)
-            p = kept_sides(base, run, floor, 1 - share, **groups)[1]
-            if one_sided:
-                return p
-            return max(p, kept_sides(base, run, floor, 1 + share, **groups)[0])
+    pair = case.pair if case.pair and case.pair[0].transform == "mean" else None
+    if share and floor is not None and pair and test.sides != (0.5, 0.5):
+        groups = grouping(pair[0])
+        base, run = (documents.values for documents in pair)
+        p = kept_sides(base, run, floor, 1 - share, **groups)[1]
+        if one_sided:
+            return p
+        return max(p, kept_sides(base, run, floor, 1 + share, **groups)[0])
     low, high = -size, size
     if one_sided and up is not None:
         # The other side is not asked about.

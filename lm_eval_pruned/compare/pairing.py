@@ -47,10 +47,11 @@ def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None
 def paired_test(pair: Pair, alpha: float = 0.05) -> PairedTest:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
     base, run = pair
-    return paired_difference(base.values, run.values, **grouping(base), alpha=alpha)
+    how = {"transform": base.transform, "alpha": alpha, **grouping(base)}
+    return paired_difference(base.values, run.values, **how)
 
 
 def grouping(documents: Documents) -> dict[str, Any]:
-    """Return how a score is made of its documents, as `paired_difference` takes it."""
-    names = ("weights", "clusters", "strata", "transform")
+    """Return how documents weigh and belong together, as `paired_difference` takes it."""
+    names = ("weights", "clusters", "strata")
     return {name: getattr(documents, name) for name in names}

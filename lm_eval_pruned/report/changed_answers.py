@@ -37,7 +37,7 @@ class Change(NamedTuple):
     """What became of one answer: one of `KINDS`, and what both models answered, as a reader sees it."""
 
     kind: str
-    run: str
+    run: Run
     task: str
     sample: Sample
     before: str
@@ -47,7 +47,7 @@ class Change(NamedTuple):
 class Counts(NamedTuple):
     """What became of all answers of a run to a task: a kind for each, as `_kind` says it."""
 
-    run: str
+    run: Run
     task: str
     metric: str
     kinds: list[str | None]
@@ -61,7 +61,7 @@ class Counts(NamedTuple):
 
 
 COUNTS = (
-    Column("run", lambda row: row.run),
+    Column("run", lambda row: run_label(row.run)),
     Column("task", lambda row: row.task),
     Column("metric", lambda row: row.metric),
     Column("documents", lambda row: len(row.kinds), "d"),
@@ -103,8 +103,9 @@ def changed_answers(
         links=[("All of them, one by one", PAGE)],
     )
     script = files(__package__).joinpath("changed_answers.js").read_text("utf-8")
-    shown = {"title": f"Changed answers: {title}", "texts": texts, "changes": changes}
-    return section, rendered("changed_answers.html", **shown, scripts=[script])
+    shown = {"title": f"Changed answers: {title}", "texts": texts, "label": run_label}
+    page = rendered("changed_answers.html", **shown, changes=changes, scripts=[script])
+    return section, page
 
 
 def find_changes(
@@ -127,10 +128,10 @@ def find_changes(
             pair, metric = row.case.pair, row.metric
             if pair is None or metric != counted[0].metric:
                 continue
-            kinds, label = [], run_label(row.case.run)
+            kinds, run = [], row.case.run
             before, after = (
-                zip(run.values == 1, run.answers(metric), run.samples, strict=True)
-                for run in pair
+                zip(one.values == 1, one.answers(metric), one.samples, strict=True)
+                for one in pair
             )
             for (leaf, *_), was, now in zip(pair[0].keys, before, after, strict=True):
                 kinds.append(kind := _kind(was[0], now[0], [was[1], now[1]]))
@@ -139,8 +140,8 @@ def find_changes(
                         _LONGER.join(filter(None, dict.fromkeys([answer, sample.text])))
                         for _, answer, sample in (was, now)
                     ]
-                    changes.append(Change(kind, label, leaf, was[2], *texts))
-            counts.append(Counts(label, task, metric, kinds))
+                    changes.append(Change(kind, run, leaf, was[2], *texts))
+            counts.append(Counts(run, task, metric, kinds))
     changes.sort(key=lambda change: KINDS.index(change.kind))
     return counts, not_counted, changes
 

@@ -158,7 +158,6 @@ def points_of(
     if len(random) == sum(not run.is_baseline for run in members):
         random = {}
     points: list[dict[str, Any]] = []
-    floors = {(row.task, row.metric): row.floor for row in comparison.floors}
     finite = [r for r in comparison.rows if r.run in ratios and math.isfinite(r.score)]
     for key in primary_metrics([base]):
         rows = [row for row in finite if (row.task, row.metric) == key]
@@ -168,10 +167,13 @@ def points_of(
         share = is_share(key[1], [unpruned, *(row.score for row in rows)])
         unit = "%" if share else key[1].removesuffix(",none")
         standing = next((row.floor for row in rows if row.floor), None)
-        above = standing is not None and standing.base_above_floor
         named = {"run": base.name, "task": key[0], "score": f"{unpruned:.4f}"}
         look: dict[str, Any] = {"mark": "unpruned", "filled": False}
-        kept = Kept(1.0, 1.0, 1.0) if above else None
+        above = standing and standing.base_above_floor
+        kept, floor = (
+            Kept(1.0, 1.0, 1.0) if above else None,
+            standing and standing.floor,
+        )
         drawn = [(named | look, [unpruned] * 3, kept)]
         for row in rows:
             named = {column.title: column.cell(row).text for column in DIFFERENCES}
@@ -186,7 +188,7 @@ def points_of(
         points += [
             about | shown | place
             for shown, scores, kept in drawn
-            for place in _places(unit, unpruned, scores, floors.get(key), kept)
+            for place in _places(unit, unpruned, scores, floor, kept)
         ]
     if not points:
         return pd.DataFrame(columns=["measure", "ratio", "unit", "control"])
