@@ -6,10 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.agreement import agreement
 from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.judge import Case, Difference, judged
-from lm_eval_pruned.compare.pairing import paired_documents
+from lm_eval_pruned.compare.pairing import agreement, paired_documents
 from lm_eval_pruned.compare.trends import Correlation, Trend, over_ratios
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_control, primary_metrics

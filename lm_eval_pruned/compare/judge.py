@@ -25,13 +25,12 @@ from lm_eval_pruned.results.groups import is_bias
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
 
-    from lm_eval_pruned.compare.agreement import Agreement
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.margins import Margin
-    from lm_eval_pruned.compare.pairing import Pair
+    from lm_eval_pruned.compare.pairing import Agreement, Pair
     from lm_eval_pruned.results.files import Run, Score
 
-#: A status of `findings.STATUSES`, and a sentence.
+#: A status of `check.STATUSES`, and a sentence.
 Decision = tuple[str, str]
 #: Level of the tests behind a claim with a margin.
 CLAIM_LEVEL = 0.05

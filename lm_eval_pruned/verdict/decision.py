@@ -23,11 +23,11 @@ from lm_eval_pruned.compare.margins import (
     with_choice_prob,
 )
 from lm_eval_pruned.compare.pooled import claim_text, mean_of, p_of_claim, pools_of
+from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
 from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_share, primary_metrics
 from lm_eval_pruned.results.settings import asked_differently
-from lm_eval_pruned.verdict.needed import what_decides
 
 
 if TYPE_CHECKING:
@@ -198,8 +198,40 @@ def _judged(
     if word != "worse" and row.cannot_show_a_loss:
         # Such a score counts neither for nor against shipping.
         return judged._replace(word=NO_LOSS)
-    take = what_decides(claim, row) if word == "undecided" else ""
+    take = _what_decides(claim, row) if word == "undecided" else ""
     return judged._replace(take=take)
+
+
+def _what_decides(claim: Sequence[Case], row: Difference) -> str:
+    """Say how many documents, in how many minutes, decide with a chance of 80 %, if the models do not differ."""
+    base, candidate = claim[0].base, claim[0].run
+    up = claim[0].scores[0].higher_is_better
+    if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
+        return "A test of only this score would show it to be worse; a test of all scores needs more documents."
+    if any(case.pair is None or case.margin_size is None for case in claim):
+        # The finding says why nothing was decided.
+        return ""
+    pilots = [*map(Pilot, claim)]
+    seen = sum(pilot.size for pilot in pilots)
+    word = "equivalent" if up is None else "not worse"
+    needed = documents_for(word, ALIKE, pilots, CLAIM_LEVEL)
+    if needed is None:
+        return ""
+    if needed <= seen:
+        return (
+            f"{seen} documents would probably have decided if the models did not differ, so they may "
+            "well differ: evaluate other documents, or accept a wider margin."
+        )
+    more = f"It would take about {needed:,} documents instead of {seen:,}"
+    more += " of these tasks together" if claim[1:] else ""
+    leaves = [leaf for case in claim for leaf in base.leaves(case.key[0])]
+    available = sum(base.evaluated[leaf].available for leaf in leaves)
+    if available < needed:
+        tasks = "the tasks have" if claim[1:] else "the task has"
+        return f"{more}, but {tasks} {available:,}: accept a wider margin."
+    costs = [run.seconds_per_document(leaves) for run in (base, candidate)]
+    minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
+    return f"{more}, {max(1, round(minutes)):,} min." if all(costs) else f"{more}."
 
 
 def _refuse_another_test(base: Run, candidate: Run, keys: Iterable[Key]) -> None:
