@@ -95,9 +95,12 @@ def quality_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Qu
 
 
 def probed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    prompts: Mapping[str, int] = PROBES,
 ) -> Run | None:
-    """Score a model on a part of `PROBES`, where it is; None, with a warning, where that fails.
+    """Score a model on the first `prompts` of tasks, where it is; None, with a warning, where that fails.
 
     The scores are those of ``hf-prefix`` in the harness, in a run called `name`.
     """
@@ -113,8 +116,8 @@ def probed(
         with _untouched(model):
             results: Any = evaluate(
                 get_model("hf-prefix")(model, tokenizer=tokenizer, batch_size=16),
-                get_task_dict([*PROBES], manager),
-                samples={task: [*range(count)] for task, count in PROBES.items()},
+                get_task_dict([*prompts], manager),
+                samples={task: [*range(count)] for task, count in prompts.items()},
                 bootstrap_iters=0,
             )
         samples = results.pop("samples")

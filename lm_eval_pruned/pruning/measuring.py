@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration import (
     Calibration,
     calibrate,
@@ -51,6 +53,9 @@ if TYPE_CHECKING:
     from lm_eval_pruned.pruning.calibration_text import CalibrationText
     from lm_eval_pruned.pruning.layouts import GluMlp
     from lm_eval_pruned.util.cache import Measured
+
+# Below the harness's logger, so that its verbosity applies.
+logger = logging.getLogger("lm_eval.pruned.calibration")
 
 #: Shares of a layer's neurons at which an allocation asks what removing them costs, in percent: up to
 #: seven eighths, in as many steps as neurons are removed in.
@@ -215,6 +220,12 @@ class LoadedModel:
         """The calibration text that was asked for; see `TextSource.read`."""
         source = TextSource.of(self.arguments)
         assert source is not None
+        if source.name != str(OWN_TEXT):
+            logger.info(
+                "A cut keeps what calibration=%s holds: if that is of one kind, other kinds of text lose "
+                "more. Measure what you need on text of its own.",
+                source.name,
+            )
         # A file is read without the model.
         device = self.device if source.name == SELF else None
         with moved(self.model, device):

@@ -134,6 +134,15 @@ def test_a_layer_that_sees_fewer_tokens_than_it_keeps_is_not_repaired_and_a_warn
     assert_state(model, load_pruned(str(folder), prune_percent=40).state_dict())
 
 
+def test_text_of_your_own_is_named_as_what_decides_what_is_kept(folder, text, caplog):
+    caplog.set_level("INFO")
+    asked = {"prune_percent": 40, "recipe": "best"}
+    load_pruned(str(folder), **asked)
+    assert "other kinds of text lose more" not in caplog.text
+    load_pruned(str(folder), calibration=text, **asked)
+    assert f"A cut keeps what calibration={text} holds" in caplog.text
+
+
 def test_in_gemma_fast_is_worse_than_random_cuts_at_10_and_20_percent():
     """That is, above each of three on speeches; `price.md` says the same of both cuts."""
     folder = ROOT / "docs" / "measurements"
