@@ -53,7 +53,11 @@ def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None
 def paired_test(pair: Pair, alpha: float = 0.05) -> PairedTest:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
     base, run = pair
-    how = {"transform": base.transform, "alpha": alpha, **grouping(base)}
+    how: dict[str, Any] = {
+        "transform": base.transform,
+        "alpha": alpha,
+        **grouping(base),
+    }
     return paired_difference(base.values, run.values, **how)
 
 

@@ -169,11 +169,9 @@ def points_of(
         standing = next((row.floor for row in rows if row.floor), None)
         named = {"run": base.name, "task": key[0], "score": f"{unpruned:.4f}"}
         look: dict[str, Any] = {"mark": "unpruned", "filled": False}
-        above = standing and standing.base_above_floor
-        kept, floor = (
-            Kept(1.0, 1.0, 1.0) if above else None,
-            standing and standing.floor,
-        )
+        floor = standing.floor if standing else None
+        above = standing is not None and standing.base_above_floor
+        kept = Kept(1.0, 1.0, 1.0) if above else None
         drawn = [(named | look, [unpruned] * 3, kept)]
         for row in rows:
             named = {column.title: column.cell(row).text for column in DIFFERENCES}
@@ -182,7 +180,7 @@ def points_of(
                 "filled": row.verdict in ("better", "worse", "different"),
             }
             ends = row.base_score + np.array([row.low, row.high], dtype=float)
-            kept = row.floor and row.floor.kept
+            kept = row.floor.kept if row.floor else None
             drawn.append((named | look, [row.score, *ends], kept))
         about = {"line": key[0], "family": family.name, "side": family.side}
         points += [
@@ -208,8 +206,13 @@ def _places(
     """
     scores = np.array(scores, dtype=float)
     level = math.nan if floor is None else floor
-    raw = {"measure": "raw", "unit": unit, FLOOR: level}
-    place = {"measure": "kept", "unit": "%", FLOOR: 0.0, "unpruned": 100.0}
+    raw: dict[str, Any] = {"measure": "raw", "unit": unit, FLOOR: level}
+    place: dict[str, Any] = {
+        "measure": "kept",
+        "unit": "%",
+        FLOOR: 0.0,
+        "unpruned": 100.0,
+    }
     if is_loss(unit):
         place |= {"unit": NATS_OF_BYTES, FLOOR: math.nan, "unpruned": 0.0}
         shown = (scores - base) * math.log(2)

@@ -56,7 +56,7 @@ def write_report(
         words.floors_section(comparison),
         figure_section(base, runs, comparison),
         words.scores_section(base, others, comparison),
-        words.levels_section(base, others, comparison.alpha),
+        words.levels_section(base, others, comparison),
         words.differences_section(others, comparison),
         words.random_section(others, comparison),
         answers,

@@ -155,9 +155,13 @@ def _score_cell(row: Difference | None) -> Cell:
     return Cell(text, row.verdict)
 
 
-def levels_section(base: Run, others: Sequence[Run], alpha: float) -> Section | None:
+def levels_section(
+    base: Run, others: Sequence[Run], comparison: Comparison
+) -> Section | None:
     """What is kept at each level of the tasks that declare levels and an exact floor."""
     rows: list[tuple[str, str, Score, dict[str, str | None]]] = []
+    alpha, names = comparison.alpha, {row.run for row in comparison.rows}
+    others = [run for run in others if run.name in names]
     for key in primary_metrics([base]):
         by_run = {
             run.name: documents

@@ -261,8 +261,8 @@ def read_margins(texts: Iterable[str]) -> dict[str, str]:
 
 def check_margins(margins: Mapping[str, str], scores: Scores) -> None:
     """Raise ValueError for margins that cannot be meant of these scores."""
-    metrics = itertools.chain(*scores.values())
-    names = {*scores, *(metric.partition(",")[0] for metric in metrics)}
+    measured = itertools.chain(*scores.values())
+    names = {*scores, *(metric.partition(",")[0] for metric in measured)}
     # The metrics of a task in Python are known once it has scores.
     unknown = margins.keys() - names - {""} if all(scores.values()) else ()
     for name in sorted(unknown):
