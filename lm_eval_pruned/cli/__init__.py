@@ -29,8 +29,11 @@ NOISE = {
 }
 
 
-def parser():
-    """Return what parses the command line, an `argparse.ArgumentParser`."""
+def parser(words: list[str]):
+    """Return an `argparse.ArgumentParser` for a command line of these words.
+
+    Only a command that they name is imported, and declares its options.
+    """
     # Here, so that Ctrl-C during the imports ends in one line too.
     import argparse
     from importlib import import_module
@@ -71,8 +74,11 @@ def parser():
     )
     commands = program.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, about in COMMANDS.items():
+        command = commands.add_parser(name, help=about)
+        if name not in words:
+            continue
         module = import_module(f"lm_eval_pruned.cli.{name}")
-        command = commands.add_parser(name, help=about, description=module.__doc__)
+        command.description = module.__doc__
         add_options(command, module.OPTIONS)
         command.add_argument(
             "--verbose",
@@ -83,22 +89,11 @@ def parser():
     return program
 
 
-def hide_noise() -> None:
-    """Drop the warnings that `NOISE` names from the logs of this process."""
-    import logging
-
-    def without(words):
-        return lambda record: words not in str(record.msg)
-
-    for name, words in NOISE.items():
-        logging.getLogger(name).addFilter(without(words))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command that these words spell, or those of the process; return its exit code."""
-    name = "lm-eval-pruned"
+    name, words = "lm-eval-pruned", sys.argv[1:] if argv is None else argv
     try:
-        arguments = parser().parse_args(argv)
+        arguments = parser(words).parse_args(words)
         name += f" {arguments.command}"
         output = getattr(arguments, "output_path", None)
         if output and not getattr(arguments, "dry_run", False):
@@ -108,7 +103,11 @@ def main(argv: list[str] | None = None) -> int:
 
             check_writable(Path(output))
         if not arguments.verbose:
-            hide_noise()
+            import logging
+
+            for logger, noise in NOISE.items():
+                shown = lambda record, noise=noise: noise not in str(record.msg)
+                logging.getLogger(logger).addFilter(shown)
         return arguments.run(arguments) or 0
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -44,7 +44,6 @@ OPTIONS = (
 def run(arguments) -> int:
     """Check the results, or write them as the baseline; return the exit code."""
     from lm_eval_pruned.compare import baseline as files, check as gate
-    from lm_eval_pruned.compare.findings import FORMATS, exit_code
 
     kind: str = "absolute"
     value: Any = 0.0
@@ -62,8 +61,10 @@ def run(arguments) -> int:
     if not arguments.update:
         baseline = files.read_baseline(file)
         findings = gate.check(runs, baseline)
-        print(FORMATS[arguments.format](findings, gate.notes(runs, baseline)), end="")
-        return exit_code(findings)
+        print(
+            gate.FORMATS[arguments.format](findings, gate.notes(runs, baseline)), end=""
+        )
+        return gate.exit_code(findings)
     previous = files.read_baseline(file) if Path(file).exists() else None
     baseline = gate.make_baseline(runs, kind, value, previous)
     files.write_baseline(file, baseline)

@@ -25,9 +25,10 @@ def run(arguments) -> None:
 
     # A wrong folder is told before a missing package.
     read_definition(Path(arguments.folder))
-    from lm_eval_pruned.report.report import write_report
+    from lm_eval_pruned.report.report import compared, write_report
 
     where, texts = arguments.output_path, not arguments.no_texts
     sweep = read_sweep(arguments.folder)
-    files = write_report(sweep, where, alpha=arguments.alpha, texts=texts)
+    comparison = compared(sweep, alpha=arguments.alpha)
+    files = write_report(sweep, comparison, where, texts=texts)
     print(*files, sep="\n")

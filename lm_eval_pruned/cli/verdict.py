@@ -7,21 +7,15 @@ Exit code 0: ship. 1: do not ship, a score is shown to be worse. 2: not decided,
 be used.
 """
 
-from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any
 
 from lm_eval_pruned.cli.compare import UNIT
-from lm_eval_pruned.sweeps.options import GROUPS
-from lm_eval_pruned.util.options import DeclaredOptions, row
+from lm_eval_pruned.sweeps.options import GROUPS, SweepOptions
+from lm_eval_pruned.util.options import row
 
 
 _LEFT_OUT = ("output_path", "log_samples", "predict_only")
-_evaluation = GROUPS["evaluation, as in lm_eval run"].items()
-_options = [
-    (name, Any, declared) for name, declared in _evaluation if name not in _LEFT_OUT
-]
-Evaluation: Any = make_dataclass("Evaluation", _options, bases=(DeclaredOptions,))
+_EVALUATION = [*GROUPS["evaluation, as in lm_eval run"]]
 # fmt: off
 OPTIONS = (
     row("base", "BASE", "path of results, or TYPE,key=value,... as in lm_eval --model TYPE "
@@ -38,7 +32,8 @@ OPTIONS = (
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
     row("--push_to_hub", "REPO", "the candidate's repository on the Hub: write the verdict into its model card, "
         "and upload its scores"),
-    Evaluation.add_to,
+    lambda command: SweepOptions.add_to(
+        command, [name for name in _EVALUATION if name not in _LEFT_OUT]),
 )
 # fmt: on
 
@@ -52,15 +47,14 @@ def run(arguments) -> int:
     from lm_eval_pruned.verdict.models import both_runs
     from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 
-    read_margins(arguments.margin)
-    chosen = Evaluation.parsed(arguments)
-    read = Evaluation.of(chosen, "verdict")
+    margins, measure = read_margins(arguments.margin), arguments.measure
+    chosen = SweepOptions.parsed(arguments)
+    read = SweepOptions.of(chosen, "verdict")
     if repository := arguments.push_to_hub:
         check_repository(repository)
     options = {name: getattr(read, name) for name in chosen}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
-    margins, measure = arguments.margin, arguments.measure
     base, candidate, floors = both_runs(
         *models, options, folder, margins, measure, arguments.text
     )

@@ -6,10 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.agreement import agreement, collapse_notes
 from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.judge import Case, Difference, judged
-from lm_eval_pruned.compare.pairing import paired_documents
+from lm_eval_pruned.compare.pairing import agreement, paired_documents
 from lm_eval_pruned.compare.trends import Correlation, Trend, over_ratios
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_control, primary_metrics
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
     from lm_eval_pruned.compare.margins import Margin
 
     Key = tuple[str, str]
+
+#: A model has collapsed to one answer where this share of its answers, or more, is the same.
+COLLAPSED = 0.9
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,13 @@ def compare(
     of_base = tuple(s for (name, *_), s in known.items() if name == base.name)
     low = [s for s in of_base if s.primary and s.above_floor is False]
     notes += [standing.note(base.name) for standing in low]
-    notes += collapse_notes(base.name, [(r.run, r.task, r.answers) for r in rows])
+    notes += _collapse_notes(base.name, rows)
     if margin:
         sizes = {row.task: row.case.margin_size for row in rows if row.primary}
         if without := [task for task, size in sizes.items() if size is None]:
             notes.append(margin.misfit(listed(without)))
-    correlations, trends = over_ratios(everything, alpha)
+    # A verdict is on one size.
+    correlations, trends = ((), ()) if margins else over_ratios(everything, alpha)
     return Comparison(
         base.name, alpha, rows, correlations, trends, tuple(notes), margin, of_base
     )
@@ -144,6 +147,21 @@ def _missing_tasks(base: Run, run: Run, subtasks: bool) -> Iterator[str]:
         names, has = one.tasks(subtasks=subtasks), other.tasks()
         if lacks := ", ".join(task for task in names if task not in has):
             yield f"{other.name} has no results for {lacks}, which {one.name} has."
+
+
+def _collapse_notes(base: str, rows: Sequence[Difference]) -> list[str]:
+    """Return a note for each task to which a run, or its base, gives one answer."""
+    shares: dict[str, dict[str, float]] = {}
+    for row in rows:
+        both = row.answers
+        if both and max(both.base_commonest, both.commonest) >= COLLAPSED:
+            by_run = {base: both.base_commonest, row.run: both.commonest}
+            shares.setdefault(row.task, {}).update(by_run)
+    return [
+        f"{task}: the answers collapse to one. Share of the commonest answer: "
+        f"{', '.join(f'{share:.0%} of {run}' for run, share in by_run.items())}."
+        for task, by_run in shares.items()
+    ]
 
 
 def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:

@@ -151,9 +151,7 @@ def _kept(base: Run, run: Run, key: Key, floor: Floor, alpha: float) -> Kept | N
     if pair is None or pair[0].transform != "mean":
         return None
     below = floor_run and pairing.paired_documents(base, floor_run, *key)
-    groups = pairing.grouping(pair[0])
-    del groups["transform"]
-    without = below[1].values if below else level
+    groups, without = pairing.grouping(pair[0]), below[1].values if below else level
     return share_kept(pair[0].values, pair[1].values, without, **groups, alpha=alpha)
 
 

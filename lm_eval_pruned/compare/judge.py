@@ -25,13 +25,12 @@ from lm_eval_pruned.results.groups import is_bias
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Sequence
 
-    from lm_eval_pruned.compare.agreement import Agreement
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.margins import Margin
-    from lm_eval_pruned.compare.pairing import Pair
+    from lm_eval_pruned.compare.pairing import Agreement, Pair
     from lm_eval_pruned.results.files import Run, Score
 
-#: A status of `findings.STATUSES`, and a sentence.
+#: A status of `check.STATUSES`, and a sentence.
 Decision = tuple[str, str]
 #: Level of the tests behind a claim with a margin.
 CLAIM_LEVEL = 0.05
@@ -197,14 +196,14 @@ def p_outside(case: Case, test: PairedTest) -> float | None:
         return None
     up, one_sided = case.scores[0].higher_is_better, margin.claim == "not_worse"
     share, floor = margin.share, case.base.exact_floor(*case.key)
-    if share and floor is not None and case.pair and test.sides != (0.5, 0.5):
-        groups = grouping(case.pair[0])
-        if groups.pop("transform") == "mean":
-            base, run = (documents.values for documents in case.pair)
-            p = kept_sides(base, run, floor, 1 - share, **groups)[1]
-            if one_sided:
-                return p
-            return max(p, kept_sides(base, run, floor, 1 + share, **groups)[0])
+    pair = case.pair if case.pair and case.pair[0].transform == "mean" else None
+    if share and floor is not None and pair and test.sides != (0.5, 0.5):
+        groups = grouping(pair[0])
+        base, run = (documents.values for documents in pair)
+        p = kept_sides(base, run, floor, 1 - share, **groups)[1]
+        if one_sided:
+            return p
+        return max(p, kept_sides(base, run, floor, 1 + share, **groups)[0])
     low, high = -size, size
     if one_sided and up is not None:
         # The other side is not asked about.

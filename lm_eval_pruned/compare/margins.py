@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.results.documents import (
@@ -46,29 +46,10 @@ class Margin:
 
     claim: str
     text: str
+    number: float = field(init=False, repr=False)
+    unit: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._parts()
-
-    def size(self, base: float, score: float) -> float | None:
-        """Return the margin in the metric's own unit, for the scores of base and run.
-
-        None for percentage points of scores that are not between -1 and 1, and for a share of 0.
-        """
-        number, unit = self._parts()
-        if unit == "%":
-            return number / 100 * abs(base) or None
-        if not unit:
-            return number
-        return number / 100 if max(abs(base), abs(score)) <= 1 else None
-
-    @property
-    def share(self) -> float | None:
-        """The share of the base's score that may be lost, or None where the margin is in another unit."""
-        number, unit = self._parts()
-        return number / 100 if unit == "%" else None
-
-    def _parts(self) -> tuple[float, str]:
         parts = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(pts?|%|)", str(self.text).strip())
         if not parts or not 0 < float(parts[1]) < math.inf:
             raise ValueError(
@@ -76,15 +57,31 @@ class Margin:
                 "share of the base's score such as 2%, or a positive number in the metric's own "
                 "unit."
             )
-        return float(parts[1]), parts[2]
+        object.__setattr__(self, "number", float(parts[1]))
+        object.__setattr__(self, "unit", parts[2])
+
+    def size(self, base: float, score: float) -> float | None:
+        """Return the margin in the metric's own unit, for the scores of base and run.
+
+        None for percentage points of scores that are not between -1 and 1, and for a share of 0.
+        """
+        if self.share:
+            return self.share * abs(base) or None
+        if not self.unit:
+            return self.number
+        return self.number / 100 if max(abs(base), abs(score)) <= 1 else None
+
+    @property
+    def share(self) -> float | None:
+        """The share of the base's score that may be lost, or None where the margin is in another unit."""
+        return self.number / 100 if self.unit == "%" else None
 
     def check(self, task: str, metric: str, *scores: float) -> None:
         """Raise ValueError where two scores cannot differ by more: the unit was forgotten.
 
         `scores` are what is known of the metric; without any its name decides.
         """
-        number, unit = self._parts()
-        if not unit and number >= 1 and is_share(metric, scores):
+        if not self.unit and self.number >= 1 and is_share(metric, scores):
             raise ValueError(
                 f"{self.claim}={self.text} allows any difference of {task} {metric.partition(',')[0]}, "
                 f"whose scores lie between 0 and 1: did you mean {str(self.text).strip()}pt?"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -60,8 +60,12 @@ class Shares(NamedTuple):
 
     def sides(self) -> tuple[float, float]:
         """Return McNemar's mid-p of a run that scores less, and of one that scores more."""
-        less, more = (float(mid_p(n, self.up + self.down)) for n in self[:2])
-        return (less, more) if self.up != self.down else (0.5, 0.5)
+        if self.up == self.down:
+            return 0.5, 0.5
+        coins = stats.binom(self.up + self.down, 0.5)
+        # Fewer heads than these, and half of as many.
+        less, more = (float(coins.cdf(n) - coins.pmf(n) / 2) for n in self[:2])
+        return less, more
 
     def ends(self, level: float) -> tuple[float, float]:
         """Return the two-sided interval: the differences that the score test does not reject."""
@@ -74,11 +78,6 @@ class Shares(NamedTuple):
             return optimize.brentq(excess, most, seen, xtol=1e-13)
 
         return end(0, -1.0), end(1, 1.0)
-
-
-def mid_p(k: Any, n: Any) -> Any:
-    """Return the chance of fewer than `k` heads of `n` coins, and half of that of `k`."""
-    return stats.binom.cdf(k, n, 0.5) - stats.binom.pmf(k, n, 0.5) / 2
 
 
 class Normal(NamedTuple):

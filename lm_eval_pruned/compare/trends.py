@@ -130,7 +130,13 @@ def over_ratios(
             rows = [pair[1].values for pair in same if pair]
             test = PairedTest(float(np.polyfit(ratios, scores[key], 1)[0]), _NO_SAMPLES)
             if same[0] and len(rows) == len(same):
-                test = trend(ratios, rows, **grouping(same[0][1]), alpha=alpha)
+                test = trend(
+                    ratios,
+                    rows,
+                    transform=same[0][1].transform,
+                    **grouping(same[0][1]),
+                    alpha=alpha,
+                )
             tested: Any = test.low, test.high, test.p, test.method, test.units
             trends.append(Trend(name, *key, len(same), test.difference, *tested))
         for one, other in itertools.combinations(scores, 2):

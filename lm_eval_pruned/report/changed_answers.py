@@ -10,7 +10,6 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.report.page import Section, rendered, run_label
-from lm_eval_pruned.results.documents import documents_of
 from lm_eval_pruned.results.groups import primary_metrics
 from lm_eval_pruned.util.tables import Column, Table
 
@@ -18,11 +17,9 @@ from lm_eval_pruned.util.tables import Column, Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lm_eval_pruned.compare.judge import Difference
     from lm_eval_pruned.results.documents import Sample
     from lm_eval_pruned.results.files import Run
-
-    #: Whether each document was answered rightly, and its sample, by what documents are matched by.
-    _Answers = dict[tuple[str, str, int], tuple[bool, Sample]]
 
 PAGE = "flips.html"
 #: What can become of an answer; what changes a score comes first.
@@ -32,13 +29,15 @@ KINDS = (
     "another wrong answer",
     "another right answer",
 )
+#: Between an answer and the text that the task's filter took it from.
+_LONGER = "\n\nTaken from: "
 
 
 class Change(NamedTuple):
     """What became of one answer: one of `KINDS`, and what both models answered, as a reader sees it."""
 
     kind: str
-    run: str
+    run: Run
     task: str
     sample: Sample
     before: str
@@ -48,7 +47,7 @@ class Change(NamedTuple):
 class Counts(NamedTuple):
     """What became of all answers of a run to a task: a kind for each, as `_kind` says it."""
 
-    run: str
+    run: Run
     task: str
     metric: str
     kinds: list[str | None]
@@ -62,7 +61,7 @@ class Counts(NamedTuple):
 
 
 COUNTS = (
-    Column("run", lambda row: row.run),
+    Column("run", lambda row: run_label(row.run)),
     Column("task", lambda row: row.task),
     Column("metric", lambda row: row.metric),
     Column("documents", lambda row: len(row.kinds), "d"),
@@ -75,17 +74,17 @@ COUNTS = (
 def changed_answers(
     title: str,
     base: Run,
-    others: Sequence[Run],
+    rows: Sequence[Difference],
     *,
     texts: bool = True,
 ) -> tuple[Section | None, str]:
-    """Compare the answers of runs with those of the base, document by document.
+    """Say which answers differ from those of the base, document by document; `rows` are of `compare`.
 
     Returns the section, and the page `PAGE` that it links; None and no page where no task logged
     samples of answers that are right or wrong. Without `texts` the page names documents by number
-    and hash alone. ResultsError if a file of samples cannot be read or is incomplete.
+    and hash alone.
     """
-    counts, not_counted, changes = find_changes(base, others)
+    counts, not_counted, changes = find_changes(base, rows)
     if not counts:
         return None, ""
     explanation = (
@@ -104,54 +103,55 @@ def changed_answers(
         links=[("All of them, one by one", PAGE)],
     )
     script = files(__package__).joinpath("changed_answers.js").read_text("utf-8")
-    shown = {"title": f"Changed answers: {title}", "texts": texts, "changes": changes}
-    return section, rendered("changed_answers.html", **shown, scripts=[script])
+    shown = {"title": f"Changed answers: {title}", "texts": texts, "label": run_label}
+    page = rendered("changed_answers.html", **shown, changes=changes, scripts=[script])
+    return section, page
 
 
 def find_changes(
-    base: Run, others: Sequence[Run]
+    base: Run, rows: Sequence[Difference]
 ) -> tuple[list[Counts], list[str], list[Change]]:
-    """Return counts by run and task, tasks without counts, and changes, those for the worse first."""
+    """Return counts by task and run, tasks without counts, and changes, those for the worse first.
+
+    Of the `rows` of a task, those of the first metric count by which all answers are right or wrong.
+    """
     counts: list[Counts] = []
     not_counted: list[str] = []
     changes: list[Change] = []
-    for task in base.tasks(subtasks=False):
-        metric, before = _counted(base, task)
-        if not before:
+    primary = primary_metrics([base])
+    ordered = sorted(rows, key=lambda row: row.case.key not in primary)
+    for task in dict.fromkeys(row.task for row in rows):
+        counted = [row for row in ordered if row.task == task and _is_counted(row)]
+        if not counted:
             not_counted.append(task)
-        for run in others:
-            kinds, label = [], run_label(run)
-            for key, now in _answers(run, task, metric).items():
-                if (was := before.get(key)) is None:
-                    continue
-                pair = [sample.answer(metric) for _, sample in (was, now)]
-                kinds.append(kind := _kind(was[0], now[0], pair))
+        for row in counted:
+            pair, metric = row.case.pair, row.metric
+            if pair is None or metric != counted[0].metric:
+                continue
+            kinds, run = [], row.case.run
+            before, after = (
+                zip(one.values == 1, one.answers(metric), one.samples, strict=True)
+                for one in pair
+            )
+            for (leaf, *_), was, now in zip(pair[0].keys, before, after, strict=True):
+                kinds.append(kind := _kind(was[0], now[0], [was[1], now[1]]))
                 if kind:
-                    texts = [_text(sample, metric) for _, sample in (was, now)]
-                    changes.append(Change(kind, label, key[0], was[1], *texts))
-            counts += [Counts(label, task, metric, kinds)] if kinds else []
+                    texts = [
+                        _LONGER.join(filter(None, dict.fromkeys([answer, sample.text])))
+                        for _, answer, sample in (was, now)
+                    ]
+                    changes.append(Change(kind, run, leaf, was[2], *texts))
+            counts.append(Counts(run, task, metric, kinds))
     changes.sort(key=lambda change: KINDS.index(change.kind))
     return counts, not_counted, changes
 
 
-def _counted(base: Run, task: str) -> tuple[str, _Answers]:
-    """Return the first metric by which all answers are right or wrong, with them."""
-    primary = primary_metrics([base])
-    for key in sorted(base.scores, key=lambda key: key not in primary):
-        # Of metrics to keep low, 1 is not right.
-        wanted = key[0] == task and base.scores[key].higher_is_better is not False
-        if wanted and (answers := _answers(base, *key)):
-            return key[1], answers
-    return "", {}
-
-
-def _answers(run: Run, task: str, metric: str) -> _Answers:
-    """Return answers by document; none where samples are missing or one is neither right nor wrong."""
-    documents = documents_of(run, task, metric)
-    if documents is None or not {*documents.values} <= {0.0, 1.0}:
-        return {}
-    rights = zip(documents.values.astype(bool), documents.samples, strict=True)
-    return dict(zip(documents.keys, rights, strict=True))
+def _is_counted(row: Difference) -> bool:
+    """Whether samples tell all answers of both models, and each is right or wrong."""
+    # Of metrics to keep low, 1 is not right.
+    if row.case.pair is None or row.case.scores[0].higher_is_better is False:
+        return False
+    return all({*documents.values} <= {0.0, 1.0} for documents in row.case.pair)
 
 
 def _kind(was_right: bool, is_right: bool, answers: Sequence[str | None]) -> str | None:
@@ -161,8 +161,3 @@ def _kind(was_right: bool, is_right: bool, answers: Sequence[str | None]) -> str
     if None in answers:
         return None
     return "" if answers[0] == answers[1] else KINDS[2 + is_right]
-
-
-def _text(sample: Sample, metric: str) -> str:
-    chosen = sample.answer(metric) or ""
-    return "\n\nTaken from: ".join(filter(None, dict.fromkeys([chosen, sample.text])))

@@ -19,6 +19,7 @@ from lm_eval_pruned.compare.comparison_table import (
     DIFFERENCES,
     table_of,
 )
+from lm_eval_pruned.compare.floors import Kept
 from lm_eval_pruned.report.page import Section
 from lm_eval_pruned.results.groups import (
     FAMILIES,
@@ -38,8 +39,9 @@ from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratio
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import ArrayLike
+
     from lm_eval_pruned.compare.comparison import Comparison
-    from lm_eval_pruned.compare.judge import Difference
     from lm_eval_pruned.results.files import Run
 
 #: How scores are drawn: file, title, axis and description.
@@ -69,8 +71,6 @@ _RULES: dict[str, list[float]] = {
     "unpruned": [1, 0],
     (FLOOR := "highest floor"): [7, 2, 1.5, 2],
 }
-#: Columns of the share that is kept, with the ends of its interval.
-_SHARE = ["kept_share", "kept_low", "kept_high"]
 #: The unit of a text's loss above that of the unpruned model.
 NATS = "more loss than unpruned (nats)"
 NATS_OF_BYTES = "more loss than unpruned (nats per byte)"
@@ -158,89 +158,85 @@ def points_of(
     if len(random) == sum(not run.is_baseline for run in members):
         random = {}
     points: list[dict[str, Any]] = []
-    floors = {(row.task, row.metric): row.floor for row in comparison.floors}
-    drawn = [r for r in comparison.rows if r.run in ratios and math.isfinite(r.score)]
+    finite = [r for r in comparison.rows if r.run in ratios and math.isfinite(r.score)]
     for key in primary_metrics([base]):
-        rows = [row for row in drawn if (row.task, row.metric) == key]
+        rows = [row for row in finite if (row.task, row.metric) == key]
         if not rows:
             continue
-        unpruned = base.scores[key]
-        share = is_share(key[1], [unpruned.value, *(row.score for row in rows)])
-        family = family_of(key[0], base.metadata)
-        about = {
-            "line": key[0],
-            "family": family.name,
-            "side": family.side,
-            "unit": "%" if share else key[1].removesuffix(",none"),
-            FLOOR: floors.get(key),
-        }
-        named = {"run": base.name, "task": key[0], "score": f"{unpruned.value:.4f}"}
-        scored = dict.fromkeys(("before", "after", "low", "high"), unpruned.value)
+        unpruned, family = base.scores[key].value, family_of(key[0], base.metadata)
+        share = is_share(key[1], [unpruned, *(row.score for row in rows)])
+        unit = "%" if share else key[1].removesuffix(",none")
         standing = next((row.floor for row in rows if row.floor), None)
+        named = {"run": base.name, "task": key[0], "score": f"{unpruned:.4f}"}
+        look: dict[str, Any] = {"mark": "unpruned", "filled": False}
+        floor = standing.floor if standing else None
         above = standing is not None and standing.base_above_floor
-        scored |= dict.fromkeys(_SHARE, 1.0 if above else math.nan)
-        points.append(about | named | scored | {"mark": "unpruned", "filled": False})
-        points += [about | _point(row) for row in rows]
+        kept = Kept(1.0, 1.0, 1.0) if above else None
+        drawn = [(named | look, [unpruned] * 3, kept)]
+        for row in rows:
+            named = {column.title: column.cell(row).text for column in DIFFERENCES}
+            look = {
+                "mark": "not tested" if row.q is None else "tested",
+                "filled": row.verdict in ("better", "worse", "different"),
+            }
+            ends = row.base_score + np.array([row.low, row.high], dtype=float)
+            kept = row.floor.kept if row.floor else None
+            drawn.append((named | look, [row.score, *ends], kept))
+        about = {"line": key[0], "family": family.name, "side": family.side}
+        points += [
+            about | shown | place
+            for shown, scores, kept in drawn
+            for place in _places(unit, unpruned, scores, floor, kept)
+        ]
     if not points:
         return pd.DataFrame(columns=["measure", "ratio", "unit", "control"])
-    data = pd.DataFrame(points).astype({FLOOR: float})
+    data = pd.DataFrame(points)
     data["ratio"] = data["run"].map(ratios)
     data["control"] = data["run"].map(random).fillna("")
     data = data.fillna(dict.fromkeys(TOOLTIP, "-"))
-    return pd.concat([_raw(data), _kept(data)])
+    return data.dropna(subset=["value", "ratio"])
 
 
-def _point(row: Difference) -> dict[str, Any]:
-    low, high = row.base_score + np.array([row.low, row.high], dtype=float)
-    kept = row.floor and row.floor.kept
-    share = (kept.share, kept.low, kept.high) if kept else (math.nan,) * 3
-    return {column.title: column.cell(row).text for column in DIFFERENCES} | {
-        "before": row.base_score,
-        "after": row.score,
-        "low": low,
-        "high": high,
-        "mark": "not tested" if row.q is None else "tested",
-        "filled": row.verdict in ("better", "worse", "different"),
-        **dict(zip(_SHARE, share, strict=True)),
+def _places(
+    unit: str, base: float, scores: ArrayLike, floor: float | None, kept: Kept | None
+) -> list[dict[str, Any]]:
+    """Return where a point lies by each measure: its score, and what is kept, or how much more loss text has.
+
+    `scores` are value, low and high, `base` that of the unpruned model; shares are in percent.
+    """
+    scores = np.array(scores, dtype=float)
+    level = math.nan if floor is None else floor
+    raw: dict[str, Any] = {"measure": "raw", "unit": unit, FLOOR: level}
+    place: dict[str, Any] = {
+        "measure": "kept",
+        "unit": "%",
+        FLOOR: 0.0,
+        "unpruned": 100.0,
     }
-
-
-def _raw(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores as they are, and shares in percent."""
-    shares = points["unit"] == "%"
-    places = points[["after", "low", "high", FLOOR]].set_axis(
-        ["value", "low", "high", FLOOR], axis=1
-    )
-    # The interval of a difference may reach beyond what a share can be.
-    places = places.where(~shares, 100 * places.clip(0, 1), axis=0)
-    drawn = points.assign(measure="raw", **places)
-    return drawn.dropna(subset=["value", "ratio"])
-
-
-def _kept(points: pd.DataFrame) -> pd.DataFrame:
-    """Return what is kept of each score in percent, and of text how many nats it loses."""
-    shares = points[_SHARE].astype(float).mul(100)
-    text, perplexity = points["unit"].map(is_loss), points["unit"].map(is_perplexity)
-    scores = points[["after", "low", "high"]].astype(float)
-    bits = scores.sub(points["before"], axis=0) * math.log(2)
-    # An interval may reach below what a perplexity can be.
-    nats = np.log(scores.where(scores > 0).div(points["before"], axis=0))
-    shares[text] = bits.where(~perplexity, nats)[text].to_numpy()
-    places = dict(zip(("value", "low", "high"), shares.to_numpy().T, strict=True))
-    levels = {
-        "unit": np.where(perplexity, NATS, np.where(text, NATS_OF_BYTES, "%")),
-        "unpruned": np.where(text, 0, 100),
-        FLOOR: np.where(text, math.nan, 0),
-    }
-    placed = points.assign(measure="kept", **places, **levels)
-    return placed.dropna(subset=["value", "ratio"])
+    if is_loss(unit):
+        place |= {"unit": NATS_OF_BYTES, FLOOR: math.nan, "unpruned": 0.0}
+        shown = (scores - base) * math.log(2)
+    else:
+        ends = (kept.share, kept.low, kept.high) if kept else (None,) * 3
+        shown = 100 * np.array(ends, dtype=float)
+    if is_perplexity(unit):
+        place["unit"] = NATS
+        # An interval may reach below what a perplexity can be.
+        shown = np.log(np.where(scores > 0, scores, math.nan) / base)
+    if unit == "%":
+        # The interval of a difference may reach beyond what a share can be.
+        scores, raw[FLOOR] = 100 * scores.clip(0, 1), 100 * level
+    return [
+        about | dict(zip(("value", "low", "high"), values.tolist(), strict=True))
+        for about, values in ((raw, scores), (place, shown))
+    ]
 
 
 def measure_chart(points: pd.DataFrame, measure: str) -> alt.ConcatChart:
     """Draw one measure: a panel for each side of the dichotomy, and for each unit."""
     present = set(points["family"])
     families = {f.name: f.label for f in FAMILIES if f.name in present}
-    data = points.drop(columns=["before", "after", "measure", *_SHARE])
+    data = points.drop(columns="measure")
     hues = {
         task: f"var(--family-{family})"
         for family in families

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.palette import style
-from lm_eval_pruned.util.tables import Column, Table, csv_table, markdown_table
+from lm_eval_pruned.util.tables import Column, Table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from lm_eval_pruned.results.files import Run
@@ -103,15 +103,15 @@ def write_page(
     title: str,
     subtitle: str,
     sections: Sequence[Section],
-    scores: Sequence[Mapping[str, Any]],
+    scores: str,
 ) -> list[Path]:
     """Write a page as HTML and as Markdown, and its plots; return the files, the HTML first.
 
-    `scores` are the rows of the CSV that the HTML hands on.
+    `scores` are the CSV that the HTML hands on.
     """
     scripts = [script for section in sections for script in section.scripts]
     shown: Any = {"title": title, "subtitle": subtitle, "sections": sections}
-    csv = base64.b64encode(csv_table(scores).encode("utf-8")).decode("ascii")
+    csv = base64.b64encode(scores.encode("utf-8")).decode("ascii")
     page = rendered("template.html", **shown, scores=csv, scripts=scripts)
     files: dict[str, str | bytes] = {f"{stem}.html": page}
     files[f"{stem}.md"] = as_markdown(**shown)
@@ -123,34 +123,26 @@ def write_page(
 
 
 def as_markdown(
-    title: str, subtitle: str, sections: Sequence[Section], *, padded: bool = False
+    title: str, subtitle: str, sections: Sequence[Section], *, terminal: bool = False
 ) -> str:
     """Return a report as Markdown; the plots are links to files below ``plots/``.
 
-    Tables are `padded` for a terminal.
+    For a `terminal`, tables are padded, and what would be HTML is left as it is.
     """
-    parts = [f"# {_plain(title)}", _plain(subtitle)]
+    escapes = {} if terminal else str.maketrans({"&": "&amp;", "<": "&lt;"})
+    in_line = escapes | str.maketrans({"|": "\\|", "\n": " "})
+    plain = lambda text: text.translate(in_line)
+    parts = [f"# {plain(title)}", plain(subtitle)]
     for section in sections:
-        parts += [f"## {section.heading}", *map(_plain, section.paragraphs)]
-        parts += [f"[{_plain(text)}]({file})" for text, file in section.links]
-        if table := section.table:
-            titles = map(_not_html, table.titles)
-            rows = [[_not_html(cell.text) for cell in row] for row in table.cells]
-            parts.append(markdown_table([*titles], rows, table.align, padded=padded))
+        parts += [f"## {section.heading}", *map(plain, section.paragraphs)]
+        parts += [f"[{plain(text)}]({file})" for text, file in section.links]
+        if section.table:
+            parts.append(section.table.markdown(padded=terminal, escapes=escapes))
         for plot in section.plots:
             text = f"{plot.title}. {plot.description}".translate({91: "(", 93: ")"})
-            parts.append(f"![{_plain(text)}](plots/{plot.name}.png)")
+            parts.append(f"![{plain(text)}](plots/{plot.name}.png)")
         if section.code:
             parts.append(f"```json\n{section.code}\n```")
         if section.notes:
-            parts.append("\n".join(f"- {_plain(note)}" for note in section.notes))
+            parts.append("\n".join(f"- {plain(note)}" for note in section.notes))
     return "\n\n".join(parts) + "\n"
-
-
-def _plain(text: str) -> str:
-    """Return text that Markdown neither takes for HTML nor for a table."""
-    return _not_html(text).replace("|", "\\|").replace("\n", " ")
-
-
-def _not_html(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

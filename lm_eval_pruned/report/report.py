@@ -29,41 +29,36 @@ if TYPE_CHECKING:
 
 def write_report(
     sweep: SweepResults,
+    comparison: Comparison,
     output_path: str | Path | None = None,
     *,
-    alpha: float = 0.05,
     texts: bool = True,
-    comparison: Comparison | None = None,
     opening: Sequence[Section] = (),
 ) -> list[Path]:
     """Write the report of a sweep and return its files, ``report.html`` first.
 
-    They go to `output_path`, by default ``report`` in the sweep's folder. `alpha` is the level of the
-    tests; without `texts`, ``flips.html`` does not show what was asked and answered; `comparison` is
-    what `compared` returned. The report begins with the sections of `opening`. ResultsError if the
-    sweep has no baseline; ValueError if `alpha` is out of range.
+    They go to `output_path`, by default ``report`` in the sweep's folder. `comparison` is what
+    `compared` returned; without `texts`, ``flips.html`` does not show what was asked and answered. The
+    report begins with the sections of `opening`.
     """
     base, others = sweep.split()
     target = Path(output_path) if output_path else sweep.path / "report"
     runs = [base, *others]
-    comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
-    comparison = comparison or compared(sweep, alpha=alpha)
-    known = {(row.run, row.task, row.metric): row.floor for row in comparison.rows}
     title = f"Width pruning of {_model_name(base)}"
     subtitle = (
         f"{len(runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
         f"the unpruned model ({base.name})"
     )
-    answers, changes = changed_answers(title, base, others, texts=texts)
+    answers, changes = changed_answers(title, base, comparison.rows, texts=texts)
     sections = [
         *opening,
         words.families_section(runs, comparison),
         words.floors_section(comparison),
         figure_section(base, runs, comparison),
         words.scores_section(base, others, comparison),
-        words.levels_section(base, comparable, alpha),
+        words.levels_section(base, others, comparison),
         words.differences_section(others, comparison),
-        words.random_section(others, alpha, known),
+        words.random_section(others, comparison),
         answers,
         truthfulness_section(runs, comparison),
         words.trends_section(comparison),
@@ -72,10 +67,10 @@ def write_report(
         words.repeating_section(sweep, base),
         words.remarks_section(sweep, others, comparison),
     ]
-    records = _records(base, others, comparison)
+    scores = csv_table(_records(base, others, comparison))
     present = [section for section in sections if section is not None]
-    files = write_page(target, "report", title, subtitle, present, records)
-    more = {"results.csv": csv_table(records), **({PAGE: changes} if answers else {})}
+    files = write_page(target, "report", title, subtitle, present, scores)
+    more = {"results.csv": scores, **({PAGE: changes} if answers else {})}
     for name, content in more.items():
         write_atomically(target / name, content)
     if not answers:
@@ -87,7 +82,10 @@ def write_report(
 def compared(
     sweep: SweepResults, *, alpha: float = 0.05, margin: Margin | None = None
 ) -> Comparison:
-    """Compare a sweep's runs with its unpruned model, within a `margin` if there is one; see `compare`."""
+    """Compare a sweep's runs with its unpruned model, as `compare` does.
+
+    ResultsError if the sweep has no run of it; ValueError if `alpha` is out of range.
+    """
     base, others = sweep.split()
     comparable = [run for run in others if {*run.tasks()} & {*base.tasks()}]
     runs = [*comparable, *sweep.floors] if comparable else []

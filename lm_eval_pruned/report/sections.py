@@ -37,13 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lm_eval_pruned.compare.comparison import Comparison
-    from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Difference
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.runs import SweepResults
-
-    #: Whether a run is above the floor of a task and metric.
-    Known = Mapping[tuple[str, str, str], Standing | None]
 
 #: Mark of a score that is not shown to be above the floor.
 AT_FLOOR = "\u2581"
@@ -159,9 +155,13 @@ def _score_cell(row: Difference | None) -> Cell:
     return Cell(text, row.verdict)
 
 
-def levels_section(base: Run, others: Sequence[Run], alpha: float) -> Section | None:
+def levels_section(
+    base: Run, others: Sequence[Run], comparison: Comparison
+) -> Section | None:
     """What is kept at each level of the tasks that declare levels and an exact floor."""
     rows: list[tuple[str, str, Score, dict[str, str | None]]] = []
+    alpha, names = comparison.alpha, {row.run for row in comparison.rows}
+    others = [run for run in others if run.name in names]
     for key in primary_metrics([base]):
         by_run = {
             run.name: documents
@@ -227,11 +227,7 @@ def compared_section(
     return Section(heading, [text, tests], table=table, notes=notes)
 
 
-def random_section(
-    others: Sequence[Run],
-    alpha: float,
-    known: Known | None = None,
-) -> Section | None:
+def random_section(others: Sequence[Run], comparison: Comparison) -> Section | None:
     """Each configuration against those whose neurons were removed at random in the same places."""
 
     def cut(run: Run) -> list[Any]:
@@ -262,15 +258,16 @@ def random_section(
         f"again with {' '.join(words)} --seeds 0 1 2; finished units are not evaluated again."
     )
     notes = [note] * bool(missing)
-    rows = compared_pairs(pairs, alpha, known)
-    return compared_section("Compared with random pruning", text, rows, alpha, notes)
+    floors = {(row.case.run.name, *row.case.key): row.floor for row in comparison.rows}
+    rows = [
+        replace(row, floor=floors.get((row.case.run.name, *row.case.key)))
+        for row in compared_pairs(pairs, comparison.alpha)
+    ]
+    heading = "Compared with random pruning"
+    return compared_section(heading, text, rows, comparison.alpha, notes)
 
 
-def compared_pairs(
-    pairs: Sequence[tuple[Run, Run]],
-    alpha: float,
-    known: Known | None = None,
-) -> list[Difference]:
+def compared_pairs(pairs: Sequence[tuple[Run, Run]], alpha: float) -> list[Difference]:
     """Return the tasks of each pair (before, after), with q over the pairs of each task."""
     cases = []
     for before, after in pairs:
@@ -279,11 +276,7 @@ def compared_pairs(
             family = key[0], is_control(after)
             cases.append(Case(before, after, key, pair, family))
     return [
-        replace(
-            row,
-            run=f"{run_label(case.run)} against {case.base.name}",
-            floor=(known or {}).get((case.run.name, *case.key)),
-        )
+        replace(row, run=f"{run_label(case.run)} against {case.base.name}")
         for case, row in zip(cases, judged(cases, alpha), strict=True)
     ]
 

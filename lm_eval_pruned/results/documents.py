@@ -21,7 +21,6 @@ from lm_eval_pruned.results.files import (
     Run,
     Score,
     as_mapping,
-    is_number,
 )
 
 
@@ -71,6 +70,8 @@ TRANSFORMS = {
     # A mean, too, of values that could be any number, although those at hand lie between 0 and 1.
     "unbounded": Transform(1.0),
 }
+#: Types of what JSON holds that can be a score.
+_NUMBERS = {bool, int, float}
 #: Means that have no bounds, by the beginnings of their names; `bbq` holds the last two.
 _UNBOUNDED = ("kl,", "amb_bias_score", "disamb_bias_score")
 
@@ -111,15 +112,6 @@ class Sample(NamedTuple):
     text: str
     level: str = ""
 
-    def answer(self, metric: str) -> str | None:
-        """Return the answer that a metric judges; None where the line does not tell."""
-        if self.reply is None:
-            return None
-        if metric.startswith("mc1") and self.reply.mc1:
-            return self.reply.mc1
-        normed = metric.startswith("acc_norm")
-        return self.reply.normed if normed else self.reply.chosen
-
     @property
     def choice_prob(self) -> float | None:
         """The probability of the right choice among all choices; None where there is not one."""
@@ -158,6 +150,16 @@ class Documents:
         """What the harness would report of these documents."""
         mean = np.average(self.values, weights=self.weights)
         return float(TRANSFORMS[self.transform].score(mean))
+
+    def answers(self, metric: str) -> list[str | None]:
+        """Return the answer to each document that a metric judges; None where its line does not tell."""
+        replies = [sample.reply for sample in self.samples]
+        if metric.startswith("mc1"):
+            return [reply and (reply.mc1 or reply.chosen) for reply in replies]
+        normed = metric.startswith("acc_norm")
+        return [
+            reply and (reply.normed if normed else reply.chosen) for reply in replies
+        ]
 
     @property
     def level(self) -> tuple[str, ...]:
@@ -199,7 +201,7 @@ class Documents:
 
 
 def documents_of(run: Run, task: str, metric: str) -> Documents | None:
-    """Return the documents of a score, as `read_task` does, which reads each task of a run once."""
+    """Return the documents of a score, as `read_task` does, and keep those of the whole task."""
     if task not in run.documents:
         run.documents[task] = read_task(run, task)
     return run.documents[task].get(metric)
@@ -271,11 +273,11 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     A number is a score. A list is several scores (IFEval's instructions) or, if each
     is a pair, a sum with its weight (log-likelihood and words).
     """
-    if all(map(is_number, raw)):
+    if {*map(type, raw)} <= _NUMBERS:
         yield np.array(raw, dtype=float), np.ones(len(raw))
         return
     lists = all(isinstance(value, list) and value for value in raw)
-    if lists and all(map(is_number, itertools.chain(*raw))):
+    if lists and {*map(type, itertools.chain(*raw))} <= _NUMBERS:
         lengths = np.array([*map(len, raw)], dtype=float)
         yield np.array([*map(np.mean, raw)]), lengths
         if (lengths == 2).all() and all(weight > 0 for _, weight in raw):
@@ -365,7 +367,7 @@ def read_sample(
     right, chance = None, 1 / len(texts) if texts else None
     rivals: list[int] = []
     # The score of MC2 is the share of probability on true answers, which can be several.
-    several = as_mapping(document.get("mc2_targets"))
+    several = as_mapping(document.get("mc2_targets")) if texts else {}
     if texts and texts == [str(each).strip() for each in several.get("choices") or ()]:
         chance = float(np.mean(several["labels"]))
         # MC1 is judged among other choices, of which one is right.

@@ -13,7 +13,7 @@ from lm_eval_pruned.results.settings import listed, settings_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
     from typing import TypeGuard
 
@@ -48,6 +48,17 @@ class Score(NamedTuple):
     documents: int | None
 
 
+class Evaluated(NamedTuple):
+    """How many documents of a task were evaluated, of how many, and in how many seconds.
+
+    Tasks of one file share its time by their documents; it is None where no file says it.
+    """
+
+    documents: int
+    available: int
+    seconds: float | None
+
+
 @dataclass(frozen=True)
 class Run:
     """The results of one model on some tasks.
@@ -61,6 +72,7 @@ class Run:
         config: The harness's ``config`` section: model, arguments, limit, seeds and,
             for ``pruned-hf``, ``pruning``.
         energy: What was measured beside the scores, by task.
+        evaluated: The size of each task without subtasks, and what evaluating it took.
         settings: How each task was evaluated; see `settings.settings_of`.
         notes: What was left out of what `path` holds, one sentence each.
         metadata: What the YAML file of each task declares under ``metadata``, such as
@@ -76,6 +88,7 @@ class Run:
     samples: Mapping[str, Path] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     energy: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    evaluated: Mapping[str, Evaluated] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -120,6 +133,15 @@ class Run:
         """Return the score without knowledge that a task declares for a metric, or None."""
         floors = as_mapping(self.metadata.get(task, {}).get("floors"))
         return finite_or_none(floors.get(metric.partition(",")[0]))
+
+    def seconds_per_document(self, tasks: Iterable[str]) -> float | None:
+        """Return the wall time of evaluating tasks, over their documents; None where it is not known.
+
+        That of a sweep's unit leaves out loading the model, that of the harness includes it.
+        """
+        timed = [sizes for task in tasks if (sizes := self.evaluated[task]).seconds]
+        documents = sum(sizes.documents for sizes in timed)
+        return sum(sizes.seconds or 0 for sizes in timed) / documents if timed else None
 
     def tasks(self, *, subtasks: bool = True) -> list[str]:
         """Return the tasks that have scores, with or without the members of groups."""
@@ -169,16 +191,14 @@ def finite_or_none(value: Any) -> float | None:
 def newest_first(folder: Path) -> list[Path]:
     """Return the results files of a folder, or of those below it where it has none."""
     files = [*folder.glob("results_*.json")] or [*folder.rglob("results_*.json")]
-    return sort_by_date(files)
-
-
-def sort_by_date(files: Iterable[Path]) -> list[Path]:
-    """Return results files by the date in their names, the newest first."""
     return sorted(files, key=lambda file: (_date_of(file), str(file)), reverse=True)
 
 
-def read_results_file(file: Path) -> Run:
-    """Read one results file, after which the run is called; ResultsError if it is none."""
+def read_results_file(file: Path, seconds: float | None = None) -> Run:
+    """Read one results file, after which the run is called; ResultsError if it is none.
+
+    `seconds` are those of the evaluation, by default what the harness says.
+    """
     data = read_json(file)
     data |= {key: as_mapping(data.get(key)) for key in _SECTIONS}
     config, scores = data["config"], dict(_scores(data))
@@ -191,6 +211,10 @@ def read_results_file(file: Path) -> Run:
     samples = _find_samples(file, {*data["results"]}.union(*subtasks.values()))
     # Measured over all tasks of the file together.
     energy = {", ".join(data["results"]): config.get("energy")}
+    sizes = {task: as_mapping(count) for task, count in data["n-samples"].items()}
+    counts = {task: size.get("effective", 0) for task, size in sizes.items()}
+    spent = float(seconds or data.get("total_evaluation_time_seconds") or 0)
+    share = spent / sum(counts.values()) if any(counts.values()) else 0
     run = Run(
         name=file.stem,
         path=file,
@@ -200,27 +224,27 @@ def read_results_file(file: Path) -> Run:
         samples=samples,
         config=config,
         energy=energy if config.get("energy") else {},
+        evaluated={
+            task: Evaluated(n, sizes[task].get("original", n), share * n or None)
+            for task, n in counts.items()
+        },
     )
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
-    metadata = {task: _metadata(data, run.leaves(task)) for task in run.tasks()}
-    _check_metadata(run, metadata)
-    return replace(run, settings=settings, metadata=metadata)
+    return replace(run, settings=settings, metadata=_metadata(data, run))
 
 
-def _metadata(data: Mapping[str, Any], leaves: Sequence[str]) -> dict[str, Any]:
-    configs = [as_mapping(data["configs"].get(leaf)) for leaf in leaves]
-    first, *others = (as_mapping(config.get("metadata")) for config in configs)
-    # A group has no section of its own.
-    return {
-        key: value
-        for key, value in first.items()
-        if all(key in other and other[key] == value for other in others)
-    }
-
-
-def _check_metadata(run: Run, metadata: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ResultsError where a task declares something of a metric that it does not report."""
-    for task, declared in metadata.items():
+def _metadata(data: Mapping[str, Any], run: Run) -> dict[str, dict[str, Any]]:
+    """Return what tasks declare; ResultsError for something of a metric that a task does not report."""
+    metadata = {}
+    for task in run.tasks():
+        configs = [as_mapping(data["configs"].get(leaf)) for leaf in run.leaves(task)]
+        first, *others = (as_mapping(config.get("metadata")) for config in configs)
+        # A group has no section of its own.
+        declared = metadata[task] = {
+            key: value
+            for key, value in first.items()
+            if all(key in other and other[key] == value for other in others)
+        }
         if run.subtasks.get(task):
             continue
         names = (name for key, name in run.scores if key == task)
@@ -238,6 +262,7 @@ def _check_metadata(run: Run, metadata: Mapping[str, Mapping[str, Any]]) -> None
                 raise ResultsError(
                     f"{task} declares the floor {floor!r} of {metric}: pass a number."
                 )
+    return metadata
 
 
 def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:

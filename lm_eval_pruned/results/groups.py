@@ -148,17 +148,13 @@ def primary_metrics(
         if all(score and math.isfinite(score.value) for score in scores):
             known.setdefault(key[0], []).append(key[1])
 
-    def rank(task: str, metric: str) -> int:
-        name = metric.partition(",")[0]
-        return [runs[0].metadata.get(task, {}).get(PRIMARY), "acc_norm", name].index(
-            name
-        )
-
-    return [
-        (task, min(known[task], key=lambda metric: rank(task, metric)))
-        for task in runs[0].tasks(subtasks=subtasks)
-        if task in known
-    ]
+    primary = []
+    for task in (t for t in runs[0].tasks(subtasks=subtasks) if t in known):
+        by_name = {metric.partition(",")[0]: metric for metric in known[task][::-1]}
+        wanted = runs[0].metadata.get(task, {}).get(PRIMARY), "acc_norm"
+        chosen = next((by_name[n] for n in wanted if n in by_name), known[task][0])
+        primary.append((task, chosen))
+    return primary
 
 
 def is_bias(metric: str) -> bool:

@@ -20,7 +20,6 @@ from lm_eval_pruned.results.files import (
     newest_first,
     read_json,
     read_results_file,
-    sort_by_date,
 )
 from lm_eval_pruned.util.pruning_record import left_of
 
@@ -122,17 +121,17 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], UnitsOf]:
 
 
 def results_files(path: Path) -> list[Path]:
-    """Return the results files that count of a file, or of a folder, the newest first.
+    """Return the results files that count of a file, or of a folder, the newest last.
 
-    Of a configuration of a sweep, these are the files of the units that ``sweep.json`` lists.
+    Of a configuration of a sweep, these are the files of the units that ``sweep.json`` lists, by task.
     """
     if path.is_file():
         return [path]
     if (sweep := _sweep_of(path)) is None:
-        return newest_first(path)
+        return newest_first(path)[::-1]
     name, (_, units) = path.resolve().name, read_definition(sweep)
     records = _records(sweep, name, units.get(name, {}))
-    return sort_by_date(unit.results for unit in records.values() if unit.results)
+    return [unit.results for unit in records.values() if unit.results]
 
 
 def left_out(sweep: Path, counted: Collection[Path], name: str = "*") -> str:
@@ -227,8 +226,11 @@ def read_sweep(path: str | Path) -> SweepResults:
     for name, listed in units.items():
         records = _records(path, name, listed)
         counted |= records
-        if files := [unit.results for unit in records.values() if unit.results]:
-            parts = [*map(read_results_file, files)]
+        if parts := [
+            read_results_file(unit.results, unit.seconds)
+            for unit in records.values()
+            if unit.results
+        ]:
             read[name] = _joined(name, path / UNITS / name, parts)
     failures = _failures(counted)
     notes = _notes(path, counted)
@@ -276,7 +278,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     ResultsError if there is no such path, or it cannot be read as one run.
     """
     path = Path(path)
-    files = results_files(path)[::-1]
+    files = results_files(path)
     sweep, counted = _sweep_of(path), [file.parent for file in files]
     notes = _notes(sweep, counted, path.resolve().name) if sweep else ()
     if not files:
@@ -285,8 +287,19 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
             "`lm_eval --output_path`, or a results file."
         )
         raise ResultsError(notes[0] if notes else missing)
-    runs = [read_results_file(file) for file in files]
-    models = [_model(run) for run in runs]
+    units = [read_unit(file.parent) for file in files]
+    runs = [
+        read_results_file(file, unit and unit.seconds)
+        for file, unit in zip(files, units, strict=True)
+    ]
+    models = [
+        [
+            *map(run.config.get, _MODEL),
+            run.pruning.get("intermediate_size_after"),
+            *left_of(run.pruning),
+        ]
+        for run in runs
+    ]
     # The units of a configuration are of one model, whatever its arguments say.
     if sweep is None and any(model != models[0] for model in models):
         listed = ", ".join(str(file.relative_to(path)) for file in files)
@@ -297,15 +310,10 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     return replace(joined, notes=notes)
 
 
-def _model(run: Run) -> list[Any]:
-    width = run.pruning.get("intermediate_size_after")
-    return [*map(run.config.get, _MODEL), width, *left_of(run.pruning)]
-
-
 def _joined(name: str, path: Path, parts: Sequence[Run]) -> Run:
     """Join results of one model, the oldest first; of each task the last counts."""
     by_task = (
-        "scores", "versions", "subtasks", "samples", "energy", "settings", "metadata",
+        "scores", "versions", "subtasks", "samples", "energy", "evaluated", "settings", "metadata",
     )  # fmt: skip
     joined: dict[str, Any] = {
         name: {k: v for part in parts for k, v in getattr(part, name).items()}

@@ -163,7 +163,7 @@ WHICH = (
     declaring.row("--dry_run", "", "print the plan and evaluate nothing"),
 )
 # fmt: on
-_SweepOptions: Any = make_dataclass(
+SweepOptions: Any = make_dataclass(
     "SweepOptions",
     [
         (name, Any, option)
@@ -172,7 +172,7 @@ _SweepOptions: Any = make_dataclass(
     ],
     bases=(declaring.DeclaredOptions,),
 )
-OPTIONS = tuple(_SweepOptions.declared().values())
+OPTIONS = tuple(SweepOptions.declared().values())
 #: Names of the options that the harness reads.
 OF_HARNESS = tuple(
     name for title in GROUPS if title.endswith("lm_eval run") for name in GROUPS[title]
@@ -191,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "YAML file of options; the command line takes precedence"
     parser.add_argument("--config", metavar="FILE", help=about)
     for title, options in GROUPS.items():
-        _SweepOptions.add_to(parser.add_argument_group(title), options)
+        SweepOptions.add_to(parser.add_argument_group(title), options)
     which = parser.add_argument_group("which units run")
     declaring.add_options(which, WHICH)
 
@@ -204,7 +204,7 @@ def read_options(
     ValueError for one of no use, or where one of `needs` is missing.
     """
     options = read_file(arguments.config) if arguments.config else {}
-    options |= _checked(_SweepOptions.parsed(arguments), "sweep")
+    options |= _checked(SweepOptions.parsed(arguments), "sweep")
     shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
     if shared:
         options["model_args"] = declaring.merged(options.get("model_args", {}), shared)
@@ -232,7 +232,7 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    converted = _SweepOptions.of(options, where)
+    converted = SweepOptions.of(options, where)
     return {name: getattr(converted, name) for name in options}
 
 

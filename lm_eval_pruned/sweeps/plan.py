@@ -15,6 +15,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval.api.registry import get_model
@@ -318,23 +319,30 @@ def _check_names(arguments: dict[str, Any], model: str) -> None:
             f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
             f"configurations: use --{instead[name]}."
         )
-    if misspelling := find_misspelt(arguments, model, DECLARED):
-        name, near = misspelling
-        raise ValueError(
-            f"model_args has {name}={arguments[name]}, which {model} does not know: did you mean "
-            f"{f'--{instead[near]}' if near in instead else near}?"
-        )
+    check_spelling(arguments, model, "model_args", DECLARED, instead)
 
 
-def find_misspelt(
-    arguments: dict[str, Any], model: str, declared: Iterable[str]
-) -> tuple[str, str] | None:
-    """Return an argument that a model type does not know, and the known one that it resembles."""
+def check_spelling(
+    arguments: dict[str, Any],
+    model: str,
+    where: str,
+    declared: Iterable[str] = (),
+    instead: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Refuse an argument that a model type does not know and that resembles one it knows, or one of `declared`.
+
+    `instead` names the options that take the place of some. The ValueError begins with `where`.
+    """
     known = {"pretrained", *declared}
     # The workers of Ray may have vLLM where this machine has none.
     with contextlib.suppress(ImportError):
         known |= getattr(get_model(model), "argument_names", set)()
-    return misspelt({**arguments, **model_source(arguments)}, known)
+    if misspelling := misspelt({**arguments, **model_source(arguments)}, known):
+        name, near = misspelling
+        near = f"--{instead[near]}" if near in instead else near
+        raise ValueError(
+            f"{where} has {name}={arguments[name]}, which {model} does not know: did you mean {near}?"
+        )
 
 
 def _configurations(

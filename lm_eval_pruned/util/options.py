@@ -133,7 +133,7 @@ class DeclaredOptions:
     @classmethod
     def parsed(cls, arguments: Any) -> dict[str, Any]:
         """Return the options that were given to a command."""
-        every = {name: getattr(arguments, name) for name in cls.declared()}
+        every = {name: getattr(arguments, name, None) for name in cls.declared()}
         return {name: value for name, value in every.items() if value is not None}
 
     @classmethod

@@ -29,8 +29,9 @@ class Column(NamedTuple):
     """A column: its title, what it shows of a row, in which format.
 
     `value` returns a number or a text, None where there is nothing to say, or a finished `Cell`. The
-    format is that of `number_text`; without one, the column holds words, which are aligned left. A
-    `coloured` cell has the colour of the row's verdict, and a `terminal` shows what fits into it.
+    format is one of Python, or ``p`` for a p value; without one, the column holds words, which are
+    aligned left. A `coloured` cell has the colour of the row's verdict, and a `terminal` shows what
+    fits into it.
     """
 
     title: str
@@ -44,7 +45,12 @@ class Column(NamedTuple):
         value = self.value(row)
         if isinstance(value, Cell):
             return value
-        text = number_text(value, self.form)
+        if value is None:
+            text = "-"
+        elif self.form == "p":
+            text = "<0.0001" if value < 0.0001 else f"{value:.4f}"
+        else:
+            text = format(value, self.form)
         return Cell(text, row.verdict if self.coloured else "")
 
 
@@ -60,11 +66,6 @@ class Table:
     def titles(self) -> list[str]:
         """The headings of the columns."""
         return [column.title for column in self.columns]
-
-    @property
-    def align(self) -> str:
-        """A letter for each column, as `markdown_table` takes them."""
-        return "".join("r" if column.form else "l" for column in self.columns)
 
     @property
     def is_wide(self) -> bool:
@@ -88,17 +89,14 @@ class Table:
         """The rows as they are shown, in HTML, in Markdown and in a terminal alike."""
         return [[column.cell(row) for column in self.columns] for row in self.rows]
 
-    def markdown(self, *, padded: bool = False) -> str:
-        """Return the table in Markdown; `padded` is that of `markdown_table`."""
-        texts = [[cell.text for cell in row] for row in self.cells]
-        return markdown_table(self.titles, texts, self.align, padded=padded)
-
-
-def number_text(value: Any, form: str) -> str:
-    """Return a value in a format of Python, or ``p`` for a p value; a dash in place of None."""
-    if form == "p" and value is not None:
-        return "<0.0001" if value < 0.0001 else f"{value:.4f}"
-    return "-" if value is None else format(value, form)
+    def markdown(
+        self, *, padded: bool = False, escapes: Mapping[int, str] | None = None
+    ) -> str:
+        """Return the table in Markdown; `padded` is that of `markdown_table`, `escapes` of `str.translate`."""
+        lines = [self.titles, *([cell.text for cell in row] for row in self.cells)]
+        texts = [[text.translate(escapes or {}) for text in line] for line in lines]
+        align = "".join("r" if column.form else "l" for column in self.columns)
+        return markdown_table(texts[0], texts[1:], align, padded=padded)
 
 
 def interval_text(low: float | None, high: float | None, digits: int = 4) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from lm_eval_pruned.compare.comparison import compare
@@ -21,11 +23,11 @@ from lm_eval_pruned.compare.margins import (
     with_choice_prob,
 )
 from lm_eval_pruned.compare.pooled import claim_text, mean_of, p_of_claim, pools_of
+from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
 from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_share, primary_metrics
 from lm_eval_pruned.results.settings import asked_differently
-from lm_eval_pruned.verdict.needed import what_decides
 
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class Verdict(NamedTuple):
     """The answer on two runs, with the exit code of `check`.
 
     The claims of `pooled` decide in place of those of their tasks, unless a task is shown to be worse.
-    `beside` are scores that were compared and not judged.
+    `beside` are scores that were compared and not judged, `rows` all differences between the two.
     """
 
     base: Run
@@ -86,6 +88,7 @@ class Verdict(NamedTuple):
     judged: Sequence[Judged]
     beside: Sequence[Judged]
     notes: Sequence[str]
+    rows: Sequence[Difference]
     pooled: Sequence[Judged] = ()
 
     @property
@@ -106,12 +109,12 @@ class Verdict(NamedTuple):
 def decide(
     base: Run,
     candidate: Run,
-    margins: Sequence[str] = (),
+    margins: Mapping[str, str] = MappingProxyType({}),
     floors: Sequence[Run] = (),
     *,
     measure: str | None = None,
 ) -> Verdict:
-    """Compare a candidate with its base, each score within its margin, as `read_margins` takes it.
+    """Compare a candidate with its base, each score within its margin, as `read_margins` returns them.
 
     `measure` is judged of each task that has it; see `judged_keys` for what is judged of others. A
     candidate is shipped if each score is shown to lie within its margin, which needs no
@@ -125,18 +128,18 @@ def decide(
     """
     runs = base, candidate, *floors
     base, candidate, *floors = (with_choice_prob(run) for run in runs)
-    keys = [*judged_keys(base, measure, read_margins(margins))]
+    keys = [*judged_keys(base, measure, margins)]
     if missing := [" ".join(key) for key in keys if key not in candidate.scores]:
         raise ResultsError(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
     scores = scores_of(keys, base, candidate)
-    by_name = check_margins(margins, scores)
+    check_margins(margins, scores)
     within = {
         key: Margin(
             "not_worse",
-            _margin_of(key, by_name)
+            _margin_of(key, margins)
             or usual_margin(base, key, *scores[key[0]][key[1]]),
         )
         for key in keys
@@ -155,7 +158,7 @@ def decide(
     pools = pools_of(
         row.case
         for row in singles
-        if row.task not in by_name and not row.cannot_show_a_loss and row.p is not None
+        if row.task not in margins and not row.cannot_show_a_loss and row.p is not None
     )
     means = judge([mean_of(pool) for pool in pools], 2 * CLAIM_LEVEL)
     claims, differences = [*([row.case] for row in singles), *pools], [*singles, *means]
@@ -164,7 +167,9 @@ def decide(
     alone, pooled = judged[: len(keys)], judged[len(keys) :]
     counted = [*primary_metrics([base, candidate]), *(k for k in rows if k[1] == KL)]
     beside = [Judged([], rows[k], "not judged") for k in counted if k not in keys]
-    verdict = Verdict(base, candidate, 0, alone, beside, compared.notes, pooled)
+    verdict = Verdict(
+        base, candidate, 0, alone, beside, compared.notes, compared.rows, pooled
+    )
     words = {claim.word for claim in verdict.open}
     blind = all(row.cannot_show_a_loss for row in singles)
     code = 1 if "worse" in words else 2 if words or blind else 0
@@ -193,8 +198,40 @@ def _judged(
     if word != "worse" and row.cannot_show_a_loss:
         # Such a score counts neither for nor against shipping.
         return judged._replace(word=NO_LOSS)
-    take = what_decides(claim, row) if word == "undecided" else ""
+    take = _what_decides(claim, row) if word == "undecided" else ""
     return judged._replace(take=take)
+
+
+def _what_decides(claim: Sequence[Case], row: Difference) -> str:
+    """Say how many documents, in how many minutes, decide with a chance of 80 %, if the models do not differ."""
+    base, candidate = claim[0].base, claim[0].run
+    up = claim[0].scores[0].higher_is_better
+    if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
+        return "A test of only this score would show it to be worse; a test of all scores needs more documents."
+    if any(case.pair is None or case.margin_size is None for case in claim):
+        # The finding says why nothing was decided.
+        return ""
+    pilots = [*map(Pilot, claim)]
+    seen = sum(pilot.size for pilot in pilots)
+    word = "equivalent" if up is None else "not worse"
+    needed = documents_for(word, ALIKE, pilots, CLAIM_LEVEL)
+    if needed is None:
+        return ""
+    if needed <= seen:
+        return (
+            f"{seen} documents would probably have decided if the models did not differ, so they may "
+            "well differ: evaluate other documents, or accept a wider margin."
+        )
+    more = f"It would take about {needed:,} documents instead of {seen:,}"
+    more += " of these tasks together" if claim[1:] else ""
+    leaves = [leaf for case in claim for leaf in base.leaves(case.key[0])]
+    available = sum(base.evaluated[leaf].available for leaf in leaves)
+    if available < needed:
+        tasks = "the tasks have" if claim[1:] else "the task has"
+        return f"{more}, but {tasks} {available:,}: accept a wider margin."
+    costs = [run.seconds_per_document(leaves) for run in (base, candidate)]
+    minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
+    return f"{more}, {max(1, round(minutes)):,} min." if all(costs) else f"{more}."
 
 
 def _refuse_another_test(base: Run, candidate: Run, keys: Iterable[Key]) -> None:
@@ -222,17 +259,10 @@ def read_margins(texts: Iterable[str]) -> dict[str, str]:
     return margins
 
 
-def check_margins(texts: Iterable[str], scores: Scores) -> dict[str, str]:
-    """Return margins as `read_margins` does, or raise ValueError for those that cannot be meant."""
-    margins = read_margins(texts)
-    names = {
-        *scores,
-        *(
-            metric.partition(",")[0]
-            for of_task in scores.values()
-            for metric in of_task
-        ),
-    }
+def check_margins(margins: Mapping[str, str], scores: Scores) -> None:
+    """Raise ValueError for margins that cannot be meant of these scores."""
+    measured = itertools.chain(*scores.values())
+    names = {*scores, *(metric.partition(",")[0] for metric in measured)}
     # The metrics of a task in Python are known once it has scores.
     unknown = margins.keys() - names - {""} if all(scores.values()) else ()
     for name in sorted(unknown):
@@ -246,7 +276,6 @@ def check_margins(texts: Iterable[str], scores: Scores) -> dict[str, str]:
             for metric, values in metrics.items():
                 if margin := _margin_of((task, metric), margins):
                     Margin("margin", margin).check(task, metric, *values)
-    return margins
 
 
 def scores_of(keys: Iterable[Key], *runs: Run) -> dict[str, dict[str, list[float]]]:

@@ -35,10 +35,6 @@ POSITIONS = 16
 LOG_PROBS = "log_probs.safetensors"
 
 
-class NotMeasured(ValueError):
-    """Two models cannot be compared token by token; the message says why."""
-
-
 @contextlib.contextmanager
 def watched(lm: Any, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Let `lm` score texts one by one, and show the log-probabilities of each.
@@ -130,38 +126,34 @@ class WatchingSweep(Sweep):
             reference = unit_folder(where, self.base.baseline.id, task) / LOG_PROBS
 
         def add_to(results: Any) -> None:
-            try:
-                _finish(results, task, seen, folder, reference)
-            except NotMeasured as why:
-                results["config"][NOT_MEASURED] = str(why)
+            if why := _not_added(results, task, seen, folder, reference):
+                results["config"][NOT_MEASURED] = why
 
         with watched(lm, lambda rows: seen.append(at_positions(rows))):
             yield add_to
 
 
-def _finish(
+def _not_added(
     results: Any,
     task: str,
     seen: list[torch.Tensor],
     folder: Path,
     reference: Path | None,
-) -> None:
+) -> str:
+    """Add the divergence of what was seen to the results, or return why it cannot be measured."""
     if len(seen) != len(results["samples"][task]):
-        raise NotMeasured(
-            "a text is longer than its context, or was answered from a cache"
-        )
+        return "a text is longer than its context, or was answered from a cache"
     if reference is None:
         save_file({str(n): rows for n, rows in enumerate(seen)}, folder / LOG_PROBS)
         add_divergence(results, task, [[0.0, float(len(rows))] for rows in seen])
-        return
+        return ""
     if not reference.exists():
-        raise NotMeasured(
-            f"{reference} is missing: evaluate the base again in another folder"
-        )
+        return f"{reference} is missing: evaluate the base again in another folder"
     base = load_file(reference)
     shapes = [base[str(n)].shape for n in range(len(base))]
     if shapes != [rows.shape for rows in seen]:
-        raise NotMeasured("it splits text into other tokens than the base")
+        return "it splits text into other tokens than the base"
     pairs = ((base[str(n)], rows) for n, rows in enumerate(seen))
     sums = [[float(divergences(*pair).sum()), float(len(pair[0]))] for pair in pairs]
     add_divergence(results, task, sums)
+    return ""

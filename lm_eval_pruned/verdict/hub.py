@@ -75,7 +75,7 @@ def eval_results(path: Path, kept: Kept) -> str:
 
     entries: dict[str, EvalResultEntry] = {}
     for file in results_files(path):
-        entries = {**dict(_entries(read_json(file), kept)), **entries}
+        entries |= _entries(read_json(file), kept)
     if not entries:
         raise ResultsError(
             f"{path} has no score over all documents of a data set on the Hub: evaluate a task such "

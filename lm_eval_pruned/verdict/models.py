@@ -28,7 +28,7 @@ from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.verdict.decision import check_margins, read_margins, scores_of
+from lm_eval_pruned.verdict.decision import check_margins, scores_of
 from lm_eval_pruned.verdict.divergence import (
     DEMO_TEXT,
     NOT_MEASURED,
@@ -115,7 +115,7 @@ def both_runs(
     candidate: str,
     options: Mapping[str, Any],
     output_path: Path,
-    margins: Sequence[str] = (),
+    margins: Mapping[str, str],
     measure: str | None = None,
     text: str | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
@@ -149,7 +149,7 @@ def both_runs(
     if "base" in finished:
         run = with_choice_prob(finished["base"][0])
         check_measure(measure, (metric for _, metric in run.scores))
-        scores = scores_of(judged_keys(run, measure, read_margins(margins)), run)
+        scores = scores_of(judged_keys(run, measure, margins), run)
         options = {"tasks": run.tasks(subtasks=False), **options}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
@@ -185,7 +185,7 @@ def both_runs(
         run = replace(run, name=str(run.path))
     if why := _not_measured(before, run, bool(finished)):
         note = f"The divergence from the base (KL) was not measured, because {why}."
-        if KL.partition(",")[0] in read_margins(margins):
+        if KL.partition(",")[0] in margins:
             raise ResultsError(f"{note[:-1]}: leave out its margin.")
         run = replace(run, notes=(*run.notes, note))
     return before, run, floors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +19,8 @@ from lm_eval_pruned.report.page import Section, as_markdown, table_section, writ
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.documents import KL
 from lm_eval_pruned.results.groups import family_of, is_bias, is_loss, is_perplexity
-from lm_eval_pruned.results.runs import results_files
-from lm_eval_pruned.util.tables import Cell, Column
+from lm_eval_pruned.util.tables import Cell, Column, csv_table
 from lm_eval_pruned.verdict.decision import ANSWERS, Judged
-from lm_eval_pruned.verdict.needed import seconds_per_document
 
 
 if TYPE_CHECKING:
@@ -67,8 +64,8 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
         for judged in verdict.judged
     ]
     sections = [*tables, *([changed] if changed else []), *remarks]
-    write_page(folder, "verdict", title, subtitle, sections, rows)
-    return unescape(as_markdown(title, subtitle, [*tables, *remarks], padded=True))
+    write_page(folder, "verdict", title, subtitle, sections, csv_table(rows))
+    return as_markdown(title, subtitle, [*tables, *remarks], terminal=True)
 
 
 def card_section(verdict: Verdict, base: str) -> str:
@@ -222,7 +219,7 @@ _SIZE = (
     Column("bytes in memory", lambda row: row[1].config.get("weight_bytes"), ","),
     Column(
         "s / document",
-        lambda row: seconds_per_document(results_files(row[1].path)),
+        lambda row: row[1].seconds_per_document(row[1].evaluated),
         ".3g",
     ),
 )
@@ -242,7 +239,7 @@ def _scores_section(heading: str, text: str, rows: Sequence[Judged]) -> Section 
 
 
 def _changed_for_the_worse(verdict: Verdict, texts: bool) -> Section | None:
-    changes = find_changes(verdict.base, [verdict.candidate])[2]
+    changes = find_changes(verdict.base, verdict.rows)[2]
     lost = [change for change in changes if change.kind == LOST]
     shown = lost[:SHOWN]
     counted = f"{len(shown)} of {len(lost)} are shown."

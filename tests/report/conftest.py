@@ -55,7 +55,7 @@ def tasks(percent: int) -> dict:
 def sweep(tmp_path_factory):
     """Folder of a sweep of four sizes with its report; one size failed, and a meter ran."""
     pytest.importorskip("altair", reason="figures need the extra `report`")
-    from lm_eval_pruned.report.report import write_report
+    from lm_eval_pruned.report.report import compared, write_report
     from lm_eval_pruned.results.runs import read_sweep
 
     folder = tmp_path_factory.mktemp("sweep")
@@ -69,5 +69,6 @@ def sweep(tmp_path_factory):
         data = json.loads(file.read_text())
         data["config"]["energy"] = block
         file.write_text(json.dumps(data))
-    write_report(read_sweep(folder))
+    sweep = read_sweep(folder)
+    write_report(sweep, compared(sweep))
     return folder

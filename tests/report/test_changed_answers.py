@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
 from lm_eval_pruned.results.runs import read_run, read_sweep
 from tests.helpers.results_files import (
@@ -48,7 +49,7 @@ def sweep_of(folder, before, after):
 def read(folder, title="A model", **options):
     """Return the section and the page."""
     base, others = read_sweep(folder).split()
-    return changed_answers(title, base, others, **options)
+    return changed_answers(title, base, compare(base, others).rows, **options)
 
 
 def counted(section):
@@ -120,7 +121,7 @@ def test_a_group_is_counted_over_its_members_where_there_are_samples(tmp_path, s
         folder = tmp_path / str(percent)
         write_run(folder, tasks, pruning=pruning(percent), **group)
         runs.append(read_run(folder))
-    section, page = changed_answers("A model", runs[0], runs[1:])
+    section, page = changed_answers("A model", runs[0], compare(runs[0], runs[1:]).rows)
     if not samples:
         assert (section, page) == (None, "")
         return
@@ -177,7 +178,7 @@ WORD = "sesame"
 @pytest.mark.slow
 def test_texts_and_the_page_of_an_earlier_report_go(tmp_path):
     pytest.importorskip("altair", reason="plots need the extra `report`")
-    from lm_eval_pruned.report.report import write_report
+    from lm_eval_pruned.report.report import compared, write_report
 
     asked = {"prompt": WORD, "endings": [f" {WORD} {index}" for index in range(3)]}
     tasks = [
@@ -190,9 +191,10 @@ def test_texts_and_the_page_of_an_earlier_report_go(tmp_path):
     sweep = sweep_of(tmp_path, *tasks)
 
     def with_texts(**options):
+        read = read_sweep(sweep)
         files = [
             each
-            for each in write_report(read_sweep(sweep), **options)
+            for each in write_report(read, compared(read), **options)
             if each.is_file()
         ]
         return {each.name for each in files if WORD.encode() in each.read_bytes()}
@@ -201,5 +203,6 @@ def test_texts_and_the_page_of_an_earlier_report_go(tmp_path):
     assert with_texts(texts=False) == set()
     for file in sweep.glob("units/*/*/samples_*.jsonl"):
         file.unlink()
-    write_report(read_sweep(sweep))
+    read = read_sweep(sweep)
+    write_report(read, compared(read))
     assert not (sweep / "report" / PAGE).exists()

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lm_eval_pruned.compare.comparison import Comparison
 from lm_eval_pruned.report.sections import random_section
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
@@ -26,6 +27,7 @@ HEALING = {
         "notes": [],
     },
 }
+NOTHING = Comparison("base", 0.05, (), (), (), ())
 BY = "lora with teacher 0.5"
 
 
@@ -85,7 +87,7 @@ def test_a_recipe_is_called_what_was_typed(tmp_path):
             file.write_text(json.dumps(results))
     _, others = read_sweep(tmp_path).split()
     assert [*series_of(others)] == ["recipe=best", "recipe=study", "max_abs"]
-    (note,) = random_section(others, 0.05).notes
+    (note,) = random_section(others, NOTHING).notes
     assert "--recipes best study --criteria max_abs random --seeds 0 1 2;" in note
 
 
@@ -98,7 +100,7 @@ def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
             chance = pruning(percent, criterion="random", seed=seed)
             runs[f"r{percent}_{seed}"] = chance, tasks(0.25 + 0.01 * seed)
     _, others = read_sweep(write_sweep(tmp_path, runs)).split()
-    section = random_section(others, 0.05)
+    section = random_section(others, NOTHING)
     rows = cells(section, "run", "base", "score", "verdict")
     assert rows[:4] == [
         ["p20 (3.20) against r20_0", "0.2500", "0.9000", "better"],
@@ -110,5 +112,5 @@ def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):
     (note,) = section.notes
     assert note.startswith("No random cut has the size of p60 (1.60).")
     assert "--criteria maw random --seeds 0 1 2;" in note
-    assert random_section(others[:2] + others[3:], 0.05).notes == []
-    assert random_section([], 0.05) is None
+    assert random_section(others[:2] + others[3:], NOTHING).notes == []
+    assert random_section([], NOTHING) is None

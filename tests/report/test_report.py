@@ -21,7 +21,7 @@ from tests.report.conftest import NASTY, answers
 
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
-from lm_eval_pruned.report.report import write_report
+from lm_eval_pruned.report.report import compared, write_report
 
 
 PLOTS = ("kept", "knowledge-truthfulness", "scores")
@@ -45,13 +45,15 @@ def elements(page):
 
 
 def written(folder, name="report.md"):
-    write_report(read_sweep(folder))
+    sweep = read_sweep(folder)
+    write_report(sweep, compared(sweep))
     return (folder / "report" / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_the_files_are_those_and_the_same_again(sweep, tmp_path):
-    files = write_report(read_sweep(sweep), tmp_path)
+    read = read_sweep(sweep)
+    files = write_report(read, compared(read), tmp_path)
     files = [file.relative_to(tmp_path) for file in files]
     assert {*map(str, files)} == {
         *("report.html", "report.md", "results.csv", "flips.html"),

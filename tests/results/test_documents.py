@@ -186,6 +186,13 @@ def test_prompt_and_target():
     assert (asked.prompt, asked.choices) == ("A fox or ", ("Ann ran.", "Bob ran."))
 
 
+def answers_to(sample, *metrics):
+    """Return the answers of one line that metrics judge."""
+    one = np.ones(1)
+    line = Documents((("t", "d", 0),), one, one, None, "mean", samples=(sample,))
+    return tuple(line.answers(metric)[0] for metric in metrics)
+
+
 @pytest.mark.parametrize(
     ("endings", "likelihoods", "more", "answers"),
     [
@@ -199,14 +206,14 @@ def test_prompt_and_target():
 )
 def test_the_most_likely_choice_is_the_answer(endings, likelihoods, more, answers):
     sample = read_sample(offering(endings, likelihoods=likelihoods) | more)
-    assert (sample.answer("acc,none"), sample.answer("acc_norm,none")) == answers
+    assert answers_to(sample, "acc,none", "acc_norm,none") == answers
 
 
 def test_of_mc1_the_answer_is_the_likeliest_of_its_choices_and_the_target_its_best():
     """MC2 offers a second true answer, d, which is the likeliest of all and not among MC1's choices."""
     row = offering([" a", " c", " b", " d"], likelihoods=[-3, -4, -2, -1])
     sample = read_sample({**row, "doc": DOC, "target": 0})
-    assert (sample.answer("mc1,none"), sample.answer("mc2,none")) == ("b", "d")
+    assert answers_to(sample, "mc1,none", "mc2,none") == ("b", "d")
     assert sample.target == "a"
 
 

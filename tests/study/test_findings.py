@@ -18,9 +18,13 @@ from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.report.report import compared
 from lm_eval_pruned.results.groups import SIDES
 from lm_eval_pruned.results.runs import read_sweep
-from lm_eval_pruned.study.claims import claims_of, states_text
 from lm_eval_pruned.study.findings import read_findings
-from lm_eval_pruned.study.sections import open_questions, sentences
+from lm_eval_pruned.study.sections import (
+    claims_of,
+    open_questions,
+    sentences,
+    states_text,
+)
 
 
 N = 200

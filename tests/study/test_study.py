@@ -29,7 +29,7 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
     from lm_eval_pruned.report.report import compared, write_report
     from lm_eval_pruned.results.runs import read_sweep
     from lm_eval_pruned.study.findings import read_findings
-    from lm_eval_pruned.study.preset import checked_families
+    from lm_eval_pruned.study.run import checked_families
     from lm_eval_pruned.study.sections import study_sections
 
     def at(done):
@@ -48,7 +48,7 @@ def studied(folder, tasks, percents=(0, 20, 40, 60)):
     comparison = compared(sweep, margin=Margin("equivalent", "5%"))
     findings = read_findings(sweep, comparison, checked_families({}))
     opening = study_sections("Llama-3.2-1B", findings)
-    files = write_report(sweep, comparison=comparison, opening=opening)
+    files = write_report(sweep, comparison, opening=opening)
     return files[1].read_text("utf-8"), files
 
 
@@ -99,7 +99,7 @@ QUICK = {
     ],
 )
 def test_what_is_given_wins_over_the_study(given, kind, quick, expected, tiny_llama):
-    from lm_eval_pruned.study.preset import options_of
+    from lm_eval_pruned.study.run import options_of
 
     given = {"output_path": "out", **given}
     options = options_of(str(tiny_llama), given, kind, quick)
@@ -123,7 +123,7 @@ def test_what_is_given_wins_over_the_study(given, kind, quick, expected, tiny_ll
 def test_the_expansion_ratio_2_4_is_among_the_sizes(hidden, width, ratios, tmp_path):
     from transformers import LlamaConfig
 
-    from lm_eval_pruned.study.preset import options_of
+    from lm_eval_pruned.study.run import options_of
 
     LlamaConfig(hidden_size=hidden, intermediate_size=width).save_pretrained(tmp_path)
     given = {"output_path": "out"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned.results.runs import read_run
-from lm_eval_pruned.verdict.decision import decide
+from lm_eval_pruned.verdict.decision import decide, read_margins
 from tests.helpers.results_files import answered, write_run
 
 
@@ -28,7 +28,7 @@ def decided(tmp_path):
             read_run(write_run(tmp_path / name, tasks, **about))
             for name, tasks in (("base", base), ("new", candidate))
         ]
-        return decide(*runs, margins, measure=measure)
+        return decide(*runs, read_margins(margins), measure=measure)
 
     return decided
 
