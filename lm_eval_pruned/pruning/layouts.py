@@ -165,9 +165,10 @@ def without_weights(
 
 
 def norm_follows(model: PreTrainedModel, mlp: GluMlp) -> bool:
-    """Return whether a norm takes what a dense MLP returns, so that only its direction counts."""
-    layer = model.get_submodule(mlp.layer_path)
-    return mlp.kind == "dense" and any(hasattr(layer, name) for name in _NORMS_AFTER)
+    """Return whether a norm takes what a dense MLP without bias returns, so that its direction counts."""
+    layer, down = model.get_submodule(mlp.layer_path), mlp.projection("down_proj")
+    named = any(hasattr(layer, name) for name in _NORMS_AFTER)
+    return named and mlp.kind == "dense" and getattr(down, "bias", None) is None
 
 
 def describe(model: PreTrainedModel) -> str:
