@@ -93,8 +93,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 
     file = {"gguf_file": gguf.name}
-    packaged = Checkpoint.of(str(gguf.parent), PruneArguments(), file)
     with appearing_whole(folder) as unfinished:
+        packaged = Checkpoint.of(str(gguf.parent), PruneArguments(), file)
         model, tokenizer = packaged.load_whole(), packaged.load_tokenizer()
         save_converted(model, tokenizer, unfinished)
 

@@ -26,6 +26,7 @@ from transformers import (
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import default_model
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.default_model import _packaged_gguf, find_default_model
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.planning import plan_rows
@@ -336,9 +337,7 @@ def test_an_interrupted_conversion_leaves_nothing(packages, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        "transformers.AutoModelForCausalLM.from_pretrained", interrupted
-    )
+    monkeypatch.setattr(Checkpoint, "of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         find_default_model()
     (kept,) = default_model.cache_folder().iterdir()
