@@ -51,8 +51,13 @@ _WIDTH_NAMES = re.compile("intermediate_size|intermediate_dim|expert_dim|ffn_dim
 #: Path of a layer of the model at the start of a module's path, and its number.
 _LAYER = re.compile(r".*?\.(\d+)(?=\.|$)")
 
-#: What models call a norm that takes what an MLP returns.
-_NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm")
+#: What models call a norm that takes what an MLP returns: Gemma and OLMo, GLM, LFM, HyperCLOVA.
+_NORMS_AFTER = (
+    "post_feedforward_layernorm",
+    "post_mlp_layernorm",
+    "post_ffn_norm",
+    "post_norm2",
+)
 
 #: Held while a model is built or loaded: transformers replaces methods of all models and
 #: functions of torch meanwhile, and two threads restore each other's replacements.
@@ -167,8 +172,9 @@ def without_weights(
 def norm_follows(model: PreTrainedModel, mlp: GluMlp) -> bool:
     """Return whether a norm takes what a dense MLP without bias returns, so that its direction counts."""
     layer, down = model.get_submodule(mlp.layer_path), mlp.projection("down_proj")
-    named = any(hasattr(layer, name) for name in _NORMS_AFTER)
-    return named and mlp.kind == "dense" and getattr(down, "bias", None) is None
+    # A place that a model leaves empty has no weight.
+    normed = any(hasattr(getattr(layer, n, None), "weight") for n in _NORMS_AFTER)
+    return normed and mlp.kind == "dense" and getattr(down, "bias", None) is None
 
 
 def describe(model: PreTrainedModel) -> str:

@@ -19,6 +19,7 @@ PAGES = {
 }
 #: Files whose figures a page shows as well.
 BESIDE = {
+    "recipes": ("price_nats",),
     "first_layer": ("dichotomy", "recipes"),
     "dichotomy": ("recipes", "probes_kept"),
     "price": ("recipes", "price_nats"),
