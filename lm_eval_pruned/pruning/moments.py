@@ -82,8 +82,9 @@ class Moments:
         for start, stop in block_rows(len(gram)):
             gram[:start, start:stop] = gram[start:stop, :start].T
         if not centred:
-            mean = self.mean.float()
-            gram.addr_(mean, mean, alpha=self.tokens)
+            # A factor beside two equal vectors would round the two triangles differently.
+            mean = (self.mean * math.sqrt(self.tokens)).float()
+            gram.addr_(mean, mean)
         return gram
 
     def add(self, x: Tensor) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare import agreement, comparison
+from lm_eval_pruned.compare import comparison, pairing
 from lm_eval_pruned.results.files import ResultsError
 from tests.helpers.results_files import (
     answered,
@@ -105,15 +105,15 @@ def test_agreement_sees_what_scores_do_not(tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_divergence(seed):
     one, other = np.random.default_rng(seed).normal(-20, 9, size=(2, seed + 2))
-    found = agreement.divergence([*one], [*other])
+    found = pairing.divergence([*one], [*other])
     p, q = (np.exp(each - each.max()) for each in (one, other))
     assert found == pytest.approx(stats.entropy(p, q))
-    assert agreement.divergence([*(one - 700)], [*(other + 3)]) == pytest.approx(found)
-    assert agreement.divergence([*one], [*one]) == 0
+    assert pairing.divergence([*(one - 700)], [*(other + 3)]) == pytest.approx(found)
+    assert pairing.divergence([*one], [*one]) == 0
     never = [-math.inf, *one[1:]]
-    assert math.isfinite(agreement.divergence(never, [*other]))
-    assert agreement.divergence([*one], never) == math.inf
-    assert math.isnan(agreement.divergence([*one], [0.0]))
+    assert math.isfinite(pairing.divergence(never, [*other]))
+    assert pairing.divergence([*one], never) == math.inf
+    assert math.isnan(pairing.divergence([*one], [0.0]))
 
 
 @pytest.mark.parametrize(

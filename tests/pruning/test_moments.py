@@ -107,3 +107,12 @@ def test_one_matrix_exists_at_a_time_and_memory_does_not_change_the_result(
         for name, mlp in results[0].items():
             assert torch.equal(mlp.kept, other[name].kept)
             torch.testing.assert_close(mlp.down, other[name].down)
+
+
+def test_a_gram_is_the_same_in_both_triangles():
+    """Of a factor that one side got, the other would be rounded otherwise."""
+    moments = Moments.none(24, torch.device("cpu"))
+    moments.add(torch.randn(61, 24, generator=torch.Generator().manual_seed(0)) + 3)
+    for centred in (False, True):
+        gram = moments.gram(centred)
+        assert gram.equal(gram.T)
