@@ -79,12 +79,13 @@ class Moments:
     def gram(self, centred: bool) -> Tensor:
         """Return the sum over tokens of x x', or of (x - mean) (x - mean)', (I, I), float32."""
         gram = self.scatter.clone()
-        for start, stop in block_rows(len(gram)):
-            gram[:start, start:stop] = gram[start:stop, :start].T
         if not centred:
-            # A factor beside two equal vectors would round the two triangles differently.
-            mean = (self.mean * math.sqrt(self.tokens)).float()
-            gram.addr_(mean, mean)
+            mean = self.mean.float()
+            gram.addr_(mean, mean, alpha=self.tokens)
+        for start, stop in block_rows(len(gram)):
+            square = gram[start:stop, start:stop]
+            square.copy_(square.tril() + square.tril(-1).T)
+            gram[:start, start:stop] = gram[start:stop, :start].T
         return gram
 
     def add(self, x: Tensor) -> None:

@@ -110,7 +110,7 @@ def test_one_matrix_exists_at_a_time_and_memory_does_not_change_the_result(
 
 
 def test_a_gram_is_the_same_in_both_triangles():
-    """Of a factor that one side got, the other would be rounded otherwise."""
+    """Products of matrices round the two otherwise, and solutions would depend on which one is read."""
     moments = Moments.none(24, torch.device("cpu"))
     moments.add(torch.randn(61, 24, generator=torch.Generator().manual_seed(0)) + 3)
     for centred in (False, True):
