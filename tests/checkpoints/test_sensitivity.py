@@ -11,7 +11,11 @@ from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.load import measure_sensitivity
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.curvature import curvature
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError, find_glu_mlps
+from lm_eval_pruned.pruning.layouts import (
+    UnsupportedModelError,
+    find_glu_mlps,
+    norm_follows,
+)
 from lm_eval_pruned.pruning.measuring import text_loss
 from tests.helpers.checkpoints import byte_tokenizer, save_tiny
 from tests.helpers.layouts import breadth, save_family
@@ -88,9 +92,15 @@ def test_without_repair_a_rise_is_half_the_error_that_the_loss_minds(
     ):
         seen = []
         down = mlp.projection("down_proj")
-        handle = down.register_forward_hook(
-            lambda *each, to=seen: to.append(each[1][0])
-        )
+        # Where a norm follows, an error is a share of the size of the output.
+        normed = norm_follows(model, mlp)
+        assert normed == (family == "gemma2")
+
+        def note(_, given, output, seen=seen, normed=normed):
+            size = output.square().mean(-1, keepdim=True).sqrt()
+            seen.append(given[0] / size if normed else given[0])
+
+        handle = down.register_forward_hook(note)
         with torch.no_grad():
             for each in ids:
                 model(each)
