@@ -42,8 +42,8 @@ SELF, DATASET = "self", "dataset:"
 MAX_TOKENS = 2048
 #: Tokens to read of a dataset, or to write; the first texts of the package have as many in SmolLM2.
 _TOKENS = 40_000
-#: So many of the package's texts are read where they have so many tokens for each neuron of the widest
-#: MLP, and else all.
+#: The first so many of the package's texts are enough if they have so many tokens for each neuron of the
+#: widest MLP. Otherwise all are read.
 _FIRST, _FEW = 246, 4
 #: The model writes so many texts at once, of so many tokens at most. It draws from the likeliest
 #: tokens that together have this probability.

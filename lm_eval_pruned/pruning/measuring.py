@@ -218,7 +218,7 @@ class LoadedModel:
         if source.name != str(OWN_TEXT):
             logger.info(
                 "A cut keeps what calibration=%s holds: if that is of one kind, other kinds of text lose "
-                "more. Measure what you need on text of its own.",
+                "more. Measure the cost on other text of the kinds that you need.",
                 source.name,
             )
         # A file is read without the model.
