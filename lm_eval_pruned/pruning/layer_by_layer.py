@@ -1,8 +1,7 @@
-"""Texts on their way through a model, layer by layer, so that each layer runs once per visit.
+"""Texts on their way through a model, layer by layer, so that one layer at a time is looked at.
 
-Whoever changes the layers one after the other sees each with the inputs that the changed ones
-give it, and no layer in front runs again. The model itself runs once for each batch, to tell with
-which arguments it calls its layers; from then on the layers are called directly.
+No layer in front runs again. The model itself runs once for each batch, to tell with which
+arguments it calls its layers; from then on the layers are called directly.
 
 In memory are the hidden states of the texts, in front of one layer and behind it, and what the
 model hands to its layers besides, such as masks: as much as all batches have together. Where the
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,6 @@ from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
 if TYPE_CHECKING:
     from collections.abc import (
         Callable,
-        Collection,
         Iterable,
         Iterator,
         Mapping,
@@ -46,30 +43,21 @@ logger = logging.getLogger("lm_eval.pruned.calibration")
 
 
 @contextlib.contextmanager
-def lent(
-    modules: Iterable[nn.Module],
-    device: torch.device | None = None,
-    changed: Collection[Tensor] = (),
-) -> Iterator[None]:
-    """Have the tensors of modules on a device, and afterwards as they were and where they were.
+def lent(modules: Iterable[nn.Module], device: torch.device | None) -> Iterator[None]:
+    """Have the tensors of modules on a device, and afterwards where they were.
 
     Args:
         modules: Those whose tensors go, without those inside them.
-        device: Default: each stays where it is.
-        changed: Parameters that may be written to meanwhile, and are not afterwards.
+        device: None: they stay where they are.
     """
-    written = {id(tensor) for tensor in changed}
     copies: dict[int, Tensor] = {}
     with contextlib.ExitStack() as undo:
-        for module in modules:
+        for module in modules if device is not None else ():
             weights = module.named_parameters(recurse=False)
             for name, tensor in [*weights, *module.named_buffers(recurse=False)]:
-                if device is None and id(tensor) not in written:
-                    continue
                 undo.callback(setattr, module, name, tensor)
                 if id(tensor) not in copies:
-                    data = tensor.detach()
-                    data = data.to(device or data.device, copy=id(tensor) in written)
+                    data = tensor.detach().to(device)
                     if isinstance(tensor, nn.Parameter):
                         data = nn.Parameter(data, tensor.requires_grad)
                     copies[id(tensor)] = data
@@ -102,10 +90,6 @@ def computing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
             undo.callback(vars(module).pop, "forward")
             vars(module)["forward"] = forward
         yield
-
-
-def _constant(value: Any) -> Callable[..., Any]:
-    return lambda *_, **__: value
 
 
 @dataclass(frozen=True)
@@ -191,8 +175,7 @@ class LayerByLayer:
     Attributes:
         layers: The decoder layers of the model.
         passed: How many of them the texts have passed.
-        batch: Number of the batch that runs.
-        real: False for padding in that batch, shape (texts, tokens), bool.
+        real: False for padding in the batch that runs, shape (texts, tokens), bool.
     """
 
     def __init__(
@@ -236,28 +219,18 @@ class LayerByLayer:
                 self._calls.append(calls_of(model, self.layers, tokens))
         self._returned: list[Any] = [None] * len(self._calls)
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of all batches, padding included."""
-        return sum(real.numel() for real in self._real)
-
     def run(
-        self,
-        hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
-        known: Callable[[], Mapping[nn.Module, Callable[..., Any]]] = dict,
+        self, hooks: Mapping[nn.Module, Callable[..., None]] | None = None
     ) -> list[Any]:
         """Run the texts through the next layer and return what it returns, for each batch.
 
-        Args:
-            hooks: Forward hooks, which are given arguments by name as well.
-            known: Asked for each `batch` with which functions modules compute, if not their own.
+        The forward `hooks` are given arguments by name as well.
         """
         layer, returned = self.layers[self.passed], []
         with watched(self._model, hooks or {}):
             for number, calls in enumerate(self._calls):
-                self.batch, self.real = number, self._real[number]
-                with computing(known()):
-                    returned.append(calls[0].repeat(layer, self._returned[number]))
+                self.real = self._real[number]
+                returned.append(calls[0].repeat(layer, self._returned[number]))
         return returned
 
     def go_on(self, returned: list[Any]) -> None:
@@ -266,95 +239,6 @@ class LayerByLayer:
         for calls in self._calls:
             calls.pop(0)
 
-    def layer_lent(
-        self, changed: Collection[Tensor]
-    ) -> contextlib.AbstractContextManager[None]:
-        """Have the next layer where the texts run, and afterwards as it was; see `lent`."""
-        layer = self.layers[self.passed]
-        return lent(layer.modules(), self._moves_to, changed)
-
-
-class Replay:
-    """What a layer computed, kept to run it again after only down projections changed.
-
-    It holds what the parts in front of the GLU-MLPs returned, and the input of a dense MLP's down
-    projection. With it, the layer runs again for the cost of that projection.
-    """
-
-    def __init__(
-        self, walk: LayerByLayer, modules: Collection[nn.Module], down: nn.Linear | None
-    ) -> None:
-        """Take the modules of the layer's GLU-MLPs, and the down projection of the only one.
-
-        `down` is None where the layer has several, or where activations take too much memory.
-        """
-        self._walk, self._modules, self._down = walk, modules, down
-        self._returned: dict[int, dict[nn.Module, Any]] = defaultdict(dict)
-        self._activations: dict[int, Tensor] = {}
-        self._skipped: Tensor | None = None
-        #: The batch of which a GLU-MLP has returned.
-        self._past = -1
-        # Norms are cheap to compute, and as large as what attention returns.
-        self._parts = [
-            part
-            for part in walk.layers[walk.passed].children()
-            if not {*part.modules()} & {*modules}
-            and any(weight.dim() > 1 for weight in part.parameters())
-        ]
-
-    @staticmethod
-    def fits(walk: LayerByLayer, model: PreTrainedModel, down: nn.Linear) -> bool:
-        """Return whether the activations take no more memory than the weights of the model."""
-        size = walk.tokens * down.in_features * down.weight.element_size()
-        return size <= model.num_parameters() * down.weight.element_size()
-
-    def run(self, hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
-        """Run the texts through the layer for the first time; see `LayerByLayer.run`.
-
-        What it returns is not needed before down projections changed, so the one that stands alone
-        does not compute.
-        """
-        noted: dict[nn.Module, Callable[..., None]] = dict.fromkeys(
-            self._parts, self._note_part
-        )
-        noted |= dict.fromkeys(self._modules, self._note_end)
-        skipped: dict[nn.Module, Callable[..., Any]] = {}
-        if self._down is not None:
-            skipped[self._down] = self._skip_down
-        self._walk.run({**hooks, **noted}, lambda: skipped)
-
-    def again(
-        self, hooks: Mapping[nn.Module, Callable[..., None]] | None = None
-    ) -> list[Any]:
-        """Run them once more, and return what the layer returns now."""
-        return self._walk.run(hooks, self._known)
-
-    def _note_part(self, part, positional, named, output) -> None:
-        batch = self._walk.batch
-        if batch != self._past:
-            # What ran twice did not return the same.
-            again = part in self._returned[batch]
-            self._returned[batch][part] = None if again else output
-
-    def _skip_down(self, x: Tensor) -> Tensor:
-        assert self._down is not None
-        self._activations[self._walk.batch] = x
-        self._skipped = x.new_zeros(*x.shape[:-1], self._down.out_features)
-        return self._skipped
-
-    def _note_end(self, mlp, positional, named, output) -> None:
-        self._past = self._walk.batch
-        if self._down is not None and output is not self._skipped:
-            # Some models scale what down returns.
-            del self._activations[self._past]
-
-    def _known(self) -> Mapping[nn.Module, Callable[..., Any]]:
-        batch = self._walk.batch
-        returned = self._returned[batch].items()
-        known = {part: _constant(out) for part, out in returned if out is not None}
-        if batch in self._activations:
-            (mlp,) = self._modules
-            x, down = self._activations[batch], self._down
-            assert down is not None
-            known[mlp] = lambda *_, **__: down(x)
-        return known
+    def layer_lent(self) -> contextlib.AbstractContextManager[None]:
+        """Have the next layer where the texts run, and afterwards where it was; see `lent`."""
+        return lent(self.layers[self.passed].modules(), self._moves_to)

@@ -39,7 +39,8 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     regions_by_parameter,
 )
-from lm_eval_pruned.pruning.repair import STEPS, errors_of_cuts
+from lm_eval_pruned.pruning.moments import Moments
+from lm_eval_pruned.pruning.repair import STEPS, errors_of_cuts, moments_of
 from lm_eval_pruned.util.cache import measured_once
 
 
@@ -60,6 +61,8 @@ logger = logging.getLogger("lm_eval.pruned.calibration")
 #: Shares of a layer's neurons at which an allocation asks what removing them costs, in percent: up to
 #: seven eighths, in as many steps as neurons are removed in.
 CUTS = tuple(Fraction(175, 2) * n / STEPS for n in range(1, STEPS + 1))
+#: So many bytes of `Moments` are kept at most: those of a model of 300M parameters.
+_MOST_STORED = 1e9
 
 
 def check_weights(model: PreTrainedModel, scored: Iterable[GluMlp] = ()) -> None:
@@ -240,6 +243,29 @@ class LoadedModel:
         what = ("curvature", "of sizes", text.key)
         return Curvature.of(*self._measured_once(what, measure))
 
+    @functools.cached_property
+    def moments(self) -> Mapping[str, Moments]:
+        """What the neurons of each GLU-MLP do on the text, by name, for any cut of the model.
+
+        Nothing where it takes too much room: then the text runs again for each use.
+        """
+        mlps, text = find_glu_mlps(self.model), self.text
+        if sum(4 * mlp.width**2 for mlp in mlps) > _MOST_STORED:
+            return {}
+
+        def measure() -> Measured:
+            measured = moments_of(self.model, text.tokens, mlps, self.device)
+            scatters = {name: moments.scatter for name, moments in measured.items()}
+            means = {f"{name} mean": moments.mean for name, moments in measured.items()}
+            tokens = {name: moments.tokens for name, moments in measured.items()}
+            return scatters | means, tokens
+
+        tensors, tokens = self._measured_once(("moments", text.key), measure)
+        return {
+            name: Moments(tensors[name], tensors[f"{name} mean"], count)
+            for name, count in tokens.items()
+        }
+
     def curves(self, shares: Sequence[Number] = CUTS) -> Sensitivity:
         """Return what it costs to cut one layer, for each layer and width.
 
@@ -274,7 +300,15 @@ class LoadedModel:
         scores = {} if criterion == OBS else self.scores(mlps)
         roots = self.curvature.roots
         errors = errors_of_cuts(
-            model, text.tokens, mlps, narrowed, scores, roots, repair, self.device
+            model,
+            text.tokens,
+            mlps,
+            narrowed,
+            scores,
+            roots,
+            repair,
+            self.device,
+            self.moments,
         )
         curves, tokens = [], sum(ids.numel() for ids in text.tokens)
         for layer, kept in widths.items():

@@ -20,11 +20,11 @@ from lm_eval_pruned.pruning.stacked import StackedInputs
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
-    from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
+    from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
     from lm_eval_pruned.pruning.layouts import GluMlp
 
 #: Bytes of activations that are kept, for each byte of a layer's down projections: together they
@@ -76,6 +76,10 @@ class Moments:
             torch.zeros(width, device=device, dtype=torch.float64),
         )
 
+    def to(self, device: torch.device) -> Moments:
+        """Return them on a device."""
+        return Moments(self.scatter.to(device), self.mean.to(device), self.tokens)
+
     def gram(self, centred: bool) -> Tensor:
         """Return the sum over tokens of x x', or of (x - mean) (x - mean)', (I, I), float32."""
         gram = self.scatter.clone()
@@ -116,25 +120,21 @@ class LayerMoments:
 
     Attributes:
         observed: Whether the activations of any MLP could be seen.
+        returned: What the layer returns, for each batch.
     """
 
     def __init__(
-        self,
-        walk: LayerByLayer,
-        replay: Replay,
-        mlps: Sequence[GluMlp],
-        normed: bool = False,
+        self, walk: LayerByLayer, mlps: Sequence[GluMlp], normed: bool = False
     ) -> None:
         """Run the texts of `walk` through the layer that holds `mlps`.
 
         `normed` is whether a norm follows, for the only one.
         """
-        self._walk, self._replay, self._mlps = walk, replay, mlps
-        self._normed = normed
+        self._walk, self._mlps, self._normed = walk, mlps, normed
         self._most = _KEPT * sum(mlp.weight("down_proj").nbytes for mlp in mlps)
         self.observed = False
         self._sum: Moments | None = None
-        self._see(mlps, replay.run)
+        self.returned = self._see(mlps)
 
     def of(self, mlp: GluMlp) -> Moments | None:
         """Return the moments of an MLP, once; None if no token was seen.
@@ -142,14 +142,14 @@ class LayerMoments:
         Ask for the MLPs in their order, and let go of each result before the next.
         """
         if mlp.name != self._first and mlp.name not in self._kept:
-            self._see(self._mlps[self._mlps.index(mlp) :], self._replay.again)
+            self._see(self._mlps[self._mlps.index(mlp) :])
         for x in self._kept.pop(mlp.name, ()):
             self._add_to_sum(mlp, x)
             self._bytes -= x.nbytes
         moments, self._sum = self._sum, None
         return moments
 
-    def _see(self, mlps: Sequence[GluMlp], run: Callable[..., Any]) -> None:
+    def _see(self, mlps: Sequence[GluMlp]) -> list[Any]:
         self._first, self._sum, self._bytes = mlps[0].name, None, 0
         self._kept: dict[str, list[Tensor]] = {mlp.name: [] for mlp in mlps[1:]}
         hooks = {
@@ -158,7 +158,7 @@ class LayerMoments:
             if (down := mlp.projection("down_proj")) is not None
         }
         with StackedInputs(self._mlps, self._take):
-            run(hooks)
+            return self._walk.run(hooks)
 
     def _observe(self, mlp, module, positional, named, output) -> None:
         x = positional[0]

@@ -10,8 +10,8 @@ where R are the removed neurons, and x is divided by the size of the output wher
 (`LayerMoments`). `repaired` computes them; `order_by_cost` removes the neurons
 whose removal costs least after that (optimal brain surgeon), in nats: with R W in place of W, R being
 the root of `Curvature`, an error of the output counts as far as it moves the model's predictions.
-Repair itself is the same for any R. Layers are cut one after the other, each on the inputs that the
-cut ones give it, so that errors do not add up unseen.
+Repair itself is the same for any R. Each layer is repaired on the inputs that it has in the unpruned
+model: on those that layers cut before give it, the loss is within 2 % of the rise (docs/measurements).
 
 Source: Hassibi and Stork 1993, "Second order derivatives for network pruning: Optimal brain
 surgeon"; Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv
@@ -34,7 +34,7 @@ from lm_eval_pruned.pruning.argument_values import LEAST_SQUARES, NO_REPAIR
 from lm_eval_pruned.pruning.calibration import check_observable, progress_bar
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.curvature import weighted
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, lent
 from lm_eval_pruned.pruning.layouts import norm_follows, text_config
 from lm_eval_pruned.pruning.moments import LayerMoments, Moments, block_rows
 from lm_eval_pruned.pruning.stacked import one_by_one
@@ -237,7 +237,8 @@ def cut_layer_by_layer(
     roots: Mapping[str, Tensor],
     repair: str,
     take: Callable[[Sequence[GluMlp], Mapping[str, CutMlp]], None],
-    device: torch.device | str | None = None,
+    device: torch.device | None = None,
+    stored: Mapping[str, Moments] | None = None,
 ) -> int:
     """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
 
@@ -255,6 +256,7 @@ def cut_layer_by_layer(
         take: Given the MLPs of a layer, and what is left of each by name, when no text needs the
             layer any more.
         device: Where texts run and matrices are; see `LayerByLayer`.
+        stored: Those of `moments_of`, if the texts ran before.
 
     Returns:
         How many MLPs were repaired.
@@ -269,26 +271,27 @@ def cut_layer_by_layer(
     def cut(mlp: GluMlp, moments: Moments) -> None:
         nonlocal repaired_mlps
         name, width = mlp.name, targets[mlp.name]
+        down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
         solves = repair == LEAST_SQUARES and moments.tokens >= width
-        gram = torch.empty(0)
         if solves or name not in scores:
-            gram = regularised(moments, centred=_bias(mlp) is not None)
+            gram = regularised(moments, centred=bias is not None)
         if name in scores:
             kept = kept_set(scores[name], width)
         else:
-            minded = weighted(roots[name], mlp.weight("down_proj").detach())
-            kept = order_by_cost(gram, minded, width)
-        _change(mlp, moments, kept, gram if solves else None)
-        down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
-        down = down.index_select(1, kept.to(down.device)).to(home)
-        bias = None if bias is None else bias.clone()
-        cut_mlps[name] = CutMlp(kept, down, bias)
+            kept = order_by_cost(gram, weighted(roots[name], down), width)
+        here = kept.to(down.device)
+        left = repaired(gram, down, here) if solves else down[:, here]
+        if solves and bias is not None:
+            lost = down.double() @ moments.mean - left.double() @ moments.mean[here]
+            bias = (bias + lost.to(bias)).to(home)
+        cut_mlps[name] = CutMlp(kept, left.to(home, down.dtype), bias)
         repaired_mlps += solves
 
     def leave(layer: Sequence[GluMlp]) -> None:
         take(layer, {mlp.name: cut_mlps.pop(mlp.name) for mlp in layer})
 
-    _visit(model, texts, mlps, scores, cut, "repair", device, leave)
+    chosen = any(mlp.name not in scores for mlp in mlps)
+    _visit(model, texts, mlps, cut, "repair", device, leave, chosen, stored)
     if repaired_mlps < len(mlps) and repair != NO_REPAIR:
         logger.warning(
             "repair=%s: %d of %d GLU-MLPs are repaired; the others keep their weights, because "
@@ -309,7 +312,8 @@ def errors_of_cuts(
     scores: Mapping[str, Tensor],
     roots: Mapping[str, Tensor],
     repair: str,
-    device: torch.device | str | None = None,
+    device: torch.device | None = None,
+    stored: Mapping[str, Moments] | None = None,
 ) -> dict[str, list[float]]:
     """Return what cutting each GLU-MLP alone does to its output, at each of some widths.
 
@@ -339,66 +343,78 @@ def errors_of_cuts(
         removed = [_others(left, mlp.width).to(lost.device) for left, _ in steps_down]
         errors[name] = [float(lost[rows][:, rows].sum()) for rows in removed]
 
-    _visit(model, texts, mlps, {}, measure, "costs of cuts", device)
+    _visit(model, texts, mlps, measure, "costs of cuts", device, stored=stored)
     return errors
+
+
+def moments_of(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    mlps: Sequence[GluMlp],
+    device: torch.device | None = None,
+) -> dict[str, Moments]:
+    """Return the moments of GLU-MLPs by name, on the CPU; takes what `cut_layer_by_layer` takes."""
+    stored: dict[str, Moments] = {}
+
+    def store(mlp: GluMlp, moments: Moments) -> None:
+        stored[mlp.name] = moments.to(torch.device("cpu"))
+
+    _visit(model, texts, mlps, store, "activations", device, chosen=False)
+    return stored
 
 
 def _visit(
     model: PreTrainedModel,
     texts: Sequence[Tensor],
     mlps: Sequence[GluMlp],
-    scores: Mapping[str, Tensor],
     visit: Callable[[GluMlp, Moments], None],
     what: str,
-    device: torch.device | str | None = None,
+    device: torch.device | None = None,
     leave: Callable[[Sequence[GluMlp]], object] = len,
+    chosen: bool = True,
+    stored: Mapping[str, Moments] | None = None,
 ) -> None:
-    """Let `visit` look at one GLU-MLP after the other, and change it, as texts arrive there.
+    """Let `visit` look at one GLU-MLP after the other, and `leave` those of a layer behind.
 
-    The texts go on with what it changed, and the layer is as it was when they `leave` its MLPs.
+    Where activations choose neurons, `chosen`, all that hold any have to be observable.
     """
-    if any(mlp.name not in scores for mlp in mlps):
+    if chosen:
         check_observable(model, stacked=True)
-    # What experts are given does not tell padding apart.
-    together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
-    walk = LayerByLayer(model, texts, device, together)
     by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.layer_path)].append(mlp)
+    if stored and all(stored[mlp.name].tokens for mlp in mlps):
+        drawn = progress_bar(len(by_stack), what, unit="layer")
+        with torch.no_grad(), drawn as bar:
+            for layer, visited in by_stack.items():
+                with lent(layer.modules(), device):
+                    for mlp in visited:
+                        here = mlp.weight("down_proj").device
+                        visit(mlp, stored[mlp.name].to(here))
+                leave(visited)
+                bar.update()
+        return
+    # What experts are given does not tell padding apart.
+    together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
+    walk = LayerByLayer(model, texts, device, together)
     last = max(walk.layers.index(layer) for layer in by_stack)
     drawn = progress_bar(last + 1, what, texts, "layer")
     with torch.no_grad(), one_by_one(model, mlps), drawn as bar:
         for layer in walk.layers[: last + 1]:
             visited = by_stack.get(layer, [])
-            downs = [weight for mlp in visited for weight in _down_of(mlp)]
-            with walk.layer_lent(downs):
+            with walk.layer_lent():
                 if visited:
                     normed = norm_follows(model, visited[0])
-                    replay = _replay(walk, model, visited, normed)
-                    moments = LayerMoments(walk, replay, visited, normed)
-                    chosen = any(mlp.name not in scores for mlp in visited)
+                    moments = LayerMoments(walk, visited, normed)
                     if chosen and not moments.observed:
                         check_observable(model)
                     for mlp in visited:
                         visit(mlp, _checked(mlp, moments.of(mlp)))
-                    # What was removed changes what the layer returns.
-                    walk.go_on(replay.again())
-                    # The activations.
-                    del replay, moments
+                    walk.go_on(moments.returned)
                 else:
                     walk.go_on(walk.run())
             leave(visited)
             bar.update()
-
-
-def _replay(
-    walk: LayerByLayer, model: PreTrainedModel, mlps: Sequence[GluMlp], normed: bool
-) -> Replay:
-    down = mlps[0].projection("down_proj")
-    alone = len(mlps) == 1 and down is not None and mlps[0].kind == "dense"
-    # The size of what it returns is needed at once.
-    fits = alone and not normed and Replay.fits(walk, model, down)
-    return Replay(walk, {mlp.module for mlp in mlps}, down if fits else None)
 
 
 def _checked(mlp: GluMlp, moments: Moments | None) -> Moments:
@@ -410,25 +426,6 @@ def _checked(mlp: GluMlp, moments: Moments | None) -> Moments:
             "another dtype, such as dtype=float32, or other text."
         )
     return moments
-
-
-def _change(mlp: GluMlp, moments: Moments, kept: Tensor, gram: Tensor | None) -> None:
-    """Set the columns of removed neurons to 0, and the others to repaired ones if there is G."""
-    down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
-    here, gone = kept.to(down.device), _others(kept, mlp.width).to(down.device)
-    before = down.clone()
-    if gram is not None:
-        down[:, here] = repaired(gram, before, here).to(down.dtype)
-    down[:, gone] = 0
-    if bias is not None and gram is not None:
-        bias += ((before.double() - down.double()) @ moments.mean).to(bias)
-
-
-def _down_of(mlp: GluMlp) -> list[Tensor]:
-    """Return the parameters that a repair writes to."""
-    bias = getattr(mlp.projection("down_proj"), "bias", None)
-    weight = mlp.parameter(mlp.regions["down_proj", "weight"])
-    return [weight] if bias is None else [weight, bias]
 
 
 def _bias(mlp: GluMlp) -> Tensor | None:

@@ -202,6 +202,7 @@ def carry_out(
                 arguments.repair,
                 take,
                 device,
+                evidence.moments,
             )
             if arguments.repair != NO_REPAIR:
                 repaired = changed

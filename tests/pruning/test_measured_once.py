@@ -32,6 +32,7 @@ def work(monkeypatch):
         (measuring, "calibrate"),
         (measuring, "block_influence"),
         (measuring, "curvature"),
+        (measuring, "moments_of"),
         (measuring.LoadedModel, "_curves"),
     ):
         original = getattr(module, name)
@@ -60,11 +61,21 @@ LOADS = [
         [ACT | {"dtype": dtype} for dtype in (torch.bfloat16, torch.float16)],
         {"calibrate": 1},
     ),
-    # The rest is measured layer after layer, on what the layers in front leave.
-    ([{"ratio": n, "recipe": "best"} for n in (1, 2)], {"curvature": 1}),
+    (
+        [{"ratio": n, "recipe": "best"} for n in (1, 2)],
+        {"curvature": 1, "moments_of": 1},
+    ),
+    (
+        [
+            {"ratio": n, "recipe": recipe}
+            for n in (1, 2)
+            for recipe in ("uneven", "best")
+        ],
+        {"curvature": 1, "moments_of": 1, "_curves": 1},
+    ),
     (
         [SHARED, SHARED | {"ratio": 1}, SHARED | {"repair": "least_squares"}],
-        {"calibrate": 1, "curvature": 1, "_curves": 2},
+        {"calibrate": 1, "curvature": 1, "moments_of": 1, "_curves": 2},
     ),
 ]
 
@@ -86,7 +97,8 @@ def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, text, work
     assert work == {"block_influence": 1}
     sizes = (str(tiny_llama), "prune_percent", [20, 40])
     rows = plan_rows(*sizes, criterion="act", allocation="sensitivity", **text)
-    assert work == {"block_influence": 1, "calibrate": 1, "curvature": 1, "_curves": 1}
+    once = ("block_influence", "calibrate", "curvature", "moments_of", "_curves")
+    assert work == dict.fromkeys(once, 1)
     assert all(row.layer_widths for row in rows)
     alike = [row.parameters for row in plan_rows(*sizes)]
     assert [row.parameters for row in rows] == alike
@@ -122,6 +134,19 @@ def test_what_may_differ_is_measured_anew(change, text, work, tmp_path):
     asked = change(folder, tmp_path / "texts.jsonl") or {}
     load_pruned(str(folder), **ACT, **text, **asked)
     assert work == {"calibrate": 2}
+
+
+@pytest.mark.parametrize("recipe", ["best", "uneven"])
+def test_what_takes_too_much_room_is_measured_for_each_use(
+    recipe, tiny_llama, text, work, monkeypatch
+):
+    asked = {"ratio": 2, "recipe": recipe, **text}
+    stored = load_pruned(str(tiny_llama), **asked)
+    assert work["moments_of"] == 1
+    monkeypatch.setattr(measuring, "_MOST_STORED", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.cache_folder() / "another"))
+    assert_same_model(stored, load_pruned(str(tiny_llama), **asked))
+    assert work["moments_of"] == 1
 
 
 def test_a_model_in_memory_is_measured_each_time(tiny_llama, text, work):

@@ -21,7 +21,7 @@ from lm_eval_pruned.pruning import moments as moments_module
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.depth import layers_of
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, Replay
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.repair import (
     RIDGE,
@@ -292,28 +292,30 @@ SHAPES += ("lfm2", "falcon_h1", "mixtral", "qwen2_moe", "deepseek_v3")
 @pytest.mark.parametrize(
     "family", breadth(SHAPES, "llama", "gemma2", "gemma3n_text", "qwen2_moe")
 )
-@pytest.mark.parametrize("fits", [True, False])
-def test_texts_meet_each_layer_with_what_the_cut_ones_return(
-    family, fits, tmp_path, monkeypatch
+def test_texts_meet_each_layer_with_what_the_unpruned_ones_return(
+    family, tmp_path, monkeypatch
 ):
     model = made(tmp_path, family)
+    ids = torch.tensor([byte_tokenizer()(TEXTS[0][:200])["input_ids"]])
+    outputs: list = []
+    hooks = [
+        layer.register_forward_hook(lambda *call: outputs.append(call[2]))
+        for layer in layers_of(model)[1]
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
     returned: list = []
     go_on = LayerByLayer.go_on
 
-    def noting(walk, found):
-        returned.append(found[0])
-        go_on(walk, found)
+    def noting(walk, batches):
+        returned.append(batches[0])
+        go_on(walk, batches)
 
     monkeypatch.setattr(LayerByLayer, "go_on", noting)
-    monkeypatch.setattr(Replay, "fits", lambda *_: fits)
     text = {"calibration": write_texts(tmp_path / "text.jsonl", [TEXTS[0][:200]])}
     prune(model, text, repair="least_squares")
-    ids = torch.tensor([byte_tokenizer()(TEXTS[0][:200])["input_ids"]])
-    outputs: list = []
-    for layer in layers_of(model)[1]:
-        layer.register_forward_hook(lambda *each: outputs.append(each[2]))
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
     assert len(returned) == len(outputs)
     for one, other in zip(returned, outputs, strict=True):
         first, second = (e[0] if isinstance(e, tuple) else e for e in (one, other))
@@ -324,30 +326,35 @@ def test_texts_meet_each_layer_with_what_the_cut_ones_return(
 def test_an_error_is_a_share_of_the_output_where_a_norm_follows(family, tmp_path):
     model = made(tmp_path, family)
     text = {"calibration": write_texts(tmp_path / "text.jsonl", [TEXTS[0][:400]])}
-    down = layers_of(model)[1][0].mlp.down_proj
-    seen: list = []
-    hook = down.register_forward_hook(lambda _, x, y: seen.extend((x[0][0], y[0])))
+    seen: dict = {}
+    layers = enumerate(layers_of(model)[1])
+    downs = {number: layer.mlp.down_proj for number, layer in layers}
+    for number, down in downs.items():
+
+        def note(_, x, y, number=number) -> None:
+            seen.setdefault(number, (x[0][0].double(), y[0].double()))
+
+        down.register_forward_hook(note)
+    before = {number: down.weight.detach().double() for number, down in downs.items()}
     ids = torch.tensor([byte_tokenizer()(TEXTS[0][:400])["input_ids"]])
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
-    hook.remove()
-    x, y = (rows.double() for rows in seen)
-    if family == "gemma2":
-        x = x / y.square().mean(-1, keepdim=True).sqrt()
-    if down.bias is not None:
-        x = x - x.mean(0)
-    gram = x.T @ x
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-    before = down.weight.detach().double()
     pruned = prune(model, text, criterion="l2", repair="least_squares")
-    expected = repaired(gram, before, pruned.prune_record.kept[0])
-    after = layers_of(pruned)[1][0].mlp.down_proj.weight.detach().double()
-    torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4)
+    for number, (x, y) in seen.items():
+        if family == "gemma2":
+            x = x / y.square().mean(-1, keepdim=True).sqrt()
+        if downs[number].bias is not None:
+            x = x - x.mean(0)
+        gram = x.T @ x
+        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+        kept = pruned.prune_record.kept[number]
+        expected = repaired(gram, before[number], kept)
+        after = layers_of(pruned)[1][number].mlp.down_proj.weight.detach().double()
+        torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_nothing_in_front_of_the_down_projection_runs_twice(text, monkeypatch):
+def test_no_layer_runs_twice(text, monkeypatch):
     ran: Counter[str] = Counter()
-    monkeypatch.setattr(Replay, "fits", lambda *_: True)
     for part in (LlamaAttention, LlamaMLP):
 
         def counting(self, *given, forward=part.forward, name=part.__name__, **named):
