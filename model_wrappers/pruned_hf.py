@@ -122,7 +122,7 @@ class PrunedHFLM(PrefixHFLM):
                 processes = int(os.environ.get("WORLD_SIZE", "1"))
                 checkpoint.check_divides(processes, "tp_plan")
             quantising = quantising_arguments(kwargs)
-            if merging is not None and quantising and checkpoint.cut.plan.changes_model:
+            if merging is not None and quantising and checkpoint.cut.plan.prunes:
                 raise ValueError(
                     f"{quantising[0]} quantises the model while it loads, but it has to be pruned "
                     f"afterwards, because {merging} adds to its weights first: export the pruned "

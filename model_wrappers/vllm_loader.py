@@ -58,18 +58,11 @@ def engine_checkpoint(
 def check_buildable(checkpoint: Checkpoint) -> None:
     """Refuse what no engine can build from a config, except dense MLPs, which are rebuilt."""
     cut, plan, widths = checkpoint.cut, checkpoint.cut.plan, checkpoint.cut.widths
-    why = None
-    if plan.arguments.drop_layers is not None:
-        why = "drop_layers removes layers that an engine looks for in the checkpoint"
-    elif plan.is_open:
-        why = (
-            f"allocation={plan.arguments.allocation} derives the widths from losses, but an engine needs "
-            "them before it loads any weight"
-        )
-    if why is not None:
+    if plan.is_open:
         raise UnsupportedModelError(
-            f"{why}: use --model pruned-hf, or export the pruned model first (lm-eval-pruned "
-            "prune)."
+            f"allocation={plan.arguments.allocation} derives the widths from losses, but an engine "
+            "needs them before it loads any weight: use --model pruned-hf, or export the pruned "
+            "model first (lm-eval-pruned prune)."
         )
     experts = {mlp.name for mlp in widths.mlps if mlp.kind == "expert"}
     for name in cut.inexpressible:
@@ -118,7 +111,7 @@ class PrunedModelLoader(DefaultModelLoader):
             if self.load_config.safetensors_load_strategy == "prefetch":
                 self._read_ahead(model_config)
             stored = Stored.of(checkpoint)
-            carry_out(stored, stored.cut)
+            carry_out(stored, checkpoint.cut)
             self._pruned = stored.model
             as_stored(stored.rounded)
         self._checkpoint = checkpoint

@@ -45,8 +45,8 @@ def check_adapter(
         argument: What named the adapter, for messages.
 
     Raises:
-        ValueError: There is no adapter, or it was trained on MLPs of another width or on
-            layers that are left out, or after pruning where it is to be merged before.
+        ValueError: There is no adapter, or it was trained on MLPs of another width, or after
+            pruning where it is to be merged before.
     """
     from peft import PeftConfig
     from peft.utils import load_peft_weights
@@ -68,19 +68,11 @@ def check_adapter(
         )
     plan, cut = checkpoint.cut.plan, checkpoint.cut
     if not after:
-        cut = cut.widths.whole.uncut
+        cut = cut.widths.uncut
     if cut.inexpressible:
         return
     narrow = without_weights(type(cut.widths.skeleton), cut.config())
     expected = adapted_shapes(narrow, config)
-    depth, absent = plan.depth, sorted({*stored} - {*expected})
-    if after and depth is not None and absent:
-        # peft passes over them.
-        raise ValueError(
-            f"{argument}={adapter} has {absent[0]}, which is not in the {len(depth.kept)} of "
-            f"{depth.before} layers that drop_layers leaves: pass an adapter that "
-            "was trained on them, or peft_stage=before to merge it first."
-        )
     for name in sorted(stored.keys() & expected.keys()):
         for have, want in zip(stored[name].shape, expected[name], strict=False):
             if have == want or want not in cut.targets.values():

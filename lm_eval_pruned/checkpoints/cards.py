@@ -58,16 +58,12 @@ def model_card(
     origin = f"{name} (revision {revision})" if revision else name
     loaded = f"pretrained={name}" + (f",revision={revision}" if revision else "")
     shards = shard_sizes(written)
-    ranked = (
-        f" In each layer, the neurons with the highest scores by `{plan.criterion}` were "
-        "kept."
-    )
-    body = f"""{_OURS} pruned {origin}.{ranked * plan.prunes} {trained}
+    body = f"""{_OURS} pruned {origin}. In each layer, the neurons with the highest scores by \
+`{plan.criterion}` were kept. {trained}
 
 {_table(record)}
 
-The digest is SHA-256 over the kept indices of all layers (little-endian int64; if layers were
-dropped, "layers" and the numbers of those that are kept come first).
+The digest is SHA-256 over the kept indices of all layers (little-endian int64).
 
 ```json
 {json.dumps(record.as_dict(), indent=2)}
@@ -82,9 +78,8 @@ of its source, for your use:
 lm-eval-pruned verdict pruned-hf,{loaded} pruned-hf,pretrained=FOLDER_OF_THIS_MODEL
 ```
 """
-    tags = ["depth-pruning"] * (plan.depth is not None)
     title = f"{origin}, {_what(plan)}"
-    return _card(source, folder, "transformers", record, tags, title, body)
+    return _card(source, folder, "transformers", record, title, body)
 
 
 def adapter_card(
@@ -100,7 +95,7 @@ def adapter_card(
     loading = {k: v for k, v in (loading | plan.asked).items() if v}
     arguments = ",".join(f"{k}={v}" for k, v in loading.items())
     title = f"{method} adapter for {name}"
-    if plan.changes_model:
+    if plan.prunes:
         title += f", {_what(plan)}"
     body = f"""{trained} {_OURS} wrote this adapter. `pruned-hf` refuses to apply it to other neurons than those it was trained on.
 
@@ -112,7 +107,7 @@ To evaluate it, pass the arguments of pruning that it was trained with (`healing
 lm_eval --model pruned-hf --model_args {arguments},peft=FOLDER_OF_THIS_ADAPTER
 ```
 """
-    return _card(source, folder, "peft", record, [method], title, body)
+    return _card(source, folder, "peft", record, title, body, method)
 
 
 def _card(
@@ -120,9 +115,9 @@ def _card(
     folder: Path,
     library: str,
     record: PruneRecord,
-    tags: list[str],
     title: str,
     body: str,
+    *tags: str,
 ) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -155,9 +150,4 @@ def _table(record: PruneRecord) -> str:
 
 
 def _what(plan: PrunePlan) -> str:
-    words = []
-    if plan.prunes:
-        words.append(f"pruned to {whole_or_mean(plan.mean_width):,} neurons per MLP")
-    if plan.depth is not None:
-        words.append(f"{len(plan.depth.kept)} of {plan.depth.before} layers")
-    return ", ".join(words)
+    return f"pruned to {whole_or_mean(plan.mean_width):,} neurons per MLP"

@@ -38,9 +38,9 @@ from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.calibration import check_observable
 from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, check_finite
-from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layouts import (
     BUILDING,
+    layers_of,
     regions_by_parameter,
     text_config,
     with_widths,
@@ -52,11 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
-    from transformers import (
-        PretrainedConfig,
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-    )
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.weights import StoredTensor
     from lm_eval_pruned.pruning.arguments import PruneArguments
@@ -113,18 +109,18 @@ class Checkpoint:
             config, rest = config_and_rest(pretrained, from_pretrained)
             auto_class = auto_class or auto_class_for(config)
             build = functools.partial(auto_class.from_config, trust_remote_code=trusted)
-            whole = Widths(build, config)
+            widths = Widths(build, config)
             with argument_errors():
-                cut = whole.cut(prune_arguments)
+                cut = widths.cut(prune_arguments)
         return cls(pretrained, auto_class, config, rest, cut, calibrates_on)
 
     def asking(
-        self, prune_arguments: PruneArguments, whole: Widths | None = None
+        self, prune_arguments: PruneArguments, widths: Widths | None = None
     ) -> Checkpoint:
-        """Return the same model with other arguments of pruning, or `whole` other widths."""
-        whole = whole or self.cut.widths.whole
+        """Return the same model with other arguments of pruning, or other `widths`."""
+        widths = widths or self.cut.widths
         with clear_errors(self.pretrained), argument_errors():
-            return dataclasses.replace(self, cut=whole.cut(prune_arguments))
+            return dataclasses.replace(self, cut=widths.cut(prune_arguments))
 
     def with_stored_widths(self) -> Checkpoint:
         """Return the same model with the widths that its tensors have, by the headers of its files.
@@ -132,9 +128,9 @@ class Checkpoint:
         Raises:
             ValueError: The tensors of an MLP do not fit together, or the config.
         """
-        whole = self.cut.widths.whole
+        widths = self.cut.widths
         shapes = {name: tensor.shape for name, tensor in self.stored.items()}
-        expected = tensors_of(whole.skeleton)
+        expected = tensors_of(widths.skeleton)
         if not shapes or all(shapes.get(name) == t.shape for name, t in expected):
             return self
         # transformers knows which parameters they become.
@@ -143,14 +139,14 @@ class Checkpoint:
         # It would report what does not fit, at length.
         logging.set_verbosity_error()
         try:
-            _, loading = self._built({**reading, "device_map": "meta"}, whole.uncut)
+            _, loading = self._built({**reading, "device_map": "meta"}, widths.uncut)
         finally:
             logging.set_verbosity(verbosity)
-        actual = stored_widths(loading["mismatched_keys"], whole)
-        if actual == whole.actual:
+        actual = stored_widths(loading["mismatched_keys"], widths)
+        if actual == widths.actual:
             return self
-        build = type(whole.skeleton)
-        stored = Widths(build, whole.original, actual.values())
+        build = type(widths.skeleton)
+        stored = Widths(build, widths.original, actual.values())
         return self.asking(self.cut.plan.arguments, stored)
 
     @functools.cached_property
@@ -285,9 +281,10 @@ class Checkpoint:
             for name, value in self.model_arguments.items()
             if not PLACING.fullmatch(name)
         }
-        whole, stored = self.cut.widths.whole, self.stored
+        widths, stored = self.cut.widths, self.stored
         # Tensors of other names may become part of an MLP.
-        outside = whole.skeleton.state_dict().keys() - regions_by_parameter(whole.mlps)
+        neurons = regions_by_parameter(widths.mlps)
+        outside = widths.skeleton.state_dict().keys() - neurons
         inside = {
             tensor.dtype for name, tensor in stored.items() if name not in outside
         }
@@ -306,7 +303,7 @@ class Checkpoint:
         return model, rounded
 
     def load_whole(self, arguments: Mapping[str, Any] | None = None) -> PreTrainedModel:
-        """Load the model unpruned, with all its layers; see `with_stored_widths`.
+        """Load the model unpruned; see `with_stored_widths`.
 
         `arguments` are those of ``from_pretrained``; default: the user's.
 
@@ -321,9 +318,9 @@ class Checkpoint:
             arguments.setdefault("dtype", torch.float32)
             arguments["quantization_config"] = GgufConfig(dequantize=True)
         ignore_sizes = arguments.get("ignore_mismatched_sizes")
-        whole = self.cut.widths.whole
-        model, loading = self._built(arguments, whole.uncut)
-        check_filled(model, loading, whole, ignore_sizes)
+        widths = self.cut.widths
+        model, loading = self._built(arguments, widths.uncut)
+        check_filled(model, loading, widths, ignore_sizes)
         return model
 
     def place(

@@ -19,7 +19,7 @@ import torch
 
 from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.compare.statistics import paired_mean
-from lm_eval_pruned.pruning.arguments import CALIBRATION, CUTS, PruneArguments
+from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
 from lm_eval_pruned.pruning.calibration import run_texts, watched
 from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import RANDOM
@@ -175,9 +175,7 @@ def _continued(
 def random_cut(checkpoint: Checkpoint) -> Checkpoint:
     """Return the checkpoint with a random cut of the same size and layers, without repair."""
     arguments = checkpoint.cut.plan.arguments
-    names = [*CUTS, "layers", "skip_layers", "multiple_of"]
-    if arguments.measures_depth:
-        names += ["drop_by", "seed", *CALIBRATION]
+    names = (*SIZES, "layers", "skip_layers", "multiple_of")
     same = {n: v for n in names if (v := getattr(arguments, n)) is not None}
     return checkpoint.asking(PruneArguments(**same, criterion=RANDOM))
 

@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.checkpoints.cards import model_card, shard_sizes
-from lm_eval_pruned.checkpoints.checkpoint import (
-    Checkpoint,
-    as_stored,
-    stored_once,
-)
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, as_stored, stored_once
 from lm_eval_pruned.checkpoints.cost import (
     PRUNED,
     RANDOM_CUT,
@@ -29,7 +25,7 @@ from lm_eval_pruned.checkpoints.cost import (
 )
 from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import Stored, load_checkpoint
-from lm_eval_pruned.pruning.arguments import CUTS, PruneArguments
+from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
 from lm_eval_pruned.pruning.layer_by_layer import moved
 from lm_eval_pruned.pruning.slicing import carry_out, finish
 from lm_eval_pruned.util.atomic import appearing_whole, check_writable
@@ -159,15 +155,15 @@ def export_pruned(
     measure(UNPRUNED, loaded.model)
     with appearing_whole(output) as unfinished:
         model = loaded.model
-        carry_out(loaded, loaded.cut, scratch=unfinished)
+        carry_out(loaded, checkpoint.cut, scratch=unfinished)
         if dtype is not None:
             model = checkpoint.place(model, loaded.rounded)
         finish(model, device)
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
-        if not record.plan.changes_model:
+        if not record.plan.prunes:
             raise ValueError(
                 f"{record.plan.as_written() or 'no size'} keeps all {record.plan.width_before} neurons, so "
-                f"there is nothing to export: pass one of {', '.join(CUTS)} that removes some."
+                f"there is nothing to export: pass one of {', '.join(SIZES)} that removes some."
             )
         measure(PRUNED, model)
         if dtype is None:
@@ -215,7 +211,7 @@ def _least_bytes(
 ) -> int:
     """Return how many bytes of weights there will be at least; 0 where only a load tells."""
     cut = checkpoint.cut
-    if cut.plan.is_open or cut.plan.arguments.measures_depth:
+    if cut.plan.is_open:
         return 0
     parameters = cut.parameters_after
     if dtype is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.checkpoints.checkpoint import Rounded
     from lm_eval_pruned.pruning.arguments import Number
     from lm_eval_pruned.pruning.curves import Sensitivity
-    from lm_eval_pruned.pruning.widths import Cut
 
 
 def load_pruned(
@@ -112,9 +110,9 @@ def load_checkpoint(
     checkpoint.check_text()
     checkpoint = checkpoint.with_stored_widths()
     cut = checkpoint.cut
-    if cut.plan.changes_model or cut.plan.arguments.measures_depth:
+    if cut.plan.prunes:
         stored = Stored.of(checkpoint, tokenizer)
-        carry_out(stored, stored.cut)
+        carry_out(stored, cut)
         model = checkpoint.place(stored.model, stored.rounded)
     else:
         model = checkpoint.load_whole()
@@ -126,14 +124,12 @@ def load_checkpoint(
 
 @dataclass(frozen=True)
 class Stored(LoadedModel):
-    """A model as it is stored, with all its layers, and what is to become of it.
+    """A model as it is stored.
 
     Attributes:
-        cut: What is to be done, with the layers that text chose.
         rounded: What the dtype of `model` rounded; see `Checkpoint.load_stored`.
     """
 
-    cut: Cut = field(kw_only=True)
     rounded: Sequence[Rounded] = field(kw_only=True)
 
     @classmethod
@@ -141,20 +137,13 @@ class Stored(LoadedModel):
         cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> Stored:
         """Load a model of `Checkpoint.with_stored_widths`; takes what `load_checkpoint` takes."""
-        cut, device = checkpoint.cut, checkpoint.device()
-        arguments = cut.plan.arguments
+        arguments, device = checkpoint.cut.plan.arguments, checkpoint.device()
         # Only what text says is kept for later loads.
         content = checkpoint.content_key() if arguments.calibration else None
         model, rounded = checkpoint.load_stored()
         if arguments.calibration is not None and tokenizer is None:
             tokenizer = checkpoint.load_tokenizer()
-        loaded = model, tokenizer, arguments, device, content
-        stored = cls(*loaded, cut=cut, rounded=rounded)
-        if arguments.measures_depth:
-            cut = cut.widths.cut(arguments, stored.depth())
-        if (depth := cut.plan.depth) is not None:
-            content = content and (content, depth.kept)
-        return dataclasses.replace(stored, cut=cut, content=content)
+        return cls(model, tokenizer, arguments, device, content, rounded=rounded)
 
 
 def measure_sensitivity(

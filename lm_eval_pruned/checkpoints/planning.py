@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.argument_values import written_by_layer, written_layers
+from lm_eval_pruned.pruning.argument_values import written_by_layer
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.plan import PrunePlan, whole_or_mean
 from lm_eval_pruned.util.tables import Column, Table, csv_table
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
-    from lm_eval_pruned.pruning.arguments import Layers, LayerWidths, Number
-    from lm_eval_pruned.pruning.widths import Cut
+    from lm_eval_pruned.pruning.arguments import LayerWidths, Number
 
 
 #: Arguments of `hf` that say where a config, a tokenizer and weights come from.
@@ -49,7 +47,7 @@ _BYTES = {None: 4, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One requested size, or depth.
+    """One requested size.
 
     Attributes:
         asked: The request, such as ``ratio=2.0``.
@@ -59,9 +57,6 @@ class PlanRow:
         reduction: Share of the baseline's parameters that is removed, 0 to 1.
         checkpoint_bytes: Size of its weights in the config's dtype.
         layer_widths: Where layers differ, their kept widths, such as ``0:1200,1-29:900``.
-        layers_dropped: Layers that are left out, such as ``20-22``.
-        equal_ratio: If only layers are dropped, the expansion ratio at which the model with all
-            its layers has as many parameters, to within a neuron; empty if its MLPs have fewer.
     """
 
     asked: str
@@ -71,8 +66,6 @@ class PlanRow:
     reduction: float
     checkpoint_bytes: int
     layer_widths: str = ""
-    layers_dropped: str = ""
-    equal_ratio: str = ""
 
 
 def suggested_recipe(
@@ -120,15 +113,15 @@ def shipped_config(pretrained: str) -> str | None:
 def plan_rows(
     pretrained: str,
     argument: str,
-    values: Iterable[Number | LayerWidths | Layers],
+    values: Iterable[Number | LayerWidths],
     **more: Any,
 ) -> list[PlanRow]:
     """Plan a model at several sizes, without reading weights where that can be.
 
     Args:
         pretrained: Folder or Hub name.
-        argument: ``ratio``, ``prune_percent``, ``widths`` or ``drop_layers``.
-        values: One size, or depth, per row.
+        argument: ``ratio``, ``prune_percent`` or ``widths``.
+        values: One size per row.
         **more: Those of `SOURCE_ARGUMENTS`, and others of
             `lm_eval_pruned.pruning.arguments.PruneArguments`. An allocation that is not uniform
             looks at weights and text.
@@ -144,8 +137,7 @@ def plan_rows(
         return []
     source = {name: value for name, value in more.items() if value}
     shipped = None if source else shipped_config(pretrained)
-    deep = [arguments for arguments in variants if arguments.drop_layers is not None]
-    if not source and not deep and (dense := _Dense.read(shipped or pretrained)):
+    if not source and (dense := _Dense.read(shipped or pretrained)):
         plans = [dense.plan(arguments) for arguments in variants]
         if not any(plan.is_open for plan in plans):
             return [dense.row(plan) for plan in plans]
@@ -158,36 +150,28 @@ def plan_rows(
         return [whole.asking(arguments) for arguments in variants]
 
     planned = planned_for(shipped or pretrained)
-    if shipped and any(map(_needs_weights, planned)):
+    if shipped and any(checkpoint.cut.plan.is_open for checkpoint in planned):
         planned = planned_for(pretrained)
     return [*map(_row, planned)]
-
-
-def _needs_weights(checkpoint: Checkpoint) -> bool:
-    plan = checkpoint.cut.plan
-    return plan.is_open or plan.arguments.measures_depth
 
 
 def _row(checkpoint: Checkpoint) -> PlanRow:
     """Describe what becomes of a model."""
     cut = checkpoint.cut
-    if _needs_weights(checkpoint):
+    if cut.plan.is_open:
         from lm_eval_pruned.checkpoints.load import Stored
         from lm_eval_pruned.pruning.allocation import plan_layers
 
         checkpoint.check_text()
-        stored = Stored.of(checkpoint.with_stored_widths())
-        cut = plan_layers(stored.cut, stored) if stored.cut.plan.is_open else stored.cut
+        checkpoint = checkpoint.with_stored_widths()
+        cut = plan_layers(checkpoint.cut, Stored.of(checkpoint))
     dtype: Any = checkpoint.config.dtype
-    row = _described(
+    return _described(
         cut.plan,
         cut.parameters_before,
         cut.parameters_after,
         dtype and dtype.itemsize,
     )
-    if cut.plan.depth is None or cut.plan.prunes:
-        return row
-    return replace(row, equal_ratio=_equal_ratio(cut))
 
 
 def _described(
@@ -202,7 +186,6 @@ def _described(
         1 - after / before,
         after * (itemsize or 4),
         written_by_layer(plan.layer_widths or ()),
-        "" if plan.depth is None else written_layers(plan.depth.dropped),
     )
 
 
@@ -299,16 +282,6 @@ class _Dense:
         return _described(plan, before, after, self.itemsize)
 
 
-def _equal_ratio(cut: Cut) -> str:
-    """Return the ratio at which all layers together have as many parameters; empty without one."""
-    plan, whole, before = cut.plan, cut.widths.whole, cut.parameters_before
-    rest = whole.count_parameters(dict.fromkeys(whole.actual, 0))
-    share = Fraction(before - cut.parameters_after, before - rest)
-    width = plan.width_before - round(plan.width_before * share)
-    # Rounded down to six digits, of which the kept width is rounded up again.
-    return f"{width * 10**6 // plan.hidden_size / 10**6:.6f}" if width >= 1 else ""
-
-
 #: Those after the first six are left out where they say nothing.
 _COLUMNS = (
     Column("asked", attrgetter("asked")),
@@ -318,8 +291,6 @@ _COLUMNS = (
     Column("reduction", attrgetter("reduction"), ".2%"),
     Column("checkpoint bytes", attrgetter("checkpoint_bytes"), ","),
     Column("widths by layer", attrgetter("layer_widths"), ">"),
-    Column("layers dropped", attrgetter("layers_dropped"), ">"),
-    Column("ratio of equal parameters", attrgetter("equal_ratio"), ">"),
 )
 
 

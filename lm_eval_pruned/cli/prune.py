@@ -5,12 +5,7 @@ tokenizer files, model card. Kept weights wait on its disk, not in memory.
 import sys
 
 from lm_eval_pruned.cli import model_args as loading
-from lm_eval_pruned.pruning.arguments import (
-    CUTS,
-    DECLARED,
-    SIZES,
-    option_row,
-)
+from lm_eval_pruned.pruning.arguments import DECLARED, SIZES, option_row
 from lm_eval_pruned.util.options import row
 
 
@@ -42,11 +37,10 @@ def run(arguments) -> None:
 
     source = ("dtype", *SOURCE_ARGUMENTS)
     model_args, pruning = loading.read_with_pruning(arguments, DECLARED, source)
-    if not pruning.keys() & {*CUTS}:
-        raise ValueError(f"No size was given: pass one of --{', --'.join(CUTS)}.")
+    if not pruning.keys() & {*SIZES}:
+        raise ValueError(f"No size was given: pass one of --{', --'.join(SIZES)}.")
     loaded = loading.with_default_model(model_args)
-    # A recipe is for neurons: layers alone are dropped without one.
-    if pruning.keys() & {*SIZES} and not {"recipe", "criterion"} & pruning.keys():
+    if not {"recipe", "criterion"} & pruning.keys():
         pruning["recipe"], why = suggested_recipe(pruning, loaded)
         print(f"recipe={pruning['recipe']} was chosen, because {why}.", file=sys.stderr)
     measured = [cost.UNPRUNED, cost.PRUNED, *[cost.RANDOM_CUT] * arguments.check]

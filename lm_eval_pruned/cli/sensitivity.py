@@ -9,7 +9,7 @@ from lm_eval_pruned.cli import model_args as loading
 from lm_eval_pruned.pruning.argument_values import SENSITIVITY as ALLOCATION
 from lm_eval_pruned.pruning.arguments import (
     CALIBRATION,
-    CUTS,
+    SIZES,
     PruneArguments,
     option_row,
 )
@@ -50,7 +50,7 @@ def run(arguments) -> None:
         output.mkdir(parents=True, exist_ok=True)
     source = ("dtype", *SOURCE_ARGUMENTS)
     model_args, pruning = loading.read_with_pruning(arguments, _CUT, source)
-    for name in pruning.keys() & {*CUTS, "allocation"}:
+    for name in pruning.keys() & {*SIZES, "allocation"}:
         raise ValueError(
             f"model_args has {name}={pruning[name]}, but each layer is cut in turn: leave it out, and "
             "use --prune_percents."

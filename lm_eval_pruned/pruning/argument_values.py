@@ -104,13 +104,6 @@ def layer_numbers(name: str, value: Layers) -> list[int]:
     return numbers
 
 
-def dropped_layers(name: str, value: Layers) -> int | tuple[int, ...]:
-    """Return how many layers to drop, or their numbers where a list or a range names them."""
-    if isinstance(value, int) or str(value).strip().isdecimal():
-        return whole(name, str(value))
-    return tuple(sorted({*layer_numbers(name, value)}))
-
-
 def written_layers(layers: Iterable[int]) -> str:
     """Return numbers of layers as the user would write them, such as ``0,4-11``."""
     return written_by_layer((layer, None) for layer in layers)

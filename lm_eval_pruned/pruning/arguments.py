@@ -18,11 +18,9 @@ from lm_eval_pruned.pruning.argument_values import (
     REPAIRS,
     SENSITIVITY,
     UNIFORM,
-    dropped_layers,
     percent,
     seed_below_limit,
     whole,
-    written_layers,
     written_source,
 )
 from lm_eval_pruned.pruning.criteria import CALIBRATED, OBS, canonical_name
@@ -39,24 +37,19 @@ if TYPE_CHECKING:
 
 #: Those that say how many neurons to keep.
 SIZES = ("ratio", "prune_percent", "intermediate_size", "widths")
-#: Those that say how much of the model goes: neurons, or layers.
-CUTS = (*SIZES, "drop_layers")
 #: Those of which only one may be given, by what each of them does.
 EXCLUSIVE = {
     "sets the kept width": SIZES,
     "says which layers to prune": ("layers", "skip_layers", "widths"),
-    "decides layer by layer": ("drop_layers", "widths", "allocation"),
+    "decides layer by layer": ("widths", "allocation"),
 }
 #: Those that have no effect without one of others.
 NEEDS: dict[str, tuple[str, ...]] = {
-    "drop_by": ("drop_layers",),
     **dict.fromkeys(("layers", "skip_layers", "allocation"), SIZES[:-1]),
     "multiple_of": SIZES,
 }
 #: Those that say which text is calibrated on.
 CALIBRATION = ("calibration", "calibration_samples", "calibration_tokens")
-#: How a count of layers to drop chooses them: by their place, or by what they do to hidden states.
-DEPTH_RULES = LAST, BLOCK_INFLUENCE = "last", "block_influence"
 
 #: The recipe of arXiv 2512.22671, which is the default.
 STUDY = "study"
@@ -93,13 +86,6 @@ class PruneArguments(DeclaredOptions):
             ``[0, 2]``, and ``0+2-5`` where a comma separates arguments. Stock transformers opens
             the saved model only if its config holds widths per layer; this package always does.
         skip_layers: Layers not to prune. Instead of `layers`.
-        drop_layers: Layers to remove entirely, as a count or a list. For example 4, chosen by
-            `drop_by`, or ``3+7-9``, ``[3]`` or ``[3, 7]``. The layers that stay are renumbered
-            from 0; `layers` and `skip_layers` use the numbers of the unpruned model. With a
-            size, the layers that stay are narrowed as well. See `lm_eval_pruned.pruning.depth`.
-        drop_by: How to choose the layers if `drop_layers` is a count. ``last`` keeps the last layer and drops
-            those before it; ``block_influence`` drops those that change the hidden states of
-            `calibration` text least.
         allocation: How to distribute the cut over the layers; default: uniform, or that of the
             recipe. ``uniform`` removes the same share from every layer; ``sensitivity`` takes as
             many neurons in all, from the layers whose cut costs least on `calibration`. See
@@ -117,8 +103,9 @@ class PruneArguments(DeclaredOptions):
             `calibration` text. See `lm_eval_pruned.pruning.repair`.
         seed: Seed for the criterion random, and for ``calibration=self``.
         calibration: JSON Lines file, ``dataset:NAME``, ``dataset:NAME:CONFIG``, or ``self`` for what
-            the unpruned model writes: text for criteria that look at activations, for `repair`,
-            ``allocation=sensitivity`` and ``drop_by=block_influence``; default: text included in this package. See `lm_eval_pruned.pruning.calibration_text`.
+            the unpruned model writes: text for criteria that look at activations, for `repair` and
+            ``allocation=sensitivity``; default: text included in this package. See
+            `lm_eval_pruned.pruning.calibration_text`.
         calibration_samples: Number of its texts to use, the first ones; default: all.
         calibration_tokens: Read no more texts after this many tokens; default: all of a file,
             40000 of a dataset or of ``self``.
@@ -140,12 +127,6 @@ class PruneArguments(DeclaredOptions):
     multiple_of: Number = option(object, 1, "N", check=whole)
     layers: Layers | None = option(object, None)
     skip_layers: Layers | None = option(object, None)
-    drop_layers: Layers | None = option(
-        object, None, "N", check=dropped_layers, several="drop_layers"
-    )
-    drop_by: str = option(
-        object, LAST, "NAME", choices=DEPTH_RULES, text=(BLOCK_INFLUENCE,)
-    )
     allocation: str = option(
         object,
         None,
@@ -188,15 +169,10 @@ class PruneArguments(DeclaredOptions):
                     f"{' and '.join(several)} were given together, but each of them {purpose}: pass "
                     "one."
                 )
-        if "drop_by" in written and isinstance(self.drop_layers, tuple):
-            raise ValueError(
-                f"{written['drop_by']} chooses layers to drop, but {written['drop_layers']} lists "
-                "them: pass a count such as drop_layers=4, or leave drop_by out."
-            )
         for sentence in _idle(vars(self)).values():
             raise ValueError(sentence)
         text = self.size is not None and _needs_text(vars(self))
-        if self.calibration is None and (text or self.measures_depth):
+        if self.calibration is None and text:
             self._settle(calibration=str(OWN_TEXT))
 
     @property
@@ -211,11 +187,6 @@ class PruneArguments(DeclaredOptions):
         return self.size is not None and (
             self.criterion == OBS or self.repair != NO_REPAIR
         )
-
-    @property
-    def measures_depth(self) -> bool:
-        """Whether text decides which layers are dropped."""
-        return self.drop_by == BLOCK_INFLUENCE
 
 
 #: The arguments by name, in order.
@@ -238,8 +209,6 @@ class PruneKeywords(TypedDict, total=False):
     multiple_of: Number
     layers: Layers | None
     skip_layers: Layers | None
-    drop_layers: Layers | None
-    drop_by: str
     allocation: str
     recipe: str
     criterion: str
@@ -268,7 +237,6 @@ def _needs_text(values: Mapping[str, Any]) -> bool:
     return any(
         values[name] in declared.metadata.get("text", ())
         for name, declared in DECLARED.items()
-        if name != "drop_by" or values["drop_layers"] is not None
     )
 
 
@@ -283,8 +251,6 @@ def _written(values: Mapping[str, Any]) -> dict[str, str]:
     }
     if "widths" in chosen:
         chosen["widths"] = written_source(chosen["widths"])
-    if isinstance(chosen.get("drop_layers"), tuple):
-        chosen["drop_layers"] = written_layers(chosen["drop_layers"])
     return {name: f"{name}={value}" for name, value in chosen.items()}
 
 
@@ -315,19 +281,15 @@ def without_idle(arguments: dict[str, Any]) -> dict[str, Any]:
         >>> without_idle({"dtype": "float32", "calibration": "a.jsonl", "multiple_of": 8})
         {'dtype': 'float32'}
     """
-    counting = arguments
     if all(arguments.get(name) is None for name in SIZES):
-        kept = (*CUTS, "drop_by", *CALIBRATION)
-        counting = {
-            n: v for n, v in arguments.items() if n not in DECLARED or n in kept
-        }
+        return {n: value for n, value in arguments.items() if n not in DECLARED}
     defaults = {name: declared.default for name, declared in DECLARED.items()}
     idle = _idle(
         with_recipe(
-            {name: counting.get(name, value) for name, value in defaults.items()}
+            {name: arguments.get(name, value) for name, value in defaults.items()}
         )
     )
-    return {name: value for name, value in counting.items() if name not in idle}
+    return {name: value for name, value in arguments.items() if name not in idle}
 
 
 def take_prune_arguments(keywords: dict[str, Any]) -> dict[str, Any]:

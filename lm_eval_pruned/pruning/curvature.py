@@ -27,9 +27,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lm_eval_pruned.pruning.calibration import progress_bar, watched
-from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layer_by_layer import computing
-from lm_eval_pruned.pruning.layouts import norm_follows
+from lm_eval_pruned.pruning.layouts import layers_of, norm_follows
 from lm_eval_pruned.pruning.moments import size_of
 
 

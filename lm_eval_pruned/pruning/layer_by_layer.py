@@ -22,8 +22,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lm_eval_pruned.pruning.calibration import watched
-from lm_eval_pruned.pruning.depth import layers_of
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, describe, layers_of
 
 
 if TYPE_CHECKING:

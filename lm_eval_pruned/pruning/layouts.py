@@ -208,6 +208,26 @@ def find_glu_mlps(model: PreTrainedModel) -> list[GluMlp]:
     return mlps
 
 
+def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the path of the list of decoder layers of a model, and the list.
+
+    Raises:
+        UnsupportedModelError: There is none, or the config says another number.
+    """
+    paths = {mlp.layer_path.rpartition(".")[0] for mlp in find_glu_mlps(model)}
+    path = min(paths)
+    layers = model.get_submodule(path)
+    count = getattr(text_config(model.config), "num_hidden_layers", None)
+    alone = len(paths) == 1 and not model.config.is_encoder_decoder
+    if not alone or not isinstance(layers, nn.ModuleList) or count != len(layers):
+        raise UnsupportedModelError(
+            f"{describe(model)} does not hold its GLU-MLPs in one list of {count} layers, the number "
+            "in its config, so repair and criterion=obs (recipe=best) cannot be used with it: "
+            "leave them out, or pass recipe=fast."
+        )
+    return path, layers
+
+
 def regions_by_parameter(mlps: Iterable[GluMlp]) -> dict[str, list[Entry]]:
     """Map each parameter to the GLU-MLPs, ``(projection, part)`` and regions in it."""
     entries: dict[str, list[Entry]] = {}

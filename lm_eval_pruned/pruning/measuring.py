@@ -1,4 +1,4 @@
-"""What a model in memory says of its neurons and layers: scores, block influence, costs of cuts."""
+"""What a model in memory says of its neurons and layers: scores, and costs of cuts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cross_entropy
 
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
-from lm_eval_pruned.pruning.calibration import (
-    Calibration,
-    calibrate,
-    run_texts,
-    unless_cpu,
-)
+from lm_eval_pruned.pruning.calibration import Calibration, calibrate, unless_cpu
 from lm_eval_pruned.pruning.calibration_text import SELF, TextSource
 from lm_eval_pruned.pruning.criteria import (
     ACTIVITY,
@@ -32,7 +27,6 @@ from lm_eval_pruned.pruning.criteria import (
 )
 from lm_eval_pruned.pruning.curvature import Curvature, curvature, enough
 from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
-from lm_eval_pruned.pruning.depth import Depth, layers_of
 from lm_eval_pruned.pruning.layer_by_layer import moved
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
@@ -47,7 +41,7 @@ from lm_eval_pruned.util.cache import measured_once
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.pruning.arguments import Number, PruneArguments
@@ -84,44 +78,6 @@ def check_weights(model: PreTrainedModel, scored: Iterable[GluMlp] = ()) -> None
             check_finite(name, weight.detach())
 
 
-def block_influence(
-    model: PreTrainedModel, texts: Sequence[Tensor]
-) -> tuple[float, ...]:
-    """Measure how much each decoder layer changes the hidden states of some texts.
-
-    It is one minus the mean cosine similarity of what a layer is given and what it returns, over
-    all tokens of `texts`, each of shape (1, tokens): from 0 (it changes no direction) to 2,
-    float32 for a token, float64 for the sum. Layers of little influence can go.
-
-    Raises:
-        ValueError: Some hidden state was NaN or infinite.
-
-    Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant
-    Than You Expect", arXiv 2403.03853, section 2.2.
-    """
-    _, layers = layers_of(model)
-    sums: dict[nn.Module, float] = dict.fromkeys(layers, 0.0)
-
-    def compare(module, positional, named, output) -> None:
-        before = positional[0] if positional else named["hidden_states"]
-        returned = output[0] if isinstance(output, tuple) else output
-        similar = cosine_similarity(
-            before.float(), returned.float().to(before.device), dim=-1
-        )
-        sums[module] += float(similar.double().sum())
-
-    run_texts(model, texts, "block influence", dict.fromkeys(layers, compare))
-    tokens = sum(text.numel() for text in texts)
-    influence = tuple(1 - total / tokens for total in sums.values())
-    for number, value in enumerate(influence):
-        if math.isnan(value):
-            raise ValueError(
-                f"The calibration text makes layer {number} return NaN or infinite hidden "
-                "states: use another dtype, such as dtype=float32, or other text."
-            )
-    return influence
-
-
 def text_loss(model: PreTrainedModel, tokens: Tensor) -> float:
     """Return the loss of a text of shape (1, tokens), in nats, over the tokens but the first.
 
@@ -139,9 +95,9 @@ class LoadedModel:
     Attributes:
         model: The model.
         tokenizer: Its tokenizer; needed where text is read.
-        arguments: The text to read, and how neurons and layers are chosen.
+        arguments: The text to read, and how neurons are chosen.
         device: Where text runs; default: where the model is.
-        content: What identifies the model, with the layers that it has, for `measured_once`.
+        content: What identifies the model, for `measured_once`.
     """
 
     model: PreTrainedModel
@@ -149,29 +105,6 @@ class LoadedModel:
     arguments: PruneArguments
     device: torch.device | None = None
     content: Hashable | None = None
-
-    def depth(self) -> Depth:
-        """Return which layers stay, where text is to decide.
-
-        Raises:
-            ValueError: The layers or the text cannot be used, or the tokenizer is missing.
-            UnsupportedModelError: Layers of this model cannot be dropped.
-        """
-        layers, text = len(layers_of(self.model)[1]), self.text
-
-        def measure() -> Measured:
-            check_weights(self.model)
-            with moved(self.model, self.device):
-                influence = block_influence(self.model, text.tokens)
-                measured_on = text.as_dict() | unless_cpu(self.model.device)
-            return {
-                "influence": torch.tensor(influence, dtype=torch.float64)
-            }, measured_on
-
-        what = ("block influence", text.key)
-        tensors, measured_on = self._measured_once(what, measure)
-        influence = tensors["influence"].tolist()
-        return Depth.of(self.arguments, layers, influence, measured_on)
 
     def scores(self, mlps: Sequence[GluMlp]) -> Mapping[str, Tensor]:
         """Return the scores of neurons, shape (I,), on the CPU, by name of the MLP."""

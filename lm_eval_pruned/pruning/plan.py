@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from lm_eval_pruned.pruning.arguments import Number, PruneKeywords
-    from lm_eval_pruned.pruning.depth import Depth
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,11 @@ class PrunePlan:
         width_before: Intermediate size I of the unpruned MLPs, in neurons.
         width: Kept width k, in neurons; equal to `width_before` for the baseline. Where
             the layers differ, their mean, rounded up.
-        asked: The size and the depth that were asked for, as ``{argument: value}``; empty for
-            the baseline.
-        layers: Numbers of the layers to prune, ascending, as the unpruned model counts
-            them; None for all.
+        asked: The size that was asked for, as ``{argument: value}``; empty for the baseline.
+        layers: Numbers of the layers to prune, ascending; None for all.
         layer_widths: Where the layers differ, the number and kept width of each, ascending:
             of its experts if it has any, else of its MLP. Layers that are not named stay.
         measured_on: The text whose losses settled the plan, as the results file describes it.
-        depth: Which layers stay; None for all.
 
     Example:
         >>> plan = PrunePlan.from_arguments(2048, 8192, prune_percent=40)
@@ -65,7 +61,6 @@ class PrunePlan:
     layers: tuple[int, ...] | None = None
     layer_widths: tuple[tuple[int, int], ...] | None = None
     measured_on: Mapping[str, Any] | None = None
-    depth: Depth | None = None
 
     @property
     def criterion(self) -> str:
@@ -99,22 +94,16 @@ class PrunePlan:
 
     @property
     def prunes(self) -> bool:
-        """Whether any neuron is removed from a layer that stays."""
+        """Whether any neuron is removed."""
         return self.layer_widths is not None or self.width < self.width_before
 
-    @property
-    def changes_model(self) -> bool:
-        """Whether the model becomes another: neurons are removed, or layers are dropped."""
-        return self.prunes or self.depth is not None
-
     def as_written(self) -> str:
-        """Return the sizes that were asked for, as they are written on the command line."""
+        """Return the size that was asked for, as it is written on the command line."""
         return ", ".join(f"{name}={value}" for name, value in self.asked.items())
 
     def includes_layer(self, layer: int) -> bool:
-        """Return whether the layer is to be pruned that has this number among those that stay."""
-        number = layer if self.depth is None else self.depth.kept[layer]
-        return self.layers is None or number in self.layers
+        """Return whether the layer of this number is to be pruned."""
+        return self.layers is None or layer in self.layers
 
     def rounded(self, kept: int, source: str = "") -> int:
         """Return `kept`, rounded down to `multiple_of` where that leaves something.
@@ -175,11 +164,9 @@ class PrunePlan:
         hidden_size: int,
         width_before: int,
         before: Mapping[int, int] | None,
-        depth: Depth | None = None,
     ) -> PrunePlan:
-        """Do the same for the layers that `depth` leaves; `before` is the width of each by number."""
-        asked, sizes = depth.asked if depth else {}, (width_before, width_before)
-        plan = cls(arguments, hidden_size, *sizes, asked, depth=depth)
+        """Do the same; `before` is the width of each layer by its number."""
+        plan = cls(arguments, hidden_size, width_before, width_before, {})
         if arguments.size is None:
             return plan
         name, value = arguments.size
@@ -189,11 +176,11 @@ class PrunePlan:
                     f"{of_layers}={layers} needs a model whose layers are known."
                 )
         written = written_source(value) if name == "widths" else str(value)
-        plan = dataclasses.replace(plan, asked={name: written, **asked})
+        plan = dataclasses.replace(plan, asked={name: written})
         if name == "widths":
             widths = plan._kept_by_layer(before or {})
             return plan if widths == before else plan.with_layers(widths)
-        chosen = _chosen_layers(arguments, before or {}, depth)
+        chosen = _chosen_layers(arguments, before or {})
         kept = _kept_width(name, value, hidden_size, width_before)
         width = plan.rounded(kept, f"{name}={value} gives")
         return dataclasses.replace(plan, width=width, layers=chosen)
@@ -237,7 +224,7 @@ def _check_present(
 
 
 def _chosen_layers(
-    arguments: PruneArguments, present: Collection[int], depth: Depth | None
+    arguments: PruneArguments, present: Collection[int]
 ) -> tuple[int, ...] | None:
     """Return the numbers of the layers to prune, or None for all."""
     name = "skip_layers" if arguments.layers is None else "layers"
@@ -245,9 +232,6 @@ def _chosen_layers(
     if value is None:
         return None
     named = set(layer_numbers(name, value))
-    if arguments.measures_depth and depth is not None:
-        # Which layers the text would drop could not be known.
-        named -= {*depth.dropped}
     _check_present(f"{name}={value}", named, present)
     chosen = named if name == "layers" else {*present} - named
     if not chosen:

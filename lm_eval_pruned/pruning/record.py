@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lm_eval_pruned.pruning.argument_values import (
     NO_REPAIR,
     UNIFORM,
@@ -49,7 +47,7 @@ class PruneRecord(Cut):
 
     @property
     def layers(self) -> int:
-        """Number of layers that stay and hold GLU-MLPs."""
+        """Number of layers that hold GLU-MLPs."""
         return len({mlp.layer_path for mlp in self.widths.mlps})
 
     @property
@@ -67,16 +65,10 @@ class PruneRecord(Cut):
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 over the kept indices of all MLPs (little-endian int64); None for the baseline.
-
-        Where layers were dropped, ``layers`` and the numbers of those that stay come first.
-        """
-        depth = self.plan.depth
-        if not self.kept and depth is None:
+        """SHA-256 over the kept indices of all MLPs (little-endian int64); None for the baseline."""
+        if not self.kept:
             return None
         digest = hashlib.sha256()
-        if depth is not None:
-            digest.update(b"layers" + np.array(depth.kept, "<i8").tobytes())
         for indices in self.kept:
             digest.update(indices.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
@@ -100,7 +92,6 @@ class PruneRecord(Cut):
             "kept_digest": self.digest,
             "groups": self.groups,
             "config_expresses_widths": not self.inexpressible,
-            **(plan.depth.as_dict() if plan.depth else {}),
         }
         allocation = plan.arguments.allocation
         optional: dict[str, Any] = {
@@ -120,7 +111,7 @@ class PruneRecord(Cut):
 
     def as_table(self) -> str:
         """Return the record as a short Markdown table for people."""
-        plan, depth = self.plan, self.plan.depth
+        plan = self.plan
         mean = "mean " if plan.layer_widths is not None else ""
         width, ratio = (
             whole_or_mean(plan.mean_width),
@@ -131,24 +122,17 @@ class PruneRecord(Cut):
             (f"{mean}intermediate size", plan.width_before, width, "14,"),
             ("parameters", self.parameters_before, self.parameters_after, "14,"),
         ]
-        done = "nothing removed" if depth is None else "no neuron removed"
-        if plan.prunes:
-            done = f"criterion={plan.criterion}"
+        done = f"criterion={plan.criterion}" if plan.prunes else "nothing removed"
         if self.repaired is not None:
             done += f", repair={plan.arguments.repair}"
-        text = self.calibration or plan.measured_on or (depth and depth.measured_on)
-        if text:
+        if text := self.calibration or plan.measured_on:
             done += f", calibrated on {text.get('device', 'cpu')}"
-        sizes = [f"{name}={value}" for name, value in plan.asked.items()]
-        sizes = sizes or ["baseline"]
+        sizes = [plan.as_written() or "baseline"]
         if plan.arguments.allocation != UNIFORM:
             sizes += [f"allocation={plan.arguments.allocation}"]
         pruned = f" ({written_layers(plan.layers)} pruned)" if plan.layers else ""
         digest = f"kept digest {(self.digest or 'none')[:12]}"
         below = ", ".join([*sizes, done, f"{self.layers} layers{pruned}", digest])
-        if depth is not None:
-            rows.insert(2, ("layers", depth.before, len(depth.kept), "14,"))
-            below += f"\nlayers dropped {written_layers(depth.dropped)}"
         if plan.layer_widths is not None:
             below += f"\nwidths by layer {written_by_layer(plan.layer_widths)}"
         cells = [(name, format(a, form), format(b, form)) for name, a, b, form in rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import logging
@@ -27,7 +26,6 @@ from lm_eval_pruned.pruning.criteria import (
     beaten_by_chance,
     kept_set,
 )
-from lm_eval_pruned.pruning.depth import drop_layers
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     GluMlp,
@@ -116,12 +114,8 @@ def prune_loaded(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreTrainedModel:
     """Do what `prune_model` does with arguments that are together."""
-    whole = widths_in_memory(model)
     evidence = LoadedModel(model, tokenizer, arguments)
-    cut = whole.cut(arguments)
-    if arguments.measures_depth:
-        cut = whole.cut(arguments, evidence.depth())
-    carry_out(evidence, cut, whole_on_error=True)
+    carry_out(evidence, widths_in_memory(model).cut(arguments), whole_on_error=True)
     finish(model)
     return model
 
@@ -152,7 +146,7 @@ def carry_out(
     mlps: Sequence[GluMlp] = ()
     narrower: Sequence[GluMlp] = ()
     waiting: list[Callable[[], None]] = []
-    with contextlib.ExitStack() as on_error, ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
 
         def take(chosen: Sequence[GluMlp], cut_mlps: Mapping[str, CutMlp]) -> None:
             kept.update({name: mlp.kept for name, mlp in cut_mlps.items()})
@@ -169,10 +163,6 @@ def carry_out(
         if arguments.calibration is not None:
             # Text tells only that something is not finite.
             check_weights(model)
-            # The unpruned model may have to write it.
-            _ = evidence.text
-        if (depth := cut.plan.depth) is not None:
-            drop_layers(model, depth, cut.widths.remembered, on_error)
         if cut.plan.is_open:
             cut = plan_layers(cut, evidence)
         plan, targets = cut.plan, cut.targets
@@ -214,7 +204,6 @@ def carry_out(
                 calibration = evidence.observed.measured_on
         for put in waiting:
             put()
-        on_error.pop_all()
     if plan.prunes:
         cut.copy_keys(narrow_config, model.config)
     done = tuple(kept.values()), calibration, repaired
@@ -231,7 +220,7 @@ def finish(model: PreTrainedModel, device: torch.device | None = None) -> None:
     ):
         spares_first = plan.layers == tuple(range(1, record.layers))
         method = plan.criterion + ", skip_layers=0" * spares_first
-        if plan.depth is None and (plan.layers is None or spares_first):
+        if plan.layers is None or spares_first:
             _tell_once(beaten_by_chance(method, 1 - plan.width / plan.width_before))
     if (refused := refused_by_grouped_mm(model)) is not None:
         width, multiple = refused

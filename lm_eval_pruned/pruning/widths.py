@@ -17,12 +17,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.arguments import PruneArguments
-from lm_eval_pruned.pruning.depth import (
-    Depth,
-    attributes_that_change,
-    layers_of,
-    shallow_config,
-)
 from lm_eval_pruned.pruning.layouts import (
     UnsupportedModelError,
     describe,
@@ -38,7 +32,6 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from lm_eval_pruned.pruning.depth import Change
     from lm_eval_pruned.pruning.layouts import GluMlp
 
 #: Names of keys that may set a width.
@@ -94,9 +87,6 @@ class Widths:
         configured: The width that the config gives each MLP, by name.
         actual: The width that it has.
         layers: The width of each layer's experts, else of its MLP, in neurons, by number, ascending.
-        whole: Those of the model with all its layers; these, unless layers are dropped.
-        remembered: What modules remember of the number of layers; see
-            `lm_eval_pruned.pruning.depth.attributes_that_change`.
     """
 
     def __init__(
@@ -128,54 +118,17 @@ class Widths:
         self._first = experts_first[0]
         layers = {mlp.layer: self.actual[mlp.name] for mlp in reversed(experts_first)}
         self.layers = dict(sorted(layers.items()))
-        self.whole = self
-        self.remembered: list[Change] = []
 
-    def cut(self, arguments: PruneArguments, measured: Depth | None = None) -> Cut:
+    def cut(self, arguments: PruneArguments) -> Cut:
         """Resolve the user's arguments, which refer to its experts, else to its first MLP.
-
-        Where text decides which layers stay, `measured` says which; without it, all do.
 
         Raises:
             ValueError: An argument is out of range.
-            UnsupportedModelError: Layers of the model cannot be dropped.
         """
-        widths, depth = self, measured
-        if arguments.drop_layers is not None:
-            stay = measured or Depth.of(arguments, len(layers_of(self.skeleton)[1]))
-            shallow = self._without_layers(stay)
-            if measured or not arguments.measures_depth:
-                widths, depth = shallow, stay
-        first = widths._first
-        kept = depth.kept if depth else range(max(widths.layers) + 1)
-        plan = PrunePlan.of(
-            arguments,
-            first.hidden_size,
-            int(widths.widest[first.name] * widths.keys[first.name].factor),
-            {kept[n]: width for n, width in widths.layers.items()},
-            depth,
-        )
-        return Cut(widths, plan)
-
-    def _without_layers(self, depth: Depth) -> Widths:
-        """Return those of the same model with the layers of `depth`."""
-        actual = [self.actual[mlp.name] for mlp in self.mlps if mlp.layer in depth.kept]
-        build = type(self.skeleton)
-        try:
-            config = shallow_config(self.original, depth)
-            shallow = without_weights(build, plain_config(config))
-            whole = without_weights(build, self.config)
-            remembered = attributes_that_change(whole, shallow, depth)
-            widths = Widths(build, config, actual)
-        except (TypeError, LookupError, AttributeError, ValueError) as error:
-            if isinstance(error, UnsupportedModelError):
-                raise
-            raise UnsupportedModelError(
-                f"drop_layers cannot be used with {describe(self.skeleton)}, whose config does not accept "
-                f"{len(depth.kept)} layers ({error}): leave it out."
-            ) from None
-        widths.whole, widths.remembered = self, remembered
-        return widths
+        first = self._first
+        widest = int(self.widest[first.name] * self.keys[first.name].factor)
+        plan = PrunePlan.of(arguments, first.hidden_size, widest, self.layers)
+        return Cut(self, plan)
 
     @functools.cached_property
     def widest(self) -> dict[str, int]:
@@ -192,7 +145,7 @@ class Widths:
 
     @functools.cached_property
     def uncut(self) -> Cut:
-        """The model with all these layers and neurons."""
+        """The model with all its neurons."""
         return self.cut(PruneArguments())
 
     @functools.cached_property
@@ -217,7 +170,7 @@ class Cut:
     """What is to become of the GLU-MLPs of a model, and of the config that describes them.
 
     Attributes:
-        widths: Those of the layers that stay.
+        widths: Those that they have.
         plan: What is to be done to them.
     """
 
@@ -285,7 +238,7 @@ class Cut:
     @property
     def parameters_before(self) -> int:
         """The parameters of the unpruned model; tied ones count once."""
-        return self.widths.whole.count_parameters(self.widths.whole.actual)
+        return self.widths.count_parameters(self.widths.actual)
 
     @property
     def parameters_after(self) -> int:

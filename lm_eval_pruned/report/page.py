@@ -66,8 +66,6 @@ def table_section(
 
 def run_label(run: Run) -> str:
     """Return what a run is called where its size matters, such as ``p20 (3.20)``."""
-    if run.is_shallow:
-        return f"{run.name} ({run.pruning.get('layers')} layers)"
     if (ratio := run.expansion_ratio) is None:
         return run.name
     return f"{run.name} ({'unpruned, ' * run.is_baseline}{ratio:.2f})"

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 #: Mark of a score that is not shown to be above the floor.
 AT_FLOOR = "\u2581"
 #: What of a record of pruning is the same where the same places were cut.
-_PLACES = ("asked", "allocation", "layers_pruned", "layers_dropped", "hidden_size")
+_PLACES = ("asked", "allocation", "layers_pruned", "hidden_size")
 #: What a row of ``results.csv`` says in addition.
 LEFT_OUT = ("relative", "p", "test", "margin", "q margin")
 

@@ -114,20 +114,15 @@ class Run:
     @property
     def is_baseline(self) -> bool:
         """Whether ``pruned-hf`` removed nothing."""
-        when = ("intermediate_size_before", "intermediate_size_after")
-        widths = {self.pruning.get(name) for name in when}
-        return bool(self.pruning) and not self.is_shallow and len(widths) == 1
+        counted = ("parameters_before", "parameters_after")
+        parameters = {self.pruning.get(name) for name in counted}
+        return bool(self.pruning) and len(parameters) == 1
 
     @property
     def is_floor(self) -> bool:
         """Whether the model knew nothing, or not the question: its score is a floor of the task."""
         blind = self.config.get(MISMATCHED)
         return bool(blind) or self.config.get("model") in _FLOORS
-
-    @property
-    def is_shallow(self) -> bool:
-        """Whether ``pruned-hf`` left out whole layers, so that the ratio is not its size."""
-        return "layers_dropped" in self.pruning
 
     def exact_floor(self, task: str, metric: str) -> float | None:
         """Return the score without knowledge that a task declares for a metric, or None."""

@@ -70,13 +70,13 @@ def series_of(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group the runs of a sweep whose expansion ratio is the only thing that varies.
 
     By `series_name`, in falling expansion ratio, each with the baseline of its model. Runs without
-    an expansion ratio, or without whole layers, are left out.
+    an expansion ratio are left out.
     """
 
     def model(run: Run) -> str:
         return f"{run.pruning.get('hidden_size')}x{run.pruning.get('layers')}"
 
-    sized = [r for r in runs if r.expansion_ratio is not None and not r.is_shallow]
+    sized = [r for r in runs if r.expansion_ratio is not None]
     series: dict[tuple[str, str], list[Run]] = {}
     for run in sized:
         if not run.is_baseline:
@@ -100,7 +100,6 @@ def series_name(run: Run) -> str:
     texts = {
         "criterion": "{}",
         "seed": "seed {}",
-        "layers_dropped": "layers {} dropped",
         "layers_pruned": "layers {}",
         "allocation": "allocation {}",
     }

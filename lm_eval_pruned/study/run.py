@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.checkpoints.configs import clear_errors
 from lm_eval_pruned.checkpoints.planning import plan_rows, shipped_config
 from lm_eval_pruned.compare.margins import Margin
+from lm_eval_pruned.pruning.arguments import SEVERAL_SIZES
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.groups import FAMILIES
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.findings import read_findings
 from lm_eval_pruned.study.sections import EQUILIBRIUM, study_sections
-from lm_eval_pruned.sweeps.options import OF_SIZES, read_file
+from lm_eval_pruned.sweeps.options import read_file
 from lm_eval_pruned.sweeps.plan import model_source, plan_sweep
 from lm_eval_pruned.sweeps.run import run_sweep
 
@@ -120,7 +121,7 @@ def options_of(
         )
     source = model_source({**arguments, "pretrained": model})
     options = _preset(kind or _kind_of(**source)) | (_preset("quick") if quick else {})
-    if OF_SIZES.keys() & given_options.keys():
+    if SEVERAL_SIZES.keys() & given_options.keys():
         del options["prune_percents"], options["ratios"]
     elif not _adds_equilibrium(options["prune_percents"], source):
         del options["ratios"]

@@ -13,8 +13,8 @@ from transformers.utils import cached_file
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.configs import not_found, with_quantisation
 from lm_eval_pruned.pruning.arguments import (
-    CUTS,
     DECLARED,
+    SIZES,
     PruneArguments,
     take_prune_arguments,
 )
@@ -45,9 +45,9 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
             Checkpoint.of(pretrained, pruning, source)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where} cannot be used: {error}") from error
-    elif cut := next((name for name in CUTS if name in arguments), None):
+    elif size := next((name for name in SIZES if name in arguments), None):
         raise ValueError(
-            f"{where} has {cut}={arguments[cut]}, but only {' and '.join(MODELS)} prune."
+            f"{where} has {size}={arguments[size]}, but only {' and '.join(MODELS)} prune."
         )
 
 

@@ -12,13 +12,7 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.arguments import (
-    CUTS,
-    DECLARED,
-    SEVERAL,
-    SIZES,
-    option_row,
-)
+from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES, option_row
 from lm_eval_pruned.util import options as declaring
 
 
@@ -99,8 +93,6 @@ def _of_pruning(kind: Any, name: str, **several: bool) -> Any:
 
 #: Arguments of pruning of which all models of a sweep have one value.
 SHARED = tuple(name for name in DECLARED if name not in (*SIZES, *SEVERAL.values()))
-#: Options of which each value makes a configuration, with the argument of pruning that takes it.
-OF_SIZES = {name: argument for name, argument in SEVERAL.items() if argument in CUTS}
 _PAIRS = "KEY=VALUE"
 # fmt: off
 #: The options under their headings for ``--help``.

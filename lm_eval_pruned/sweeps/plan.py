@@ -27,11 +27,11 @@ from lm_eval_pruned.checkpoints.default_model import find_default_model
 from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning import arguments as of_pruning
 from lm_eval_pruned.pruning.argument_values import read_widths
-from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SIZES
+from lm_eval_pruned.pruning.arguments import DECLARED, SEVERAL, SEVERAL_SIZES, SIZES
 from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.results.runs import FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
-from lm_eval_pruned.sweeps.options import OF_HARNESS, OF_SIZES, deciding, parse_number
+from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
 
 
 if TYPE_CHECKING:
@@ -348,20 +348,19 @@ def check_spelling(
 def _configurations(
     options: dict[str, Any], base: dict[str, Any]
 ) -> list[Configuration]:
-    """Return the baseline, each size by each allocation, criterion and seed, and each depth."""
+    """Return the baseline, and each size by each allocation, criterion and seed."""
     plan = functools.partial(plan_rows, **model_source(base))
     (whole,) = plan(argument="prune_percent", values=["0"])
     configurations = {"baseline": Configuration("baseline", {}, *_size(whole))}
     variants = [*_variants(options)]
     shared = {name: base[name] for name in _WITH_SIZES if base.get(name) is not None}
-    for option, argument in OF_SIZES.items():
-        is_size, values = argument in SIZES, options.get(option, [])
+    for option, argument in SEVERAL_SIZES.items():
+        values = options.get(option, [])
         if argument != "widths":
             values = [*map(parse_number, values)]
-        rows = plan(argument=argument, values=values, **shared if is_size else {})
+        rows = plan(argument=argument, values=values, **shared)
         sizes = [size for size in zip(values, rows, strict=True) if size[1].reduction]
-        combined = itertools.product(sizes, variants if is_size else [{}])
-        for (value, row), variant in combined:
+        for (value, row), variant in itertools.product(sizes, variants):
             arguments = {argument: value, **variant}
             # Refused here, not once the baseline has been evaluated.
             merged = of_pruning.without_idle({**base, **arguments})

@@ -8,7 +8,7 @@ from datetime import timedelta
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.pruning.arguments import CUTS
+from lm_eval_pruned.pruning.arguments import SIZES
 
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Progress:
 
 def _way(configuration: Configuration) -> frozenset[Any]:
     """Return how a model is pruned, whatever its size, on which the time hardly depends."""
-    same = (*CUTS, "seed")
+    same = (*SIZES, "seed")
     return frozenset(
         (name, None if name in same else value)
         for name, value in configuration.arguments.items()

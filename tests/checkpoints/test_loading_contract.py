@@ -240,7 +240,6 @@ def test_weights_are_ranked_as_they_are_stored_and_then_cast(
 OPEN = {
     **{criterion: {"criterion": criterion} for criterion in ACTIVITY},
     "sensitivity": {"allocation": "sensitivity"},
-    "influence": {"drop_layers": 1, "drop_by": "block_influence"},
 }
 
 

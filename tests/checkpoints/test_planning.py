@@ -103,9 +103,6 @@ def test_the_short_way_gives_the_rows_of_the_model(
 SIZES = {
     "--ratios 1.3": {"ratio": "1.3"},
     "--prune_percents 40 --multiple_of 8": {"prune_percent": 40, "multiple_of": 8},
-    "--drop_layers 2": {"drop_layers": 2},
-    "--drop_layers 0+1": {"drop_layers": "0+1"},
-    "--drop_layers 2 --ratios 2": {"drop_layers": 2, "ratio": 2},
     "--ratios 2 --layers 0+3": {"ratio": 2, "layers": "0+3"},
     "--ratios 2 --skip_layers 1": {"ratio": 2, "skip_layers": 1},
 }
@@ -124,18 +121,6 @@ def test_a_plan_is_what_loading_gives(family, tmp_path, plan):
         assert row["parameters"] == record.parameters_after
         share = 1 - record.parameters_after / record.parameters_before
         assert row["reduction"] == pytest.approx(share)
-        dropped = record.as_dict().get("layers_dropped")
-        assert row["layers_dropped"] == (dropped or "")
-
-
-def test_the_ratio_that_leaves_as_many_parameters(tmp_path, plan):
-    folder = checkpoints.save_tiny(tmp_path, num_hidden_layers=5)
-    (row,) = plan(folder, "--drop_layers", 2)
-    narrow = load_pruned(str(folder), ratio=row["equal_ratio"]).prune_record
-    per_neuron = 5 * 3 * 32
-    assert abs(narrow.parameters_after - row["parameters"]) <= per_neuron / 2
-    (row,) = plan(folder, "--drop_layers", 2, "--ratios", 2)
-    assert row["equal_ratio"] == ""
 
 
 def test_the_formats_agree(tiny_llama, plan):

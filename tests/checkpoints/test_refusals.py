@@ -19,8 +19,7 @@ from tests.helpers.ways_to_load import forbid_reading, request_of, write_texts
 
 NO_NUMBER = ("wide", float("nan"), float("inf"), True, "1e9999", "1e-9999", "1/0", "")
 NO_LAYERS = ("", "a", "1-", -1, "2-1", "1.5", True, "0-999999", "1--2", [], "0000001")
-INFLUENCE = {"drop_by": "block_influence"}
-DROP, ACT = {"drop_layers": 1}, {"criterion": "act", "calibration": "a"}
+ACT = {"criterion": "act", "calibration": "a"}
 BY_LOSS = {"allocation": "sensitivity"}
 #: Arguments for a model of 5 layers of 88 neurons, whose hidden size is 32, and a telling word.
 ARGUMENTS = [
@@ -44,15 +43,8 @@ ARGUMENTS = [
     ({"ratio": 2, "recipe": "worst"}, "recipe=worst is unknown"),
     ({"ratio": 2, "repair": "nails"}, "repair=nails is unknown"),
     ({"ratio": 2, **ACT, "calibration_samples": 0}, "ation_samples=0 is not a whole"),
-    ({"drop_layers": "3+5"}, "names layer 5, .* 0-4"),
-    *(({"drop_layers": n}, f"drop_layers={n} is not a whole") for n in (0, -1)),
-    *(({"drop_layers": each}, "does not name layers") for each in ("x", [])),
-    ({"drop_layers": "1+2", **INFLUENCE}, "drop_layers=1-2 lists them"),
-    (DROP | {"calibration": "a.jsonl"}, "reads only weights"),
-    (DROP | {"ratio": 1, **BY_LOSS}, "drop_layers=1 and allocation=sensitivity"),
-    (DROP | {"layers": "0"}, "layers=0 has no effect without ratio or"),
-    (DROP | {"multiple_of": 8}, "multiple_of=8 has no effect without"),
-    ({"drop_layers": "1", "ratio": 1, "layers": "0+3"}, "names layer 3, .* 0-2,4"),
+    ({"layers": "0"}, "layers=0 has no effect without ratio or"),
+    ({"multiple_of": 8}, "multiple_of=8 has no effect without"),
 ]
 
 
@@ -149,19 +141,15 @@ def test_models_that_text_says_nothing_of(family, asked, word, tmp_path, monkeyp
         load_pruned(str(tmp_path), prune_percent=40, **asked | more)
 
 
+REPAIRED = {"ratio": 1, "repair": "least_squares"}
 RECURRENT = {"lru_width": 32, "num_key_value_heads": 1, "intermediate_size": 1}
-LFM2 = ["conv", "full_attention"] * 2
 DOGE = {"num_hidden_layers": 2, "num_key_value_heads": 4, "is_moe": True}
 
 
 @pytest.mark.parametrize(
     ("family", "options", "asked", "word"),
     [
-        # Layers that are what they are by their number.
-        ("gemma3n_text", {"num_kv_shared_layers": 0}, DROP, "the number of its layer"),
-        ("jamba", {"num_hidden_layers": 8}, DROP, r"layers.7.feed_forward depends on"),
-        ("t5", overrides("t5", 12), DROP, "it has an encoder"),
-        ("lfm2", {"layer_types": LFM2}, {"drop_layers": "1+3"}, "every layer"),
+        ("t5", overrides("t5", 12), REPAIRED, r"one list of .* pass recipe=fast\.$"),
         ("recurrent_gemma", RECURRENT, {"ratio": 1}, "no key of its config sets"),
         ("hrm_text", {}, {"ratio": 1, "recipe": "best"}, r"^Hrm.* pass recipe=fast\.$"),
         ("doge", DOGE, {"ratio": 1}, r"down_embed.* inside its MLP"),

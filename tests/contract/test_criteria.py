@@ -227,12 +227,6 @@ def test_the_unpruned_model_writes_as_many_tokens_drawn_with_the_seed(tiny_llama
     assert other["sha256"] != first["sha256"]
 
 
-def test_a_shallow_model_is_calibrated_on_what_all_its_layers_write(tiny_llama):
-    more = {"calibration_tokens": 300}
-    whole = calibration_of(tiny_llama, "self", **more)
-    assert calibration_of(tiny_llama, "self", drop_layers=1, **more) == whole
-
-
 @pytest.mark.parametrize("device", ["nonsense:7", "cuda:99"])
 def test_a_device_that_this_machine_does_not_have_is_refused_before_the_load(
     device, tiny_llama, tmp_path

@@ -1,4 +1,4 @@
-"""docs/layers.md: widths by layer; `test_layers_dropped` has whole layers."""
+"""docs/layers.md: widths by layer."""
 
 from __future__ import annotations
 

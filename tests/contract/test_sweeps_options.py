@@ -31,7 +31,7 @@ def test_each_size_is_combined_with_each_criterion_and_random_with_each_seed(
     tiny_llama, sweep_of, tmp_path
 ):
     words = ["--prune_percents", "0", "20.0", "--criteria", "ppm", "l2", "random"]
-    words += ["--seeds", 1, 2, "--drop_layers", 1, "--recipes", "best"]
+    words += ["--seeds", 1, 2, "--recipes", "best"]
     done = sweep_of(tiny_llama, tmp_path / "sweep", *words, "--dry_run")
     # The model's own size is the baseline.
     assert planned(done) == [
@@ -41,7 +41,6 @@ def test_each_size_is_combined_with_each_criterion_and_random_with_each_seed(
         "prune_percent-20_criterion-l2",
         "prune_percent-20_criterion-random_seed-1",
         "prune_percent-20_criterion-random_seed-2",
-        "drop_layers-1",
     ]
 
 

@@ -130,10 +130,10 @@ def _exported(source, asked, folder):
 def _streamed(source, asked, folder):
     """The tensors that other engines are handed, under the keys of an exported checkpoint."""
     source.export(folder, **asked)
-    checkpoint = request_of(source.folder, source.auto, **asked)
-    stored = Stored.of(checkpoint.with_stored_widths())
+    checkpoint = request_of(source.folder, source.auto, **asked).with_stored_widths()
+    stored = Stored.of(checkpoint)
     model = stored.model
-    carry_out(stored, stored.cut)
+    carry_out(stored, checkpoint.cut)
     as_stored(stored.rounded)
     tensors = {name: tensor.clone() for name, tensor in tensors_of(model)}
     assert tensors.keys() == load_file(folder / WEIGHTS).keys()

@@ -112,8 +112,8 @@ def test_what_hf_and_transformers_leave_unclear_is_one_sentence(
 
 def test_layers_that_a_model_lacks_end_the_command_with_one_sentence(tiny_llama):
     with pytest.raises(SystemExit) as ended:
-        PrunedHFLM(str(tiny_llama), device="cpu", drop_layers=9)
-    assert str(ended.value.code).startswith("drop_layers=9 would drop all 3 layers")
+        PrunedHFLM(str(tiny_llama), device="cpu", ratio=1, layers=9)
+    assert str(ended.value.code).startswith("layers=9 names layer 9, but")
 
 
 @pytest.mark.slow

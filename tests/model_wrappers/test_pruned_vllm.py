@@ -86,7 +86,6 @@ def test_files_are_read_ahead_where_that_is_asked(llama, monkeypatch, in_this_pr
             ValueError,
             r"512 processes of tensor_parallel_size: pass multiple_of=512",
         ),
-        ({"drop_layers": 1}, ValueError, r"drop_layers removes layers"),
         ({"ratio": 2, "load_format": "dummy"}, ValueError, r"load_format=dummy"),
         ({"worker_extension_cls": "a.B"}, ValueError, r"worker_extension_cls=a.B"),
         ({"prune_precent": 2}, ValueError, r"did you mean prune_percent"),
@@ -107,7 +106,6 @@ def test_errors_come_before_the_engine_starts(
     ("asked", "word"),
     [
         ({"ratio": 2, "allocation": "sensitivity"}, "^allocation=sensitivity"),
-        ({"ratio": 2, "drop_layers": 1}, "^drop_layers"),
         ({"ratio": 2, "layers": "0"}, ""),
     ],
 )

@@ -22,7 +22,6 @@ from lm_eval_pruned.sweeps.plan import plan_sweep
 #: What users rely on, whatever the declaration says; None where it is not here.
 DEFAULTS = {
     "multiple_of": 1,
-    "drop_by": "last",
     "recipe": "study",
     "seed": 0,
 }
@@ -60,8 +59,8 @@ def test_a_sweep_names_the_option_that_takes_several():
             {"dtype": "x", "9": 1},
         ),
         (
-            {"drop_layers": 3, "7": "", "ratio": 2, "skip_layers": 0, "15": ""},
-            {"drop_layers": [3, 7], "ratio": 2, "skip_layers": [0, "15"]},
+            {"layers": 3, "7": "", "ratio": 2},
+            {"layers": [3, "7"], "ratio": 2},
             {},
         ),
         ({"4-5": ""}, {}, {"4-5": ""}),
@@ -72,16 +71,13 @@ def test_lists_that_the_harness_split_at_commas_are_joined(given, taken, rest):
     assert given == rest
 
 
-INFLUENCE = {"drop_layers": 2, "drop_by": "block_influence", "calibration": "a"}
 OPEN = {"allocation": "sensitivity", "calibration": "a", "ratio": 2}
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (INFLUENCE | {"criterion": "act", "multiple_of": 8}, INFLUENCE),
-        (INFLUENCE | {"drop_layers": None}, {"drop_layers": None}),
-        (INFLUENCE | {"drop_by": "last"}, {"drop_layers": 2, "drop_by": "last"}),
+        ({"criterion": "act", "calibration": "a", "multiple_of": 8}, {}),
         (OPEN, OPEN),
         ({"calibration": "a", "ratio": 2}, {"ratio": 2}),
         ({"allocation": "sensitivity", "dtype": "auto"}, {"dtype": "auto"}),

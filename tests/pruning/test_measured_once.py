@@ -30,7 +30,6 @@ def work(monkeypatch):
     passes: Counter[str] = Counter()
     for module, name in (
         (measuring, "calibrate"),
-        (measuring, "block_influence"),
         (measuring, "curvature"),
         (measuring, "moments_of"),
         (measuring.LoadedModel, "_curves"),
@@ -46,7 +45,6 @@ def work(monkeypatch):
 
 
 ACT = {"ratio": 1, "criterion": "act"}
-DEPTH = {"drop_by": "block_influence"}
 SHARED = {"ratio": 2, "criterion": "act", "allocation": "sensitivity"}
 #: Loads, and how often text runs for them.
 LOADS = [
@@ -54,9 +52,6 @@ LOADS = [
         ([{"prune_percent": n, "criterion": name} for n in (10, 40)], {"calibrate": 1})
         for name in ACTIVITY
     ),
-    ([DEPTH | {"drop_layers": count} for count in (1, 2)], {"block_influence": 1}),
-    # The neurons of a model with fewer layers do something else.
-    ([ACT | {"drop_layers": count} for count in (1, 2, 1)], {"calibrate": 2}),
     (
         [ACT | {"dtype": dtype} for dtype in (torch.bfloat16, torch.float16)],
         {"calibrate": 1},
@@ -93,11 +88,9 @@ def test_several_sizes_are_measured_once(
 
 
 def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, text, work):
-    plan_rows(str(tiny_llama), "drop_layers", [1, 2], **DEPTH, **text)
-    assert work == {"block_influence": 1}
     sizes = (str(tiny_llama), "prune_percent", [20, 40])
     rows = plan_rows(*sizes, criterion="act", allocation="sensitivity", **text)
-    once = ("block_influence", "calibrate", "curvature", "moments_of", "_curves")
+    once = ("calibrate", "curvature", "moments_of", "_curves")
     assert work == dict.fromkeys(once, 1)
     assert all(row.layer_widths for row in rows)
     alike = [row.parameters for row in plan_rows(*sizes)]

@@ -20,9 +20,8 @@ from lm_eval_pruned.checkpoints.cost import HELD_TEXT
 from lm_eval_pruned.pruning import moments as moments_module
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.criteria import kept_set
-from lm_eval_pruned.pruning.depth import layers_of
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError, layers_of
 from lm_eval_pruned.pruning.repair import (
     RIDGE,
     STEPS,

@@ -128,7 +128,6 @@ def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
         pruning(20) | widths,
         *(pruning(each) | widths | {"allocation": "sensitivity"} for each in (20, 30)),
         pruning(20) | {"layers_pruned": "1-29"},
-        pruning(20) | {"layers_dropped": "3"},
     ]
     members = [
         read_run(write_run(tmp_path / str(number), TASKS, pruning=each))
