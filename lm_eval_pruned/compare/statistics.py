@@ -70,14 +70,14 @@ class Shares(NamedTuple):
     def ends(self, level: float) -> tuple[float, float]:
         """Return the two-sided interval: the differences that the score test does not reject."""
         seen = (self.up - self.down) / self.n
-
-        def end(side: int, most: float) -> float:
-            excess = lambda x: self.tail(x, side) - level / 2
-            if seen == most:
-                return most
-            return optimize.brentq(excess, most, seen, xtol=1e-13)
-
-        return end(0, -1.0), end(1, 1.0)
+        excess = lambda x, side: self.tail(x, side) - level / 2
+        low, high = (
+            most
+            if seen == most
+            else optimize.brentq(excess, most, seen, (side,), xtol=1e-13)
+            for side, most in enumerate((-1.0, 1.0))
+        )
+        return low, high
 
 
 class Normal(NamedTuple):
