@@ -15,7 +15,7 @@ OPTIONS = (
         "contain text from a benchmark", required=True),
     row("--output_path", "DIR",
         "folder to write, new or empty; checkpoints go to DIR.checkpoints", required=True),
-    HealingOptions.add_to,
+    *HealingOptions.rows(),
     row("--resume", "", "continue from the last checkpoint"),
     row("--merge", "",
         "also write the model with the adapter merged, as an ordinary checkpoint in DIR/merged"),

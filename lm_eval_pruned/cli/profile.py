@@ -16,7 +16,7 @@ OPTIONS = (
     loading.MODEL_ARGS,
     *(option_row(name, several=True) for name in SEVERAL_SIZES),
     option_row("criterion"),
-    ProfileRequest.add_to,
+    *ProfileRequest.rows(),
     row("--prompts", "FILE",
         '.txt with one prompt per line, or .jsonl with a key "prompt" (default: the demo set)'),
     row("--limit", "N", "use only the first N prompts", type=int),

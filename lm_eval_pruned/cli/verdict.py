@@ -32,8 +32,7 @@ OPTIONS = (
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
     row("--push_to_hub", "REPO", "the candidate's repository on the Hub: write the verdict into its model card, "
         "and upload its scores"),
-    lambda command: SweepOptions.add_to(
-        command, [name for name in _EVALUATION if name not in _LEFT_OUT]),
+    *(SweepOptions.row(name) for name in _EVALUATION if name not in _LEFT_OUT),
 )
 # fmt: on
 

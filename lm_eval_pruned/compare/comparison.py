@@ -13,7 +13,7 @@ from lm_eval_pruned.compare.trends import Correlation, Trend, over_ratios
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
-from lm_eval_pruned.results.settings import COMPARED, differing, listed
+from lm_eval_pruned.results.settings import COMPARED, listed
 
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def settings_notes(base: Run, run: Run, tasks: Sequence[str]) -> list[str]:
     tasks_by_names: dict[str, list[str]] = {}
     for task in tasks:
         before, after = (item.settings.get(task, {}) for item in (base, run))
-        if names := differing(before, after, COMPARED):
+        names = [name for name in COMPARED if before.get(name) != after.get(name)]
+        if names:
             tasks_by_names.setdefault(", ".join(names), []).append(task)
     return [
         f"{run.name} was evaluated with different settings than {base.name} "

@@ -33,10 +33,9 @@ def _commonest(row: Difference) -> str | None:
     return "{:.0%} -> {:.0%}".format(*both) if both else None
 
 
-def _interval(row: Any) -> str:
-    return interval_text(row.low, row.high)
-
-
+_INTERVAL = Column(
+    "interval", lambda row: interval_text(row.low, row.high), ">", terminal=True
+)
 #: Of `Difference`. CSV and JSON have its attributes.
 DIFFERENCES = (
     Column("run", lambda row: row.run, terminal=True),
@@ -45,7 +44,7 @@ DIFFERENCES = (
     Column("base", lambda row: row.base_score, ".4f"),
     Column("score", lambda row: row.score, ".4f", terminal=True),
     Column("difference", lambda row: row.difference, "+.4f", True, coloured=True),
-    Column("interval", _interval, ">", terminal=True),
+    _INTERVAL,
     Column("relative", lambda row: row.relative, "+.1%"),
     Column("p", lambda row: row.p, "p"),
     Column("q", lambda row: row.q, "p", terminal=True),
@@ -79,7 +78,7 @@ TRENDS = (
     Column("metric", lambda row: scale_name("", row.metric)),
     Column("n", lambda row: row.n, "d"),
     Column("slope", lambda row: row.slope, "+.4f"),
-    Column("interval", _interval, ">"),
+    _INTERVAL,
     Column("p", lambda row: row.p, "p"),
     Column("q", lambda row: row.q, "p"),
     Column("documents", lambda row: row.units or None, "d"),

@@ -19,8 +19,7 @@ class Gaffke(NamedTuple):
     the share of draws beyond a value. Where no document can differ by more than the unseen unit, no
     distribution is known for which p is too small; for right-or-wrong scores it is Clopper and Pearson's.
 
-    `perplexity` is that of the base, or another score that is the exponential of a mean; `bounded` says
-    whether documents cannot differ by more than the unseen unit.
+    `perplexity` is that of the base, or another score that is the exponential of a mean.
 
     Source: Gaffke 2005, Mathematical Methods of Statistics 14, 451-467; Learned-Miller and Thomas 2019,
     arXiv 1905.06208.
@@ -31,7 +30,6 @@ class Gaffke(NamedTuple):
     weights: np.ndarray
     unseen: tuple[float, float]
     perplexity: float | None = None
-    bounded: bool = False
 
     def score(self, mean: float) -> float:
         """Return the difference of scores that a difference of means makes."""

@@ -139,23 +139,19 @@ class Difference:
 
 def judged(cases: Sequence[Case], alpha: float = 0.05) -> list[Difference]:
     """Test each case, correct the tests of each family, and say what they show at level `alpha`."""
-    tests = [_difference_test(case, alpha) for case in cases]
-    tested = [
-        (case, test) if case.primary else None
-        for case, test in zip(cases, tests, strict=True)
-    ]
+    tested = [(case, _difference_test(case, alpha)) for case in cases]
     families = [case.family for case in cases]
-    ps = [pair and pair[1].p for pair in tested]
-    outside = [pair and p_outside(*pair) for pair in tested]
-    columns = (
-        cases,
-        tests,
+    ps = [test.p if case.primary else None for case, test in tested]
+    outside = [p_outside(*pair) if pair[0].primary else None for pair in tested]
+    corrected = (
         false_discovery(ps, families, alpha),
         outside,
         false_discovery(outside, families),
     )
     rows = []
-    for case, test, (q, level), p, (q_margin, _) in zip(*columns, strict=True):
+    for (case, test), (q, level), p, (q_margin, _) in zip(
+        tested, *corrected, strict=True
+    ):
         claim = None
         if p is not None and q_margin is not None:
             claim = Claim(case.margin_size or 0.0, p, q_margin)

@@ -34,8 +34,8 @@ class Margin:
     """How far a score may be away from that of the base.
 
     `claim` is ``equivalent``, neither better nor worse by the margin, or ``not_worse``; `text` is as
-    the user wrote it: ``1pt``, a percentage point of a score between 0 and 1; ``2%``, a share of the
-    base's score; or ``0.5``, in the metric's own unit.
+    the user wrote it: ``1pt``, a percentage point of a score between 0 and 1; ``2%``, a `share` of the
+    base's score, which is None for others; or ``0.5``, in the metric's own unit.
 
     Example:
         >>> Margin("equivalent", "1pt").size(0.4, 0.41)
@@ -48,6 +48,7 @@ class Margin:
     text: str
     number: float = field(init=False, repr=False)
     unit: str = field(init=False, repr=False)
+    share: float | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(pts?|%|)", str(self.text).strip())
@@ -57,8 +58,10 @@ class Margin:
                 "share of the base's score such as 2%, or a positive number in the metric's own "
                 "unit."
             )
-        object.__setattr__(self, "number", float(parts[1]))
-        object.__setattr__(self, "unit", parts[2])
+        number, unit = float(parts[1]), parts[2]
+        object.__setattr__(self, "number", number)
+        object.__setattr__(self, "unit", unit)
+        object.__setattr__(self, "share", number / 100 if unit == "%" else None)
 
     def size(self, base: float, score: float) -> float | None:
         """Return the margin in the metric's own unit, for the scores of base and run.
@@ -70,11 +73,6 @@ class Margin:
         if not self.unit:
             return self.number
         return self.number / 100 if max(abs(base), abs(score)) <= 1 else None
-
-    @property
-    def share(self) -> float | None:
-        """The share of the base's score that may be lost, or None where the margin is in another unit."""
-        return self.number / 100 if self.unit == "%" else None
 
     def check(self, task: str, metric: str, *scores: float) -> None:
         """Raise ValueError where two scores cannot differ by more: the unit was forgotten.

@@ -37,14 +37,14 @@ def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None
     one, other = (documents_of(item, task, metric) for item in (base, run))
     if one is None or other is None:
         return None
-    same = other.in_the_order_of(one)
-    if same is None:
-        before, after = set(one.keys), set(other.keys)
+    before, after = {*one.keys}, {*other.keys}
+    if before != after:
         raise ResultsError(
             f"{task} was evaluated on different documents: {len(before - after)} of {len(before)} "
             f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
             "(matched by doc_hash); evaluate both with the same --limit and data."
         )
+    same = other.taken(one.keys)
     if one.transform != same.transform or not np.allclose(one.weights, same.weights):
         return None
     return one, same

@@ -26,30 +26,28 @@ def pools_of(cases: Iterable[Case]) -> list[list[Case]]:
     """Return the cases that are claimed together: of one measure, with one margin in points."""
     pools: dict[object, list[Case]] = {}
     for case in cases:
-        if can_be_pooled(case):
-            pools.setdefault(kind_of(case), []).append(case)
+        if pool := pool_of(case):
+            pools.setdefault(pool, []).append(case)
     return [pool for pool in pools.values() if len(pool) > 1]
 
 
-def can_be_pooled(case: Case) -> bool:
-    """Whether a score is a mean between 0 and 1, more is better, and the margin is in points."""
-    scores = [score.value for score in case.scores]
-    return bool(
-        case.pair
-        and case.pair[0].transform == "mean"
-        and case.scores[0].higher_is_better
-        and case.margin_size
-        and case.margin
-        and case.margin.share is None
-        and not is_bias(case.key[1])
-        and is_share(case.key[1], scores)
-    )
+def pool_of(case: Case) -> tuple[str, float] | None:
+    """Return what a score measures, and its margin; None where there is no mean over such scores.
 
-
-def kind_of(case: Case) -> tuple[str, float | None]:
-    """What a score measures, and its margin."""
-    name = case.key[1].partition(",")[0]
-    return PROBABILITIES[0] if name in PROBABILITIES else name, case.margin_size
+    It takes a mean between 0 and 1, of which more is better, with a margin in points.
+    """
+    before, after = case.scores
+    size, metric = case.margin_size, case.key[1]
+    if (
+        not (size and case.pair and case.pair[0].transform == "mean")
+        or (case.margin and case.margin.share)
+        or not before.higher_is_better
+        or is_bias(metric)
+        or not is_share(metric, (before.value, after.value))
+    ):
+        return None
+    name = metric.partition(",")[0]
+    return PROBABILITIES[0] if name in PROBABILITIES else name, size
 
 
 def claim_text(pool: Sequence[Case]) -> str:

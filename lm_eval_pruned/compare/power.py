@@ -17,7 +17,7 @@ from lm_eval_pruned.compare.margins import (
     with_choice_prob,
 )
 from lm_eval_pruned.compare.pairing import paired_documents
-from lm_eval_pruned.compare.pooled import can_be_pooled, kind_of, p_of_claim
+from lm_eval_pruned.compare.pooled import p_of_claim, pool_of
 from lm_eval_pruned.results.documents import Documents, scored_on
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import primary_metrics
@@ -137,7 +137,8 @@ def pilots_of(
     if len(tasks) == 1:
         return [[case] for case in by_task[0]]
     first = [cases[0] for cases in by_task]
-    if len({kind_of(case) for case in first}) > 1 or not all(map(can_be_pooled, first)):
+    pools = {pool_of(case) for case in first}
+    if len(pools) > 1 or None in pools:
         raise ValueError(
             f"There is no mean over {', '.join(tasks)}, which takes scores between 0 and 1 of one "
             "measure, with a margin in points: name one with --measure and --margin, or one task."

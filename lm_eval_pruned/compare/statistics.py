@@ -70,14 +70,14 @@ class Shares(NamedTuple):
     def ends(self, level: float) -> tuple[float, float]:
         """Return the two-sided interval: the differences that the score test does not reject."""
         seen = (self.up - self.down) / self.n
-
-        def end(side: int, most: float) -> float:
-            excess = lambda x: self.tail(x, side) - level / 2
-            if seen == most:
-                return most
-            return optimize.brentq(excess, most, seen, xtol=1e-13)
-
-        return end(0, -1.0), end(1, 1.0)
+        excess = lambda x, side: self.tail(x, side) - level / 2
+        low, high = (
+            most
+            if seen == most
+            else optimize.brentq(excess, most, seen, (side,), xtol=1e-13)
+            for side, most in enumerate((-1.0, 1.0))
+        )
+        return low, high
 
 
 class Normal(NamedTuple):
@@ -107,6 +107,8 @@ class PairedTest:
 
     `method` is ``none: ...`` where no test was made, or nothing changed; `units` are independent
     documents or clusters, 0 where not known; `distribution` is where p and interval come from.
+    `units_missing` says how many more units a claim about a margin takes, of scores without bounds
+    that changed.
     """
 
     difference: float
@@ -116,6 +118,7 @@ class PairedTest:
     distribution: Shares | Gaffke | Normal | None = field(
         default=None, compare=False, repr=False
     )
+    units_missing: int = 0
 
     @functools.cached_property
     def sides(self) -> tuple[float, float] | None:
@@ -149,18 +152,6 @@ class PairedTest:
             return min(low, 0.0), max(high, 0.0)
         beyond = 1e-6 * self.difference
         return (max(low, beyond), high) if beyond > 0 else (low, min(high, beyond))
-
-    @property
-    def units_missing(self) -> int:
-        """How many more units a claim about a margin takes, of scores without bounds that changed."""
-        gaffke = self.distribution
-        if (
-            not isinstance(gaffke, Gaffke)
-            or gaffke.bounded
-            or not gaffke.deviations.any()
-        ):
-            return 0
-        return max(0, LEAST_UNITS_OF_MARGIN - self.units)
 
     def p_outside(self, low: float, high: float) -> float | None:
         """Return the p of "the true difference lies outside of (`low`, `high`)", or None.
@@ -279,9 +270,8 @@ def paired_mean(
         unseen = 2 * low / weights.max(), 2 * high / weights.max()
     else:
         unseen = limits[0] - mean, limits[1] - mean
-    bounded = limits is not None
-    gaffke = Gaffke(mean, deviations, weights, unseen, perplexity, bounded)
-    distribution = None
+    gaffke = Gaffke(mean, deviations, weights, unseen, perplexity)
+    distribution, missing = None, 0
     if not gains.any():
         method, distribution = f"none: all {unit} equal", gaffke
     elif units < LEAST_UNITS:
@@ -290,7 +280,9 @@ def paired_mean(
         method = f"none: all {unit} changed alike, or by values too large to be squared"
     else:
         method, distribution = f"Gaffke's test over {unit}", gaffke
-    return PairedTest(gaffke.score(mean), method, units, alpha, distribution)
+        missing = max(0, LEAST_UNITS_OF_MARGIN - units) if limits is None else 0
+    score = gaffke.score(mean)
+    return PairedTest(score, method, units, alpha, distribution, missing)
 
 
 def _numbers(labels: Sequence[str]) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.util.palette import style
+from lm_eval_pruned.util.palette import STYLE
 from lm_eval_pruned.util.tables import Column, Table
 
 
@@ -77,7 +77,7 @@ def rendered(template: str, **values: Any) -> str:
 
     loader = PackageLoader("lm_eval_pruned.report", ".")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
-    shared = {"colours": style(), "only_these": only_these}
+    shared = {"colours": STYLE, "only_these": only_these}
     page = environment.get_template(template).render(values, **shared)
     # What models write may hold halves of characters.
     return page.encode("utf-8", "replace").decode("utf-8")

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_pruned.results.files import is_number
-
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,5 +55,5 @@ def _counts(logged: Any, ambiguous: bool) -> bool:
     *numbers, tells = logged
     # The harness writes an array of numpy as a text.
     tells = tells in (True, "True")
-    finite = all(is_number(x) and math.isfinite(x) for x in numbers)
+    finite = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
     return finite and tells != ambiguous

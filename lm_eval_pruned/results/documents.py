@@ -169,21 +169,14 @@ class Documents:
 
     def at(self, level: str) -> Documents:
         """Return the documents of a level, of which no score without knowledge is known."""
-        order = [n for n, name in enumerate(self.level) if name == level]
-        keys = tuple(self.keys[index] for index in order)
-        return replace(self._taken(order, keys), levels={})
+        named = zip(self.keys, self.level, strict=True)
+        keys = tuple(key for key, name in named if name == level)
+        return replace(self.taken(keys), levels={})
 
-    def in_the_order_of(self, other: Documents) -> Documents | None:
-        """Return these documents as `other` orders them; None where it has others."""
+    def taken(self, keys: tuple[tuple[str, str, int], ...]) -> Documents:
+        """Return the documents with these keys, in their order."""
         indices = {key: index for index, key in enumerate(self.keys)}
-        if indices.keys() != {*other.keys}:
-            return None
-        order = [indices[key] for key in other.keys]
-        return self._taken(order, other.keys)
-
-    def _taken(
-        self, order: list[int], keys: tuple[tuple[str, str, int], ...]
-    ) -> Documents:
+        order = [indices[key] for key in keys]
         return replace(
             self,
             keys=keys,

@@ -15,7 +15,6 @@ from lm_eval_pruned.results.settings import listed, settings_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
-    from typing import TypeGuard
 
 _SECTIONS = (
     "results", "config", "configs", "group_subtasks", "higher_is_better", "n-samples", "n-shot",
@@ -167,11 +166,6 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a value read from JSON is a number or a truth value."""
-    return isinstance(value, int | float)
-
-
 def as_mapping(value: Any) -> Mapping[str, Any]:
     """Return a value of a results file, or an empty mapping where it is none."""
     return value if isinstance(value, dict) else {}
@@ -179,7 +173,7 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 
 def finite_or_none(value: Any) -> float | None:
     """Return a value of a results file as a number, or None where it is not finite."""
-    number = is_number(value) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and math.isfinite(value) else None
 
 
@@ -266,9 +260,10 @@ def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:
         documents = as_mapping(data["n-samples"].get(task)).get("effective")
         for metric, value in as_mapping(metrics).items():
             name, comma, filter_name = metric.partition(",")
-            if comma and not name.endswith("_stderr") and is_number(value):
+            is_number = isinstance(value, int | float)
+            if comma and not name.endswith("_stderr") and is_number:
                 stderr = metrics.get(f"{name}_stderr,{filter_name}")
-                error = float(stderr) if is_number(stderr) else None
+                error = float(stderr) if isinstance(stderr, int | float) else None
                 up = None if name.startswith(_BIAS_OF_BBQ) else better.get(name)
                 score = Score(float(value), error, up, documents)
                 yield (task, metric), score

@@ -74,13 +74,6 @@ def settings_of(
     return {k: v if v or type(v) is int else None for k, v in settings.items()}
 
 
-def differing(
-    one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]
-) -> list[str]:
-    """Return those of `names` in which the settings of two runs differ on a task."""
-    return [name for name in names if one.get(name) != other.get(name)]
-
-
 def asked_differently(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
@@ -95,7 +88,8 @@ def asked_differently(
     names = [name for name in ASKED if not (no_shots and name in OF_FEWSHOT)]
     return ", ".join(
         f"{name} is {_shown(after.get(name))}, but {_shown(before.get(name))} {where}"
-        for name in differing(before, after, (*names, *more))
+        for name in (*names, *more)
+        if before.get(name) != after.get(name)
     )
 
 

@@ -183,7 +183,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = "YAML file of options; the command line takes precedence"
     parser.add_argument("--config", metavar="FILE", help=about)
     for title, options in GROUPS.items():
-        SweepOptions.add_to(parser.add_argument_group(title), options)
+        group = parser.add_argument_group(title)
+        declaring.add_options(group, map(SweepOptions.row, options))
     which = parser.add_argument_group("which units run")
     declaring.add_options(which, WHICH)
 

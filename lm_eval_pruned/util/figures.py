@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import vl_convert
 
-from lm_eval_pruned.util.palette import FAMILIES, variables
+from lm_eval_pruned.util.palette import FAMILIES, VARIABLES
 
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Plot:
         title = {"text": self.title, "subtitle": below, "anchor": "start"}
         config = _LOOK | {"background": "var(--ground)"}
         text = json.dumps(self.spec | {"title": title, "config": config})
-        for name, colour in variables("light").items():
+        for name, colour in VARIABLES["light"].items():
             text = text.replace(f"var(--{name})", colour)
         return text
 

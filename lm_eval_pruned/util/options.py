@@ -93,42 +93,31 @@ class DeclaredOptions:
         return {option.name: option for option in every if "kind" in option.metadata}
 
     @classmethod
-    def help_of(cls, name: str) -> str:
-        """Return the line for ``--help`` of an option."""
-        declared = cls.declared()[name]
-        if "help" in declared.metadata:
-            return declared.metadata["help"]
-        explained = (cls.__doc__ or "").partition("Args:\n")[2]
-        line = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
-        about = " ".join(line[1].split())  # type: ignore[index]
-        if not about[:2].isupper():
-            about = about[:1].lower() + about[1:]
-        if any(declared.default is nothing for nothing in (MISSING, None, False)):
-            return about
-        values = (
-            declared.default
-            if isinstance(declared.default, tuple)
-            else [declared.default]
-        )
-        return f"{about} (default: {', '.join(map(str, values))})"
-
-    @classmethod
     def row(cls, name: str) -> Row:
         """Return the row of an option, which is None where a command is not given it."""
         declared, how = cls.declared()[name], {"default": None}
-        if nargs := declared.metadata.get(
-            "nargs", "+" * isinstance(declared.default, tuple)
-        ):
+        metadata = declared.metadata
+        default: Any = declared.default
+        several = isinstance(default, tuple)
+        if nargs := metadata.get("nargs", "+" * several):
             how |= {"nargs": nargs} | ({"const": True} if nargs == "?" else {})
-        metavar = (
-            "" if declared.metadata["kind"] is bool else declared.metadata["metavar"]
-        )
-        return row(f"--{name}", metavar, cls.help_of(name), **how)
+        about = metadata.get("help")
+        if about is None:
+            explained = (cls.__doc__ or "").partition("Args:\n")[2]
+            line = re.search(rf"(?m)^ +{name}: ((?s:.*?))\.(?:\s|\Z)", explained)
+            about = " ".join(line[1].split())  # type: ignore[index]
+            if not about[:2].isupper():
+                about = about[:1].lower() + about[1:]
+            if not any(default is nothing for nothing in (MISSING, None, False)):
+                values = map(str, default if several else [default])
+                about += f" (default: {', '.join(values)})"
+        metavar = "" if metadata["kind"] is bool else metadata["metavar"]
+        return row(f"--{name}", metavar, about, **how)
 
     @classmethod
-    def add_to(cls, parser: Any, names: Iterable[str] | None = None) -> None:
-        """Add the options, or those of `names`, to a command."""
-        add_options(parser, map(cls.row, names or cls.declared()))
+    def rows(cls) -> list[Row]:
+        """Return the rows of all options."""
+        return [*map(cls.row, cls.declared())]
 
     @classmethod
     def parsed(cls, arguments: Any) -> dict[str, Any]:

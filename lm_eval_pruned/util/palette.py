@@ -33,6 +33,18 @@ FAMILIES = {
     "reasoning": ("#775900", "#d9bd4e"),
     "other": _GREY,
 }
+_EVERY = PAGE | {f"family-{name}": hues for name, hues in FAMILIES.items()}
+#: The colours of both schemes, by the names of a page's variables.
+VARIABLES = {
+    scheme: {name: hues[number] for name, hues in _EVERY.items()}
+    for number, scheme in enumerate(("light", "dark"))
+}
+_LIGHT, _DARK = (
+    " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+    for colours in VARIABLES.values()
+)
+#: The style sheet that gives a page these variables, as its reader's screen is.
+STYLE = f":root {{ {_LIGHT} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}"
 
 
 def plots_missing() -> str | None:
@@ -40,18 +52,3 @@ def plots_missing() -> str | None:
     if find_spec("altair") is None or find_spec("vl_convert") is None:
         return "altair is not installed: pip install 'lm-eval-pruned[report]'"
     return None
-
-
-def variables(scheme: str) -> dict[str, str]:
-    """Return the colours of a scheme, ``light`` or ``dark``, by the names of a page's variables."""
-    every = PAGE | {f"family-{name}": hues for name, hues in FAMILIES.items()}
-    return {name: hues[scheme == "dark"] for name, hues in every.items()}
-
-
-def style() -> str:
-    """Return the style sheet that gives a page these variables, as its reader's screen is."""
-    light, dark = (
-        " ".join(f"--{name}: {colour};" for name, colour in variables(scheme).items())
-        for scheme in ("light", "dark")
-    )
-    return f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"

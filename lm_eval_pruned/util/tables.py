@@ -63,11 +63,6 @@ class Table:
     rows: Sequence[Any]
 
     @property
-    def titles(self) -> list[str]:
-        """The headings of the columns."""
-        return [column.title for column in self.columns]
-
-    @property
     def is_wide(self) -> bool:
         """Whether a telephone cannot show it as a table, without cutting words or numbers.
 
@@ -93,7 +88,8 @@ class Table:
         self, *, padded: bool = False, escapes: Mapping[int, str] | None = None
     ) -> str:
         """Return the table in Markdown; `padded` is that of `markdown_table`, `escapes` of `str.translate`."""
-        lines = [self.titles, *([cell.text for cell in row] for row in self.cells)]
+        lines = [[column.title for column in self.columns]]
+        lines += [[cell.text for cell in row] for row in self.cells]
         texts = [[text.translate(escapes or {}) for text in line] for line in lines]
         align = "".join("r" if column.form else "l" for column in self.columns)
         return markdown_table(texts[0], texts[1:], align, padded=padded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     Key = tuple[str, str]
-    #: Of each task the metrics that a verdict may look at, with their scores, where there are any yet.
-    Scores = Mapping[str, Mapping[str, Sequence[float]]]
+    #: By task and metric, which is empty where it is not known yet: scores, where there are any yet.
+    Scores = Mapping[Key, Sequence[float]]
 
 #: By exit code.
 ANSWERS = ("ship", "do not ship", "not decided")
@@ -58,12 +57,6 @@ class Judged(NamedTuple):
     take: str = ""
 
     @property
-    def margin(self) -> str:
-        """The margin as it is written; a dash without one."""
-        margin = self.claim[0].margin if self.claim else None
-        return margin.text if margin else "-"
-
-    @property
     def sentence(self) -> str:
         """The claim on a mean, whether it is shown, and the difference in points with its 90 % interval."""
         tasks = ", ".join(case.key[0] for case in self.claim)
@@ -79,31 +72,19 @@ class Verdict(NamedTuple):
     """The answer on two runs, with the exit code of `check`.
 
     The claims of `pooled` decide in place of those of their tasks, unless a task is shown to be worse.
-    `beside` are scores that were compared and not judged, `rows` all differences between the two.
+    `open` is what is shown to be worse, or keeps the verdict from being decided; `beside` are scores
+    that were compared and not judged, `rows` all differences between the two.
     """
 
     base: Run
     candidate: Run
     code: int
     judged: Sequence[Judged]
+    pooled: Sequence[Judged]
+    open: Sequence[Judged]
     beside: Sequence[Judged]
     notes: Sequence[str]
     rows: Sequence[Difference]
-    pooled: Sequence[Judged] = ()
-
-    @property
-    def open(self) -> list[Judged]:
-        """What is shown to be worse, or keeps the verdict from being decided."""
-        pooled_keys = {case.key for pool in self.pooled for case in pool.claim}
-        return [
-            judged
-            for judged in [*self.pooled, *self.judged]
-            if judged.word == "worse"
-            or (
-                judged.word == "undecided"
-                and (judged.row.task, judged.row.metric) not in pooled_keys
-            )
-        ]
 
 
 def decide(
@@ -126,23 +107,21 @@ def decide(
         ValueError: A margin names nothing that was scored, or the runs cannot be compared: of other
             tasks, versions, documents or settings, or without samples.
     """
-    runs = base, candidate, *floors
-    base, candidate, *floors = (with_choice_prob(run) for run in runs)
+    base, candidate, *floors = map(with_choice_prob, [base, candidate, *floors])
     keys = [*judged_keys(base, measure, margins)]
     if missing := [" ".join(key) for key in keys if key not in candidate.scores]:
         raise ResultsError(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
-    scores = scores_of(keys, base, candidate)
+    runs = base, candidate
+    scores = {key: [run.scores[key].value for run in runs] for key in keys}
     check_margins(margins, scores)
     within = {
         key: Margin(
-            "not_worse",
-            _margin_of(key, margins)
-            or usual_margin(base, key, *scores[key[0]][key[1]]),
+            "not_worse", _margin_of(key, margins) or usual_margin(base, key, *values)
         )
-        for key in keys
+        for key, values in scores.items()
     }
     # Of this level, intervals beyond the margin are what the gate calls shown.
     compared = compare(
@@ -167,13 +146,18 @@ def decide(
     alone, pooled = judged[: len(keys)], judged[len(keys) :]
     counted = [*primary_metrics([base, candidate]), *(k for k in rows if k[1] == KL)]
     beside = [Judged([], rows[k], "not judged") for k in counted if k not in keys]
-    verdict = Verdict(
-        base, candidate, 0, alone, beside, compared.notes, compared.rows, pooled
-    )
-    words = {claim.word for claim in verdict.open}
+    in_pools = {case.key for pool in pools for case in pool}
+    left = [
+        claim
+        for claim in [*pooled, *alone]
+        if claim.word == "worse"
+        or (claim.word == "undecided" and claim.row.case.key not in in_pools)
+    ]
+    words = {claim.word for claim in left}
     blind = all(row.cannot_show_a_loss for row in singles)
     code = 1 if "worse" in words else 2 if words or blind else 0
-    return verdict._replace(code=code)
+    known = compared.notes, compared.rows
+    return Verdict(base, candidate, code, alone, pooled, left, beside, *known)
 
 
 def _judged(
@@ -261,30 +245,24 @@ def read_margins(texts: Iterable[str]) -> dict[str, str]:
 
 def check_margins(margins: Mapping[str, str], scores: Scores) -> None:
     """Raise ValueError for margins that cannot be meant of these scores."""
-    measured = itertools.chain(*scores.values())
-    names = {*scores, *(metric.partition(",")[0] for metric in measured)}
+    names = {
+        name for task, metric in scores for name in (task, metric.partition(",")[0])
+    }
     # The metrics of a task in Python are known once it has scores.
-    unknown = margins.keys() - names - {""} if all(scores.values()) else ()
-    for name in sorted(unknown):
+    all_known = all(metric for _, metric in scores)
+    for name in sorted(margins.keys() - names - {""}) if all_known else ():
         raise ValueError(
             f"--margin {name}={margins[name]} names no task or metric of this verdict: it has "
             f"{', '.join(sorted(names))}."
         )
-    for task, metrics in scores.items():
-        # So is which of several metrics counts.
-        if all(values or is_share(metric) for metric, values in metrics.items()):
-            for metric, values in metrics.items():
-                if margin := _margin_of((task, metric), margins):
-                    Margin("margin", margin).check(task, metric, *values)
-
-
-def scores_of(keys: Iterable[Key], *runs: Run) -> dict[str, dict[str, list[float]]]:
-    """Return the scores of runs by task and metric."""
-    scores: dict[str, dict[str, list[float]]] = {}
-    for task, metric in keys:
-        values = [run.scores[task, metric].value for run in runs]
-        scores.setdefault(task, {})[metric] = values
-    return scores
+    # So is which of several metrics counts.
+    vague = {
+        task for (task, m), values in scores.items() if not (values or is_share(m))
+    }
+    for key, values in scores.items():
+        margin = _margin_of(key, margins)
+        if margin and key[0] not in vague:
+            Margin("margin", margin).check(*key, *values)
 
 
 def _margin_of(key: Key, margins: Mapping[str, str]) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from dataclasses import replace
 from importlib.resources import files
@@ -28,7 +27,7 @@ from lm_eval_pruned.sweeps.options import read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.verdict.decision import check_margins, scores_of
+from lm_eval_pruned.verdict.decision import check_margins
 from lm_eval_pruned.verdict.divergence import (
     DEMO_TEXT,
     NOT_MEASURED,
@@ -149,7 +148,8 @@ def both_runs(
     if "base" in finished:
         run = with_choice_prob(finished["base"][0])
         check_measure(measure, (metric for _, metric in run.scores))
-        scores = scores_of(judged_keys(run, measure, margins), run)
+        keys = judged_keys(run, measure, margins)
+        scores = {key: [run.scores[key].value] for key in keys}
         options = {"tasks": run.tasks(subtasks=False), **options}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
@@ -162,11 +162,9 @@ def both_runs(
     if not finished:
         planned["candidate"].base = planned["base"]
     if "base" in planned:
-        scores = {
-            task.name: dict.fromkeys(_metrics_of(task), ())
-            for task in planned["base"].tasks
-        }
-        check_measure(measure, itertools.chain(*scores.values()))
+        tasks = planned["base"].tasks
+        scores = {(task.name, m): () for task in tasks for m in _metrics_of(task)}
+        check_measure(measure, [metric for _, metric in scores if metric])
     check_margins(margins, scores)
     results = dict(finished)
     for name, sweep in planned.items():
@@ -192,8 +190,8 @@ def both_runs(
 
 
 def _metrics_of(task: SweepTask) -> list[str]:
-    """Return the metrics that a task of a sweep will have; none where only its code knows them."""
-    choices = [CHOICE_PROB] * bool(task.metrics)
+    """Return the metrics that a task of a sweep will have; empty ones where only its code knows them."""
+    choices = [CHOICE_PROB] if task.metrics else [""]
     return [*task.metrics, *choices, *[KL] * (task.name in TEXTS)]
 
 

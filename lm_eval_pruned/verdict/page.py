@@ -13,7 +13,6 @@ from lm_eval_pruned.compare.comparison_table import (
     FLOOR,
     record,
 )
-from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, table_section, write_page
 from lm_eval_pruned.report.sections import energy_section
@@ -24,10 +23,10 @@ from lm_eval_pruned.verdict.decision import ANSWERS, Judged
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lm_eval_pruned.verdict.decision import Verdict
 
+#: By exit code.
+TITLES = tuple(f"May it be shipped? {answer.capitalize()}" for answer in ANSWERS)
 #: How many of the answers that changed for the worse are shown.
 SHOWN = 20
 _HOW_TO_READ = (
@@ -56,11 +55,19 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
 
     Returns what a terminal shows, which leaves out the answers that changed.
     """
-    title, tables = _title(verdict), _tables(verdict)
-    changed = _changed_for_the_worse(verdict, texts)
+    title, tables = TITLES[verdict.code], _tables(verdict)
+    changes = find_changes(verdict.base, verdict.rows)[2]
+    lost = [change for change in changes if change.kind == LOST]
+    shown = lost[:SHOWN]
+    changed = table_section(
+        "Answers that changed for the worse",
+        [f"{len(shown)} of {len(lost)} are shown."],
+        _CHANGED if texts else _CHANGED[:2],
+        shown,
+    )
     remarks = [Section("Remarks", notes=verdict.notes)] * bool(verdict.notes)
     rows = [
-        record(judged.row) | {"margin": judged.margin, "verdict": judged.word}
+        record(judged.row) | {"margin": _margin(judged), "verdict": judged.word}
         for judged in verdict.judged
     ]
     sections = [*tables, *([changed] if changed else []), *remarks]
@@ -79,7 +86,9 @@ def card_section(verdict: Verdict, base: str) -> str:
     subtitle = f"Compared with {named}, by `lm-eval-pruned verdict`."
     answer, *tables = _tables(verdict)
     sections = [replace(answer, notes=()), *tables]
-    return re.sub(r"(?m)^#", "##", as_markdown(_title(verdict), subtitle, sections))
+    return re.sub(
+        r"(?m)^#", "##", as_markdown(TITLES[verdict.code], subtitle, sections)
+    )
 
 
 def headline(verdict: Verdict) -> str:
@@ -91,7 +100,7 @@ def headline(verdict: Verdict) -> str:
         if verdict.base.exact_floor(row.task, row.metric) is not None:
             kept = row.floor and row.floor.kept_text
             parts.append(f"{label} kept {kept or 'not known'}")
-            share = Margin("kept", judged.margin).share
+            share = row.case.margin and row.case.margin.share
             margins += [f"{1 - share:.0%}".replace("%", " %")] if share else []
         elif is_loss(row.metric) and row.relative is not None:
             name = "perplexity" if is_perplexity(row.metric) else "loss"
@@ -106,10 +115,6 @@ def headline(verdict: Verdict) -> str:
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
 
 
-def _title(verdict: Verdict) -> str:
-    return f"May it be shipped? {ANSWERS[verdict.code].capitalize()}"
-
-
 def _name(judged: Judged) -> str:
     return f"{judged.row.task} {judged.row.metric.removesuffix(',none')}"
 
@@ -120,15 +125,17 @@ def _tables(verdict: Verdict) -> list[Section]:
     bias_tasks = {score.row.task for score in judged if is_bias(score.row.metric)}
     on_bias = [score for score in judged if score.row.task in bias_tasks]
     others = [score for score in judged if score.row.task not in bias_tasks]
+    scores = [*others, *verdict.beside]
+    about = [_HOW_TO_READ, *[_ON_KL] * any(score.row.metric == KL for score in scores)]
     size = [("base", verdict.base), ("candidate", verdict.candidate)]
     # Of a task with two measures, the answers are the same.
     rows = {score.row.task: score.row for score in judged}
     answered = [row for row in rows.values() if row.answers]
     sections = [
         _answer_section(verdict),
-        _scores_section("Scores", _HOW_TO_READ, [*others, *verdict.beside]),
+        table_section("Scores", about, _SCORES, scores),
         table_section("Agreement with the base", [AGREEMENT], _AGREEMENT, answered),
-        _scores_section("Bias", _ON_BIAS, on_bias),
+        table_section("Bias", [_ON_BIAS], _SCORES, on_bias),
         table_section("Size and time", [_ON_TIME], _SIZE, size),
         energy_section([verdict.base, verdict.candidate]),
     ]
@@ -190,6 +197,11 @@ def _word(judged: Judged) -> Cell:
     return Cell(word, judged.word)
 
 
+def _margin(judged: Judged) -> str | None:
+    margin = judged.row.case.margin
+    return margin.text if margin else None
+
+
 #: Of `Judged`.
 _SCORES = (
     _compared("task"),
@@ -201,7 +213,7 @@ _SCORES = (
     _compared("kept"),
     _compared("difference"),
     _compared("interval", "90% interval"),
-    Column("margin", lambda judged: judged.margin, ">"),
+    Column("margin", _margin, ">"),
     _compared("documents"),
 )
 #: Of `Difference`.
@@ -231,19 +243,3 @@ _CHANGED = (
     Column("base, right", lambda change: change.before[:160]),
     Column("candidate, wrong", lambda change: change.after[:160]),
 )
-
-
-def _scores_section(heading: str, text: str, rows: Sequence[Judged]) -> Section | None:
-    about = [text, *[_ON_KL] * any(judged.row.metric == KL for judged in rows)]
-    return table_section(heading, about, _SCORES, rows)
-
-
-def _changed_for_the_worse(verdict: Verdict, texts: bool) -> Section | None:
-    changes = find_changes(verdict.base, verdict.rows)[2]
-    lost = [change for change in changes if change.kind == LOST]
-    shown = lost[:SHOWN]
-    counted = f"{len(shown)} of {len(lost)} are shown."
-    columns = _CHANGED if texts else _CHANGED[:2]
-    return table_section(
-        "Answers that changed for the worse", [counted], columns, shown
-    )

@@ -34,7 +34,7 @@ def test_defaults_are_those_that_users_rely_on():
 
 def test_they_are_explained_and_named_for_those_who_take_them_by_name():
     assert PruneKeywords.__annotations__.keys() == DECLARED.keys()
-    assert all(PruneArguments.help_of(name) for name in DECLARED)
+    assert all(PruneArguments.row(name)[1]["help"] for name in DECLARED)
     for function in (load_pruned, prune_model, PrunePlan.from_arguments, PrunedHFLM):
         explained = inspect.getdoc(
             function.__init__ if function is PrunedHFLM else function

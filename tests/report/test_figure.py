@@ -196,7 +196,7 @@ def test_a_browser_shows_it(sweep, browser, tmp_path, width, scheme):
     browser.screenshot(tmp_path / "page.png", width, 2400)
     with Image.open(tmp_path / "page.png") as image:
         pixels = np.asarray(image.convert("RGB"), dtype=int)
-    colours = palette.variables(scheme)
+    colours = palette.VARIABLES[scheme]
     for name, least in {"ground": 0.4 * 2400 * width, "family-knowledge": 100}.items():
         hue = [*bytes.fromhex(colours[name][1:])]
         assert (np.abs(pixels - hue).max(axis=2) < 5).sum() > least, name

@@ -50,7 +50,7 @@ def test_what_the_table_reads_is_what_the_measurement_writes(tmp_path):
 def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_share():
     curves = LayerCurves.of(made_curves())
     table = curves.table()
-    assert table.titles == ["layer", "10 % removed", "50 % removed"]
+    assert [c.title for c in table.columns] == ["layer", "10 % removed", "50 % removed"]
     assert [cell.text for cell in table.cells[3]] == ["3", "+0.400", "+2.000"]
     for words in (
         "criterion=obs, repair=least_squares",
@@ -63,7 +63,9 @@ def test_layers_of_different_widths_have_a_dash_at_the_shares_of_others():
     data, others = made_curves(width=99, kept=(49, 89)), made_curves()["curves"]
     data["curves"] += [{**curve, "layer": curve["layer"] + 4} for curve in others]
     table = LayerCurves.of(data).table()
-    assert table.titles[1:] == [f"{share} % removed" for share in (10, 50, 51)]
+    assert [c.title for c in table.columns][1:] == [
+        f"{share} % removed" for share in (10, 50, 51)
+    ]
     assert [cell.text for cell in table.cells[0]][2] == "-"
 
 
@@ -90,7 +92,7 @@ def test_the_section_of_a_sweep(tmp_path):
     assert layers_section(sweep) is None
     (tmp_path / "sensitivity.json").write_text(json.dumps(made_curves()))
     section = layers_section(sweep)
-    assert section.table.titles[-1] == "50 % removed"
+    assert [c.title for c in section.table.columns][-1] == "50 % removed"
     (plot,) = section.plots
     assert plot.png.startswith(b"\x89PNG")
     assert "nats per token" in plot.svg

@@ -60,7 +60,7 @@ def set_healing(folder, names, healing):
 
 def cells(section, *titles):
     """Return the texts in these columns of a section's table."""
-    places = [section.table.titles.index(title) for title in titles]
+    places = [[c.title for c in section.table.columns].index(title) for title in titles]
     return [[row[place].text for place in places] for row in section.table.cells]
 
 

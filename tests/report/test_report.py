@@ -200,7 +200,12 @@ def test_families_by_size(tmp_path):
     folder = write_sweep(tmp_path, runs)
     base, others = read_sweep(folder).split()
     section = families_section([base, *others], compare(base, others))
-    assert section.table.titles == ["family", "pruned by", "3.20", "2.40"]
+    assert [c.title for c in section.table.columns] == [
+        "family",
+        "pruned by",
+        "3.20",
+        "2.40",
+    ]
     rows = section.table.cells
     assert [[cell.text for cell in row] for row in rows] == [
         ["Knowledge", "maw", "\u25cb 1 not shown", "\u25bc 1 worse"],

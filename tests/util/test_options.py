@@ -40,8 +40,8 @@ class Cooking(DeclaredOptions):
 
 def parsed(*words: str) -> dict:
     parser = argparse.ArgumentParser()
-    add_options(parser, [[row("--salt", "", "salty"), row("--sweet", "N", "sweet")]])
-    Cooking.add_to(parser)
+    tastes = [row("--salt", "", "salty"), row("--sweet", "N", "sweet")]
+    add_options(parser, [tastes, *Cooking.rows()])
     return Cooking.parsed(parser.parse_args(words))
 
 

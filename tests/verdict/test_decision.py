@@ -98,7 +98,7 @@ PROBE = {"metadata": {"primary_metric": "lift", "floors": {"lift": 0}}}
 def test_the_margin_by_default_of_each_measure(task, margin, decided):
     configs = {"t": PROBE if "lift,none" in task else {}}
     found = decided({"t": task}, {"t": task}, measure=None, configs=configs)
-    assert [each.margin for each in found.judged] == [margin]
+    assert [each.row.case.margin.text for each in found.judged] == [margin]
 
 
 @pytest.mark.parametrize(
