@@ -141,7 +141,7 @@ def test_models_that_text_says_nothing_of(family, asked, word, tmp_path, monkeyp
         load_pruned(str(tmp_path), prune_percent=40, **asked | more)
 
 
-REPAIRED = {"ratio": 1, "repair": "least_squares"}
+REPAIRED = {"prune_percent": 40, "repair": "least_squares"}
 RECURRENT = {"lru_width": 32, "num_key_value_heads": 1, "intermediate_size": 1}
 DOGE = {"num_hidden_layers": 2, "num_key_value_heads": 4, "is_moe": True}
 

@@ -199,12 +199,13 @@ def test_a_terminal_sees_layers_tokens_and_time_from_the_first_text_to_the_last_
     measuring = [
         f"curvature{tokens}/1 .*text",
         f"roots of the curv.*{tokens}/3 .*layer",
+        f"activations{tokens}/3 .*layer",
     ]
     held = f"held text{tokens}/32 .*text"
-    cutting = [held, *measuring, f"repair{tokens}/3 .*layer", held, "Writing model"]
+    cutting = [held, *measuring, "repair: .*/3 .*layer", held, "Writing model"]
     for words, labels in (
         (prune, cutting),
-        (["sensitivity"], [*measuring, f"costs of cuts{tokens}/3 .*layer"]),
+        (["sensitivity"], [*measuring, "costs of cuts: .*/3 .*layer"]),
     ):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / words[0]))
         monkeypatch.setattr(sys, "stderr", Terminal())

@@ -28,7 +28,7 @@ MAY_IMPORT = {
         "sweeps": "checkpoints pruning results util",
         "verdict": "compare report results sweeps util",
         "profiling": "batching checkpoints energy pruning tasks util",
-        "study": "checkpoints compare report results sweeps util",
+        "study": "checkpoints compare pruning report results sweeps util",
         "_autoload": "",
     }.items()
 }
