@@ -33,6 +33,16 @@ def test_a_results_file(tmp_path):
     assert run.samples["tf"].name == f"samples_tf_{DATE}.jsonl"
 
 
+def test_a_model_of_fewer_layers_is_no_baseline(tmp_path):
+    """As results of `drop_layers` say, which existed once: the widths are those of the whole model."""
+    shallow = pruning(0) | {"layers_dropped": "3", "parameters_after": 1}
+    runs_of = {"whole": pruning(0), "shallow": shallow}
+    for name, record in runs_of.items():
+        write_run(tmp_path / name, TASKS, pruning=record)
+    baselines = {name: read_run(tmp_path / name).is_baseline for name in runs_of}
+    assert baselines == {"whole": True, "shallow": False}
+
+
 @pytest.mark.parametrize("below", ["", "org__model"])
 def test_of_several_results_in_a_folder_the_newest_of_each_task_counts(tmp_path, below):
     both = {"tf": {"acc,none": [1.0, 0.0]}, **BOOLQ}
