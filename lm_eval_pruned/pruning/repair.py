@@ -384,10 +384,11 @@ def _visit(
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.layer_path)].append(mlp)
     if stored and all(stored[mlp.name].tokens for mlp in mlps):
+        moves_to = None if device == model.device else device
         drawn = progress_bar(len(by_stack), what, unit="layer")
         with torch.no_grad(), drawn as bar:
             for layer, visited in by_stack.items():
-                with lent(layer.modules(), device):
+                with lent(layer.modules(), moves_to):
                     for mlp in visited:
                         here = mlp.weight("down_proj").device
                         visit(mlp, stored[mlp.name].to(here))
