@@ -10,8 +10,8 @@ where R are the removed neurons, and x is divided by the size of the output wher
 (`LayerMoments`). `repaired` computes them; `order_by_cost` removes the neurons
 whose removal costs least after that (optimal brain surgeon), in nats: with R W in place of W, R being
 the root of `Curvature`, an error of the output counts as far as it moves the model's predictions.
-Repair itself is the same for any R. Each layer is repaired on the inputs that it has in the unpruned
-model: on those that layers cut before give it, the loss is within 2 % of the rise (docs/measurements).
+Repair itself is the same for any R. Each layer is repaired on what it is given in the unpruned model;
+on what cut layers give it, the rise in loss is the same to 3 % (docs/measurements/price.md).
 
 Source: Hassibi and Stork 1993, "Second order derivatives for network pruning: Optimal brain
 surgeon"; Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv

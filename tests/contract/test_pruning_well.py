@@ -10,9 +10,16 @@ from collections import defaultdict
 import pytest
 from transformers import LlamaForCausalLM
 
-from lm_eval_pruned import load_pruned
+from lm_eval_pruned import load_pruned, prune_model
 from tests.contract.commands import pruned
-from tests.helpers.checkpoints import ROOT, save_tiny
+from tests.helpers.checkpoints import (
+    ROOT,
+    byte_tokenizer,
+    save_tiny,
+    tiny_config,
+    tiny_model,
+)
+from tests.helpers.layouts import overrides
 from tests.helpers.ways_to_load import assert_state
 
 
@@ -132,6 +139,25 @@ def test_a_layer_that_sees_fewer_tokens_than_it_keeps_is_not_repaired_and_a_warn
     assert model.prune_record.as_dict()["mlps_repaired"] == 0
     assert "0 of 3 GLU-MLPs are repaired" in caplog.text
     assert_state(model, load_pruned(str(folder), prune_percent=40).state_dict())
+
+
+def test_each_layer_is_repaired_on_what_it_is_given_in_the_unpruned_model(folder, text):
+    asked = {"prune_percent": 40, "recipe": "best", "calibration": text}
+    together = load_pruned(str(folder), **asked).model.layers
+    for number in range(3):
+        alone = load_pruned(str(folder), layers=f"{number}-{number}", **asked)
+        expected = alone.model.layers[number].mlp.state_dict()
+        assert_state(together[number].mlp, expected)
+
+
+@pytest.mark.parametrize("family", ["hrm_text", "t5"])
+def test_what_cannot_be_repaired_is_refused_and_told_what_to_pass(
+    family, text, tmp_path
+):
+    asked = {"prune_percent": 40, "repair": "least_squares", "calibration": text}
+    model = tiny_model(tiny_config(family, **overrides(family, 64)))
+    with pytest.raises(ValueError, match="pass recipe=fast"):
+        prune_model(model, tokenizer=byte_tokenizer(), **asked)
 
 
 def test_text_of_your_own_is_named_as_what_decides_what_is_kept(folder, text, caplog):
