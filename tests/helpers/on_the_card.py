@@ -170,6 +170,8 @@ def test_prune_measures_and_calibrates_on_the_card_and_saves_from_the_cpu(
     dtype, tiny_llama, tmp_path, monkeypatch, capsys
 ):
     measured, ran, saved = [], [], []
+    # What an earlier test observed would be read from there.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def noted(where, function, device):
         def with_note(*arguments, **named):
