@@ -45,8 +45,8 @@ def check_adapter(
         argument: What named the adapter, for messages.
 
     Raises:
-        ValueError: There is no adapter, or it was trained on MLPs of another width, or after
-            pruning where it is to be merged before.
+        ValueError: There is no adapter; it was trained on MLPs of another width; or it was trained
+            on a pruned model and is to be merged before pruning.
     """
     from peft import PeftConfig
     from peft.utils import load_peft_weights

@@ -32,9 +32,9 @@ def pools_of(cases: Iterable[Case]) -> list[list[Case]]:
 
 
 def pool_of(case: Case) -> tuple[str, float] | None:
-    """Return what a score measures, and its margin; None where there is no mean over such scores.
+    """Return the measure and the margin of a score, or None if it cannot be pooled with others.
 
-    It takes a mean between 0 and 1, of which more is better, with a margin in points.
+    Only a mean between 0 and 1 can be, if more of it is better and its margin is in points.
     """
     before, after = case.scores
     size, metric = case.margin_size, case.key[1]
