@@ -376,14 +376,21 @@ def _visit(
 ) -> None:
     """Let `visit` look at one GLU-MLP after the other, and `leave` those of a layer behind.
 
-    Where activations choose neurons, `chosen`, all that hold any have to be observable.
+    Where activations choose neurons, `chosen`, all that hold any have to be observable. The text does
+    not run where their moments are `stored`.
     """
     if chosen:
         check_observable(model, stacked=True)
     by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
     for mlp in mlps:
         by_stack[model.get_submodule(mlp.layer_path)].append(mlp)
-    if stored and all(stored[mlp.name].tokens for mlp in mlps):
+    seen = [
+        any(stored[mlp.name].tokens for mlp in visited)
+        for visited in by_stack.values()
+        if stored
+    ]
+    # A layer of which nothing was seen is looked at again, and refused if that is why.
+    if stored and (not chosen or all(seen)):
         moves_to = None if device == model.device else device
         drawn = progress_bar(len(by_stack), what, unit="layer")
         with torch.no_grad(), drawn as bar:

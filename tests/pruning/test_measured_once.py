@@ -13,6 +13,7 @@ from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.criteria import ACTIVITY
 from lm_eval_pruned.pruning.curvature import Curvature
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
 from lm_eval_pruned.util import cache
 from tests.helpers.checkpoints import byte_tokenizer, edit_config, save_tiny
 from tests.helpers.ways_to_load import assert_same_model, write_texts
@@ -140,6 +141,24 @@ def test_what_takes_too_much_room_is_measured_for_each_use(
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.cache_folder() / "another"))
     assert_same_model(stored, load_pruned(str(tiny_llama), **asked))
     assert work["moments_of"] == 1
+
+
+def test_an_expert_that_sees_no_token_does_not_have_the_text_run_again(
+    text, tmp_path, monkeypatch
+):
+    folder = save_tiny(tmp_path / "experts", "mixtral", num_local_experts=8)
+    Path(text["calibration"]).write_text('{"text": "One."}\n')
+    walks = []
+    start = LayerByLayer.__init__
+
+    def counting(walk, *args, **named):
+        walks.append(walk)
+        start(walk, *args, **named)
+
+    monkeypatch.setattr(LayerByLayer, "__init__", counting)
+    for recipe in ("uneven", "best"):
+        load_pruned(str(folder), prune_percent=40, recipe=recipe, **text)
+    assert len(walks) == 1
 
 
 def test_a_model_in_memory_is_measured_each_time(tiny_llama, text, work):
