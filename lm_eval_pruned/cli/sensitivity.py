@@ -42,7 +42,6 @@ def run(arguments) -> None:
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.checkpoints.load import measure_sensitivity
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
-    from lm_eval_pruned.report.layers import LayerCurves
     from lm_eval_pruned.results.runs import SENSITIVITY
 
     output = arguments.output_path and Path(arguments.output_path)
@@ -66,8 +65,7 @@ def run(arguments) -> None:
     )
     measured = measure_sensitivity(checkpoint, arguments.prune_percents)
     print(f"The curves were measured on {measured.device}.", file=sys.stderr)
-    curves = LayerCurves.of(measured.as_dict())
-    print(f"{curves.explanation}\n\n{curves.table().markdown(padded=True)}")
+    print(f"{measured.explanation}\n\n{measured.table().markdown(padded=True)}")
     if not output:
         return
     files: dict[str, str | bytes] = {
@@ -77,7 +75,9 @@ def run(arguments) -> None:
     if why := plots_missing():
         print(f"No plots were drawn: {why}.", file=sys.stderr)
     else:
-        files |= curves.plot().files()
+        from lm_eval_pruned.report.figure import costs_plot
+
+        files |= costs_plot(measured).files()
     for name, content in files.items():
         write_atomically(output / name, content)
     print(f"Wrote {', '.join(files)} to {output}.", file=sys.stderr)

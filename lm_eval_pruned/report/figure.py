@@ -1,4 +1,4 @@
-"""The figures of a report over the expansion ratios: what pruning takes, and what it leaves.
+"""The figures of a report: over expansion ratios what pruning takes and leaves, over layers what it costs.
 
 Needs altair and vl-convert-python (the extra ``report``).
 """
@@ -20,7 +20,9 @@ from lm_eval_pruned.compare.comparison_table import (
     table_of,
 )
 from lm_eval_pruned.compare.floors import Kept
+from lm_eval_pruned.pruning.curves import Sensitivity
 from lm_eval_pruned.report.page import Section
+from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.groups import (
     FAMILIES,
     SIDES,
@@ -33,6 +35,7 @@ from lm_eval_pruned.results.groups import (
     series_name,
     series_of,
 )
+from lm_eval_pruned.results.runs import SENSITIVITY
 from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratios
 
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.runs import SweepResults
 
 #: How scores are drawn: file, title, axis and description.
 MEASURES = {
@@ -77,6 +81,9 @@ NATS_OF_BYTES = "more loss than unpruned (nats per byte)"
 #: Tasks that represent knowledge and truthfulness, those of the study first.
 KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
 TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
+#: Costs below this, in nats per token, are drawn on a linear scale, greater ones on a
+#: logarithmic one: one layer can cost a hundred times as much as another.
+LINEAR = 0.02
 
 
 def figure_section(
@@ -318,3 +325,41 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
     text = "The interval treats sizes as independent draws, which steps of pruning are not."
     table = table_of(heading, CORRELATIONS, rows, comparison.alpha) if rows else None
     return Section(heading, [text], table=table, plots=plots) if plots else None
+
+
+def costs_plot(curves: Sensitivity) -> Plot:
+    """Return what cutting one layer costs, over the layers, with a line for each share."""
+    by_share = curves.by_share()
+    points = [
+        {"line": share, "layer": layer, "rise": rise}
+        for share, costs in by_share.items()
+        for layer, rise in costs.items()
+    ]
+    over = alt.X("layer:Q", scale=alt.Scale(nice=False))
+    scale = alt.Scale(type="symlog", constant=LINEAR)
+    y = alt.Y("rise:Q", title="cost (nats per token)", scale=scale)
+    chart = lines(pd.DataFrame(points), over, y, line_look([*by_share]))
+    caption = (
+        f"What it costs to cut one layer. The axis is linear up to {LINEAR} nats and logarithmic "
+        "beyond."
+    )
+    return Plot("sensitivity-by-layer", "Cost by layer", caption, chart)
+
+
+def layers_section(sweep: SweepResults) -> Section | None:
+    """Lines and a table of the curves of a sweep; None where it has no ``sensitivity.json``.
+
+    ResultsError if it cannot be read.
+    """
+    file = sweep.path / SENSITIVITY
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    try:
+        curves = Sensitivity.of(content)
+        plots = [costs_plot(curves)]
+        return Section("Layers", [curves.explanation], curves.table(), plots)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsError(
+            f"{file} holds no readable sensitivity curves ({error}): measure them again."
+        ) from None

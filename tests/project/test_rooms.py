@@ -20,7 +20,7 @@ MAY_IMPORT = {
         "energy": "",
         "results": "util",
         "compare": "results util",
-        "report": "compare results util",
+        "report": "compare pruning results util",
         "batching": "",
         "wrappers": "batching checkpoints energy pruning",
         "tasks": "",
