@@ -24,7 +24,7 @@ MAY_IMPORT = {
         "batching": "",
         "wrappers": "batching checkpoints energy pruning",
         "tasks": "",
-        "healing": "checkpoints pruning util",
+        "healing": "checkpoints pruning results util",
         "sweeps": "checkpoints pruning results util",
         "verdict": "compare report results sweeps util",
         "profiling": "batching checkpoints energy pruning tasks util",
