@@ -90,37 +90,31 @@ def figure_section(
     base: Run, runs: Sequence[Run], comparison: Comparison
 ) -> Section | None:
     """Return the figure over all series of sizes, with one file for each series and measure."""
-    plots: list[Any] = []
+    plots = []
     controls = [run for run in runs if is_control(run)]
     for series, members in series_of(runs).items():
         beside = [] if is_control(members[-1]) else controls
-        drawn = measure_plots(series, [*members, *beside], base, comparison)
-        plots += drawn.values()
+        points = points_of([*members, *beside], base, comparison)
+        for measure, (file, title, _, more) in MEASURES.items():
+            drawn, keeps = points[points["measure"] == measure], measure == "kept"
+            if not keeps:
+                drawn = drawn[drawn["control"] == ""]
+            # Text alone has no share that is kept.
+            lacks = keeps and "%" not in {*drawn["unit"]}
+            if lacks or drawn["ratio"].nunique() < 2:
+                continue
+            name, text = (
+                f"{file}-{slug(series)}",
+                f"{_caption(comparison, keeps)} {more}",
+            )
+            chart = measure_chart(drawn, measure)
+            plots.append(Plot(name, f"{title} ({series})", text, chart))
     scripts = [
         vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         files(__package__).joinpath("figure.js").read_text("utf-8"),
     ]
     heading = "What pruning takes, and what it leaves"
     return Section(heading, plots=plots, scripts=scripts) if plots else None
-
-
-def measure_plots(
-    name: str, members: Sequence[Run], base: Run, comparison: Comparison
-) -> dict[str, Plot]:
-    """Return a plot of one series by measure; without those that have no points."""
-    plots = {}
-    points = points_of(members, base, comparison)
-    for measure, (file, title, _, more) in MEASURES.items():
-        drawn = points[points["measure"] == measure]
-        # Text alone has no share that is kept.
-        keeps = measure == "kept" and "%" in {*drawn["unit"]}
-        if not keeps:
-            drawn = drawn[drawn["control"] == ""]
-        if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
-            text = f"{_caption(comparison, keeps)} {more}"
-            about = f"{file}-{slug(name)}", f"{title} ({name})", text
-            plots[measure] = Plot(*about, measure_chart(drawn, measure))
-    return plots
 
 
 def _caption(comparison: Comparison, keeps: bool) -> str:
