@@ -15,7 +15,6 @@ from lm_eval_pruned.pruning.arguments import (
 )
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.options import row
-from lm_eval_pruned.util.palette import plots_missing
 
 
 #: How each layer is cut.
@@ -72,11 +71,15 @@ def run(arguments) -> None:
         SENSITIVITY: measured.as_json(),
         "sensitivity.csv": measured.as_csv(),
     }
-    if why := plots_missing():
-        print(f"No plots were drawn: {why}.", file=sys.stderr)
-    else:
+    try:
         from lm_eval_pruned.report.figure import costs_plot
-
+    except ModuleNotFoundError as error:
+        print(
+            f"No plots were drawn: {error.name} is not installed: "
+            "pip install 'lm-eval-pruned[report]'.",
+            file=sys.stderr,
+        )
+    else:
         files |= costs_plot(measured).files()
     for name, content in files.items():
         write_atomically(output / name, content)
