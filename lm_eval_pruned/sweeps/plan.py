@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from lm_eval_pruned.checkpoints.configs import misspelt
 from lm_eval_pruned.checkpoints.default_model import find_default_model
@@ -285,12 +286,10 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
         inner = Path(name, base.get("subfolder") or "")
         # Other folders in it, such as the checkpoints of a training, do not count.
         return {"sha256": of_tasks.hash_folder(inner if inner.is_dir() else Path(name))}
-    commit = None
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    cached = None
+    with contextlib.suppress(OSError, ValueError):
         cached = cached_file(name, file, revision=base.get("revision") or "main")
-        parts = Path(cached or "").parts
-        commit = parts[parts.index("snapshots") + 1]
-    return {"name": name, "commit": commit}
+    return {"name": name, "commit": extract_commit_hash(cached, None)}
 
 
 def harness_settings(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.utils import warning_once
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.planning import plan_rows
@@ -194,7 +195,7 @@ def test_layers_that_stay_are_not_measured(text, work, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_no_error_and_is_told_once(
     tiny_llama, text, work, tmp_path, monkeypatch, caplog
 ):
-    cache._tell_unwritable.cache_clear()
+    warning_once.cache_clear()
     # A file where the folder would be, as even root cannot make it then.
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
