@@ -10,7 +10,7 @@ be used.
 from pathlib import Path
 
 from lm_eval_pruned.cli.compare import UNIT
-from lm_eval_pruned.sweeps.options import GROUPS, SweepOptions, checked
+from lm_eval_pruned.sweeps.options import GROUPS, SweepOptions
 from lm_eval_pruned.util.options import row
 
 
@@ -47,9 +47,11 @@ def run(arguments) -> int:
     from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 
     margins, measure = read_margins(arguments.margin), arguments.measure
-    options = checked(SweepOptions.parsed(arguments), "verdict")
+    chosen = SweepOptions.parsed(arguments)
+    read = SweepOptions.of(chosen, "verdict")
     if repository := arguments.push_to_hub:
         check_repository(repository)
+    options = {name: getattr(read, name) for name in chosen}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
     base, candidate, floors = both_runs(

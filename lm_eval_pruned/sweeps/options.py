@@ -186,7 +186,7 @@ def read_options(
     ValueError for one of no use, or where one of `needs` is missing.
     """
     options = read_file(arguments.config) if arguments.config else {}
-    options |= checked(SweepOptions.parsed(arguments), "sweep")
+    options |= _checked(SweepOptions.parsed(arguments), "sweep")
     shared = {n: parse_number(options.pop(n)) for n in SHARED if n in options}
     if shared:
         options["model_args"] = declaring.merged(options.get("model_args", {}), shared)
@@ -210,11 +210,10 @@ def read_file(path: str) -> dict[str, Any]:
             f"{' '.join(str(error).split())}."
         ) from None
     options = {name: value for name, value in content.items() if value is not None}
-    return checked(options, f"--config {path}")
+    return _checked(options, f"--config {path}")
 
 
-def checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return options that were given, converted; see `DeclaredOptions.of`."""
+def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     converted = SweepOptions.of(options, where)
     return {name: getattr(converted, name) for name in options}
 
