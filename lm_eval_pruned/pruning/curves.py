@@ -80,14 +80,10 @@ class Sensitivity:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Sensitivity:
-        """Make one of what `as_dict` returned.
-
-        Raises:
-            KeyError, TypeError, ValueError: It is something else, or of another version.
-        """
-        values = dict(content)
-        if values.pop("format") != FORMAT or values.pop("version") != VERSION:
-            raise ValueError(f"it is not version {VERSION} of {FORMAT}")
+        """Make one of what `as_dict` returned; KeyError, TypeError or ValueError for something else."""
+        values = {
+            name: content[name] for name in content.keys() - {"format", "version"}
+        }
         curves = tuple(LayerCurve(**curve) for curve in values.pop("curves"))
         return cls(curves=curves, **values)
 

@@ -20,7 +20,7 @@ from lm_eval_pruned.compare.comparison_table import (
     table_of,
 )
 from lm_eval_pruned.compare.floors import Kept
-from lm_eval_pruned.pruning.curves import Sensitivity
+from lm_eval_pruned.pruning.curves import VERSION, Sensitivity
 from lm_eval_pruned.report.page import Section
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.groups import (
@@ -350,6 +350,8 @@ def layers_section(sweep: SweepResults) -> Section | None:
         return None
     content = read_json(file)
     try:
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, not {VERSION}")
         curves = Sensitivity.of(content)
         plots = [costs_plot(curves)]
         return Section("Layers", [curves.explanation], curves.table(), plots)
