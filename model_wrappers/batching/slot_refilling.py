@@ -24,8 +24,7 @@ from .attention_support import base_model, config_of, sequence_limit
 from .fast_path import FastPath, FastPathMixin
 from .forward import Forward
 from .generation import end_tokens, unsupported_setting
-from .slot_table import SlotJob, SlotTable
-from .slots import Row, run_rows, slot_bytes
+from .slots import Row, SlotJob, SlotTable, run_rows, slot_bytes
 
 
 if TYPE_CHECKING:
