@@ -176,7 +176,6 @@ class PrefixSharingMixin(FastPathMixin):
 
         def run(tokens: int) -> None:
             nonlocal start
-            cache.forget_pass()
             budget = whole.within(tokens)
             while start < len(work.tree):
                 pack = next_pack(work.tree, work.scored_before, start, budget)
