@@ -28,7 +28,7 @@ class EnergyMonitor:
     Args:
         meter: The meter, which the first window starts. None where another process meters the
             machine: only time is measured.
-        clock: Returns seconds; for tests.
+        clock: Returns seconds.
 
     Attributes:
         meters: Whether there is a meter, also one that failed since.
@@ -43,7 +43,8 @@ class EnergyMonitor:
         self.failures: list[str] = []
         self.required: set[str] = set()
         self.meters = meter is not None
-        self._meter, self._clock, self._running = meter, clock, False
+        self.clock = clock
+        self._meter, self._running = meter, False
         self._description: MeterDescription | None = None
         self._open: dict[str, EnergyReading] = {}
         # What no open window holds.
@@ -83,7 +84,7 @@ class EnergyMonitor:
         counters = EnergyReading()
         if self._meter is not None and self._running:
             counters = self._ask(self._meter.read, "died") or counters
-        return replace(counters, seconds=self._clock()) - self._apart
+        return replace(counters, seconds=self.clock()) - self._apart
 
     def _checked(self, took: EnergyReading) -> EnergyReading:
         """Return a difference of counters without figures that are not measurements."""

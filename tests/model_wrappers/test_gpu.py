@@ -59,7 +59,7 @@ def test_a_narrower_model_takes_less_memory_on_the_device(wide):
         str(wide), ratios=("1.0",), device="cuda", max_new_tokens=4, repeats=1
     )
     monitor = EnergyMonitor(CodecarbonMeter())
-    result = profile(request, ["one two", "three"], monitor=monitor)
+    *_, result = profile(request, ["one two", "three"], monitor=monitor)
     fixed = {c["model"]: c for c in result["cells"] if c["mode"] == "fixed"}
     peaks = {name: cell["peak_device_bytes"] for name, cell in fixed.items()}
     for model in result["models"]:

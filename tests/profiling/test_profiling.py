@@ -32,9 +32,10 @@ def run(tiny_llama):
     def run_(*, meter=None, edit=None, seen=None, interrupt_at=None, **changes):
         watts = {"watts": {"cpu": 10.0, "ram": 2.0}}
         (monitor, clock), passes = monitor_of(**watts | (meter or {})), []
+        loaded = measure.load_pruned
 
         def load(pretrained, **arguments):
-            model = load_pruned(pretrained, **arguments)
+            model = loaded(pretrained, **arguments)
             widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
             model.slowness = sum(widths) / len(widths) / 88
             inner = model.forward
@@ -54,10 +55,11 @@ def run(tiny_llama):
 
         given = {"ratios": ("1.375",), "max_new_tokens": 5, "repeats": 2, **changes}
         request = measure.ProfileRequest(str(tiny_llama), **given)
-        how = {"monitor": monitor, "clock": clock, "load": load}
-        for so_far in measure.profile(request, PROMPTS, **how):
-            if seen is not None:
-                seen.append((len(passes), so_far))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measure, "load_pruned", load)
+            for so_far in measure.profile(request, PROMPTS, monitor=monitor):
+                if seen is not None:
+                    seen.append((len(passes), so_far))
         return so_far
 
     return run_
