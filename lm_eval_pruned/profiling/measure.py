@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from transformers import BatchEncoding, PreTrainedModel
 
-    from lm_eval_pruned.energy.monitor import EnergyMonitor
+    from lm_eval_pruned.energy.meter import EnergyMonitor
 
 #: Version of the JSON; raised when a key changes its meaning.
 SCHEMA_VERSION = 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_pruned.checkpoints.adapters import HEALING
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import EnergyMonitor
 from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.healing.run import heal
 from lm_eval_pruned.profiling import measure, report

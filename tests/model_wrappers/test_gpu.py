@@ -14,8 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned.checkpoints.load import load_pruned
-from lm_eval_pruned.energy.meter import CodecarbonMeter
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import CodecarbonMeter, EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.profiling.measure import generate, profile
 from lm_eval_pruned.profiling.options import ProfileRequest, make_batches

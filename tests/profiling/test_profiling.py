@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned.checkpoints.load import load_pruned
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import EnergyMonitor
 from lm_eval_pruned.profiling import measure, report
 from lm_eval_pruned.profiling.options import make_batches, plan_models, read_prompts
 from lm_eval_pruned.profiling.summary import change, distribution, estimate
