@@ -20,7 +20,7 @@ from accelerate.utils import release_memory
 
 from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.energy.readings import ratio
-from lm_eval_pruned.model_wrappers.batching.generation import (
+from lm_eval_pruned.model_wrappers.batching.fast_path import (
     count_generated,
     end_tokens,
 )
