@@ -17,7 +17,7 @@ from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.energy.meter import CodecarbonMeter, EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.profiling.measure import generate, profile
-from lm_eval_pruned.profiling.options import ProfileRequest, make_batches
+from lm_eval_pruned.profiling.options import ProfileRequest, batches_of
 from tests.helpers import checkpoints, layouts
 from tests.helpers.answering import GENERATED, SCORED, assert_close
 
@@ -41,7 +41,9 @@ def wide(tmp_path_factory):
 
 def test_the_clock_waits_for_the_device(wide):
     model = load_pruned(str(wide), device="cuda")
-    (batch,) = make_batches(checkpoints.byte_tokenizer(), ["a" * 256] * 32, 32, "cuda")
+    sizes = {"ratios": ("1.0",), "batch_sizes": (32,), "device": "cuda"}
+    batches, _ = batches_of(ProfileRequest(str(wide), **sizes), ["a" * 256] * 32)
+    (batch,) = batches[32]
     generate(model, batch, 4, fixed=True, pad_token=258)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.energy.meter import EnergyMonitor
 from lm_eval_pruned.profiling import measure, report
-from lm_eval_pruned.profiling.options import make_batches, plan_models, read_prompts
+from lm_eval_pruned.profiling.options import batches_of, plan_models, read_prompts
 from lm_eval_pruned.profiling.summary import change, distribution, estimate
 from tests.helpers import checkpoints
 from tests.helpers.meters import monitor_of
@@ -165,12 +165,14 @@ def test_padding_is_no_work_and_changes_no_text(run, tiny_llama):
     rates = means(cell(run(batch_sizes=(4,)), size=4))
     assert rates["prefill_tokens_per_second"] == pytest.approx(LETTERS / PREFILL)
     assert rates["decode_tokens_per_second"] == pytest.approx(4 / STEP)
-    model, tokenizer = load_pruned(str(tiny_llama)), checkpoints.byte_tokenizer()
+    model = load_pruned(str(tiny_llama))
     how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    (batch,) = make_batches(tokenizer, PROMPTS, 4, "cpu")
+    sizes = {"ratios": ("1.375",), "batch_sizes": (1, 4)}
+    request = measure.ProfileRequest(str(tiny_llama), **sizes)
+    batches, _ = batches_of(request, PROMPTS)
+    (batch,) = batches[4]
     together = model.generate(**batch, **how)
-    for row, prompt in enumerate(PROMPTS):
-        (alone,) = make_batches(tokenizer, [prompt], 1, "cpu")
+    for row, (prompt, alone) in enumerate(zip(PROMPTS, batches[1], strict=True)):
         expected = model.generate(**alone, **how)[0, len(prompt) :]
         assert torch.equal(together[row, 6:], expected)
 
