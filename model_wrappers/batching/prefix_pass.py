@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
 from .attention_in_parts import Part
-from .attention_support import cache_argument
 from .forward import additive_mask
 from .token_tree import TokenTree, best_cut, build_tree
 
@@ -163,13 +162,10 @@ def run_pack(
 
     path = tree.path(int(tree.parent[pack.stop]) if pack.stop < len(tree) else -1)
     cache.begin_pass(_places(tree, pack, path, cache.length))
-    arguments: dict[str, Any] = {"use_cache": False}
-    if cache.length or len(path):
-        arguments = {"use_cache": True, cache_argument(forward.model): cache}
+    mask: torch.Tensor | None = None
     parts: list[Part] = []
     if not pack.chains:
         mask = _mask(tree, pack, nodes, forward.dtype, device)
-        arguments["attention_mask"] = mask
         if count == 1 and width > _BLOCK_QUERIES and device.type == "cpu":
             parts = _parts(tree, pack, cache.length)
 
@@ -186,8 +182,9 @@ def run_pack(
         torch.from_numpy(tokens).to(device),
         torch.from_numpy(position).to(device),
         keep,
+        mask,
         parts,
-        **arguments,
+        cache if cache.length or len(path) else None,
     )[0]
     if len(wanted):
         _score(work, nodes.ravel()[wanted], logits, softmax_dtype)

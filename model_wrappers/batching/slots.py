@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from .attention_in_parts import Part
-from .attention_support import cache_argument, config_of
+from .attention_support import config_of
 from .forward import additive_mask
 
 
@@ -184,17 +184,8 @@ def run_rows(forward: Forward, cache: SlotCache, work: list[Row]) -> torch.Tenso
         index = sent[:, -1].to(states.device)
         return states[torch.arange(len(index), device=index.device), index][:, None]
 
-    cached: dict[str, Any] = {cache_argument(forward.model): cache}
-    logits = forward(
-        sent[:, :longest],
-        position,
-        last if longest > 1 else None,
-        parts,
-        attention_mask=mask,
-        use_cache=True,
-        **cached,
-    )
-    return logits[:, -1]
+    keep = last if longest > 1 else None
+    return forward(sent[:, :longest], position, keep, mask, parts, cache)[:, -1]
 
 
 @dataclass
