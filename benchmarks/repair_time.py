@@ -21,12 +21,12 @@ from reporting import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lm_eval_pruned.checkpoints.default_model import find_default_model
-from lm_eval_pruned.pruning import repair
+from lm_eval_pruned.pruning import moments, repair
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.curvature import curvature, enough
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
-from lm_eval_pruned.pruning.moments import Moments
+from lm_eval_pruned.pruning.moments import TextMoments
 
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def main() -> None:
         roots = curvature(model, few, mlps).roots
         curved.append(time.process_time() - start)
     head = 2 * curved[1] - curved[0]
-    time_calls(repair, "LayerByLayer", "once", seconds)
-    time_calls(Moments, "add", "sums over tokens", seconds)
+    time_calls(moments, "LayerByLayer", "once", seconds)
+    time_calls(moments.Moments, "add", "sums over tokens", seconds)
     time_calls(repair, "regularised", "order", seconds)
     time_calls(repair, "weighted", "order", seconds)
     time_calls(repair, "order_by_cost", "order", seconds)
@@ -93,8 +93,7 @@ def main() -> None:
     (mlp,), start = mlps, time.process_time()
     width = mlp.width - mlp.width * options.prune_percent // 100
     repair.cut_layer_by_layer(
-        model,
-        texts,
+        TextMoments(model, texts),
         mlps,
         {mlp.name: width},
         {},

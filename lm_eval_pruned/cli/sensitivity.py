@@ -15,7 +15,6 @@ from lm_eval_pruned.pruning.arguments import (
 )
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.options import row
-from lm_eval_pruned.util.palette import plots_missing
 
 
 #: How each layer is cut.
@@ -42,7 +41,6 @@ def run(arguments) -> None:
     from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
     from lm_eval_pruned.checkpoints.load import measure_sensitivity
     from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
-    from lm_eval_pruned.report.layers import LayerCurves
     from lm_eval_pruned.results.runs import SENSITIVITY
 
     output = arguments.output_path and Path(arguments.output_path)
@@ -66,18 +64,23 @@ def run(arguments) -> None:
     )
     measured = measure_sensitivity(checkpoint, arguments.prune_percents)
     print(f"The curves were measured on {measured.device}.", file=sys.stderr)
-    curves = LayerCurves.of(measured.as_dict())
-    print(f"{curves.explanation}\n\n{curves.table().markdown(padded=True)}")
+    print(f"{measured.explanation}\n\n{measured.table().markdown(padded=True)}")
     if not output:
         return
     files: dict[str, str | bytes] = {
         SENSITIVITY: measured.as_json(),
         "sensitivity.csv": measured.as_csv(),
     }
-    if why := plots_missing():
-        print(f"No plots were drawn: {why}.", file=sys.stderr)
+    try:
+        from lm_eval_pruned.report.figure import costs_plot
+    except ModuleNotFoundError as error:
+        print(
+            f"No plots were drawn: {error.name} is not installed: "
+            "pip install 'lm-eval-pruned[report]'.",
+            file=sys.stderr,
+        )
     else:
-        files |= curves.plot().files()
+        files |= costs_plot(measured).files()
     for name, content in files.items():
         write_atomically(output / name, content)
     print(f"Wrote {', '.join(files)} to {output}.", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
+from lm_eval_pruned.pruning.argument_values import UNIFORM
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration import Calibration, calibrate, unless_cpu
 from lm_eval_pruned.pruning.calibration_text import SELF, TextSource
@@ -33,8 +35,8 @@ from lm_eval_pruned.pruning.layouts import (
     find_glu_mlps,
     regions_by_parameter,
 )
-from lm_eval_pruned.pruning.moments import Moments
-from lm_eval_pruned.pruning.repair import STEPS, errors_of_cuts, moments_of
+from lm_eval_pruned.pruning.moments import Moments, TextMoments
+from lm_eval_pruned.pruning.repair import STEPS, errors_of_cuts
 from lm_eval_pruned.util.cache import measured_once
 
 
@@ -177,27 +179,30 @@ class LoadedModel:
         return Curvature.of(*self._measured_once(what, measure))
 
     @functools.cached_property
-    def moments(self) -> Mapping[str, Moments]:
-        """What the neurons of each GLU-MLP do on the text, by name, for any cut of the model.
+    def moments(self) -> TextMoments:
+        """What the neurons of each GLU-MLP do on the text, kept for any cut of the model.
 
-        Nothing where it takes too much room: then the text runs again for each use.
+        The text runs again for each use where that takes too much room, or where it has one use.
         """
         mlps, text = find_glu_mlps(self.model), self.text
-        if sum(4 * mlp.width**2 for mlp in mlps) > _MOST_STORED:
-            return {}
+        running = TextMoments(self.model, text.tokens, self.device)
+        used_once = self.content is None and self.arguments.allocation == UNIFORM
+        if used_once or sum(4 * mlp.width**2 for mlp in mlps) > _MOST_STORED:
+            return running
 
         def measure() -> Measured:
-            measured = moments_of(self.model, text.tokens, mlps, self.device)
+            measured = running.measure(mlps)
             scatters = {name: moments.scatter for name, moments in measured.items()}
             means = {f"{name} mean": moments.mean for name, moments in measured.items()}
             tokens = {name: moments.tokens for name, moments in measured.items()}
             return scatters | means, tokens
 
         tensors, tokens = self._measured_once(("moments", text.key), measure)
-        return {
+        stored = {
             name: Moments(tensors[name], tensors[f"{name} mean"], count)
             for name, count in tokens.items()
         }
+        return dataclasses.replace(running, stored=stored)
 
     def curves(self, shares: Sequence[Number] = CUTS) -> Sensitivity:
         """Return what it costs to cut one layer, for each layer and width.
@@ -232,17 +237,7 @@ class LoadedModel:
                 ]
         scores = {} if criterion == OBS else self.scores(mlps)
         roots = self.curvature.roots
-        errors = errors_of_cuts(
-            model,
-            text.tokens,
-            mlps,
-            narrowed,
-            scores,
-            roots,
-            repair,
-            self.device,
-            self.moments,
-        )
+        errors = errors_of_cuts(self.moments, mlps, narrowed, scores, roots, repair)
         curves, tokens = [], sum(ids.numel() for ids in text.tokens)
         for layer, kept in widths.items():
             by_mlp = [errors[mlp.name] for mlp in by_layer[layer]]

@@ -9,23 +9,31 @@ an output of size 1.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.pruning.stacked import StackedInputs
+from lm_eval_pruned.pruning.calibration import check_observable, progress_bar
+from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, lent
+from lm_eval_pruned.pruning.layouts import norm_follows
+from lm_eval_pruned.pruning.stacked import StackedInputs, one_by_one
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
-    from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
     from lm_eval_pruned.pruning.layouts import GluMlp
+
+    #: Gives the moments of an MLP of the layer that is looked at.
+    MomentsOf = Callable[[GluMlp], "Moments"]
 
 #: Bytes of activations that are kept, for each byte of a layer's down projections: together they
 #: are no larger than the gate, up and down projections.
@@ -34,6 +42,8 @@ _KEPT = 3
 _BLOCK = 2048
 #: Rows of a symmetric matrix that are computed together, up to their last column on the diagonal.
 _ROWS = 512
+#: So many texts run through a layer together.
+_TOGETHER = 8
 
 
 def block_rows(size: int) -> list[tuple[int, int]]:
@@ -136,22 +146,33 @@ class LayerMoments:
         self._sum: Moments | None = None
         self.returned = self._see(mlps)
 
-    def of(self, mlp: GluMlp) -> Moments | None:
-        """Return the moments of an MLP, once; None if no token was seen.
+    def of(self, mlp: GluMlp) -> Moments:
+        """Return the moments of an MLP, once.
 
         Ask for the MLPs in their order, and let go of each result before the next.
+
+        Raises:
+            ValueError: An activation is NaN or infinite.
         """
-        if mlp.name != self._first and mlp.name not in self._kept:
+        if mlp.name not in (*self._first, *self._kept):
             self._see(self._mlps[self._mlps.index(mlp) :])
         for x in self._kept.pop(mlp.name, ()):
             self._add_to_sum(mlp, x)
             self._bytes -= x.nbytes
         moments, self._sum = self._sum, None
+        if moments is None:
+            return Moments.none(mlp.width, mlp.weight("down_proj").device)
+        if not moments.scatter.isfinite().all():
+            raise ValueError(
+                f"The calibration text makes {mlp.name} produce NaN or infinite activations: use "
+                "another dtype, such as dtype=float32, or other text."
+            )
         return moments
 
     def _see(self, mlps: Sequence[GluMlp]) -> list[Any]:
-        self._first, self._sum, self._bytes = mlps[0].name, None, 0
-        self._kept: dict[str, list[Tensor]] = {mlp.name: [] for mlp in mlps[1:]}
+        names = [mlp.name for mlp in mlps]
+        self._first, self._sum, self._bytes = names[:1], None, 0
+        self._kept: dict[str, list[Tensor]] = {name: [] for name in names[1:]}
         hooks = {
             down: functools.partial(self._observe, mlp)
             for mlp in mlps
@@ -169,7 +190,7 @@ class LayerMoments:
         x = x.flatten(0, -2)
         if len(x) == self._walk.real.numel():
             x = x[self._walk.real.flatten()]
-        if mlp.name == self._first:
+        if mlp.name in self._first:
             self._add_to_sum(mlp, x)
         elif mlp.name in self._kept:
             self._kept[mlp.name].append(x)
@@ -181,3 +202,111 @@ class LayerMoments:
     def _add_to_sum(self, mlp: GluMlp, x: Tensor) -> None:
         self._sum = self._sum or Moments.none(mlp.width, x.device)
         self._sum.add(x)
+
+
+@dataclass(frozen=True)
+class TextMoments:
+    """The moments of the GLU-MLPs of a model over some texts: stored ones, or those of a run.
+
+    Attributes:
+        model: The model, with all its neurons.
+        texts: Each of shape (1, tokens), int64.
+        device: Where texts run and matrices are; see `LayerByLayer`.
+        stored: What `measure` returned of all GLU-MLPs; empty: the texts run for each use.
+    """
+
+    model: PreTrainedModel
+    texts: Sequence[Tensor]
+    device: torch.device | None = None
+    stored: Mapping[str, Moments] = field(default_factory=dict)
+
+    def measure(self, mlps: Sequence[GluMlp]) -> dict[str, Moments]:
+        """Return the moments of GLU-MLPs by name, on the CPU.
+
+        Raises:
+            ValueError: An activation is NaN or infinite.
+        """
+        measured: dict[str, Moments] = {}
+
+        def store(mlp: GluMlp, moments: Moments) -> None:
+            measured[mlp.name] = moments.to(torch.device("cpu"))
+
+        self.visit(mlps, store, "activations", chosen=False)
+        return measured
+
+    def visit(
+        self,
+        mlps: Sequence[GluMlp],
+        visit: Callable[[GluMlp, Moments], None],
+        what: str,
+        *,
+        leave: Callable[[Sequence[GluMlp]], object] = len,
+        chosen: bool = True,
+    ) -> None:
+        """Look at one GLU-MLP after the other.
+
+        Args:
+            mlps: Those to look at.
+            visit: Given each of them and its moments, while its layer is where the texts run.
+            what: What the progress bar is of.
+            leave: Given the MLPs of a layer, when no text needs the layer any more.
+            chosen: Whether activations choose neurons: then all MLPs that hold any have to be
+                observable.
+
+        Raises:
+            ValueError: An activation is NaN or infinite.
+            UnsupportedModelError: See `check_observable`.
+        """
+        if chosen:
+            check_observable(self.model, stacked=True)
+        by_layer: dict[nn.Module, list[GluMlp]] = defaultdict(list)
+        for mlp in mlps:
+            by_layer[self.model.get_submodule(mlp.layer_path)].append(mlp)
+        if self._serves(by_layer.values(), chosen):
+            layers = [(here, self._reading(l, here)) for l, here in by_layer.items()]
+        else:
+            # What experts are given does not tell padding apart.
+            together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
+            walk = LayerByLayer(self.model, self.texts, self.device, together)
+            last = max(walk.layers.index(layer) for layer in by_layer)
+            layers = [
+                (here := by_layer.get(layer, []), self._running(walk, here, chosen))
+                for layer in walk.layers[: last + 1]
+            ]
+        drawn = progress_bar(len(layers), what, self.texts, "layer")
+        with torch.no_grad(), one_by_one(self.model, mlps), drawn as bar:
+            for here, looking in layers:
+                with looking as moments_of:
+                    for mlp in here:
+                        visit(mlp, moments_of(mlp))
+                leave(here)
+                bar.update()
+
+    def _serves(self, layers: Iterable[Sequence[GluMlp]], chosen: bool) -> bool:
+        """Return whether the texts need not run again.
+
+        A layer of which nothing was seen is looked at again, and refused if that is why.
+        """
+        return bool(self.stored) and all(
+            not chosen or any(self.stored[mlp.name].tokens for mlp in mlps)
+            for mlps in layers
+        )
+
+    @contextlib.contextmanager
+    def _reading(self, layer: nn.Module, mlps: Sequence[GluMlp]) -> Iterator[MomentsOf]:
+        moves_to = None if self.device == self.model.device else self.device
+        with lent(layer.modules(), moves_to):
+            yield lambda mlp: self.stored[mlp.name].to(mlp.weight("down_proj").device)
+
+    @contextlib.contextmanager
+    def _running(
+        self, walk: LayerByLayer, mlps: Sequence[GluMlp], chosen: bool
+    ) -> Iterator[MomentsOf]:
+        # The one MLP of a layer where that counts.
+        normed = any(norm_follows(self.model, mlp) for mlp in mlps[:1])
+        with walk.layer_lent():
+            seen = LayerMoments(walk, mlps, normed)
+            if mlps and chosen and not seen.observed:
+                check_observable(self.model)
+            yield seen.of
+            walk.go_on(seen.returned)

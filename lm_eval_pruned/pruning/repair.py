@@ -24,29 +24,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lm_eval_pruned.pruning.argument_values import LEAST_SQUARES, NO_REPAIR
-from lm_eval_pruned.pruning.calibration import check_observable, progress_bar
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.curvature import weighted
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, lent
-from lm_eval_pruned.pruning.layouts import norm_follows, text_config
-from lm_eval_pruned.pruning.moments import LayerMoments, Moments, block_rows
-from lm_eval_pruned.pruning.stacked import one_by_one
+from lm_eval_pruned.pruning.layouts import text_config
+from lm_eval_pruned.pruning.moments import block_rows
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.pruning.layouts import GluMlp
+    from lm_eval_pruned.pruning.moments import Moments, TextMoments
 
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.repair")
@@ -60,8 +58,6 @@ STEPS = 24
 _RESIDUAL = 1e-2
 #: Where fewer tokens than so many times its neurons meet an MLP, repair is known to lose.
 _FEW = 5
-#: So many texts run through a layer together.
-_TOGETHER = 8
 
 
 def regularised(moments: Moments, centred: bool) -> Tensor:
@@ -229,16 +225,13 @@ def tokens_per_neuron(
 
 
 def cut_layer_by_layer(
-    model: PreTrainedModel,
-    texts: Sequence[Tensor],
+    text: TextMoments,
     mlps: Sequence[GluMlp],
     targets: Mapping[str, int],
     scores: Mapping[str, Tensor],
     roots: Mapping[str, Tensor],
     repair: str,
     take: Callable[[Sequence[GluMlp], Mapping[str, CutMlp]], None],
-    device: torch.device | None = None,
-    stored: Mapping[str, Moments] | None = None,
 ) -> int:
     """Choose and repair the neurons of some GLU-MLPs, one layer after the other.
 
@@ -246,8 +239,7 @@ def cut_layer_by_layer(
     or that sees fewer tokens than it keeps neurons, is not repaired.
 
     Args:
-        model: The model, with all its neurons.
-        texts: Calibration text, each of shape (1, tokens), int64.
+        text: The calibration text, and the model with all its neurons.
         mlps: Those to cut.
         targets: Kept width of each by name.
         scores: Scores of each by name; those without any go by `order_by_cost`.
@@ -255,8 +247,6 @@ def cut_layer_by_layer(
         repair: ``none`` or ``least_squares``.
         take: Given the MLPs of a layer, and what is left of each by name, when no text needs the
             layer any more.
-        device: Where texts run and matrices are; see `LayerByLayer`.
-        stored: Those of `moments_of`, if the texts ran before.
 
     Returns:
         How many MLPs were repaired.
@@ -266,7 +256,7 @@ def cut_layer_by_layer(
         UnsupportedModelError: See `check_observable`, without scores.
     """
     cut_mlps: dict[str, CutMlp] = {}
-    repaired_mlps, home = 0, model.device
+    repaired_mlps, home = 0, text.model.device
 
     def cut(mlp: GluMlp, moments: Moments) -> None:
         nonlocal repaired_mlps
@@ -291,7 +281,7 @@ def cut_layer_by_layer(
         take(layer, {mlp.name: cut_mlps.pop(mlp.name) for mlp in layer})
 
     chosen = any(mlp.name not in scores for mlp in mlps)
-    _visit(model, texts, mlps, cut, "repair", device, leave, chosen, stored)
+    text.visit(mlps, cut, "repair", leave=leave, chosen=chosen)
     if repaired_mlps < len(mlps) and repair != NO_REPAIR:
         logger.warning(
             "repair=%s: %d of %d GLU-MLPs are repaired; the others keep their weights, because "
@@ -305,15 +295,12 @@ def cut_layer_by_layer(
 
 
 def errors_of_cuts(
-    model: PreTrainedModel,
-    texts: Sequence[Tensor],
+    text: TextMoments,
     mlps: Sequence[GluMlp],
     widths: Mapping[str, Sequence[int]],
     scores: Mapping[str, Tensor],
     roots: Mapping[str, Tensor],
     repair: str,
-    device: torch.device | None = None,
-    stored: Mapping[str, Moments] | None = None,
 ) -> dict[str, list[float]]:
     """Return what cutting each GLU-MLP alone does to its output, at each of some widths.
 
@@ -343,97 +330,8 @@ def errors_of_cuts(
         removed = [_others(left, mlp.width).to(lost.device) for left, _ in steps_down]
         errors[name] = [float(lost[rows][:, rows].sum()) for rows in removed]
 
-    _visit(model, texts, mlps, measure, "costs of cuts", device, stored=stored)
+    text.visit(mlps, measure, "costs of cuts")
     return errors
-
-
-def moments_of(
-    model: PreTrainedModel,
-    texts: Sequence[Tensor],
-    mlps: Sequence[GluMlp],
-    device: torch.device | None = None,
-) -> dict[str, Moments]:
-    """Return the moments of GLU-MLPs by name, on the CPU; takes what `cut_layer_by_layer` takes."""
-    stored: dict[str, Moments] = {}
-
-    def store(mlp: GluMlp, moments: Moments) -> None:
-        stored[mlp.name] = moments.to(torch.device("cpu"))
-
-    _visit(model, texts, mlps, store, "activations", device, chosen=False)
-    return stored
-
-
-def _visit(
-    model: PreTrainedModel,
-    texts: Sequence[Tensor],
-    mlps: Sequence[GluMlp],
-    visit: Callable[[GluMlp, Moments], None],
-    what: str,
-    device: torch.device | None = None,
-    leave: Callable[[Sequence[GluMlp]], object] = len,
-    chosen: bool = True,
-    stored: Mapping[str, Moments] | None = None,
-) -> None:
-    """Let `visit` look at one GLU-MLP after the other, and `leave` those of a layer behind.
-
-    Where activations choose neurons, `chosen`, all that hold any have to be observable. The text does
-    not run where their moments are `stored`.
-    """
-    if chosen:
-        check_observable(model, stacked=True)
-    by_stack: dict[nn.Module, list[GluMlp]] = defaultdict(list)
-    for mlp in mlps:
-        by_stack[model.get_submodule(mlp.layer_path)].append(mlp)
-    seen = [
-        any(stored[mlp.name].tokens for mlp in visited)
-        for visited in by_stack.values()
-        if stored
-    ]
-    # A layer of which nothing was seen is looked at again, and refused if that is why.
-    if stored and (not chosen or all(seen)):
-        moves_to = None if device == model.device else device
-        drawn = progress_bar(len(by_stack), what, unit="layer")
-        with torch.no_grad(), drawn as bar:
-            for layer, visited in by_stack.items():
-                with lent(layer.modules(), moves_to):
-                    for mlp in visited:
-                        here = mlp.weight("down_proj").device
-                        visit(mlp, stored[mlp.name].to(here))
-                leave(visited)
-                bar.update()
-        return
-    # What experts are given does not tell padding apart.
-    together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
-    walk = LayerByLayer(model, texts, device, together)
-    last = max(walk.layers.index(layer) for layer in by_stack)
-    drawn = progress_bar(last + 1, what, texts, "layer")
-    with torch.no_grad(), one_by_one(model, mlps), drawn as bar:
-        for layer in walk.layers[: last + 1]:
-            visited = by_stack.get(layer, [])
-            with walk.layer_lent():
-                if visited:
-                    normed = norm_follows(model, visited[0])
-                    moments = LayerMoments(walk, visited, normed)
-                    if chosen and not moments.observed:
-                        check_observable(model)
-                    for mlp in visited:
-                        visit(mlp, _checked(mlp, moments.of(mlp)))
-                    walk.go_on(moments.returned)
-                else:
-                    walk.go_on(walk.run())
-            leave(visited)
-            bar.update()
-
-
-def _checked(mlp: GluMlp, moments: Moments | None) -> Moments:
-    if moments is None:
-        return Moments.none(mlp.width, mlp.weight("down_proj").device)
-    if not moments.scatter.isfinite().all():
-        raise ValueError(
-            f"The calibration text makes {mlp.name} produce NaN or infinite activations: use "
-            "another dtype, such as dtype=float32, or other text."
-        )
-    return moments
 
 
 def _bias(mlp: GluMlp) -> Tensor | None:

@@ -183,16 +183,13 @@ def carry_out(
             fewest = tokens_per_neuron(model, text.tokens, narrower, targets)
             roots = evidence.curvature.roots if plan.criterion == OBS else {}
             changed = cut_layer_by_layer(
-                model,
-                text.tokens,
+                evidence.moments,
                 narrower,
                 targets,
                 scores,
                 roots,
                 arguments.repair,
                 take,
-                device,
-                evidence.moments,
             )
             if arguments.repair != NO_REPAIR:
                 repaired = changed

@@ -1,4 +1,4 @@
-"""The figures of a report over the expansion ratios: what pruning takes, and what it leaves.
+"""The figures of a report: over expansion ratios what pruning takes and leaves, over layers what it costs.
 
 Needs altair and vl-convert-python (the extra ``report``).
 """
@@ -20,7 +20,9 @@ from lm_eval_pruned.compare.comparison_table import (
     table_of,
 )
 from lm_eval_pruned.compare.floors import Kept
+from lm_eval_pruned.pruning.curves import VERSION, Sensitivity
 from lm_eval_pruned.report.page import Section
+from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.groups import (
     FAMILIES,
     SIDES,
@@ -33,6 +35,7 @@ from lm_eval_pruned.results.groups import (
     series_name,
     series_of,
 )
+from lm_eval_pruned.results.runs import SENSITIVITY
 from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratios
 
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.compare.comparison import Comparison
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.runs import SweepResults
 
 #: How scores are drawn: file, title, axis and description.
 MEASURES = {
@@ -77,43 +81,40 @@ NATS_OF_BYTES = "more loss than unpruned (nats per byte)"
 #: Tasks that represent knowledge and truthfulness, those of the study first.
 KNOWLEDGE = ("mmlu", "gsm8k", "arc_challenge", "boolq", "lambada_openai", "wikitext")
 TRUTHFULNESS = ("truthfulqa_mc2", "truthfulqa_mc1", "pruned_demo_truthfulness")
+#: Costs below this, in nats per token, are drawn on a linear scale, greater ones on a
+#: logarithmic one: one layer can cost a hundred times as much as another.
+LINEAR = 0.02
 
 
 def figure_section(
     base: Run, runs: Sequence[Run], comparison: Comparison
 ) -> Section | None:
     """Return the figure over all series of sizes, with one file for each series and measure."""
-    plots: list[Any] = []
+    plots = []
     controls = [run for run in runs if is_control(run)]
     for series, members in series_of(runs).items():
         beside = [] if is_control(members[-1]) else controls
-        drawn = measure_plots(series, [*members, *beside], base, comparison)
-        plots += drawn.values()
+        points = points_of([*members, *beside], base, comparison)
+        for measure, (file, title, _, more) in MEASURES.items():
+            drawn, keeps = points[points["measure"] == measure], measure == "kept"
+            if not keeps:
+                drawn = drawn[drawn["control"] == ""]
+            # Text alone has no share that is kept.
+            lacks = keeps and "%" not in {*drawn["unit"]}
+            if lacks or drawn["ratio"].nunique() < 2:
+                continue
+            name, text = (
+                f"{file}-{slug(series)}",
+                f"{_caption(comparison, keeps)} {more}",
+            )
+            chart = measure_chart(drawn, measure)
+            plots.append(Plot(name, f"{title} ({series})", text, chart))
     scripts = [
         vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
         files(__package__).joinpath("figure.js").read_text("utf-8"),
     ]
     heading = "What pruning takes, and what it leaves"
     return Section(heading, plots=plots, scripts=scripts) if plots else None
-
-
-def measure_plots(
-    name: str, members: Sequence[Run], base: Run, comparison: Comparison
-) -> dict[str, Plot]:
-    """Return a plot of one series by measure; without those that have no points."""
-    plots = {}
-    points = points_of(members, base, comparison)
-    for measure, (file, title, _, more) in MEASURES.items():
-        drawn = points[points["measure"] == measure]
-        # Text alone has no share that is kept.
-        keeps = measure == "kept" and "%" in {*drawn["unit"]}
-        if not keeps:
-            drawn = drawn[drawn["control"] == ""]
-        if drawn["ratio"].nunique() > 1 and keeps == (measure == "kept"):
-            text = f"{_caption(comparison, keeps)} {more}"
-            about = f"{file}-{slug(name)}", f"{title} ({name})", text
-            plots[measure] = Plot(*about, measure_chart(drawn, measure))
-    return plots
 
 
 def _caption(comparison: Comparison, keeps: bool) -> str:
@@ -318,3 +319,43 @@ def truthfulness_section(runs: Sequence[Run], comparison: Comparison) -> Section
     text = "The interval treats sizes as independent draws, which steps of pruning are not."
     table = table_of(heading, CORRELATIONS, rows, comparison.alpha) if rows else None
     return Section(heading, [text], table=table, plots=plots) if plots else None
+
+
+def costs_plot(curves: Sensitivity) -> Plot:
+    """Return what cutting one layer costs, over the layers, with a line for each share."""
+    by_share = curves.by_share()
+    points = [
+        {"line": share, "layer": layer, "rise": rise}
+        for share, costs in by_share.items()
+        for layer, rise in costs.items()
+    ]
+    over = alt.X("layer:Q", scale=alt.Scale(nice=False))
+    scale = alt.Scale(type="symlog", constant=LINEAR)
+    y = alt.Y("rise:Q", title="cost (nats per token)", scale=scale)
+    chart = lines(pd.DataFrame(points), over, y, line_look([*by_share]))
+    caption = (
+        f"What it costs to cut one layer. The axis is linear up to {LINEAR} nats and logarithmic "
+        "beyond."
+    )
+    return Plot("sensitivity-by-layer", "Cost by layer", caption, chart)
+
+
+def layers_section(sweep: SweepResults) -> Section | None:
+    """Lines and a table of the curves of a sweep; None where it has no ``sensitivity.json``.
+
+    ResultsError if it cannot be read.
+    """
+    file = sweep.path / SENSITIVITY
+    if not file.is_file():
+        return None
+    content = read_json(file)
+    try:
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, not {VERSION}")
+        curves = Sensitivity.of(content)
+        plots = [costs_plot(curves)]
+        return Section("Layers", [curves.explanation], curves.table(), plots)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsError(
+            f"{file} holds no readable sensitivity curves ({error}): measure them again."
+        ) from None

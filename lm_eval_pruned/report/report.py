@@ -9,8 +9,11 @@ from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.compare.comparison_table import record
 from lm_eval_pruned.report import sections as words
 from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
-from lm_eval_pruned.report.figure import figure_section, truthfulness_section
-from lm_eval_pruned.report.layers import layers_section
+from lm_eval_pruned.report.figure import (
+    figure_section,
+    layers_section,
+    truthfulness_section,
+)
 from lm_eval_pruned.report.page import write_page
 from lm_eval_pruned.results.groups import healing_name, model_arguments
 from lm_eval_pruned.util.atomic import write_atomically

@@ -99,6 +99,7 @@ def series_name(run: Run) -> str:
     """
     texts = {
         "criterion": "{}",
+        "repair": "repair {}",
         "seed": "seed {}",
         "layers_pruned": "layers {}",
         "allocation": "allocation {}",
@@ -106,9 +107,13 @@ def series_name(run: Run) -> str:
     if "allocation" not in run.pruning:
         texts["layer_widths"] = "widths by layer"
     known = {key: run.pruning.get(key) for key in texts}
-    if recipe := model_arguments(run).get("recipe"):
-        known["criterion"] = f"recipe={recipe}"
-    parts = [texts[k].format(value) for k, value in known.items() if value is not None]
+    asked, parts = model_arguments(run), []
+    if recipe := asked.get("recipe"):
+        parts = [f"recipe={recipe}"]
+        # Both are part of it, unless another was asked for.
+        known["criterion"] = known["criterion"] if "criterion" in asked else None
+        known["repair"] = asked.get("repair")
+    parts += [texts[k].format(value) for k, value in known.items() if value is not None]
     parts += [f"healed by {healing_name(run)}"] * bool(run.healing)
     return ", ".join(parts) or "-"
 

@@ -21,7 +21,7 @@ from lm_eval_pruned.results.files import (
     read_json,
     read_results_file,
 )
-from lm_eval_pruned.util.pruning_record import left_of
+from lm_eval_pruned.results.settings import left_of
 
 
 if TYPE_CHECKING:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.util.pruning_record import left_of
-
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -72,6 +70,17 @@ def settings_of(
         **dict(zip(WEIGHTS, left_of(pruning), strict=True)),
     }
     return {k: v if v or type(v) is int else None for k, v in settings.items()}
+
+
+def left_of(pruning: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what decides the weights that a pruning left, in the order of `WEIGHTS`.
+
+    `pruning` is the record in a results file; the text is given by its SHA-256 and its tokens.
+    """
+    repair, text = pruning.get("repair"), pruning.get("calibration")
+    if not repair or not isinstance(text, dict):
+        text = {}
+    return pruning.get("kept_digest"), repair, text.get("sha256"), text.get("tokens")
 
 
 def asked_differently(

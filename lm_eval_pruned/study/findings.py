@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.report.sections import compared_pairs
-from lm_eval_pruned.results.files import ResultsError, as_mapping, read_json
+from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.groups import (
     BEHAVIOUR,
     FAMILIES,
@@ -21,6 +21,7 @@ from lm_eval_pruned.results.groups import (
     is_control,
     is_loss,
     primary_metrics,
+    series_name,
 )
 from lm_eval_pruned.results.runs import FLOOR
 
@@ -148,15 +149,11 @@ def read_findings(
 
     `families` are those of tasks that declare none. ResultsError if no pruned model is done.
     """
-    arguments = {
-        str(configuration["id"]): as_mapping(configuration.get("arguments"))
-        for configuration in sweep.definition["configurations"]
-    }
     base, others = sweep.split()
     ways: dict[str, list[Run]] = defaultdict(list)
     for run in others:
         if {*run.tasks()} & {*base.tasks()}:
-            ways[_way(run, arguments.get(run.name, {}))].append(run)
+            ways["random" if is_control(run) else series_name(run)].append(run)
     main = min(ways, key=_rank, default="random")
     if main == "random":
         raise ResultsError(f"{sweep.path} holds no finished pruned model yet.")
@@ -185,18 +182,7 @@ def read_findings(
 
 def _rank(way: str) -> list[bool]:
     """Return what puts plain cuts by a criterion before all other ways, and random cuts last."""
-    return [way == "random", way.endswith("healed"), way.startswith("recipe=")]
-
-
-def _way(run: Run, arguments: Mapping[str, Any]) -> str:
-    """Return how a run was cut, apart from its size and seed."""
-    if is_control(run):
-        return "random"
-    names = ("recipe", "repair", "allocation")
-    parts = [f"{name}={arguments[name]}" for name in names if name in arguments]
-    if "recipe" not in arguments:
-        parts.insert(0, str(run.pruning.get("criterion")))
-    return ", ".join([*parts, *["healed"] * bool(run.healing)])
+    return [way == "random", "healed by" in way, way.startswith("recipe=")]
 
 
 def _against(

@@ -18,7 +18,7 @@ from lm_eval_pruned.pruning.arguments import (
     PruneArguments,
     take_prune_arguments,
 )
-from lm_eval_pruned.sweeps.plan import MODELS, SOURCES, check_spelling, model_source
+from lm_eval_pruned.sweeps.plan import MODELS, SOURCES, check_names, model_source
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def check_model(model: str, arguments: dict[str, Any], where: str) -> None:
     source, prunes = model_source(arguments), model in MODELS
     pretrained = source.pop("pretrained")
     check_files(model, {**arguments, "pretrained": pretrained}, where)
-    check_spelling(arguments, model, where, DECLARED if prunes else ())
+    check_names(arguments, model, where, DECLARED if prunes else ())
     check_installed(model, where)
     if "vllm" not in model:
         check_quantiser(pretrained, {**source, **arguments}, where)

@@ -36,22 +36,11 @@ def _texts(value: Any) -> list[str]:
     return items
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    from lm_eval._cli.utils import key_val_to_dict
-
-    if isinstance(value, list):
-        return {k: v for item in value for k, v in _mapping(item).items()}
-    if isinstance(value, str):
-        is_json = value.lstrip().startswith("{")
-        return json.loads(value) if is_json else key_val_to_dict(value)
-    if not isinstance(value, dict):
-        raise TypeError
-    return value
-
-
 def _samples(value: Any) -> dict[str, list[int]]:
     is_file = isinstance(value, str) and not value.lstrip().startswith("{")
-    return _mapping(json.loads(Path(value).read_text("utf-8")) if is_file else value)
+    return declaring.mapping(
+        json.loads(Path(value).read_text("utf-8")) if is_file else value
+    )
 
 
 def _boolean(value: Any) -> bool:
@@ -66,7 +55,7 @@ def _name_or_flag(value: Any) -> bool | str:
 _SHAPES: dict[Any, dict[str, Any]] = {
     _texts: {"nargs": "+", "expected": "one or more names or numbers"},
     _text: {"expected": "one value"},
-    _mapping: {"nargs": "+", "expected": "key=value pairs or a mapping"},
+    dict: {"nargs": "+"},
     _samples: {"expected": 'JSON such as {"boolq": [0, 1]}, or a file of it'},
     _boolean: {"nargs": "?", "expected": "true or false"},
     _name_or_flag: {"nargs": "?", "expected": "true, false or a name"},
@@ -99,7 +88,7 @@ _PAIRS = "KEY=VALUE"
 GROUPS = {
     "configurations": {
         "model": _option(str, "what", "NAME", "pruned-hf (default) or pruned-vllm"),
-        "model_args": _option(_mapping, "what", _PAIRS,
+        "model_args": _option(dict, "what", _PAIRS,
             "arguments of the model type, and those of pruning that all models share"),
         **{name: _of_pruning(_texts, name, several=True) for name in SEVERAL},
         **{name: _of_pruning(_text, name) for name in SHARED},
@@ -118,7 +107,7 @@ GROUPS = {
             "wrap prompts in the chat template, or in the one with this name"),
         "fewshot_as_multiturn": _option(_boolean, "scores", "BOOL", "pass examples as turns of a conversation"),
         "system_instruction": _option(str, "scores", "TEXT", "system prompt"),
-        "gen_kwargs": _option(_mapping, "scores", _PAIRS, "arguments of generation"),
+        "gen_kwargs": _option(dict, "scores", _PAIRS, "arguments of generation"),
         "device": _option(str, "how", "DEVICE", "such as cuda:0 or cpu"),
         "log_samples": _option(_boolean, "scores", "BOOL",
             "write every document's outputs (default here: true)"),
@@ -126,15 +115,15 @@ GROUPS = {
         "use_cache": _option(str, "how", "PREFIX",
             "prefix of the files that cache responses, one file per configuration"),
         "include_path": _option(str, "what", "DIR", "folder of more tasks"),
-        "metadata": _option(_mapping, "what", _PAIRS, "more arguments for tasks"),
+        "metadata": _option(dict, "what", _PAIRS, "more arguments for tasks"),
         "seed": _option(_text, "what", "N", "seeds of python, numpy, torch and few-shot choice"),
         "trust_remote_code": _option(bool, "what", None, "run code that comes with models and data"),
         "confirm_run_unsafe_code": _option(bool, "what", None, "run tasks marked as unsafe"),
     },
     "logging and tracking, as in lm_eval run": {
-        "wandb_args": _option(_mapping, "where", _PAIRS, "arguments of wandb.init; each unit is one run"),
-        "wandb_config_args": _option(_mapping, "where", _PAIRS, "more entries for the config of each W&B run"),
-        "trackio_args": _option(_mapping, "where", _PAIRS, "arguments of trackio.init; each unit is one run"),
+        "wandb_args": _option(dict, "where", _PAIRS, "arguments of wandb.init; each unit is one run"),
+        "wandb_config_args": _option(dict, "where", _PAIRS, "more entries for the config of each W&B run"),
+        "trackio_args": _option(dict, "where", _PAIRS, "arguments of trackio.init; each unit is one run"),
     },
     "where the units run": {
         "ray": _option(_name_or_flag, "where", "ADDRESS",
@@ -232,9 +221,9 @@ def _checked(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 def read_mapping(value: Any, where: str) -> dict[str, Any]:
     """Return key=value pairs, JSON or a mapping as a mapping, or raise ValueError."""
     try:
-        return _mapping(value)
+        return declaring.mapping(value)
     except (TypeError, ValueError):
-        expected = _SHAPES[_mapping]["expected"]
+        expected = declaring.EXPECTED[dict]
         raise ValueError(f"{where} is {value!r}: pass {expected}.") from None
 
 

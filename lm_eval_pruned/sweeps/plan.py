@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lm_eval.api.registry import get_model
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from lm_eval_pruned.checkpoints.configs import misspelt
 from lm_eval_pruned.checkpoints.default_model import find_default_model
@@ -52,6 +53,8 @@ SOURCES = {
     "lora_local_path": "adapter_config.json",
     "tokenizer": "tokenizer_config.json",
 }
+#: Arguments of pruning that a sweep varies, and the option that does it.
+INSTEAD = dict.fromkeys(SIZES, "ratios") | {v: k for k, v in SEVERAL.items()}
 #: Arguments of all configurations that decide how many parameters a size has.
 _WITH_SIZES = ("multiple_of", *of_pruning.EXCLUSIVE["says which layers to prune"])
 _size = operator.attrgetter(
@@ -264,7 +267,7 @@ def plan_sweep(options: dict[str, Any]) -> Sweep:
             f"model={model} is not a model type that prunes: pass {' or '.join(MODELS)}."
         )
     arguments = dict(options.get("model_args") or {})
-    _check_names(arguments, model)
+    check_names(arguments, model, "model_args", DECLARED, INSTEAD)
     settings = harness_settings(options, model, arguments)
     configurations = _configurations(options, settings.model_args)
     floors = FLOORS if options.get("floors", True) else ()
@@ -285,12 +288,10 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
         inner = Path(name, base.get("subfolder") or "")
         # Other folders in it, such as the checkpoints of a training, do not count.
         return {"sha256": of_tasks.hash_folder(inner if inner.is_dir() else Path(name))}
-    commit = None
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    cached = None
+    with contextlib.suppress(OSError, ValueError):
         cached = cached_file(name, file, revision=base.get("revision") or "main")
-        parts = Path(cached or "").parts
-        commit = parts[parts.index("snapshots") + 1]
-    return {"name": name, "commit": commit}
+    return {"name": name, "commit": extract_commit_hash(cached, None)}
 
 
 def harness_settings(
@@ -311,18 +312,7 @@ def harness_settings(
     return settings
 
 
-def _check_names(arguments: dict[str, Any], model: str) -> None:
-    """Refuse arguments of the model that a sweep varies, and misspelt ones."""
-    instead = dict.fromkeys(SIZES, "ratios") | {v: k for k, v in SEVERAL.items()}
-    for name in instead.keys() & arguments.keys():
-        raise ValueError(
-            f"model_args has {name}={arguments[name]}, but a sweep sets it for each of its "
-            f"configurations: use --{instead[name]}."
-        )
-    check_spelling(arguments, model, "model_args", DECLARED, instead)
-
-
-def check_spelling(
+def check_names(
     arguments: dict[str, Any],
     model: str,
     where: str,
@@ -331,8 +321,14 @@ def check_spelling(
 ) -> None:
     """Refuse an argument that a model type does not know and that resembles one it knows, or one of `declared`.
 
-    `instead` names the options that take the place of some. The ValueError begins with `where`.
+    `instead` names the options that take the place of some, which are refused as well. The ValueError
+    begins with `where`.
     """
+    for name in instead.keys() & arguments.keys():
+        raise ValueError(
+            f"{where} has {name}={arguments[name]}, but a sweep sets it for each of its "
+            f"configurations: use --{instead[name]}."
+        )
     known = {"pretrained", *declared}
     # The workers of Ray may have vLLM where this machine has none.
     with contextlib.suppress(ImportError):

@@ -41,13 +41,11 @@ class Progress:
         """Take the units to run, how many were finished or failed before, and the task and seconds of some."""
         self.waiting, self.held = [*units], dict[Any, str]()
         self.done, self.failed, self.elsewhere = done, failed, 0
-        # Models that know nothing take no time, and tell nothing of that of the others.
-        self._timed = [unit for unit in self.waiting if not unit.configuration.floor]
         self._seconds: dict[str, list[float]] = defaultdict(list)
         for task, spent in seconds:
             self._seconds[task].append(spent)
-        #: When units started that have not ended, by their names.
-        self._started: dict[tuple[str, str], float] = {}
+        #: Units that have started and not ended, and when they started, by their names.
+        self._started: dict[tuple[str, str], tuple[Unit, float]] = {}
         #: Ids of configurations that were loaded, and seconds that it took by how they are pruned.
         self._loaded: set[str] = set()
         self._loading: dict[frozenset[Any], float] = {}
@@ -68,14 +66,11 @@ class Progress:
         return unit
 
     def start(self, unit: Unit) -> None:
-        """Say that a unit starts."""
-        self._started[unit.names] = time.monotonic()
+        """Say that a unit starts, which nobody else takes any more."""
+        if unit in self.waiting:
+            self.waiting.remove(unit)
+        self._started[unit.names] = unit, time.monotonic()
         self._say(1, f"{' / '.join(unit.names)} starts")
-
-    def leave(self, unit: Unit) -> None:
-        """Leave a unit to another process."""
-        self.elsewhere += 1
-        self._end(unit)
 
     def finish(
         self,
@@ -88,17 +83,14 @@ class Progress:
 
         The seconds are those of the evaluation, without loading the model.
         """
-        workers = len(self._started)
-        took, model = (
-            time.monotonic() - self._started.pop(unit.names),
-            unit.configuration,
-        )
+        workers, model = len(self._started), unit.configuration
+        _, start = self._started.pop(unit.names)
+        took = time.monotonic() - start
         if error is None and not model.floor:
             self._seconds[unit.task.name].append(seconds)
             if model.id not in self._loaded:
                 self._loading[_way(model)] = max(0.0, took - seconds)
         self._loaded.add(model.id)
-        self._end(unit)
         if error is None:
             self.done += 1
             what = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -109,21 +101,20 @@ class Progress:
         spent = f"{_clock(seconds)}, {self._left(workers)}"
         self._say(0, f"{' / '.join(unit.names)}: {what} ({spent})")
 
-    def _end(self, unit: Unit) -> None:
-        if unit in self._timed:
-            self._timed.remove(unit)
-
     def _left(self, workers: int) -> str:
         """Say how much time is left for so many workers."""
         known = {task: fmean(spent) for task, spent in self._seconds.items()}
         if not known:
             return "time left unknown"
         usual = fmean(known.values())
-        left = sum(known.get(unit.task.name, usual) for unit in self._timed)
-        models = {unit.configuration.id: unit.configuration for unit in self._timed}
+        open_units = [*self.waiting, *(unit for unit, _ in self._started.values())]
+        # Models that know nothing take no time, and tell nothing of that of the others.
+        timed = [unit for unit in open_units if not unit.configuration.floor]
+        left = sum(known.get(unit.task.name, usual) for unit in timed)
+        models = {unit.configuration.id: unit.configuration for unit in timed}
         ways = [_way(models[name]) for name in models.keys() - self._loaded]
         left += sum(self._loading.get(way, 0) for way in ways)
-        left /= max(1, min(workers, len(self._timed)))
+        left /= max(1, min(workers, len(timed)))
         unknown = sum(way not in self._loading for way in ways)
         models_text = f"{unknown} model{'s' * (unknown != 1)}"
         besides = f", without loading and pruning {models_text}" if unknown else ""

@@ -169,7 +169,7 @@ def _open_units(
                     continue
         except ValueError:
             progress.held[unit.names] = unit.configuration.id
-        progress.leave(unit)
+        progress.elsewhere += 1
 
 
 def _run_here(

@@ -7,7 +7,6 @@ number of processes may share the folder; whoever deletes it has everything meas
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -75,15 +74,13 @@ def measured_once(
             save_file(tensors, unfinished, {"facts": json.dumps(facts)})
         return kept()
     except (OSError, SafetensorError) as error:
-        _tell_unwritable(file.parent, str(error))
+        from lm_eval.utils import warning_once
+
+        warning_once(
+            logger,
+            "%s cannot be written (%s), so what text says of a model is measured by each load: set "
+            "XDG_CACHE_HOME to a writable folder.",
+            file.parent,
+            str(error),
+        )
     return tensors, facts
-
-
-@functools.cache
-def _tell_unwritable(folder: Path, why: str) -> None:
-    logger.warning(
-        "%s cannot be written (%s), so what text says of a model is measured by each load: set "
-        "XDG_CACHE_HOME to a writable folder.",
-        folder,
-        why,
-    )

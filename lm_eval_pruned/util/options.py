@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 #: Name and arguments of `argparse.ArgumentParser.add_argument`.
 Row = tuple[str, dict[str, Any]]
-_EXPECTED = {
+#: What to say of a value that is not of a kind.
+EXPECTED = {
     str: "a name",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
-    dict: "a mapping, or text such as key=value,key=value",
+    dict: "key=value pairs or a mapping",
 }
 
 
@@ -145,7 +146,7 @@ class DeclaredOptions:
                 else:
                     values[name] = _converted(kind, value)
             except (TypeError, ValueError, OSError):
-                wanted = known[name].metadata.get("expected") or _EXPECTED[kind]
+                wanted = known[name].metadata.get("expected") or EXPECTED[kind]
                 raise ValueError(
                     f"{where} has {name}={value}: pass {wanted}."
                 ) from None
@@ -169,21 +170,27 @@ def merged(model_args: Mapping[str, Any], options: Mapping[str, Any]) -> dict[st
     return {**model_args, **options}
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """Return key=value pairs as in ``lm_eval run``, JSON, a mapping, or a list of these as one mapping.
+
+    TypeError or ValueError for something else.
+    """
+    from lm_eval._cli.utils import key_val_to_dict
+
+    if isinstance(value, list):
+        return {k: v for item in value for k, v in mapping(item).items()}
+    if isinstance(value, str):
+        is_json = value.lstrip().startswith("{")
+        return json.loads(value) if is_json else key_val_to_dict(value)
+    return dict(value)
+
+
 def _converted(kind: Any, value: Any) -> Any:
     """Return a value as its option has it, or raise TypeError or ValueError."""
     if kind is dict:
-        from lm_eval.utils import handle_arg_string, simple_parse_args_string
-
-        if isinstance(value, str) and not value.lstrip().startswith("{"):
-            return simple_parse_args_string(value)
-        every = dict(json.loads(value) if isinstance(value, str) else value)
-        # YAML takes 1e-4 for a text.
-        return {
-            str(name): handle_arg_string(entry) if isinstance(entry, str) else entry
-            for name, entry in every.items()
-        }
+        return mapping(value)
     cut_off = kind is int and isinstance(value, float)
-    flag = kind in _EXPECTED and isinstance(value, bool) is not (kind is bool)
+    flag = kind in EXPECTED and isinstance(value, bool) is not (kind is bool)
     if cut_off or flag:
         raise TypeError
     return kind(value)

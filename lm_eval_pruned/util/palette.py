@@ -1,13 +1,8 @@
-"""The colours of pages and figures, on a light and on a dark ground, and what drawing needs.
+"""The colours of pages and figures, on a light and on a dark ground.
 
 Text has a contrast of 4.5 or more to its ground, marks one of 3 or more, as WCAG 2.2 asks;
 a test computes both.
 """
-
-from __future__ import annotations
-
-from importlib.util import find_spec
-
 
 _BLUE = "#0060a0", "#6cc0f0"
 _ORANGE = "#b34a00", "#ff9c52"
@@ -45,10 +40,3 @@ _LIGHT, _DARK = (
 )
 #: The style sheet that gives a page these variables, as its reader's screen is.
 STYLE = f":root {{ {_LIGHT} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}"
-
-
-def plots_missing() -> str | None:
-    """Return why `lm_eval_pruned.util.figures` cannot be used, or None if it can."""
-    if find_spec("altair") is None or find_spec("vl_convert") is None:
-        return "altair is not installed: pip install 'lm-eval-pruned[report]'"
-    return None

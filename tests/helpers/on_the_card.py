@@ -19,7 +19,7 @@ from lm_eval_pruned.checkpoints import export
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from lm_eval_pruned.pruning import measuring
-from lm_eval_pruned.pruning.repair import Moments
+from lm_eval_pruned.pruning.moments import Moments
 from tests.helpers import simulated_card
 from tests.helpers.checkpoints import (
     auto_class,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.utils import warning_once
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.planning import plan_rows
@@ -14,8 +15,15 @@ from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.criteria import ACTIVITY
 from lm_eval_pruned.pruning.curvature import Curvature
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
+from lm_eval_pruned.pruning.moments import TextMoments
 from lm_eval_pruned.util import cache
-from tests.helpers.checkpoints import byte_tokenizer, edit_config, save_tiny
+from tests.helpers.checkpoints import (
+    byte_tokenizer,
+    edit_config,
+    save_tiny,
+    tiny_config,
+    tiny_model,
+)
 from tests.helpers.ways_to_load import assert_same_model, write_texts
 
 
@@ -32,7 +40,7 @@ def work(monkeypatch):
     for module, name in (
         (measuring, "calibrate"),
         (measuring, "curvature"),
-        (measuring, "moments_of"),
+        (TextMoments, "measure"),
         (measuring.LoadedModel, "_curves"),
     ):
         original = getattr(module, name)
@@ -59,7 +67,7 @@ LOADS = [
     ),
     (
         [{"ratio": n, "recipe": "best"} for n in (1, 2)],
-        {"curvature": 1, "moments_of": 1},
+        {"curvature": 1, "measure": 1},
     ),
     (
         [
@@ -67,11 +75,11 @@ LOADS = [
             for n in (1, 2)
             for recipe in ("uneven", "best")
         ],
-        {"curvature": 1, "moments_of": 1, "_curves": 1},
+        {"curvature": 1, "measure": 1, "_curves": 1},
     ),
     (
         [SHARED, SHARED | {"ratio": 1}, SHARED | {"repair": "least_squares"}],
-        {"calibrate": 1, "curvature": 1, "moments_of": 1, "_curves": 2},
+        {"calibrate": 1, "curvature": 1, "measure": 1, "_curves": 2},
     ),
 ]
 
@@ -91,7 +99,7 @@ def test_several_sizes_are_measured_once(
 def test_the_plan_of_several_sizes_takes_one_pass_of_text(tiny_llama, text, work):
     sizes = (str(tiny_llama), "prune_percent", [20, 40])
     rows = plan_rows(*sizes, criterion="act", allocation="sensitivity", **text)
-    once = ("calibrate", "curvature", "moments_of", "_curves")
+    once = ("calibrate", "curvature", "measure", "_curves")
     assert work == dict.fromkeys(once, 1)
     assert all(row.layer_widths for row in rows)
     alike = [row.parameters for row in plan_rows(*sizes)]
@@ -136,11 +144,11 @@ def test_what_takes_too_much_room_is_measured_for_each_use(
 ):
     asked = {"ratio": 2, "recipe": recipe, **text}
     stored = load_pruned(str(tiny_llama), **asked)
-    assert work["moments_of"] == 1
+    assert work["measure"] == 1
     monkeypatch.setattr(measuring, "_MOST_STORED", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.cache_folder() / "another"))
     assert_same_model(stored, load_pruned(str(tiny_llama), **asked))
-    assert work["moments_of"] == 1
+    assert work["measure"] == 1
 
 
 def test_an_expert_that_sees_no_token_does_not_have_the_text_run_again(
@@ -169,10 +177,25 @@ def test_a_model_in_memory_is_measured_each_time(tiny_llama, text, work):
     assert not cache.cache_folder().exists()
 
 
+def test_layers_that_stay_are_not_measured(text, work, monkeypatch):
+    model, ran = tiny_model(tiny_config(num_hidden_layers=3)), []
+    run = LayerByLayer.run
+
+    def counting(walk, *args):
+        ran.append(walk.passed)
+        return run(walk, *args)
+
+    monkeypatch.setattr(LayerByLayer, "run", counting)
+    asked = {"ratio": 2, "recipe": "best", "layers": "0-1"}
+    prune_model(model, tokenizer=byte_tokenizer(), **asked, **text)
+    assert ran == [0, 1]
+    assert not work["measure"]
+
+
 def test_a_cache_that_cannot_be_written_is_no_error_and_is_told_once(
     tiny_llama, text, work, tmp_path, monkeypatch, caplog
 ):
-    cache._tell_unwritable.cache_clear()
+    warning_once.cache_clear()
     # A file where the folder would be, as even root cannot make it then.
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from lm_eval_pruned.pruning import moments
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
-from lm_eval_pruned.pruning.moments import Moments
+from lm_eval_pruned.pruning.moments import Moments, TextMoments
 from lm_eval_pruned.pruning.repair import cut_layer_by_layer
 from tests.helpers.checkpoints import tiny_config, tiny_model
 from tests.helpers.layouts import overrides
@@ -98,7 +98,7 @@ def test_one_matrix_exists_at_a_time_and_memory_does_not_change_the_result(
         results.append({})
         take = lambda _, cut_mlps, found=results[-1]: found.update(cut_mlps)
         asked = (targets, {}, roots, "least_squares", take)
-        repaired.append(cut_layer_by_layer(model, texts, mlps, *asked))
+        repaired.append(cut_layer_by_layer(TextMoments(model, texts), mlps, *asked))
         assert_state(model, before)
     assert (len(matrices), max(alive)) == (3 * len(mlps), 1)
     assert ran[0] > ran[1] > ran[2]

@@ -22,10 +22,10 @@ from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, layers_of
+from lm_eval_pruned.pruning.moments import Moments
 from lm_eval_pruned.pruning.repair import (
     RIDGE,
     STEPS,
-    Moments,
     order_by_cost,
     regularised,
     removed_in_steps,

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
-from lm_eval_pruned.report.layers import LayerCurves, layers_section
+from lm_eval_pruned.pruning.curves import Sensitivity
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers.results_files import write_sweep
@@ -34,21 +33,13 @@ def made_curves(layers=4, width=100, kept=(50, 90)) -> dict:
     }
 
 
-def test_what_the_table_reads_is_what_the_measurement_writes(tmp_path):
-    """Rooms keep the two apart; the file is what they share."""
-    file = tmp_path / "sensitivity.json"
-    made = made_curves()
-    curves = tuple(LayerCurve(**curve) for curve in made.pop("curves"))
-    del made["format"], made["version"]
-    file.write_text(Sensitivity(curves=curves, **made).as_json())
-    read = LayerCurves.of(json.loads(file.read_text()))
-    for curve in curves:
-        for width, rise in zip(curve.widths, curve.rises, strict=True):
-            assert read.rises.loc[curve.layer, 100 - width] == rise
+def test_a_file_holds_what_was_measured():
+    curves = Sensitivity.of(made_curves())
+    assert Sensitivity.of(json.loads(curves.as_json())) == curves
 
 
 def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_share():
-    curves = LayerCurves.of(made_curves())
+    curves = Sensitivity.of(made_curves())
     table = curves.table()
     assert [c.title for c in table.columns] == ["layer", "10 % removed", "50 % removed"]
     assert [cell.text for cell in table.cells[3]] == ["3", "+0.400", "+2.000"]
@@ -62,11 +53,25 @@ def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_share():
 def test_layers_of_different_widths_have_a_dash_at_the_shares_of_others():
     data, others = made_curves(width=99, kept=(49, 89)), made_curves()["curves"]
     data["curves"] += [{**curve, "layer": curve["layer"] + 4} for curve in others]
-    table = LayerCurves.of(data).table()
+    table = Sensitivity.of(data).table()
     assert [c.title for c in table.columns][1:] == [
         f"{share} % removed" for share in (10, 50, 51)
     ]
     assert [cell.text for cell in table.cells[0]][2] == "-"
+
+
+def test_shares_of_one_whole_percent_have_a_column_each():
+    """`--prune_percents 10 10.3` once ended, after the measurement, with a table that cannot be."""
+    table = Sensitivity.of(made_curves(layers=1, width=1000, kept=(897, 900))).table()
+    titles = [column.title for column in table.columns]
+    assert titles == ["layer", "10 % removed", "10.3 % removed"]
+    assert [cell.text for cell in table.cells[0]] == ["0", "+0.100", "+0.103"]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """The folder of a sweep."""
+    return write_sweep(tmp_path, {"base": (0, {"boolq": {"acc,none": [0.0, 1.0]}})})
 
 
 @pytest.mark.parametrize(
@@ -75,23 +80,24 @@ def test_layers_of_different_widths_have_a_dash_at_the_shares_of_others():
         lambda data: data.pop("curves"),
         lambda data: data.update(version=9),
         lambda data: data["curves"][0]["widths"].pop(),
+        lambda data: data.update(loss="much"),
     ],
 )
-def test_damaged_curves_are_refused(damage):
+def test_damaged_curves_are_refused(damage, sweep):
+    figure = pytest.importorskip("lm_eval_pruned.report.figure")
     damage(data := made_curves())
+    (file := sweep / "sensitivity.json").write_text(json.dumps(data))
     with pytest.raises(
-        ResultsError, match=r"^FILE holds no readable sensitivity curves"
+        ResultsError, match=rf"^{file} holds no readable sensitivity curves"
     ):
-        LayerCurves.of(data, "FILE")
+        figure.layers_section(read_sweep(sweep))
 
 
-def test_the_section_of_a_sweep(tmp_path):
-    pytest.importorskip("altair", reason="plots need the extra `report`")
-    write_sweep(tmp_path, {"base": (0, {"boolq": {"acc,none": [0.0, 1.0]}})})
-    sweep = read_sweep(tmp_path)
-    assert layers_section(sweep) is None
-    (tmp_path / "sensitivity.json").write_text(json.dumps(made_curves()))
-    section = layers_section(sweep)
+def test_the_section_of_a_sweep(sweep):
+    figure = pytest.importorskip("lm_eval_pruned.report.figure")
+    assert figure.layers_section(read_sweep(sweep)) is None
+    (sweep / "sensitivity.json").write_text(json.dumps(made_curves()))
+    section = figure.layers_section(read_sweep(sweep))
     assert [c.title for c in section.table.columns][-1] == "50 % removed"
     (plot,) = section.plots
     assert plot.png.startswith(b"\x89PNG")

@@ -58,6 +58,13 @@ def set_healing(folder, names, healing):
         file.write_text(json.dumps(results))
 
 
+def set_arguments(folder, name, **arguments):
+    for file in folder.glob(f"units/{name}/*/results_*.json"):
+        results = json.loads(file.read_text())
+        results["config"]["model_args"] |= arguments
+        file.write_text(json.dumps(results))
+
+
 def cells(section, *titles):
     """Return the texts in these columns of a section's table."""
     places = [[c.title for c in section.table.columns].index(title) for title in titles]
@@ -81,14 +88,26 @@ def test_a_recipe_is_called_what_was_typed(tmp_path):
     runs |= {c: (pruning(20, criterion=c), tasks(0.9)) for _, c in ways}
     write_sweep(tmp_path, runs)
     for recipe, criterion in ways[:2]:
-        for file in tmp_path.glob(f"units/{criterion}/*/results_*.json"):
-            results = json.loads(file.read_text())
-            results["config"]["model_args"]["recipe"] = recipe
-            file.write_text(json.dumps(results))
+        set_arguments(tmp_path, criterion, recipe=recipe)
     _, others = read_sweep(tmp_path).split()
     assert [*series_of(others)] == ["recipe=best", "recipe=study", "max_abs"]
     (note,) = random_section(others, NOTHING).notes
     assert "--recipes best study --criteria max_abs random --seeds 0 1 2;" in note
+
+
+def test_what_was_asked_beside_a_recipe_makes_another_series(tmp_path):
+    asked = ({}, {"repair": "none"}, {"criterion": "ppm", "repair": "least_squares"})
+    runs = {"base": (0, tasks(1.0))}
+    runs |= {f"c{n}": (20, tasks(0.9)) for n in range(len(asked))}
+    write_sweep(tmp_path, runs)
+    for n, arguments in enumerate(asked):
+        set_arguments(tmp_path, f"c{n}", recipe="best", **arguments)
+    _, others = read_sweep(tmp_path).split()
+    assert [*series_of(others)] == [
+        "recipe=best",
+        "recipe=best, repair none",
+        "recipe=best, maw, repair least_squares",
+    ]
 
 
 def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):

@@ -138,6 +138,7 @@ def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
         pruning(20) | widths,
         *(pruning(each) | widths | {"allocation": "sensitivity"} for each in (20, 30)),
         pruning(20) | {"layers_pruned": "1-29"},
+        pruning(20) | {"repair": "least_squares"},
     ]
     members = [
         read_run(write_run(tmp_path / str(number), TASKS, pruning=each))
@@ -152,6 +153,7 @@ def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
         "maw, widths by layer": [4.0, 3.2],
         "maw, allocation sensitivity": [4.0, 3.2, 2.8],
         "maw, layers 1-29": [4.0, 3.2],
+        "maw, repair least_squares": [4.0, 3.2],
     }
 
 

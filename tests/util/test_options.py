@@ -53,12 +53,12 @@ def test_a_command_has_them_with_a_line_of_help(capsys):
     assert "--hours H time on the stove, in hours (default: 1.5)" in lines
     assert "--pots N [N ...] which pots (default: 1, 2)" in lines
     assert "--name" not in lines
-    given = parsed("--pots", "3", "4", "--covered", "--spices", "salt=1,hot=true")
+    given = parsed("--pots", "3", "4", "--covered", "--spices", "salt=1e-4,hot=true")
     made = Cooking.of(given, "cook", name="stew")
-    assert made == Cooking("stew", 1.5, (3, 4), {"salt": 1, "hot": True}, True)
+    assert made == Cooking("stew", 1.5, (3, 4), {"salt": 1e-4, "hot": True}, True)
     assert Cooking.of(parsed("--heat", "HIGH"), "cook").heat == "high"
-    # YAML takes it for a text.
-    assert Cooking.of({"spices": {"salt": "1e-4"}}, "f").spices == {"salt": 1e-4}
+    for spices in ('{"salt": 1}', {"salt": 1}, ["salt=1"]):
+        assert Cooking.of({"spices": spices}, "cook").spices == {"salt": 1}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,8 @@ def test_a_command_has_them_with_a_line_of_help(capsys):
         ({"hours": "long"}, "cook has hours=long: pass a number"),
         ({"hours": True}, "hours=True"),
         ({"pots": 3}, "pots=3: pass a whole number"),
-        ({"spices": "{"}, "spices={: pass a mapping"),
+        ({"spices": "{"}, "spices={: pass key=value pairs"),
+        ({"spices": "salt"}, "spices=salt: pass key=value pairs"),
         ({"pots": ["0"]}, "pots=0 is too small: pass 1"),
         ({"heat": "x"}, "heat=x is unknown: pass one of low, high"),
     ],
