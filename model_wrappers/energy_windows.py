@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 
-from lm_eval_pruned.energy.meter import CodecarbonMeter, MeterDescription, check_country
-from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
+from lm_eval_pruned.energy.meter import (
+    CodecarbonMeter,
+    EnergyMonitor,
+    MeterDescription,
+    check_country,
+    meters_the_machine,
+)
 from lm_eval_pruned.energy.readings import EnergyReading, add_up, ratio
 from lm_eval_pruned.model_wrappers.batching.fast_path import TokenCounts
 

@@ -200,9 +200,14 @@ def mismatched(request_type: str, requests: Sequence[Instance]) -> list[Instance
     alike: dict[Any, list[list[Instance]]] = defaultdict(list)
     for (task, _), document in documents.items():
         alike[task, len(_contexts(document))].append(document)
+
+    def order(document: Sequence[Instance]) -> tuple[str, int]:
+        contexts = "\0".join(_contexts(document)).encode()
+        return hashlib.sha256(contexts).hexdigest(), document[0].doc_id
+
     exchanged: dict[int, Instance] = {}
     for (task, _), group in alike.items():
-        group.sort(key=lambda document: (_hash(document), document[0].doc_id))
+        group.sort(key=order)
         commonest = max(Counter(map(_contexts, group)).values())
         if 2 * commonest > len(group):
             raise ValueError(
@@ -214,7 +219,9 @@ def mismatched(request_type: str, requests: Sequence[Instance]) -> list[Instance
             contexts = _contexts(group[(number + commonest) % len(group)])
             in_turn = iter(contexts * len(document))
             for request in document:
-                exchanged[id(request)] = _after(request, in_turn)
+                exchanged[id(request)] = other = copy(request)
+                if request.args[0]:
+                    other.arguments = (next(in_turn), *request.args[1:])
     return [exchanged[id(request)] for request in requests]
 
 
@@ -222,15 +229,3 @@ def _contexts(document: Sequence[Instance]) -> tuple[str, ...]:
     """Return the contexts of a document: one, or one for each answer."""
     contexts = tuple(request.args[0] for request in document if request.args[0])
     return contexts[:1] if len(set(contexts)) == 1 else contexts
-
-
-def _after(request: Instance, contexts: Any) -> Instance:
-    if not request.args[0]:
-        return request
-    other = copy(request)
-    other.arguments = (next(contexts), *request.args[1:])
-    return other
-
-
-def _hash(document: Sequence[Instance]) -> str:
-    return hashlib.sha256("\0".join(_contexts(document)).encode()).hexdigest()

@@ -30,8 +30,7 @@ def run(arguments) -> int:
     """Measure, and write the profile after each repeat; return the exit code."""
     import torch
 
-    from lm_eval_pruned.energy.meter import CodecarbonMeter
-    from lm_eval_pruned.energy.monitor import EnergyMonitor
+    from lm_eval_pruned.energy.meter import CodecarbonMeter, EnergyMonitor
     from lm_eval_pruned.profiling import report as profile_report
     from lm_eval_pruned.profiling.measure import profile
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
 #: Joules in one kilowatt-hour.
 JOULES_PER_KWH = 3_600_000.0
@@ -83,18 +83,17 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 
 
 def add_up(
-    readings: Iterable[EnergyReading], *, at_once: bool = False
+    readings: Sequence[EnergyReading], *, at_once: bool = False
 ) -> EnergyReading:
-    """Add readings of windows; a figure that one of them lacks is None in the sum.
+    """Add one or more readings of windows; a figure that one of them lacks is None in the sum.
 
     Where they ran `at_once`, on several machines, the wall time is the longest one's.
     """
-    parts = list(readings)
-    if not parts:
-        return EnergyReading(0.0)
-    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    total = replace(_combined(sum, *parts), notes=notes)
-    return replace(total, seconds=_combined(max, *parts).seconds) if at_once else total
+    notes = tuple(dict.fromkeys(note for each in readings for note in each.notes))
+    total = replace(_combined(sum, *readings), notes=notes)
+    if at_once:
+        total = replace(total, seconds=_combined(max, *readings).seconds)
+    return total
 
 
 def _combined(

@@ -20,7 +20,7 @@ from accelerate.utils import release_memory
 
 from lm_eval_pruned.checkpoints.load import load_pruned
 from lm_eval_pruned.energy.readings import ratio
-from lm_eval_pruned.model_wrappers.batching.generation import (
+from lm_eval_pruned.model_wrappers.batching.fast_path import (
     count_generated,
     end_tokens,
 )
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from transformers import BatchEncoding, PreTrainedModel
 
-    from lm_eval_pruned.energy.monitor import EnergyMonitor
+    from lm_eval_pruned.energy.meter import EnergyMonitor
 
 #: Version of the JSON; raised when a key changes its meaning.
 SCHEMA_VERSION = 1
@@ -46,10 +46,8 @@ def profile(
     prompts: Sequence[str],
     *,
     monitor: EnergyMonitor,
-    clock: Callable[[], float] = time.perf_counter,
-    load: Callable[..., PreTrainedModel] = load_pruned,
 ) -> Iterator[dict[str, Any]]:
-    """Measure the models of `request` on `prompts`; `clock` and `load` are for tests.
+    """Measure the models of `request` on `prompts`, in seconds of the clock of `monitor`.
 
     Yields:
         After each repeat what ``profile.json`` holds (JSON types only), with ``models`` of
@@ -63,7 +61,7 @@ def profile(
     if torch.device(request.device).type != "cpu":
         # Energy without that of the GPU is then no total.
         monitor.required.add("gpu")
-    profiler = _Profiler(request, prompts, monitor, clock, load)
+    profiler = _Profiler(request, prompts, monitor)
     models = profiler.models
     try:
         monitor.start()
@@ -82,15 +80,10 @@ class _Profiler:
     """Runs one model after the other on the same batches, and keeps a row for each batch."""
 
     def __init__(
-        self,
-        request: ProfileRequest,
-        prompts: Sequence[str],
-        monitor: EnergyMonitor,
-        clock: Callable[[], float],
-        load: Callable[..., PreTrainedModel],
+        self, request: ProfileRequest, prompts: Sequence[str], monitor: EnergyMonitor
     ) -> None:
-        self.request, self.monitor, self.clock = request, monitor, clock
-        self.load, self.models = load, plan_models(request)
+        self.request, self.monitor = request, monitor
+        self.models = plan_models(request)
         self.batches, self.pad_token = batches_of(request, prompts)
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -103,11 +96,13 @@ class _Profiler:
         if spec["asked"]:
             arguments |= {"criterion": request.criterion, "seed": request.seed}
         torch.manual_seed(request.seed)
-        model = self.load(
+        model = load_pruned(
             request.pretrained, device=request.device, dtype=request.dtype, **arguments
         )
         spec["model_bytes"] = int(model.get_memory_footprint())
-        timed = partial(generate, model, pad_token=self.pad_token, clock=self.clock)
+        timed = partial(
+            generate, model, pad_token=self.pad_token, clock=self.monitor.clock
+        )
         for size, batches in self.batches.items():
             for batch in batches[:2]:
                 timed(batch, max_new_tokens=min(8, tokens), fixed=True)
@@ -136,8 +131,8 @@ class _Profiler:
         """Generate for all batches, for `least` seconds or longer; add the joules of a batch."""
         timed: list[dict[str, Any]] = []
         self.monitor.begin_window("pass")
-        start = self.clock() if least else 0.0
-        while not timed or (least and self.clock() - start < least):
+        start = self.monitor.clock()
+        while not timed or self.monitor.clock() - start < least:
             timed += map(run, self.batches[size])
         reading = self.monitor.end_window("pass")
         self.notes += reading.notes

@@ -17,7 +17,7 @@ from lm_eval_pruned.util.options import DeclaredOptions, option
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from transformers import BatchEncoding
 
     from lm_eval_pruned.pruning.arguments import Number
 
@@ -139,7 +139,7 @@ def demo_prompts() -> list[str]:
 def batches_of(
     request: ProfileRequest, prompts: Sequence[str]
 ) -> tuple[dict[int, list[BatchEncoding]], int]:
-    """Return batches by batch size, and the token that fills rows which have ended.
+    """Return left-padded batches by batch size, and the token that fills rows which have ended.
 
     Raises:
         ValueError: A prompt leaves no room for the tokens that are to be generated.
@@ -156,8 +156,14 @@ def batches_of(
             tokenize=False,
             add_generation_prompt=True,
         )
+    # A chat template writes special tokens itself.
+    how: dict[str, Any] = {"add_special_tokens": not chat, "return_tensors": "pt"}
+    how |= {"padding": True, "padding_side": "left"}
     batches = {
-        size: make_batches(tokenizer, prompts, size, request.device, bare=chat)
+        size: [
+            tokenizer(list(prompts[start : start + size]), **how).to(request.device)
+            for start in range(0, len(prompts), size)
+        ]
         for size in request.batch_sizes
     }
     longest = max(batch["input_ids"].shape[1] for batch in chain(*batches.values()))
@@ -169,24 +175,3 @@ def batches_of(
             f"model's {limit} positions: use shorter prompts or fewer tokens."
         )
     return batches, int(tokenizer.pad_token_id or 0)
-
-
-def make_batches(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    size: int,
-    device: str,
-    *,
-    bare: bool = False,
-) -> list[BatchEncoding]:
-    """Tokenise prompts, `bare` ones without special tokens, into left-padded batches in order."""
-    return [
-        tokenizer(
-            list(prompts[start : start + size]),
-            add_special_tokens=not bare,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(device)
-        for start in range(0, len(prompts), size)
-    ]

@@ -8,17 +8,15 @@ from dataclasses import astuple, dataclass, field
 from operator import add, sub
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .attention_support import base_model, is_encoder_decoder, unsupported_reason
 from .cpu_linear import float32_layers, linear_backend
-from .generation import count_generated, end_tokens
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    import torch
 
     # The mixins' neighbour among the bases, whose attributes they use.
     from lm_eval.models.huggingface import HFLM as _Neighbour
@@ -119,6 +117,28 @@ class FastPath:
     @property
     def logger(self) -> logging.Logger:
         return logging.getLogger(f"lm_eval.models.{self.argument}")
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Return the ids that end a text, from the generation config of `model`."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
+
+
+def count_generated(tokens: torch.Tensor, ends: list[int]) -> int:
+    """Count generated tokens, up to and with the first end-of-text token of each row.
+
+    Args:
+        tokens: Shape (rows, steps): what ``generate`` returned, without the prompts.
+        ends: Ids that end a row; what follows is padding.
+    """
+    if not ends:
+        return tokens.numel()
+    is_end = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).int()
+    ended_before = is_end.cumsum(1) - is_end
+    return int((ended_before == 0).sum())
 
 
 class FastPathMixin(_Neighbour):

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .attention_in_parts import AttentionInParts
-from .attention_support import base_model
+from .attention_support import base_model, cache_argument
 from .cpu_linear import fast_cpu_linears
 
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from transformers import PretrainedConfig
+    from transformers.cache_utils import Cache
 
     from .attention_in_parts import Part
 
@@ -94,6 +95,7 @@ class Forward:
         """Run the model of an `HFLM` as `HFLM` does."""
         self.model = lm.model
         self.device = lm.device
+        self._cache_argument = cache_argument(lm.model)
         self._autocast_dtype = lm.mixed_precision_dtype
         self.dtype = self._autocast_dtype or lm.model.dtype
         config = base_model(lm.model).config
@@ -108,8 +110,9 @@ class Forward:
         tokens: Tensor,
         positions: Tensor,
         keep: Callable[[Tensor], Tensor] | None,
-        parts: Sequence[Part] = (),
-        **arguments: Any,
+        mask: Tensor | None,
+        parts: Sequence[Part],
+        cache: Cache | None,
     ) -> Tensor:
         """Return the logits, [..., vocabulary], at the positions that `keep` leaves.
 
@@ -119,8 +122,9 @@ class Forward:
             keep: Takes hidden states, [rows, width, H], and returns those whose logits
                 are wanted, with any shape that ends in H and has three dimensions;
                 None: all.
-            parts: Parts of the ``attention_mask`` in which attention is computed.
-            **arguments: Further arguments of the model.
+            mask: Additive, [rows, 1, width, keys]; None: each token sees those before it.
+            parts: Parts of the mask in which attention is computed; none: all at once.
+            cache: Keys and values that tokens see besides those of the pass, and what keeps these.
         """
 
         def thin_out(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -142,10 +146,13 @@ class Forward:
             if self.groups_keys and _GROUP_KEYS not in os.environ:
                 os.environ[_GROUP_KEYS] = "1"
                 stack.callback(os.environ.pop, _GROUP_KEYS)
-            if parts:
-                mask = arguments["attention_mask"]
+            if mask is not None and parts:
                 stack.enter_context(AttentionInParts(mask, parts))
             stack.enter_context(fast_cpu_linears(self.model))
             return self.model(
-                input_ids=tokens, position_ids=positions, **arguments
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                use_cache=cache is not None,
+                **{self._cache_argument: cache},
             ).logits

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 
 from .attention_in_parts import Part
-from .attention_support import cache_argument
 from .forward import additive_mask
 from .token_tree import TokenTree, best_cut, build_tree
 
@@ -103,7 +102,7 @@ class PathCache(DynamicCache):
         super().__init__()
         self.length = 0
         self._path: dict[int, Layer] = {}
-        self._kept: torch.Tensor | None = None
+        self._kept = torch.empty(0, dtype=torch.int64)
         self._next: dict[int, Layer] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -122,41 +121,24 @@ class PathCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of path and row, as a layer's attention sees them."""
         states: Layer = key_states, value_states
-        if layer_idx in self._path:
+        if self.length:
             states = tuple(
                 torch.cat([path.expand(len(row), -1, -1, -1), row], dim=-2)
                 for path, row in zip(self._path[layer_idx], states, strict=True)
             )
-        if self._kept is not None:
-            # Once for all layers of a device.
-            kept = self._kept = self._kept.to(key_states.device)
-            self._next[layer_idx] = tuple(s.index_select(-2, kept) for s in states)
+        # Moved once for all layers of a device.
+        kept = self._kept = self._kept.to(key_states.device)
+        self._next[layer_idx] = tuple(s[:1].index_select(-2, kept) for s in states)
         keys, values = states
         return keys, values
 
-    def begin_pass(self, kept: np.ndarray | None) -> None:
-        """Say which tokens of [path, row] are the next path; None: a beginning of the path."""
-        self.forget_pass()
-        self._kept = None if kept is None else torch.from_numpy(kept)
+    def begin_pass(self, kept: np.ndarray) -> None:
+        """Say which tokens of [path, first row] are the next path; forget a pass that failed."""
+        self._kept, self._next = torch.from_numpy(kept), {}
 
-    def end_pass(self, length: int) -> None:
-        """Take over the next path, of `length` tokens."""
-        if self._kept is not None:
-            self._path = self._next
-        elif length == 0:
-            self._path = {}
-        elif length < self.length:
-            self._path = {
-                layer: tuple(s[..., :length, :].clone() for s in states)
-                for layer, states in self._path.items()
-            }
-        self.length = length
-        self.forget_pass()
-
-    def forget_pass(self) -> None:
-        """Drop what a pass has left, the path excepted."""
-        self._kept = None
-        self._next = {}
+    def end_pass(self) -> None:
+        """Take over the next path."""
+        self.length, self._path, self._next = len(self._kept), self._next, {}
 
 
 def run_pack(
@@ -179,22 +161,18 @@ def run_pack(
     position = np.where(real, tree.depth[nodes], padding)
 
     path = tree.path(int(tree.parent[pack.stop]) if pack.stop < len(tree) else -1)
-    kept = None
-    if len(path) and path[-1] >= pack.start:
-        kept = _places(tree, pack, path, cache.length)
-    arguments: dict[str, Any] = {"use_cache": False}
-    if cache.length or kept is not None:
-        cache.begin_pass(kept)
-        arguments = {"use_cache": True, cache_argument(forward.model): cache}
+    cache.begin_pass(_places(tree, pack, path, cache.length))
+    mask: torch.Tensor | None = None
     parts: list[Part] = []
     if not pack.chains:
         mask = _mask(tree, pack, nodes, forward.dtype, device)
-        arguments["attention_mask"] = mask
         if count == 1 and width > _BLOCK_QUERIES and device.type == "cpu":
             parts = _parts(tree, pack, cache.length)
 
     scored = work.scored_before
     wanted = np.flatnonzero((scored[nodes + 1] > scored[nodes]) & real)
+    # In the order of the tree, which the rows of a batch need not have.
+    wanted = wanted[np.argsort(nodes.ravel()[wanted])]
     rows = torch.from_numpy(wanted if len(wanted) else np.zeros(1, np.int64))
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
@@ -204,12 +182,13 @@ def run_pack(
         torch.from_numpy(tokens).to(device),
         torch.from_numpy(position).to(device),
         keep,
+        mask,
         parts,
-        **arguments,
+        cache if cache.length or len(path) else None,
     )[0]
     if len(wanted):
         _score(work, nodes.ravel()[wanted], logits, softmax_dtype)
-    cache.end_pass(len(path))
+    cache.end_pass()
 
 
 def _mask(
@@ -237,7 +216,7 @@ def _mask(
 
 
 def _places(tree: TokenTree, pack: Pack, path: np.ndarray, cached: int) -> np.ndarray:
-    """Return where the keys of `path` lie behind the `cached` ones, in the one row of `pack`."""
+    """Return where the keys of `path` lie among the `cached` ones and those of a single row."""
     return np.where(path < pack.start, tree.depth[path], cached + path - pack.start)
 
 
@@ -264,22 +243,17 @@ def _score(
     logits: torch.Tensor,
     softmax_dtype: torch.dtype | None,
 ) -> None:
-    """Look up the log-probabilities of the pairs at `nodes`, whose logits are given."""
-    # The rows of a batch need not be in the order of the tree.
-    order = np.argsort(nodes)
-    first = np.searchsorted(work.pair_node, nodes[order[0]])
-    last = np.searchsorted(work.pair_node, nodes[order[-1]], side="right")
-    pair_row = order[np.searchsorted(nodes[order], work.pair_node[first:last])]
-    by_row = np.argsort(pair_row, kind="stable")
-    pairs, pair_row = by_row + first, pair_row[by_row]
+    """Look up the log-probabilities of the pairs at `nodes`, ascending, whose logits are given."""
     # A GPU has the launches to save.
     step = _SOFTMAX_ROWS if logits.device.type == "cpu" else len(logits)
-    for begin in range(0, len(logits), step):
+    for begin in range(0, len(nodes), step):
+        rows = nodes[begin : begin + step]
         chunk = logits[begin : begin + step]
         chunk = F.log_softmax(chunk, dim=-1, dtype=softmax_dtype)
-        low, high = np.searchsorted(pair_row, [begin, begin + len(chunk)])
-        here = pairs[low:high]
-        row = torch.from_numpy(pair_row[low:high] - begin).to(chunk.device)
+        low, high = np.searchsorted(work.pair_node, [rows[0], rows[-1] + 1])
+        here = slice(low, high)
+        row = torch.from_numpy(np.searchsorted(rows, work.pair_node[here]))
+        row = row.to(chunk.device)
         target = torch.from_numpy(work.pair_target[here]).to(chunk.device)
         # Not every device has float64.
         work.values[here] = chunk[row, target].cpu().double().numpy()

@@ -15,12 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .attention_support import (
-    config_of,
-    is_encoder_decoder,
-    row_limit,
-    sequence_limit,
-)
+from .attention_support import config_of, row_limit, sequence_limit
 from .fast_path import FastPath, FastPathMixin
 from .forward import Forward
 from .prefix_pass import PathCache, Work, run_pack
@@ -125,9 +120,6 @@ class PrefixSharingMixin(FastPathMixin):
 
     def _input_length(self, request: Request) -> int:
         _, context, continuation = request
-        if is_encoder_decoder(self):
-            parts = (len(context), len(continuation))
-            return sum(min(length, self.max_length) for length in parts)
         return min(len(context) + len(continuation) - 1, self.max_length)
 
     def _score_plainly(
@@ -176,7 +168,6 @@ class PrefixSharingMixin(FastPathMixin):
 
         def run(tokens: int) -> None:
             nonlocal start
-            cache.forget_pass()
             budget = whole.within(tokens)
             while start < len(work.tree):
                 pack = next_pack(work.tree, work.scored_before, start, budget)

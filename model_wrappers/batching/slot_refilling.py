@@ -9,6 +9,7 @@ place instead of being copied at each step. Independent of pruning.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,16 @@ from lm_eval.models.utils import (
 from tqdm import tqdm
 
 from .attention_support import base_model, config_of, sequence_limit
-from .fast_path import FastPath, FastPathMixin
+from .fast_path import FastPath, FastPathMixin, end_tokens
 from .forward import Forward
-from .generation import end_tokens, unsupported_setting
-from .slot_table import SlotJob, SlotTable
-from .slots import Row, run_rows, slot_bytes
+from .slots import Row, SlotJob, SlotTable, run_rows, slot_bytes
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lm_eval.api.instance import Instance
+    from transformers import GenerationConfig
 
 
 # A step reads all weights, however many slots share it: with 16 a token takes a CPU twice
@@ -39,6 +39,69 @@ if TYPE_CHECKING:
 _USUAL_SLOTS = 64
 # Bytes of keys and values that these may take unasked, the same on every machine.
 _SMALL = 2 * 2**30
+# What of a generation config plays no part in greedy decoding, or is set by HFLM.
+_WITHOUT_EFFECT = {
+    "bos_token_id",
+    "do_sample",
+    "eos_token_id",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "max_length",
+    "min_p",
+    "pad_token_id",
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "typical_p",
+    "use_cache",
+}
+# Values besides None and False that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "cache_implementation": ("dynamic", "hybrid", "static"),
+    "diversity_penalty": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "guidance_scale": (1,),
+    "length_penalty": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1,),
+}
+
+
+def unsupported_setting(
+    generation_config: GenerationConfig, kwargs: dict[str, Any]
+) -> str | None:
+    """Return what would make generation more than greedy, or None.
+
+    Args:
+        generation_config: The model's own.
+        kwargs: What a task asks for on top of it, as `normalize_gen_kwargs` returns it.
+    """
+    if kwargs.get("do_sample") is not False:
+        return "do_sample"
+    if "max_length" in kwargs:
+        return "max_length"
+    config = copy.deepcopy(generation_config)
+    relevant = {k: v for k, v in kwargs.items() if k not in _WITHOUT_EFFECT}
+    for name in config.update(**relevant):
+        return name
+    for name, value in config.to_diff_dict().items():
+        if (
+            name not in _WITHOUT_EFFECT
+            and not name.startswith("_")
+            and value is not None
+            and value is not False
+            and value not in _NEUTRAL.get(name, ())
+        ):
+            return f"{name}={value}"
+    return None
 
 
 class SlotRefillingMixin(FastPathMixin):

@@ -15,8 +15,7 @@ import pytest
 from codecarbon.external import hardware
 from codecarbon.external.logger import set_logger_format, set_logger_level
 
-from lm_eval_pruned.energy.meter import CodecarbonMeter
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import CodecarbonMeter, EnergyMonitor
 from tests.helpers import checkpoints
 
 

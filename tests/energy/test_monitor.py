@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned.energy.monitor import EnergyMonitor, meters_the_machine
+from lm_eval_pruned.energy.meter import EnergyMonitor, meters_the_machine
 from lm_eval_pruned.energy.readings import EnergyReading, Joules
 from tests.helpers.meters import Clock, monitor_of
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_pruned.checkpoints.adapters import HEALING
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import EnergyMonitor
 from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.healing.run import heal
 from lm_eval_pruned.profiling import measure, report
@@ -51,7 +51,7 @@ def profile_of(tiny: Path, folder: Path) -> Any:
     request = measure.ProfileRequest(str(tiny), **sizes)
     monitor = EnergyMonitor(FakeMeter(clock, {"cpu": 10.0, "ram": 2.0}), clock)
     prompts = ["one", "two three"]
-    *_, result = measure.profile(request, prompts, monitor=monitor, clock=clock)
+    *_, result = measure.profile(request, prompts, monitor=monitor)
     report.write(result, folder)
     record = json.loads((folder / "profile.json").read_text())
     for cell in record["cells"]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch.nn.functional import log_softmax
 
-from lm_eval_pruned.healing.trainer import distillation_loss
+from lm_eval_pruned.healing.run import distillation_loss
 
 
 def plain(ours, theirs, temperature):

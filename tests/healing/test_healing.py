@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.healing.options import HealingOptions
-from lm_eval_pruned.healing.run import heal
-from lm_eval_pruned.healing.trainer import HealingTrainer
+from lm_eval_pruned.healing.run import HealingTrainer, heal
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers.ways_to_load import write_texts
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from lm_eval_pruned.energy.meter import ComponentSource, MeterDescription
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import (
+    ComponentSource,
+    EnergyMonitor,
+    MeterDescription,
+)
 from lm_eval_pruned.energy.readings import COMPONENTS, EnergyReading, Joules
 
 

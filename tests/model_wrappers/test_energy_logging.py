@@ -9,7 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import EnergyMonitor
 from lm_eval_pruned.model_wrappers.batching.fast_path import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM

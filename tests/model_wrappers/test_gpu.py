@@ -14,11 +14,10 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned.checkpoints.load import load_pruned
-from lm_eval_pruned.energy.meter import CodecarbonMeter
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import CodecarbonMeter, EnergyMonitor
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.profiling.measure import generate, profile
-from lm_eval_pruned.profiling.options import ProfileRequest, make_batches
+from lm_eval_pruned.profiling.options import ProfileRequest, batches_of
 from tests.helpers import checkpoints, layouts
 from tests.helpers.answering import GENERATED, SCORED, assert_close
 
@@ -42,7 +41,9 @@ def wide(tmp_path_factory):
 
 def test_the_clock_waits_for_the_device(wide):
     model = load_pruned(str(wide), device="cuda")
-    (batch,) = make_batches(checkpoints.byte_tokenizer(), ["a" * 256] * 32, 32, "cuda")
+    sizes = {"ratios": ("1.0",), "batch_sizes": (32,), "device": "cuda"}
+    batches, _ = batches_of(ProfileRequest(str(wide), **sizes), ["a" * 256] * 32)
+    (batch,) = batches[32]
     generate(model, batch, 4, fixed=True, pad_token=258)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -59,7 +60,7 @@ def test_a_narrower_model_takes_less_memory_on_the_device(wide):
         str(wide), ratios=("1.0",), device="cuda", max_new_tokens=4, repeats=1
     )
     monitor = EnergyMonitor(CodecarbonMeter())
-    result = profile(request, ["one two", "three"], monitor=monitor)
+    *_, result = profile(request, ["one two", "three"], monitor=monitor)
     fixed = {c["model"]: c for c in result["cells"] if c["mode"] == "fixed"}
     peaks = {name: cell["peak_device_bytes"] for name, cell in fixed.items()}
     for model in result["models"]:

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from lm_eval_pruned.checkpoints.load import load_pruned
-from lm_eval_pruned.energy.monitor import EnergyMonitor
+from lm_eval_pruned.energy.meter import EnergyMonitor
 from lm_eval_pruned.profiling import measure, report
-from lm_eval_pruned.profiling.options import make_batches, plan_models, read_prompts
+from lm_eval_pruned.profiling.options import batches_of, plan_models, read_prompts
 from lm_eval_pruned.profiling.summary import change, distribution, estimate
 from tests.helpers import checkpoints
 from tests.helpers.meters import monitor_of
@@ -32,9 +32,10 @@ def run(tiny_llama):
     def run_(*, meter=None, edit=None, seen=None, interrupt_at=None, **changes):
         watts = {"watts": {"cpu": 10.0, "ram": 2.0}}
         (monitor, clock), passes = monitor_of(**watts | (meter or {})), []
+        loaded = measure.load_pruned
 
         def load(pretrained, **arguments):
-            model = load_pruned(pretrained, **arguments)
+            model = loaded(pretrained, **arguments)
             widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
             model.slowness = sum(widths) / len(widths) / 88
             inner = model.forward
@@ -54,10 +55,11 @@ def run(tiny_llama):
 
         given = {"ratios": ("1.375",), "max_new_tokens": 5, "repeats": 2, **changes}
         request = measure.ProfileRequest(str(tiny_llama), **given)
-        how = {"monitor": monitor, "clock": clock, "load": load}
-        for so_far in measure.profile(request, PROMPTS, **how):
-            if seen is not None:
-                seen.append((len(passes), so_far))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measure, "load_pruned", load)
+            for so_far in measure.profile(request, PROMPTS, monitor=monitor):
+                if seen is not None:
+                    seen.append((len(passes), so_far))
         return so_far
 
     return run_
@@ -163,12 +165,14 @@ def test_padding_is_no_work_and_changes_no_text(run, tiny_llama):
     rates = means(cell(run(batch_sizes=(4,)), size=4))
     assert rates["prefill_tokens_per_second"] == pytest.approx(LETTERS / PREFILL)
     assert rates["decode_tokens_per_second"] == pytest.approx(4 / STEP)
-    model, tokenizer = load_pruned(str(tiny_llama)), checkpoints.byte_tokenizer()
+    model = load_pruned(str(tiny_llama))
     how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    (batch,) = make_batches(tokenizer, PROMPTS, 4, "cpu")
+    sizes = {"ratios": ("1.375",), "batch_sizes": (1, 4)}
+    request = measure.ProfileRequest(str(tiny_llama), **sizes)
+    batches, _ = batches_of(request, PROMPTS)
+    (batch,) = batches[4]
     together = model.generate(**batch, **how)
-    for row, prompt in enumerate(PROMPTS):
-        (alone,) = make_batches(tokenizer, [prompt], 1, "cpu")
+    for row, (prompt, alone) in enumerate(zip(PROMPTS, batches[1], strict=True)):
         expected = model.generate(**alone, **how)[0, len(prompt) :]
         assert torch.equal(together[row, 6:], expected)
 

@@ -16,7 +16,6 @@ from lm_eval_pruned.model_wrappers.batching import (
     prefix_pass,
     prefix_sharing,
     slot_refilling,
-    slot_table,
     slots as slots_module,
 )
 from lm_eval_pruned.model_wrappers.batching.slots import SlotCache
@@ -242,8 +241,8 @@ def test_any_requests_in_any_slots_are_answered_as_one_by_one(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refilled, "_prefill_budget", lambda: budget)
-        patch.setattr(slot_table, "_MOST_IN_MASK", most_in_mask)
-        patch.setattr(slot_table, "_COST_OF_ORDER", cost_of_order)
+        patch.setattr(slots_module, "_MOST_IN_MASK", most_in_mask)
+        patch.setattr(slots_module, "_COST_OF_ORDER", cost_of_order)
         patch.setattr(slots_module, "_GROUPS", groups)
         patch.setattr(slots_module, "_WORTH_GROUPS", 0)
         patch.setattr(refilled, "slots", slots)

@@ -25,8 +25,12 @@ from lm_eval_pruned.model_wrappers.batching.forward import (
     additive_mask,
 )
 from lm_eval_pruned.model_wrappers.batching.prefix_pass import PathCache, Work, run_pack
-from lm_eval_pruned.model_wrappers.batching.slot_table import SlotJob, SlotTable
-from lm_eval_pruned.model_wrappers.batching.slots import SlotCache, run_rows
+from lm_eval_pruned.model_wrappers.batching.slots import (
+    SlotCache,
+    SlotJob,
+    SlotTable,
+    run_rows,
+)
 from lm_eval_pruned.model_wrappers.batching.token_tree import Budget, next_pack
 from tests.helpers.answering import GENERATED, SCORED, assert_close, hf, ours, tiny
 from tests.helpers.checkpoints import tiny_config
@@ -249,7 +253,7 @@ def test_slots_begin_as_zeros(dtype):
     cache.row_slots, cache.row_places = torch.tensor([[0]]), torch.arange(5)[None]
     states = torch.ones(1, 2, 5, 8, dtype=dtype)
     cache.update(states, states, 0)
-    keys = cache.layers[0].keys
+    keys, _ = cache.stored[0]
     assert (keys.dtype, keys.shape) == (dtype, (3, 2, 64, 8))
     assert keys.sum() == keys[0, :, :5].sum() == states.numel()
 
