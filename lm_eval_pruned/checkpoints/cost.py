@@ -221,5 +221,5 @@ def _more(base: Quality, other: Quality) -> str:
     if other is base:
         return "-"
     test = paired_mean(other.losses - base.losses, base.tokens.astype(float))
-    ends = interval_text(*test.interval(test.level), 3)
+    ends = interval_text(*test.interval(), 3)
     return f"{test.difference:+.3f} {ends}".removesuffix(" -")

@@ -37,27 +37,24 @@ def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None
     one, other = (documents_of(item, task, metric) for item in (base, run))
     if one is None or other is None:
         return None
-    before, after = {*one.keys}, {*other.keys}
-    if before != after:
-        raise ResultsError(
-            f"{task} was evaluated on different documents: {len(before - after)} of {len(before)} "
-            f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
-            "(matched by doc_hash); evaluate both with the same --limit and data."
-        )
-    same = other.taken(one.keys)
-    if one.transform != same.transform or not np.allclose(one.weights, same.weights):
+    if one.keys != other.keys:
+        before, after = {*one.keys}, {*other.keys}
+        if before != after:
+            raise ResultsError(
+                f"{task} was evaluated on different documents: {len(before - after)} of {len(before)} "
+                f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
+                "(matched by doc_hash); evaluate both with the same --limit and data."
+            )
+        other = other.taken(one.keys)
+    if one.transform != other.transform or not np.allclose(one.weights, other.weights):
         return None
-    return one, same
+    return one, other
 
 
-def paired_test(pair: Pair, alpha: float = 0.05) -> PairedTest:
+def paired_test(pair: Pair) -> PairedTest:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
     base, run = pair
-    how: dict[str, Any] = {
-        "transform": base.transform,
-        "alpha": alpha,
-        **grouping(base),
-    }
+    how = {"transform": base.transform, **grouping(base)}
     return paired_difference(base.values, run.values, **how)
 
 

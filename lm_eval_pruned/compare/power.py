@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm_eval_pruned.compare.judge import Case
+from lm_eval_pruned.compare.judge import Case, p_of_claim, pool_of
 from lm_eval_pruned.compare.margins import (
     Margin,
     check_measure,
@@ -16,8 +16,6 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import paired_documents
-from lm_eval_pruned.compare.pooled import p_of_claim, pool_of
 from lm_eval_pruned.results.documents import Documents, scored_on
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import primary_metrics
@@ -88,10 +86,10 @@ class Pilot:
             Documents(keys, np.where(exchanged, theirs, ours), *groups)
             for ours, theirs in (values, values[::-1])
         )
-        return self.case._replace(
+        return replace(
+            self.case,
             base=scored_on(self.case.base, self.case.key, before),
             run=scored_on(self.case.run, self.case.key, after),
-            pair=(before, after),
         )
 
     def _keys(self, chosen: np.ndarray) -> tuple[tuple[str, str, int], ...]:
@@ -147,16 +145,16 @@ def pilots_of(
 
 
 def _pilot(base: Run, run: Run, key: tuple[str, str], margin: str | None) -> Case:
-    pair = paired_documents(base, run, *key)
-    if pair is None:
+    scores = [item.scores[key].value for item in (base, run)]
+    within = Margin("not_worse", margin or usual_margin(base, key, *scores))
+    within.check(*key, *scores)
+    case = Case(base, run, key, margin=within)
+    if case.pair is None:
         raise ResultsError(
             f"{key[0]} of {run.name} has no logged samples from which its score can be computed: "
             "evaluate with --log_samples."
         )
-    scores = [item.scores[key].value for item in (base, run)]
-    within = Margin("not_worse", margin or usual_margin(base, key, *scores))
-    within.check(*key, *scores)
-    return Case(base, run, key, pair, "", margin=within)
+    return case
 
 
 def chances(
@@ -164,7 +162,7 @@ def chances(
 ) -> list[list[object]]:
     """Say how likely a claim is to be shown on so many `documents`, and how many it needs.
 
-    The claim is that of a case, or of a mean over several with their guards (see `pooled`), in a
+    The claim is that of a case, or of a mean over several with their guards (see `p_of_claim`), in a
     single test at level `alpha`. Documents are drawn from those of the cases, in their proportions
     (default: as many as there are). Returns a row for each of `QUESTIONS`: name of the run, metric,
     documents seen, share of them whose value changed, margin in the metric's own unit, verdict, what is
@@ -224,7 +222,7 @@ def _p(verdict: str, cases: Sequence[Case]) -> float | None:
     claim = verdict.replace(" ", "_")
     return p_of_claim(
         [
-            case._replace(margin=case.margin and replace(case.margin, claim=claim))
+            replace(case, margin=case.margin and replace(case.margin, claim=claim))
             for case in cases
         ]
     )
