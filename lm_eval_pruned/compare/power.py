@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,8 +59,7 @@ class Pilot:
         self._order = np.argsort(unit, kind="stable")
         self._lengths = np.bincount(unit)
         self._starts = np.cumsum(self._lengths) - self._lengths
-        self._numbered: list[tuple[str, str, int]] = []
-        self._names = np.array(documents.strata or [""] * size)
+        self._names = np.array(documents.strata or [case.key[0]] * size)
         of_unit = self._names[self._order[self._starts]]
         self._strata = [np.flatnonzero(of_unit == name) for name in np.unique(of_unit)]
 
@@ -77,7 +77,9 @@ class Pilot:
         chosen = self._order[first + np.arange(ends[-1])]
         exchanged = np.repeat(alike & (rng.random(len(units)) < 0.5), lengths)
         clusters = np.repeat(np.arange(len(units)), lengths)
-        keys = self._keys(chosen)
+        # Strata keep their names, and each document of the draw is another one.
+        names = self._names[chosen].tolist()
+        keys = tuple(zip(names, repeat(self.case.key[0]), range(len(names))))
         one, other = self.pair
         values = one.values[chosen], other.values[chosen]
         labels = tuple(clusters.tolist()) if one.clusters else None
@@ -91,16 +93,6 @@ class Pilot:
             base=scored_on(self.case.base, self.case.key, before),
             run=scored_on(self.case.run, self.case.key, after),
         )
-
-    def _keys(self, chosen: np.ndarray) -> tuple[tuple[str, str, int], ...]:
-        """Return what names drawn documents: their strata, and which of the draw they are."""
-        if self._strata[1:]:
-            names = self._names[chosen].tolist()
-            return tuple((name, f"{name} {n}", 0) for n, name in enumerate(names))
-        name = self.case.key[0]
-        known = len(self._numbered)
-        self._numbered += [(name, f"{name} {n}", 0) for n in range(known, len(chosen))]
-        return tuple(self._numbered[: len(chosen)])
 
 
 def pilots_of(
