@@ -85,11 +85,12 @@ class Agreement:
 
 def agreement(pair: Pair | None, metric: str) -> Agreement | None:
     """Compare the answers of two runs; None where the samples do not tell all of them."""
-    replies = [[s.reply for s in run.samples if s.reply] for run in pair or ()]
-    if not pair or {*map(len, replies)} != {len(pair[0].keys)}:
+    answers = [[s.answer(metric) for s in run.samples] for run in pair or ()]
+    told = [[answer for answer in of if answer is not None] for of in answers]
+    if pair is None or {*map(len, told)} != {len(pair[0].keys)}:
         return None
-    before, after = ([*map(str, run.answers(metric))] for run in pair)
-    likelihoods = ([reply.likelihoods for reply in run] for run in replies)
+    before, after = told
+    likelihoods = ([sample.likelihoods for sample in run.samples] for run in pair)
     kl = float(np.mean([*map(divergence, *likelihoods)]))
     no_choices = math.isnan(kl)
     beginning = float(np.mean([*map(_beginning, before, after)]))

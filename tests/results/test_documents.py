@@ -8,7 +8,6 @@ import pytest
 from lm_eval_pruned.results.documents import (
     TRANSFORMS,
     Documents,
-    Reply,
     read_sample,
     read_task,
 )
@@ -183,39 +182,34 @@ def test_prompt_and_target():
     assert (asked.prompt, asked.choices) == ("A fox or ", ("Ann ran.", "Bob ran."))
 
 
-def answers_to(sample, *metrics):
-    """Return the answers of one line that metrics judge."""
-    one = np.ones(1)
-    line = Documents((("t", "d", 0),), one, one, None, "mean", samples=(sample,))
-    return tuple(line.answers(metric)[0] for metric in metrics)
-
-
 @pytest.mark.parametrize(
     ("endings", "likelihoods", "more", "answers"),
     [
-        ([" yes", " no"], [-3, -1], {}, ("no", "no")),
-        # -2 / 1 < -5 / 3 by letters, without the space.
-        ([" \u20ac", " abc"], [-2, -5], {}, ("\u20ac", "abc")),
-        ([" a", " b"] * 2, [-2, -1, -1, -4], {"acc_mutual_info": 0}, ("b", "b")),
-        ([" ran"], [-2.5], {}, (None, None)),
-        ([" a", " b"], [-1], {}, (None, None)),
+        ([" yes", " no"], [-3, -1], {}, ["no", "no", "no"]),
+        # -2 / 1 < -5 / 3 by letters, without the space; the sign of the euro has three bytes.
+        ([" \u20ac", " abc"], [-2, -5], {}, ["\u20ac", "abc", "\u20ac"]),
+        ([" b", " \u20ac\u20ac"], [-1, -3], {}, ["b", "b", "\u20ac\u20ac"]),
+        ([" a", " b"] * 2, [-2, -1, -1, -4], {"acc_mutual_info": 0}, ["b"] * 3),
+        ([" ran"], [-2.5], {}, [None] * 3),
+        ([" a", " b"], [-1], {}, [None] * 3),
     ],
 )
 def test_the_most_likely_choice_is_the_answer(endings, likelihoods, more, answers):
     sample = read_sample(offering(endings, likelihoods=likelihoods) | more)
-    assert answers_to(sample, "acc,none", "acc_norm,none") == answers
+    metrics = ("acc,none", "acc_norm,none", "acc_bytes,none")
+    assert [sample.answer(metric) for metric in metrics] == answers
 
 
 def test_of_mc1_the_answer_is_the_likeliest_of_its_choices_and_the_target_its_best():
     """MC2 offers a second true answer, d, which is the likeliest of all and not among MC1's choices."""
     row = offering([" a", " c", " b", " d"], likelihoods=[-3, -4, -2, -1])
     sample = read_sample({**row, "doc": DOC, "target": 0})
-    assert answers_to(sample, "mc1,none", "mc2,none") == ("b", "d")
+    assert (sample.answer("mc1,none"), sample.answer("mc2,none")) == ("b", "d")
     assert sample.target == "a"
 
 
 def test_text_after_the_filter_and_before():
     row = {"resps": [["It is 4."]], "filtered_resps": ["4"]}
     sample = read_sample(offering([{"until": ["\n"]}]) | row)
-    assert (sample.reply, sample.text) == (Reply("4", "4"), "It is 4.")
+    assert (sample.answer("exact_match,none"), sample.text) == ("4", "It is 4.")
     assert sample.prompt == "the question"
