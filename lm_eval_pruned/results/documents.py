@@ -192,13 +192,6 @@ class Documents:
         return tasks if len(set(tasks)) > 1 else None
 
 
-def documents_of(run: Run, task: str, metric: str) -> Documents | None:
-    """Return the documents of a score, as `read_task` does, and keep those of the whole task."""
-    if task not in run.documents:
-        run.documents[task] = read_task(run, task)
-    return run.documents[task].get(metric)
-
-
 def scored_on(run: Run, key: tuple[str, str], documents: Documents) -> Run:
     """Return a run with one score, that of some documents; more is better where the run has no such score."""
     known = run.scores.get(key, Score(math.nan, None, True, None))
@@ -209,27 +202,23 @@ def scored_on(run: Run, key: tuple[str, str], documents: Documents) -> Run:
     return replace(run, scores={key: score}, documents=of_task)
 
 
-def read_task(run: Run, task: str) -> dict[str, Documents]:
-    """Read the documents of a task or group from the logged samples, by metric, as `read_samples` does.
+def documents_of(run: Run, task: str, metric: str) -> Documents | None:
+    """Return the documents of a score of a task or group, from the logged samples; the run keeps them.
 
-    Metrics are left out where samples are missing, or where no aggregation known here makes the
-    reported score of them (some of the harness's are not functions of a mean). `CHOICE_PROB` is there
-    where each document has choices, one of which is right.
+    None where samples are missing, or where no aggregation known here makes the reported score of them
+    (some of the harness's are not functions of a mean). `CHOICE_PROB` is there where each document has
+    choices, one of which is right. ResultsError as in `read_samples`.
     """
-    lines: dict[str, list[Any]] = {m: [] for name, m in run.scores if name == task}
-    lines[CHOICE_PROB] = []
-    for leaf in run.leaves(task):
-        read = read_samples(run, leaf, lines) if leaf in run.samples else {}
-        # A score that some member has no documents of is not made of documents.
-        lines = {metric: rows for metric, rows in lines.items() if read.get(metric)}
-        for metric, rows in lines.items():
-            size = len(read[metric])
-            rows += [((leaf, *key), size, *rest) for key, *rest in read[metric]]
-    return {
-        metric: documents
-        for metric, rows in lines.items()
-        if (documents := _documents(metric, rows, run.scores.get((task, metric))))
-    }
+    if task not in run.documents:
+        rows: dict[str, list[Any]] = {m: [] for name, m in run.scores if name == task}
+        rows[CHOICE_PROB] = []
+        for leaf in run.leaves(task):
+            read = read_samples(run, leaf, rows) if leaf in run.samples else {}
+            # A score that some member has no documents of is not made of documents.
+            rows = {m: rows[m] + read[m] for m in rows if read.get(m)}
+        found = {m: _documents(m, rows[m], run.scores.get((task, m))) for m in rows}
+        run.documents[task] = {m: known for m, known in found.items() if known}
+    return run.documents[task].get(metric)
 
 
 def _documents(
@@ -241,10 +230,12 @@ def _documents(
     if not lines:
         return None
     transforms = [name for name in TRANSFORMS if (name == "unbounded") == unbounded]
-    keys, sizes, raw, samples = zip(*lines, strict=True)
+    keys, raw, samples = zip(*lines, strict=True)
+    counts = Counter(leaf for leaf, *_ in keys)
+    sizes = np.array([counts[leaf] for leaf, *_ in keys])
     # The score of a group is a mean over documents, or over tasks.
     for (values, weights), divisor, transform in itertools.product(
-        _readings(raw), (1, np.array(sizes)), transforms
+        _readings(raw), (1, sizes), transforms
     ):
         weights = weights / divisor
         with np.errstate(over="ignore"):
@@ -302,9 +293,9 @@ def read_samples(
 ) -> dict[str, list[tuple[Any, ...]]]:
     """Read the logged documents of one task, not of a group, in the order of ``doc_id``.
 
-    Returns by metric what each document that has it is matched by (``doc_hash`` and which repetition
-    it is), the value and the sample. ResultsError if the file cannot be read, or holds another
-    number of documents than the results file says.
+    Returns by metric the key of each document that has it, as in `Documents`, the value and the sample.
+    ResultsError if the file cannot be read, or holds another number of documents than the results
+    file says.
     """
     file, logged = run.samples[task], Counter[str]()
     metadata = run.metadata.get(task, {})
@@ -337,7 +328,7 @@ def read_samples(
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
         rows[metric] = [
-            ((digest, next(seen[digest])), value, sample)
+            ((task, digest, next(seen[digest])), value, sample)
             for _, digest, value, sample in sorted(values, key=lambda row: row[0])
         ]
     return rows

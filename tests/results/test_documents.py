@@ -8,8 +8,8 @@ import pytest
 from lm_eval_pruned.results.documents import (
     TRANSFORMS,
     Documents,
+    documents_of,
     read_sample,
-    read_task,
 )
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
@@ -20,10 +20,10 @@ GAMMA = np.random.default_rng(0).gamma(9, size=12)
 PAIRS = [[-float(v), int(w)] for v, w in zip(GAMMA, range(1, 13), strict=True)]
 
 
-def documents_of(folder, metrics, task="t"):
+def written(folder, metrics, task="t"):
     """Write one task and return its documents by metric."""
     run = read_run(write_run(folder, {task: metrics}))
-    return [read_task(run, task).get(metric) for metric in metrics]
+    return [documents_of(run, task, metric) for metric in metrics]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_documents_reproduce_the_score(tmp_path, values, aggregation, transform)
     # An aggregation that is not a mean is not guessed.
     f1 = {"values": [1.0] * len(values), "score": 0.31}
     spec = {"m,none": {"values": values, "aggregation": aggregation}, "f1,none": f1}
-    made, other = documents_of(tmp_path, spec)
+    made, other = written(tmp_path, spec)
     mean = np.average(made.values, weights=made.weights)
     assert (made.transform, other) == (transform, None)
     assert TRANSFORMS[transform].score(mean) == pytest.approx(
@@ -52,14 +52,14 @@ def test_documents_reproduce_the_score(tmp_path, values, aggregation, transform)
 
 def test_each_filter_has_its_own_documents(tmp_path):
     values = {"em,strict": [0.0, 0.0, 1.0], "em,flexible": [1.0, 0.0, 1.0]}
-    found = documents_of(tmp_path, values)
+    found = written(tmp_path, values)
     assert [each.values.tolist() for each in found] == [*values.values()]
 
 
 def test_repeated_documents_are_told_apart_and_texts_are_clusters(tmp_path):
     docs = {n: {"narrative": f"story {n // 2}", "question": n // 4} for n in range(8)}
     acc = {"acc,none": {"values": [1, 0] * 4, "docs": docs}}
-    (found,) = documents_of(tmp_path, acc, "musr_x")
+    (found,) = written(tmp_path, acc, "musr_x")
     assert (len(set(found.keys)), found.strata) == (8, None)
     assert found.clusters == tuple(np.repeat(found.clusters[::2], 2))
     assert len(set(found.clusters)) == 4
@@ -78,7 +78,7 @@ def test_hostile_samples(tmp_path, change, words):
     file = run.samples["tf"]
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ResultsError, match=words) as caught:
-        read_task(run, "tf").get("acc,none")
+        documents_of(run, "tf", "acc,none")
     assert str(file) in str(caught.value)
 
 
@@ -96,13 +96,13 @@ def test_members_of_a_group_are_strata_and_count_as_its_score_does(tmp_path, wei
     file = write_run(tmp_path, tasks, groups=groups, group_scores=scores)
     run = read_run(file)
     assert run.tasks(subtasks=False) == ["all"]
-    found = read_task(run, "all").get("acc,none")
+    found = documents_of(run, "all", "acc,none")
     assert np.average(found.values, weights=found.weights) == pytest.approx(score)
     assert (found.clusters, set(found.strata)) == (None, {"two", "four"})
     chance = (3 * 0.5 + 9 * 0.25) / 12 if weighted else (0.5 + 0.25) / 2
     assert found.levels == {"chance": pytest.approx(chance)}
     run.samples["two"].unlink()
-    assert read_task(read_run(file), "all").get("acc,none") is None
+    assert documents_of(read_run(file), "all", "acc,none") is None
 
 
 def test_documents_in_another_order_keep_what_belongs_to_each():
@@ -156,16 +156,16 @@ def test_guessing_beats_false_answers_in_mc1_and_draws_true_ones_in_mc2(
     row = offering([" a", " c", " b", " d"]) | {"doc": DOC}
     scored = {metric: {"values": [1.0] * 4, "rows": dict.fromkeys(range(4), row)}}
     run = read_run(write_run(tmp_path, {"demo": scored}))
-    assert read_task(run, "demo").get(metric).levels.get("chance") == chance
+    assert documents_of(run, "demo", metric).levels.get("chance") == chance
 
 
 def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):
-    (found,) = documents_of(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
+    (found,) = written(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
     assert found.levels == {"chance": 0.5, "commonest answer": 0.75}
     # Position 0 is always right, which no model can see.
     rows = {n: offering([f"right {n}", "wrong"]) for n in range(4)}
     acc = {"acc,none": {"values": [1.0] * 4, "rows": rows}}
-    (found,) = documents_of(tmp_path, acc, "other")
+    (found,) = written(tmp_path, acc, "other")
     assert found.levels == {"chance": 0.5}
 
 
