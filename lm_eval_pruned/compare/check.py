@@ -31,9 +31,14 @@ from lm_eval_pruned.compare.margins import (
     with_choice_prob,
 )
 from lm_eval_pruned.results.documents import CHOICE_PROB, documents_of
-from lm_eval_pruned.results.files import ResultsError, Run, Score, finite_or_none
+from lm_eval_pruned.results.files import (
+    ResultsError,
+    Run,
+    Score,
+    asked_differently,
+    finite_or_none,
+)
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
-from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:

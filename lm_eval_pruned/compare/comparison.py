@@ -10,10 +10,9 @@ from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.judge import Case, Difference, judged
 from lm_eval_pruned.compare.pairing import agreement
 from lm_eval_pruned.compare.trends import Correlation, Trend, over_ratios
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import COMPARED, ResultsError, Run, listed
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
-from lm_eval_pruned.results.settings import COMPARED, listed
 
 
 if TYPE_CHECKING:

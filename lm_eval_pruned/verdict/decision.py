@@ -27,9 +27,8 @@ from lm_eval_pruned.compare.margins import (
 )
 from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
 from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import ResultsError, Run, asked_differently
 from lm_eval_pruned.results.groups import is_share, primary_metrics
-from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:
