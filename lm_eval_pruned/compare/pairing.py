@@ -85,7 +85,7 @@ class Agreement:
 
 def agreement(pair: Pair | None, metric: str) -> Agreement | None:
     """Compare the answers of two runs; None where the samples do not tell all of them."""
-    answers = [[s.answer(metric) for s in run.samples] for run in pair or ()]
+    answers = [run.answers(metric) for run in pair or ()]
     told = [[answer for answer in of if answer is not None] for of in answers]
     if pair is None or {*map(len, told)} != {len(pair[0].keys)}:
         return None

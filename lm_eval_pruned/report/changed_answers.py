@@ -130,10 +130,7 @@ def find_changes(
                 continue
             kinds, run = [], row.case.run
             before, after = (
-                [
-                    (value == 1, sample.answer(metric), sample)
-                    for value, sample in zip(one.values, one.samples, strict=True)
-                ]
+                zip(one.values == 1, one.answers(metric), one.samples, strict=True)
                 for one in pair
             )
             for (leaf, *_), was, now in zip(pair[0].keys, before, after, strict=True):

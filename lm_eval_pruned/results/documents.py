@@ -160,6 +160,10 @@ class Documents:
         mean = np.average(self.values, weights=self.weights)
         return float(TRANSFORMS[self.transform].score(mean))
 
+    def answers(self, metric: str) -> list[str | None]:
+        """Return `Sample.answer` of each document, length n; empty where the lines are not known."""
+        return [sample.answer(metric) for sample in self.samples]
+
     @property
     def level(self) -> tuple[str, ...]:
         """Level of each document, length n; empty where the task declares no field for it."""
