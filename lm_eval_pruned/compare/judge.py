@@ -16,7 +16,7 @@ import numpy as np
 
 from lm_eval_pruned.compare.floors import kept_sides
 from lm_eval_pruned.compare.margins import PROBABILITIES
-from lm_eval_pruned.compare.pairing import grouping, paired_documents, paired_test
+from lm_eval_pruned.compare.pairing import paired_documents, paired_test
 from lm_eval_pruned.compare.statistics import (
     LEAST_UNITS,
     LEAST_UNITS_OF_MARGIN,
@@ -112,7 +112,7 @@ class Case:
         share, floor = margin.share, self.base.exact_floor(*self.key)
         pair = self.pair if self.pair and self.pair[0].transform == "mean" else None
         if share and floor is not None and pair and test.sides != (0.5, 0.5):
-            groups = grouping(pair[0])
+            groups = pair[0].groups
             base, run = (documents.values for documents in pair)
             p = kept_sides(base, run, floor, 1 - share, **groups)[1]
             if one_sided:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import special
@@ -54,14 +54,8 @@ def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None
 def paired_test(pair: Pair) -> PairedTest:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
     base, run = pair
-    how = {"transform": base.transform, **grouping(base)}
+    how = {"transform": base.transform, **base.groups}
     return paired_difference(base.values, run.values, **how)
-
-
-def grouping(documents: Documents) -> dict[str, Any]:
-    """Return how documents weigh and belong together, as `paired_difference` takes it."""
-    names = ("weights", "clusters", "strata")
-    return {name: getattr(documents, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Pilot:
         self._order = np.argsort(unit, kind="stable")
         self._lengths = np.bincount(unit)
         self._starts = np.cumsum(self._lengths) - self._lengths
-        self._names = np.array(documents.strata or [case.key[0]] * size)
+        self._names = np.array([task for task, *_ in documents.keys])
         of_unit = self._names[self._order[self._starts]]
         self._strata = [np.flatnonzero(of_unit == name) for name in np.unique(of_unit)]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.compare.pairing import grouping, paired_documents
+from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.statistics import (
     PairedTest,
     false_discovery,
@@ -133,7 +133,7 @@ def over_ratios(
                     ratios,
                     rows,
                     transform=same[0][1].transform,
-                    **grouping(same[0][1]),
+                    **same[0][1].groups,
                 )
             tested: Any = *test.interval(alpha), test.p, test.method, test.units
             trends.append(Trend(name, *key, len(same), test.difference, *tested))

@@ -190,10 +190,14 @@ class Documents:
         )
 
     @property
-    def strata(self) -> tuple[str, ...] | None:
-        """Task of each document, which another draw would have too; None for a single one."""
+    def groups(self) -> dict[str, Any]:
+        """How documents weigh and belong together, as `compare.statistics.paired_difference` takes it.
+
+        Strata are the tasks, which another draw would have too; None for a single one.
+        """
         tasks = tuple(task for task, _, _ in self.keys)
-        return tasks if len(set(tasks)) > 1 else None
+        strata = tasks if len({*tasks}) > 1 else None
+        return {"weights": self.weights, "clusters": self.clusters, "strata": strata}
 
 
 def scored_on(run: Run, key: tuple[str, str], documents: Documents) -> Run:

@@ -96,7 +96,11 @@ def test_blocks_are_drawn_whole_and_strata_keep_their_shares():
     )
     parts = dataclasses.replace(of, base=base, run=run)
     drawn = Pilot(parts).drawn(0.5, np.random.default_rng(0), alike=True).pair[0]
-    assert np.unique(drawn.strata, return_counts=True)[1].tolist() == [40, 40, 40]
+    assert np.unique(drawn.groups["strata"], return_counts=True)[1].tolist() == [
+        40,
+        40,
+        40,
+    ]
 
 
 def test_models_that_are_alike_have_one_mean_whatever_was_lost():

@@ -60,7 +60,7 @@ def test_repeated_documents_are_told_apart_and_texts_are_clusters(tmp_path):
     docs = {n: {"narrative": f"story {n // 2}", "question": n // 4} for n in range(8)}
     acc = {"acc,none": {"values": [1, 0] * 4, "docs": docs}}
     (found,) = written(tmp_path, acc, "musr_x")
-    assert (len(set(found.keys)), found.strata) == (8, None)
+    assert (len(set(found.keys)), found.groups["strata"]) == (8, None)
     assert found.clusters == tuple(np.repeat(found.clusters[::2], 2))
     assert len(set(found.clusters)) == 4
 
@@ -98,7 +98,7 @@ def test_members_of_a_group_are_strata_and_count_as_its_score_does(tmp_path, wei
     assert run.tasks(subtasks=False) == ["all"]
     found = documents_of(run, "all", "acc,none")
     assert np.average(found.values, weights=found.weights) == pytest.approx(score)
-    assert (found.clusters, set(found.strata)) == (None, {"two", "four"})
+    assert (found.clusters, set(found.groups["strata"])) == (None, {"two", "four"})
     chance = (3 * 0.5 + 9 * 0.25) / 12 if weighted else (0.5 + 0.25) / 2
     assert found.levels == {"chance": pytest.approx(chance)}
     run.samples["two"].unlink()
