@@ -114,8 +114,7 @@ def compare(
             family = key if margins else key[0], is_control(run)
             within = margins.get(key) if margins else margin
             cases.append(Case(base, run, key, family, key in primary, within))
-    scored = [(case.run, case.key, case.primary) for case in cases]
-    known = standings(base, floors, scored, alpha)
+    known = standings(cases, floors, alpha)
     rows = tuple(
         replace(
             row,
