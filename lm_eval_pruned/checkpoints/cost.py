@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from lm_eval_pruned.compare.floors import standings
-from lm_eval_pruned.compare.judge import Case
 from lm_eval_pruned.compare.statistics import paired_mean
 from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
 from lm_eval_pruned.pruning.calibration import run_texts, watched
@@ -206,8 +205,8 @@ def _beside_unpruned(qualities: Mapping[str, Quality]) -> list[tuple[str, ...]]:
     if unpruned is None:
         return [more]
     keys = primary_metrics([unpruned, *known.values()])
-    cases = [Case(unpruned, run, key) for run in known.values() for key in keys]
-    standing = standings(cases, [], 0.05)
+    compared = [(run, key, True) for run in known.values() for key in keys]
+    standing = standings(unpruned, [], compared, 0.05)
     rows = [more]
     for task, metric in keys:
         label = f"{family_of(task, unpruned.metadata).label.lower()} kept, {PROBES[task]} prompts"

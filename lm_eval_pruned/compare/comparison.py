@@ -114,7 +114,8 @@ def compare(
             family = key if margins else key[0], is_control(run)
             within = margins.get(key) if margins else margin
             cases.append(Case(base, run, key, family, key in primary, within))
-    known = standings(cases, floors, alpha)
+    scored = [(case.run, case.key, case.primary) for case in cases]
+    known = standings(base, floors, scored, alpha)
     rows = tuple(
         replace(
             row,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-    from lm_eval_pruned.compare.judge import Case
     from lm_eval_pruned.results.files import Run
 
     Key = tuple[str, str]
@@ -101,32 +100,34 @@ class Standing:
 
 
 def standings(
-    cases: Sequence[Case], floors: Sequence[Run], alpha: float
+    base: Run,
+    floors: Sequence[Run],
+    compared: Sequence[tuple[Run, Key, bool]],
+    alpha: float,
 ) -> dict[tuple[str, str, str], Standing]:
-    """Test the runs of cases and, on the same scores, their one base against the best of the `floors`.
+    """Test runs and, on the same scores, their base against the best of the `floors`.
 
-    Scores that are not primary are not tested. Returns what is known by run, task and metric.
-    ResultsError if a floor saw other documents.
+    `compared` says of each score whether it is the primary one of its task; others are not tested.
+    Returns what is known by run, task and metric. ResultsError if a floor saw other documents.
     """
-    of_base: dict[Key, Case] = {}
-    for case in cases:
-        if case.primary or case.key not in of_base:
-            of_base[case.key] = replace(case, run=case.base)
-    highest = {key: highest_floor(c.base, floors, key) for key, c in of_base.items()}
+    keys: dict[Key, bool] = {}
+    for _, key, primary in compared:
+        keys[key] = primary or keys.get(key, False)
+    highest = {key: highest_floor(base, floors, key) for key in keys}
     tested = [
-        (case, floor, *_p_above(case, floor))
-        for case in [*of_base.values(), *cases]
-        if (floor := highest[case.key])
+        (run, key, floor, *_p_above(run, key, floor, primary))
+        for run, key, primary in [*((base, *item) for item in keys.items()), *compared]
+        if (floor := highest[key])
     ]
-    families = [(c.key[0], c.run is c.base, is_control(c.run)) for c, *_ in tested]
+    families = [(key[0], run is base, is_control(run)) for run, key, *_ in tested]
     qs = statistics.false_discovery([p for *_, p, _ in tested], families, alpha)
     known: dict[tuple[str, str, str], Standing] = {}
-    for (case, floor, p, test), (q, _) in zip(tested, qs, strict=True):
-        run, key, (name, level, _) = case.run, case.key, floor
+    for (run, key, floor, p, test), (q, _) in zip(tested, qs, strict=True):
+        name, level, _ = floor
         score = run.scores[key].value
         gain = score - level if run.scores[key].higher_is_better else level - score
         above = False if gain <= 0 else None if q is None else q < alpha
-        base = known.get((case.base.name, *key))
+        of_base = known.get((base.name, *key))
         known[run.name, key[0], key[1]] = Standing(
             *key,
             score,
@@ -135,19 +136,21 @@ def standings(
             p,
             q,
             test,
-            base_above_floor=base.above_floor if base else above,
+            base_above_floor=of_base.above_floor if of_base else above,
             above_floor=above,
-            kept=_kept(case, floor, alpha) if base and base.above_floor else None,
+            kept=_kept(base, run, key, floor, alpha)
+            if of_base and of_base.above_floor
+            else None,
         )
     return known
 
 
-def _kept(case: Case, floor: Floor, alpha: float) -> Kept | None:
+def _kept(base: Run, run: Run, key: Key, floor: Floor, alpha: float) -> Kept | None:
     """Return the share of what the base has above the floor that a run keeps, of scores that are means."""
-    pair, (_, level, floor_run) = case.pair, floor
+    pair, (_, level, floor_run) = pairing.paired_documents(base, run, *key), floor
     if pair is None or pair[0].transform != "mean":
         return None
-    below = floor_run and pairing.paired_documents(case.base, floor_run, *case.key)
+    below = floor_run and pairing.paired_documents(base, floor_run, *key)
     without, groups = below[1].values if below else level, pair[0].groups
     return share_kept(pair[0].values, pair[1].values, without, **groups, alpha=alpha)
 
@@ -169,11 +172,12 @@ def highest_floor(base: Run, floors: Sequence[Run], key: Key) -> Floor | None:
     return max(finite, key=lambda floor: floor[1] if up else -floor[1], default=None)
 
 
-def _p_above(case: Case, floor: Floor) -> tuple[float | None, str]:
+def _p_above(
+    run: Run, key: Key, floor: Floor, primary: bool
+) -> tuple[float | None, str]:
     """Return the p of "the run is not above the floor", and the test that it comes from."""
-    if not case.primary:
+    if not primary:
         return None, _RESTATED
-    run, key = case.run, case.key
     score, documents = run.scores[key], documents_of(run, *key)
     _, level, floor_run = floor
     if not math.isfinite(score.value):

@@ -173,7 +173,7 @@ def levels_section(
                 for run in (base, *others)
                 if run.name in by_run
             )
-            levels = standings([Case(one, run, key) for run in pruned], [], alpha)
+            levels = standings(one, [], [(run, key, True) for run in pruned], alpha)
             kept = {run: standing.kept_text for (run, *_), standing in levels.items()}
             rows += [(key[0], level, one.scores[key], kept)] if kept else []
     text = (
