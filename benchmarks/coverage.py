@@ -179,7 +179,7 @@ def simulate(draw: Draw, units: int, times: int, shift: float = 0.0):
     for seed in range(times):
         test = draw(np.random.default_rng([seed, units]), units, shift)
         rows.append([1.0 if test.p is None else test.p, test.difference])
-        rows[-1] += [np.nan if end is None else end for end in (test.low, test.high)]
+        rows[-1] += [np.nan if end is None else end for end in test.interval()]
     return np.array(rows).T
 
 
@@ -204,9 +204,10 @@ def one_way() -> list[list[Any]]:
             for downs in range(units + 1):
                 chance = float(stats.binom.pmf(downs, units, share))
                 test = _right_or_wrong(0, downs, units)
-                assert test.low is not None
-                assert test.high is not None
-                covered += chance * (test.low <= -share <= test.high)
+                low, high = test.interval()
+                assert low is not None
+                assert high is not None
+                covered += chance * (low <= -share <= high)
                 p = test.p_outside(-share, math.inf)
                 wrongly += chance * (p is not None and p < ALPHA)
             rows.append([f"{share:.0%}", units, f"{covered:.3f}", f"{wrongly:.3f}"])

@@ -15,10 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.judge import Case
+from lm_eval_pruned.compare.judge import Case, mean_of, p_of_claim
 from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.compare.pairing import paired_test
-from lm_eval_pruned.compare.pooled import mean_of, p_of_claim
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
 from lm_eval_pruned.results.files import Run, Score
 
@@ -132,8 +130,9 @@ def case(
     for name, documents in zip(("base", "run"), pair, strict=True):
         value = float(TRANSFORMS[transform].score(documents.values.mean()))
         scores = {key: Score(value, None, up, n)}
-        runs.append(Run(name, Path(), scores, metadata=known))
-    return Case(*runs, key, (pair[0], pair[1]), key, margin=Margin("not_worse", margin))
+        held = {task: {key[1]: documents}}
+        runs.append(Run(name, Path(), scores, metadata=known, documents=held))
+    return Case(*runs, key, key, margin=Margin("not_worse", margin))
 
 
 def pool(*parts: float, form: str = "normal", uneven: bool = False) -> MakeCases:
@@ -153,7 +152,7 @@ def answer(cases: Sequence[Case]) -> tuple[bool, bool]:
     p = p_of_claim(cases)
     ship = p is not None and p < ALPHA
     every = [*cases, mean_of(cases)] if cases[1:] else [*cases]
-    tests = [paired_test(each.pair) for each in every if each.pair]
+    tests = [each.test for each in every]
     up = cases[0].scores[0].higher_is_better
     worse = [
         test.p if up is None else test.sides and test.sides[not up] for test in tests

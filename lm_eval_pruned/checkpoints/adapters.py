@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.layouts import without_weights
-from lm_eval_pruned.results.settings import left_of
+from lm_eval_pruned.results.files import left_of
 
 
 if TYPE_CHECKING:

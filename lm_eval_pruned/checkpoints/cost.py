@@ -24,7 +24,7 @@ from lm_eval_pruned.pruning.calibration import run_texts, watched
 from lm_eval_pruned.pruning.calibration_text import TextSource
 from lm_eval_pruned.pruning.criteria import RANDOM
 from lm_eval_pruned.pruning.measuring import text_loss
-from lm_eval_pruned.results.documents import read_task
+from lm_eval_pruned.results.documents import documents_of
 from lm_eval_pruned.results.groups import family_of, primary_metrics
 from lm_eval_pruned.results.runs import read_run
 from lm_eval_pruned.util.tables import interval_text, markdown_table
@@ -128,7 +128,8 @@ def probed(
                 tracker.save_results_samples(task_name=task, samples=rows)
             run = read_run(folder, name)
             # The files go.
-            run.documents.update({task: read_task(run, task) for task in run.tasks()})
+            for task, metric in run.scores:
+                documents_of(run, task, metric)
             return run
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
@@ -221,5 +222,5 @@ def _more(base: Quality, other: Quality) -> str:
     if other is base:
         return "-"
     test = paired_mean(other.losses - base.losses, base.tokens.astype(float))
-    ends = interval_text(*test.interval(test.level), 3)
+    ends = interval_text(*test.interval(), 3)
     return f"{test.difference:+.3f} {ends}".removesuffix(" -")

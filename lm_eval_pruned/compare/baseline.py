@@ -18,13 +18,13 @@ import pandas as pd
 from lm_eval_pruned.compare.margins import CLAIMS, Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
 from lm_eval_pruned.results.files import (
+    MODEL,
     ResultsError,
     Run,
     Score,
     finite_or_none,
     read_json,
 )
-from lm_eval_pruned.results.settings import MODEL
 from lm_eval_pruned.util.atomic import write_atomically
 
 

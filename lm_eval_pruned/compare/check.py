@@ -30,11 +30,15 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.results.documents import CHOICE_PROB, documents_of
-from lm_eval_pruned.results.files import ResultsError, Run, Score, finite_or_none
+from lm_eval_pruned.results.files import (
+    ResultsError,
+    Run,
+    Score,
+    asked_differently,
+    finite_or_none,
+)
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
-from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:
@@ -226,15 +230,16 @@ def _case(key: Key, run: Run, baseline: Baseline) -> Case:
     name, task, metric = key
     before = baseline.runs[name]
     expected, now = (_as_in_file(item, task, metric) for item in (before, run))
-    pair = paired_documents(expected, now, task, metric)
     rule = baseline.rules[key]
-    if pair is None:
+    case = Case(
+        expected, now, (task, metric), rule.margin is not None, margin=rule.margin
+    )
+    if case.pair is None:
         raise ResultsError(
             f"The rule {rule.kind} needs logged samples from which {metric} of {task} can "
             f"be computed, weighted as in the baseline: evaluate with --log_samples, or {TOLERANCE}"
         )
-    family = rule.margin is not None
-    return Case(before, run, (task, metric), pair, family, margin=rule.margin)
+    return case
 
 
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:

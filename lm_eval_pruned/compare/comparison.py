@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.floors import Standing, standings
 from lm_eval_pruned.compare.judge import Case, Difference, judged
-from lm_eval_pruned.compare.pairing import agreement, paired_documents
+from lm_eval_pruned.compare.pairing import agreement
 from lm_eval_pruned.compare.trends import Correlation, Trend, over_ratios
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import COMPARED, ResultsError, Run, listed
 from lm_eval_pruned.results.groups import is_control, primary_metrics
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
-from lm_eval_pruned.results.settings import COMPARED, listed
 
 
 if TYPE_CHECKING:
@@ -112,10 +111,9 @@ def compare(
                 continue
             if margin and key in primary:
                 margin.check(*key, base.scores[key].value, run.scores[key].value)
-            pair = paired_documents(base, run, *key)
             family = key if margins else key[0], is_control(run)
             within = margins.get(key) if margins else margin
-            cases.append(Case(base, run, key, pair, family, key in primary, within))
+            cases.append(Case(base, run, key, family, key in primary, within))
     scored = [(case.run, case.key, case.primary) for case in cases]
     known = standings(base, floors, scored, alpha)
     rows = tuple(

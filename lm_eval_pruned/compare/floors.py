@@ -151,7 +151,7 @@ def _kept(base: Run, run: Run, key: Key, floor: Floor, alpha: float) -> Kept | N
     if pair is None or pair[0].transform != "mean":
         return None
     below = floor_run and pairing.paired_documents(base, floor_run, *key)
-    groups, without = pairing.grouping(pair[0]), below[1].values if below else level
+    without, groups = below[1].values if below else level, pair[0].groups
     return share_kept(pair[0].values, pair[1].values, without, **groups, alpha=alpha)
 
 
@@ -186,7 +186,7 @@ def _p_above(
         test = pairing.paired_test(pair)
     elif documents and documents.transform == "mean":
         constant = np.full(len(documents.values), level)
-        groups = pairing.grouping(documents)
+        groups = documents.groups
         if is_share(key[1]):
             groups["limits"] = -level, 1 - level
         test = statistics.paired_difference(constant, documents.values, **groups)

@@ -1,16 +1,22 @@
 """The one judge: how a score differs from that of its base, and what is shown of it.
 
-`compare`, `report`, `study`, `check` and `verdict` show and decide by its rows.
+`compare`, `report`, `study`, `check` and `verdict` show and decide by its rows. Several tasks can be
+claimed together: the mean over them of their differences, with a wider margin for each.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from lm_eval_pruned.compare.floors import kept_sides
-from lm_eval_pruned.compare.pairing import grouping, paired_test
+from lm_eval_pruned.compare.margins import PROBABILITIES
+from lm_eval_pruned.compare.pairing import paired_documents, paired_test
 from lm_eval_pruned.compare.statistics import (
     LEAST_UNITS,
     LEAST_UNITS_OF_MARGIN,
@@ -18,12 +24,13 @@ from lm_eval_pruned.compare.statistics import (
     false_discovery,
     unpaired_difference,
 )
+from lm_eval_pruned.results.documents import Documents, scored_on
 from lm_eval_pruned.results.files import finite_or_none
-from lm_eval_pruned.results.groups import is_bias
+from lm_eval_pruned.results.groups import is_bias, is_share
 
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Sequence
 
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.margins import Margin
@@ -39,22 +46,46 @@ IMPROVED = (
     "Better than the baseline; to expect this from now on, run with --update.",
 )
 TOLERANCE = "use a tolerance for this metric."
+#: A single task may lose so many times the margin of their mean.
+GUARD = 2.5
 
 
-class Case(NamedTuple):
-    """A score of a run and of its base, by task and metric, with the documents that both were scored on.
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A score of a run and of its base, by task and metric.
 
-    The tests of one `family` are corrected together. Only a `primary` score is tested; others are
+    The tests of one `family` are corrected together. Only a `primary` score counts as tested; others are
     further metrics of the same answers. A `margin` is what may be claimed of the difference.
     """
 
     base: Run
     run: Run
     key: tuple[str, str]
-    pair: Pair | None
-    family: Hashable
+    family: Hashable = ""
     primary: bool = True
     margin: Margin | None = None
+
+    @functools.cached_property
+    def pair(self) -> Pair | None:
+        """The documents that both were scored on, as `paired_documents` returns them."""
+        return paired_documents(self.base, self.run, *self.key)
+
+    @functools.cached_property
+    def test(self) -> PairedTest:
+        """The test of the difference on the documents of both, else on standard errors."""
+        base, run = self.scores
+        difference = run.value - base.value
+        both = zip((self.base, self.run), self.scores, strict=True)
+        endless = [run.name for run, score in both if not math.isfinite(score.value)]
+        if endless:
+            why = f"the score of {' and '.join(endless)} is not a finite number"
+        elif self.pair:
+            return paired_test(self.pair)
+        elif base.stderr is None or run.stderr is None:
+            why = "neither samples nor standard errors"
+        else:
+            return unpaired_difference(difference, base.stderr, run.stderr)
+        return PairedTest(difference, f"none: {why}")
 
     @property
     def scores(self) -> tuple[Score, Score]:
@@ -66,6 +97,32 @@ class Case(NamedTuple):
         """The margin in the metric's own unit; None without one, or where it does not fit the scores."""
         base, run = (score.value for score in self.scores)
         return self.margin.size(base, run) if self.margin else None
+
+    @property
+    def p_outside(self) -> float | None:
+        """The p of "the true difference is not within the margin"; None where nothing can be claimed.
+
+        A share of what a base has above its exact floor is tested as the share that is kept, so that
+        the base's own spread counts.
+        """
+        margin, size, test = self.margin, self.margin_size, self.test
+        if margin is None or not size or test.units_missing:
+            return None
+        up, one_sided = self.scores[0].higher_is_better, margin.claim == "not_worse"
+        share, floor = margin.share, self.base.exact_floor(*self.key)
+        pair = self.pair if self.pair and self.pair[0].transform == "mean" else None
+        if share and floor is not None and pair and test.sides != (0.5, 0.5):
+            groups = pair[0].groups
+            base, run = (documents.values for documents in pair)
+            p = kept_sides(base, run, floor, 1 - share, **groups)[1]
+            if one_sided:
+                return p
+            return max(p, kept_sides(base, run, floor, 1 + share, **groups)[0])
+        low, high = -size, size
+        if one_sided and up is not None:
+            # The other side is not asked about.
+            low, high = (low, math.inf) if up else (-math.inf, high)
+        return test.p_outside(low, high)
 
 
 @dataclass(frozen=True)
@@ -139,25 +196,22 @@ class Difference:
 
 def judged(cases: Sequence[Case], alpha: float = 0.05) -> list[Difference]:
     """Test each case, correct the tests of each family, and say what they show at level `alpha`."""
-    tested = [(case, _difference_test(case, alpha)) for case in cases]
     families = [case.family for case in cases]
-    ps = [test.p if case.primary else None for case, test in tested]
-    outside = [p_outside(*pair) if pair[0].primary else None for pair in tested]
+    ps = [case.test.p if case.primary else None for case in cases]
+    outside = [case.p_outside if case.primary else None for case in cases]
     corrected = (
         false_discovery(ps, families, alpha),
         outside,
         false_discovery(outside, families),
     )
     rows = []
-    for (case, test), (q, level), p, (q_margin, _) in zip(
-        tested, *corrected, strict=True
-    ):
+    for case, (q, level), p, (q_margin, _) in zip(cases, *corrected, strict=True):
         claim = None
         if p is not None and q_margin is not None:
             claim = Claim(case.margin_size or 0.0, p, q_margin)
         before, after = (score.value for score in case.scores)
-        change = after - before
-        low, high = test.interval(level)
+        change, test = after - before, case.test
+        low, high = test.interval(level or alpha)
         row = Difference(
             case.run.name,
             *case.key,
@@ -179,32 +233,6 @@ def judged(cases: Sequence[Case], alpha: float = 0.05) -> list[Difference]:
         )
         rows.append(row)
     return rows
-
-
-def p_outside(case: Case, test: PairedTest) -> float | None:
-    """Return the p of "the true difference is not within the margin"; None where nothing can be claimed.
-
-    A share of what a base has above its exact floor is tested as the share that is kept, so that the
-    base's own spread counts.
-    """
-    margin, size = case.margin, case.margin_size
-    if margin is None or not size or test.units_missing:
-        return None
-    up, one_sided = case.scores[0].higher_is_better, margin.claim == "not_worse"
-    share, floor = margin.share, case.base.exact_floor(*case.key)
-    pair = case.pair if case.pair and case.pair[0].transform == "mean" else None
-    if share and floor is not None and pair and test.sides != (0.5, 0.5):
-        groups = grouping(pair[0])
-        base, run = (documents.values for documents in pair)
-        p = kept_sides(base, run, floor, 1 - share, **groups)[1]
-        if one_sided:
-            return p
-        return max(p, kept_sides(base, run, floor, 1 + share, **groups)[0])
-    low, high = -size, size
-    if one_sided and up is not None:
-        # The other side is not asked about.
-        low, high = (low, math.inf) if up else (-math.inf, high)
-    return test.p_outside(low, high)
 
 
 def _verdict(
@@ -231,23 +259,6 @@ def _verdict(
     if claim is not None and claim.q < alpha and not says_more:
         return margin.verdict
     return "undecided" if verdict.startswith("not ") else verdict
-
-
-def _difference_test(case: Case, alpha: float) -> PairedTest:
-    """Test on the documents of both, else on standard errors."""
-    base, run = case.scores
-    difference = run.value - base.value
-    both = zip((case.base, case.run), case.scores, strict=True)
-    endless = [run.name for run, score in both if not math.isfinite(score.value)]
-    if endless:
-        why = f"the score of {' and '.join(endless)} is not a finite number"
-    elif case.pair:
-        return paired_test(case.pair, alpha)
-    elif base.stderr is None or run.stderr is None:
-        why = "neither samples nor standard errors"
-    else:
-        return unpaired_difference(difference, base.stderr, run.stderr, alpha=alpha)
-    return PairedTest(difference, f"none: {why}", level=alpha)
 
 
 def decisions(
@@ -308,3 +319,104 @@ def _sides(row: Difference) -> tuple[float | None, float | None]:
         return row.p, None
     toward, away = row.p / 2, 1 - row.p / 2
     return (away, toward) if (row.difference > 0) == up else (toward, away)
+
+
+def pools_of(cases: Iterable[Case]) -> list[list[Case]]:
+    """Return the cases that are claimed together: of one measure, with one margin in points."""
+    pools: dict[object, list[Case]] = {}
+    for case in cases:
+        if pool := pool_of(case):
+            pools.setdefault(pool, []).append(case)
+    return [pool for pool in pools.values() if len(pool) > 1]
+
+
+def pool_of(case: Case) -> tuple[str, float] | None:
+    """Return the measure and the margin of a score, or None if it cannot be pooled with others.
+
+    Only a mean between 0 and 1 can be, if more of it is better and its margin is in points.
+    """
+    before, after = case.scores
+    size, metric = case.margin_size, case.key[1]
+    if (
+        not (size and case.pair and case.pair[0].transform == "mean")
+        or (case.margin and case.margin.share)
+        or not before.higher_is_better
+        or is_bias(metric)
+        or not is_share(metric, (before.value, after.value))
+    ):
+        return None
+    name = metric.partition(",")[0]
+    return PROBABILITIES[0] if name in PROBABILITIES else name, size
+
+
+def claim_text(pool: Sequence[Case]) -> str:
+    """Return what is claimed of several tasks together, in a sentence without its end."""
+    size, name = 100 * (pool[0].margin_size or 0.0), pool[0].key[1].partition(",")[0]
+    what = "The probability of the right answer" if name in PROBABILITIES else name
+    return (
+        f"{what} falls by less than {size:g} points on average over these {len(pool)} tasks, and by "
+        f"less than {GUARD * size:g} in each"
+    )
+
+
+def mean_of(cases: Sequence[Case]) -> Case:
+    """Return the mean over tasks as a case; every score is a mean between 0 and 1, and higher is better.
+
+    Each task weighs the same, however many documents it has, and is a stratum: another draw would hold
+    the same tasks. A document that several tasks ask about is one unit.
+
+    Source: Miller 2024, arXiv 2411.00640 (differences by document, means over strata); LLM-Accuracy-Stats,
+    arXiv 2602.10144 (one test over tasks).
+    """
+    key = f"mean of {len(cases)} tasks", cases[0].key[1]
+    pairs = [case.pair for case in cases if case.pair]
+    before, after = (_joined(documents) for documents in zip(*pairs, strict=True))
+    return replace(
+        cases[0],
+        base=scored_on(cases[0].base, key, before),
+        run=scored_on(cases[0].run, key, after),
+        key=key,
+        family=key,
+    )
+
+
+def guarded(case: Case) -> Case:
+    """Return a case of a pool with the wider margin that its task is held to by itself."""
+    points = 100 * GUARD * (case.margin_size or 0.0)
+    margin = case.margin and replace(case.margin, text=f"{points:.6g}pt")
+    return replace(case, margin=margin)
+
+
+def p_of_claim(cases: Sequence[Case]) -> float | None:
+    """Return the p of "the claim is wrong": that of one task, or of a mean over several with its guards.
+
+    The largest p counts: a claim that has several parts is shown where each of them is, at the same
+    level. None where a part cannot be tested.
+
+    Source: Berger and Hsu 1996, Statistical Science 11, 283-319.
+    """
+    parts = [mean_of(cases), *map(guarded, cases)] if cases[1:] else cases
+    known = [p for case in parts if (p := case.p_outside) is not None]
+    return max(known) if len(known) == len(parts) else None
+
+
+def _joined(tasks: Sequence[Documents]) -> Documents:
+    count, total = len(tasks), sum(len(task.values) for task in tasks)
+    weights = [task.weights * total / count / task.weights.sum() for task in tasks]
+    keys = (
+        (f"{number}\0{name}", digest, repetition)
+        for number, task in enumerate(tasks)
+        for name, digest, repetition in task.keys
+    )
+    clusters = (
+        task.clusters
+        or [f"{digest} {repetition}" for _, digest, repetition in task.keys]
+        for task in tasks
+    )
+    return Documents(
+        tuple(keys),
+        np.concatenate([task.values for task in tasks]),
+        np.concatenate(weights),
+        tuple(itertools.chain(*clusters)),
+        "mean",
+    )

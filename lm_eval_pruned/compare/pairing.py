@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import special
@@ -37,34 +37,25 @@ def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None
     one, other = (documents_of(item, task, metric) for item in (base, run))
     if one is None or other is None:
         return None
-    before, after = {*one.keys}, {*other.keys}
-    if before != after:
-        raise ResultsError(
-            f"{task} was evaluated on different documents: {len(before - after)} of {len(before)} "
-            f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
-            "(matched by doc_hash); evaluate both with the same --limit and data."
-        )
-    same = other.taken(one.keys)
-    if one.transform != same.transform or not np.allclose(one.weights, same.weights):
+    if one.keys != other.keys:
+        before, after = {*one.keys}, {*other.keys}
+        if before != after:
+            raise ResultsError(
+                f"{task} was evaluated on different documents: {len(before - after)} of {len(before)} "
+                f"only in {base.name}, {len(after - before)} of {len(after)} only in {run.name} "
+                "(matched by doc_hash); evaluate both with the same --limit and data."
+            )
+        other = other.taken(one.keys)
+    if one.transform != other.transform or not np.allclose(one.weights, other.weights):
         return None
-    return one, same
+    return one, other
 
 
-def paired_test(pair: Pair, alpha: float = 0.05) -> PairedTest:
+def paired_test(pair: Pair) -> PairedTest:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
     base, run = pair
-    how: dict[str, Any] = {
-        "transform": base.transform,
-        "alpha": alpha,
-        **grouping(base),
-    }
+    how = {"transform": base.transform, **base.groups}
     return paired_difference(base.values, run.values, **how)
-
-
-def grouping(documents: Documents) -> dict[str, Any]:
-    """Return how documents weigh and belong together, as `paired_difference` takes it."""
-    names = ("weights", "clusters", "strata")
-    return {name: getattr(documents, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -88,11 +79,12 @@ class Agreement:
 
 def agreement(pair: Pair | None, metric: str) -> Agreement | None:
     """Compare the answers of two runs; None where the samples do not tell all of them."""
-    replies = [[s.reply for s in run.samples if s.reply] for run in pair or ()]
-    if not pair or {*map(len, replies)} != {len(pair[0].keys)}:
+    answers = [run.answers(metric) for run in pair or ()]
+    told = [[answer for answer in of if answer is not None] for of in answers]
+    if pair is None or {*map(len, told)} != {len(pair[0].keys)}:
         return None
-    before, after = ([*map(str, run.answers(metric))] for run in pair)
-    likelihoods = ([reply.likelihoods for reply in run] for run in replies)
+    before, after = told
+    likelihoods = ([sample.likelihoods for sample in run.samples] for run in pair)
     kl = float(np.mean([*map(divergence, *likelihoods)]))
     no_choices = math.isnan(kl)
     beginning = float(np.mean([*map(_beginning, before, after)]))

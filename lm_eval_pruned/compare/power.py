@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm_eval_pruned.compare.judge import Case
+from lm_eval_pruned.compare.judge import Case, p_of_claim, pool_of
 from lm_eval_pruned.compare.margins import (
     Margin,
     check_measure,
@@ -16,8 +17,6 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import paired_documents
-from lm_eval_pruned.compare.pooled import p_of_claim, pool_of
 from lm_eval_pruned.results.documents import Documents, scored_on
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import primary_metrics
@@ -60,8 +59,7 @@ class Pilot:
         self._order = np.argsort(unit, kind="stable")
         self._lengths = np.bincount(unit)
         self._starts = np.cumsum(self._lengths) - self._lengths
-        self._numbered: list[tuple[str, str, int]] = []
-        self._names = np.array(documents.strata or [""] * size)
+        self._names = np.array([task for task, *_ in documents.keys])
         of_unit = self._names[self._order[self._starts]]
         self._strata = [np.flatnonzero(of_unit == name) for name in np.unique(of_unit)]
 
@@ -79,7 +77,9 @@ class Pilot:
         chosen = self._order[first + np.arange(ends[-1])]
         exchanged = np.repeat(alike & (rng.random(len(units)) < 0.5), lengths)
         clusters = np.repeat(np.arange(len(units)), lengths)
-        keys = self._keys(chosen)
+        # Strata keep their names, and each document of the draw is another one.
+        names = self._names[chosen].tolist()
+        keys = tuple(zip(names, repeat(self.case.key[0]), range(len(names))))
         one, other = self.pair
         values = one.values[chosen], other.values[chosen]
         labels = tuple(clusters.tolist()) if one.clusters else None
@@ -88,21 +88,11 @@ class Pilot:
             Documents(keys, np.where(exchanged, theirs, ours), *groups)
             for ours, theirs in (values, values[::-1])
         )
-        return self.case._replace(
+        return replace(
+            self.case,
             base=scored_on(self.case.base, self.case.key, before),
             run=scored_on(self.case.run, self.case.key, after),
-            pair=(before, after),
         )
-
-    def _keys(self, chosen: np.ndarray) -> tuple[tuple[str, str, int], ...]:
-        """Return what names drawn documents: their strata, and which of the draw they are."""
-        if self._strata[1:]:
-            names = self._names[chosen].tolist()
-            return tuple((name, f"{name} {n}", 0) for n, name in enumerate(names))
-        name = self.case.key[0]
-        known = len(self._numbered)
-        self._numbered += [(name, f"{name} {n}", 0) for n in range(known, len(chosen))]
-        return tuple(self._numbered[: len(chosen)])
 
 
 def pilots_of(
@@ -147,16 +137,16 @@ def pilots_of(
 
 
 def _pilot(base: Run, run: Run, key: tuple[str, str], margin: str | None) -> Case:
-    pair = paired_documents(base, run, *key)
-    if pair is None:
+    scores = [item.scores[key].value for item in (base, run)]
+    within = Margin("not_worse", margin or usual_margin(base, key, *scores))
+    within.check(*key, *scores)
+    case = Case(base, run, key, margin=within)
+    if case.pair is None:
         raise ResultsError(
             f"{key[0]} of {run.name} has no logged samples from which its score can be computed: "
             "evaluate with --log_samples."
         )
-    scores = [item.scores[key].value for item in (base, run)]
-    within = Margin("not_worse", margin or usual_margin(base, key, *scores))
-    within.check(*key, *scores)
-    return Case(base, run, key, pair, "", margin=within)
+    return case
 
 
 def chances(
@@ -164,7 +154,7 @@ def chances(
 ) -> list[list[object]]:
     """Say how likely a claim is to be shown on so many `documents`, and how many it needs.
 
-    The claim is that of a case, or of a mean over several with their guards (see `pooled`), in a
+    The claim is that of a case, or of a mean over several with their guards (see `p_of_claim`), in a
     single test at level `alpha`. Documents are drawn from those of the cases, in their proportions
     (default: as many as there are). Returns a row for each of `QUESTIONS`: name of the run, metric,
     documents seen, share of them whose value changed, margin in the metric's own unit, verdict, what is
@@ -224,7 +214,7 @@ def _p(verdict: str, cases: Sequence[Case]) -> float | None:
     claim = verdict.replace(" ", "_")
     return p_of_claim(
         [
-            case._replace(margin=case.margin and replace(case.margin, claim=claim))
+            replace(case, margin=case.margin and replace(case.margin, claim=claim))
             for case in cases
         ]
     )

@@ -114,7 +114,6 @@ class PairedTest:
     difference: float
     method: str
     units: int = 0
-    level: float = 0.05
     distribution: Shares | Gaffke | Normal | None = field(
         default=None, compare=False, repr=False
     )
@@ -130,19 +129,11 @@ class PairedTest:
         """Two-sided p of "there is no difference"; None where no test was made."""
         return None if self.sides is None else min(1.0, 2 * min(self.sides))
 
-    @property
-    def low(self) -> float | None:
-        """Lower end of the interval of confidence 1 - `level`; None where there is none."""
-        return self.interval()[0]
+    def interval(self, level: float = 0.05) -> tuple[float | None, float | None]:
+        """Return the interval of confidence 1 - `level`; None and None where there is none.
 
-    @property
-    def high(self) -> float | None:
-        """Upper end of it."""
-        return self.interval()[1]
-
-    def interval(self, level: float | None = None) -> tuple[float | None, float | None]:
-        """Return the interval, also at another level, such as what `false_discovery` leaves."""
-        level = level or self.level
+        p < level exactly where 0 is outside of it.
+        """
         ends = self.distribution.ends(level) if self.distribution else None
         if ends is None or self.p is None:
             return None, None
@@ -180,14 +171,13 @@ def paired_difference(
     clusters: Sequence[str] | None = None,
     strata: Sequence[str] | None = None,
     transform: str = "mean",
-    alpha: float = 0.05,
     limits: tuple[float, float] = (-1.0, 1.0),
 ) -> PairedTest:
     """Compare two runs on the same documents, whose finite values are of shape (n,), n >= 1.
 
     Independent documents that are right or wrong get McNemar's mid-p test; all else `Gaffke`'s test
     of the mean over documents or clusters, with interval and p None for fewer than `LEAST_UNITS` of
-    them. p < alpha exactly where 0 is outside the interval.
+    them.
 
     Args:
         base: Values of the base.
@@ -197,7 +187,6 @@ def paired_difference(
         strata: Stratum of each document or cluster: parts that another draw would hold too, such as
             the subjects of MMLU; default: one.
         transform: From the weighted mean to the score, a name in `documents.TRANSFORMS`.
-        alpha: 1 - confidence of the interval, and the level of the test.
         limits: The smallest and the largest difference of a document, where scores lie between 0 and 1.
 
     Source: Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13:91 (mid-p); Miller
@@ -213,7 +202,7 @@ def paired_difference(
     if plain and np.isin(both, (0, 1)).all():
         up, down = int((gains > 0).sum()), int((gains < 0).sum())
         shares = Shares(up, down, n)
-        return PairedTest((up - down) / n, "McNemar mid-p", n, alpha, shares)
+        return PairedTest((up - down) / n, "McNemar mid-p", n, shares)
     form, perplexity = TRANSFORMS[transform], None
     if form.exponential:
         perplexity = float(form.score(np.average(both[0], weights=weights)))
@@ -223,7 +212,6 @@ def paired_difference(
         weights,
         clusters,
         strata,
-        alpha,
         perplexity,
         limits if bounded else None,
     )
@@ -234,7 +222,6 @@ def paired_mean(
     weights: np.ndarray,
     clusters: Sequence[str] | None = None,
     strata: Sequence[str] | None = None,
-    alpha: float = 0.05,
     perplexity: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> PairedTest:
@@ -282,22 +269,20 @@ def paired_mean(
         method, distribution = f"Gaffke's test over {unit}", gaffke
         missing = max(0, LEAST_UNITS_OF_MARGIN - units) if limits is None else 0
     score = gaffke.score(mean)
-    return PairedTest(score, method, units, alpha, distribution, missing)
+    return PairedTest(score, method, units, distribution, missing)
 
 
 def _numbers(labels: Sequence[str]) -> np.ndarray:
     return np.unique(labels, return_inverse=True)[1]
 
 
-def unpaired_difference(
-    difference: float, *stderrs: float, alpha: float = 0.05
-) -> PairedTest:
+def unpaired_difference(difference: float, *stderrs: float) -> PairedTest:
     """Test a difference of two scores from their standard errors, as if runs were independent."""
     normal = Normal(difference, math.hypot(*stderrs))
     if normal.stderr == 0:
-        return PairedTest(difference, "none: stderr is 0", level=alpha)
+        return PairedTest(difference, "none: stderr is 0")
     method = "unpaired z test on stderrs (weaker)"
-    return PairedTest(difference, method, 0, alpha, normal)
+    return PairedTest(difference, method, 0, normal)
 
 
 def false_discovery(

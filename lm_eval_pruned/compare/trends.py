@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.compare.pairing import grouping, paired_documents
+from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.compare.statistics import (
     PairedTest,
     false_discovery,
@@ -91,7 +91,6 @@ def trend(
     values: Sequence[ArrayLike],
     *,
     transform: str = "mean",
-    alpha: float = 0.05,
     weights: ArrayLike = 1.0,
     **groups: Any,
 ) -> PairedTest:
@@ -109,7 +108,7 @@ def trend(
     factor = TRANSFORMS[transform].factor
     slopes = factor * (centred / (centred @ centred)) @ (rows - rows[0])
     weights = np.broadcast_to(np.asarray(weights, dtype=float), slopes.shape)
-    test = paired_mean(slopes * weights, weights, alpha=alpha, **groups)
+    test = paired_mean(slopes * weights, weights, **groups)
     method = test.method.replace("test over", "test of slopes over")
     return replace(test, method=method)
 
@@ -134,10 +133,9 @@ def over_ratios(
                     ratios,
                     rows,
                     transform=same[0][1].transform,
-                    **grouping(same[0][1]),
-                    alpha=alpha,
+                    **same[0][1].groups,
                 )
-            tested: Any = test.low, test.high, test.p, test.method, test.units
+            tested: Any = *test.interval(alpha), test.p, test.method, test.units
             trends.append(Trend(name, *key, len(same), test.difference, *tested))
         for one, other in itertools.combinations(scores, 2):
             r = correlate(scores[one], scores[other], alpha=alpha)

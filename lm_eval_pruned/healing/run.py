@@ -32,7 +32,7 @@ from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_argument
 from lm_eval_pruned.pruning.calibration_text import read_texts, token_ids
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, without_weights
 from lm_eval_pruned.pruning.stacked import runnable
-from lm_eval_pruned.results.settings import left_of
+from lm_eval_pruned.results.files import left_of
 from lm_eval_pruned.util.atomic import appearing_whole, write_atomically
 
 

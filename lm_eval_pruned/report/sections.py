@@ -17,7 +17,6 @@ from lm_eval_pruned.compare.comparison_table import (
 )
 from lm_eval_pruned.compare.floors import standings
 from lm_eval_pruned.compare.judge import Case, judged
-from lm_eval_pruned.compare.pairing import paired_documents
 from lm_eval_pruned.report.page import MARKS, Section, run_label, table_section
 from lm_eval_pruned.results.documents import documents_of, scored_on
 from lm_eval_pruned.results.files import Score, as_mapping
@@ -272,9 +271,8 @@ def compared_pairs(pairs: Sequence[tuple[Run, Run]], alpha: float) -> list[Diffe
     cases = []
     for before, after in pairs:
         for key in primary_metrics([before, after]):
-            pair = paired_documents(before, after, *key)
             family = key[0], is_control(after)
-            cases.append(Case(before, after, key, pair, family))
+            cases.append(Case(before, after, key, family))
     return [
         replace(row, run=f"{run_label(case.run)} against {case.base.name}")
         for case, row in zip(cases, judged(cases, alpha), strict=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def with_contributions(
     metric: str, lines: Sequence[tuple[Any, ...]]
 ) -> list[tuple[Any, ...]]:
-    """Return the lines that a score is made of, with a number in place of what was logged.
+    """Return the lines (key, value, sample) that a score is made of, with numbers as values.
 
     The mean of these numbers is the score, and their spread is that of the score as the bootstrap
     over documents has it, to the first order: the score plus the document's influence on it. Nothing is
@@ -31,9 +31,9 @@ def with_contributions(
     Source: Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 6.
     """
     ambiguous = metric.startswith("amb")
-    counted = [line for line in lines if _counts(line[2], ambiguous)]
+    counted = [line for line in lines if _counts(line[1], ambiguous)]
     right, follows, names = (
-        np.array([line[2][:3] for line in counted], float).reshape(-1, 3).T
+        np.array([line[1][:3] for line in counted], float).reshape(-1, 3).T
     )
     if not follows.any():
         return []
@@ -45,7 +45,9 @@ def with_contributions(
         score = wrong * ratio
         influence = wrong * influence - ratio * (right - right.mean())
     values = (score + influence).tolist()
-    return [(*line[:2], v, *line[3:]) for line, v in zip(counted, values, strict=True)]
+    return [
+        (key, v, sample) for (key, _, sample), v in zip(counted, values, strict=True)
+    ]
 
 
 def _counts(logged: Any, ambiguous: bool) -> bool:

@@ -76,28 +76,17 @@ _NUMBERS = {bool, int, float}
 _UNBOUNDED = ("kl,", "amb_bias_score", "disamb_bias_score")
 
 
-class Reply(NamedTuple):
-    """What one model answered to a document: the text of the likeliest choice, or what it wrote.
-
-    `normed` is the choice that is likeliest for its length, `mc1` the likeliest of MC1's choices where
-    the document has more of them, `likelihoods` the log-likelihoods of all choices; a text that was
-    written freely is that after the task's filter, and has none.
-    """
-
-    chosen: str
-    normed: str
-    likelihoods: tuple[float, ...] = ()
-    mc1: str = ""
-
-
 class Sample(NamedTuple):
     """One line of samples: how a model was asked about a document, and what it answered.
 
     `number` and `digest` are the harness's ``doc_id`` and ``doc_hash``; documents of one `cluster`
     ask about the same text. `choices` is empty where the model wrote freely, `right` the index of
-    the one right choice, and `target` the text of the right choice, of IFEval the names of the instructions. `reply` is None where
-    the line does not tell, `text` what the model wrote, before the filter. `level` is empty where
-    the task declares none.
+    the one right choice, and `target` the text of the right choice, of IFEval the names of the
+    instructions. `rivals` are indices of MC1's choices where the document has more of them. `level` is
+    empty where the task declares none.
+
+    The model's answer is in the `likelihoods` of the choices, natural logarithms, or is what it wrote:
+    `written` after the task's filter, `text` before. None or empty where the line does not tell.
     """
 
     number: str
@@ -108,16 +97,36 @@ class Sample(NamedTuple):
     choices: tuple[str, ...]
     right: int | None
     chance: float | None
-    reply: Reply | None
+    rivals: tuple[int, ...]
+    level: str
+    likelihoods: tuple[float, ...]
+    written: str | None
     text: str
-    level: str = ""
 
     @property
     def choice_prob(self) -> float | None:
         """The probability of the right choice among all choices; None where there is not one."""
-        if self.reply is None or self.right is None or not self.reply.likelihoods:
+        if self.right is None or not self.likelihoods:
             return None
-        return float(special.softmax(self.reply.likelihoods)[self.right])
+        return float(special.softmax(self.likelihoods)[self.right])
+
+    def answer(self, metric: str) -> str | None:
+        """Return the answer that a metric judges, likeliest for its length where the metric divides by it.
+
+        None where the line does not tell.
+        """
+        if not self.likelihoods:
+            return self.written
+        scores = dict(enumerate(self.likelihoods))
+        if metric.startswith("mc1") and self.rivals:
+            scores = {n: scores[n] for n in self.rivals}
+        elif metric.startswith(("acc_norm", "acc_bytes")):
+            # The harness divides by the length of the choice without the space in front of it.
+            texts = [choice.removeprefix(" ") for choice in self.choices]
+            in_bytes = metric.startswith("acc_bytes")
+            lengths = [len(text.encode() if in_bytes else text) for text in texts]
+            scores = {n: score / (lengths[n] or 1) for n, score in scores.items()}
+        return self.choices[max(scores, key=scores.__getitem__)].strip()
 
 
 @dataclass(frozen=True)
@@ -152,14 +161,8 @@ class Documents:
         return float(TRANSFORMS[self.transform].score(mean))
 
     def answers(self, metric: str) -> list[str | None]:
-        """Return the answer to each document that a metric judges; None where its line does not tell."""
-        replies = [sample.reply for sample in self.samples]
-        if metric.startswith("mc1"):
-            return [reply and (reply.mc1 or reply.chosen) for reply in replies]
-        normed = metric.startswith("acc_norm")
-        return [
-            reply and (reply.normed if normed else reply.chosen) for reply in replies
-        ]
+        """Return `Sample.answer` of each document, length n; empty where the lines are not known."""
+        return [sample.answer(metric) for sample in self.samples]
 
     @property
     def level(self) -> tuple[str, ...]:
@@ -187,17 +190,14 @@ class Documents:
         )
 
     @property
-    def strata(self) -> tuple[str, ...] | None:
-        """Task of each document, which another draw would have too; None for a single one."""
+    def groups(self) -> dict[str, Any]:
+        """How documents weigh and belong together, as `compare.statistics.paired_difference` takes it.
+
+        Strata are the tasks, which another draw would have too; None for a single one.
+        """
         tasks = tuple(task for task, _, _ in self.keys)
-        return tasks if len(set(tasks)) > 1 else None
-
-
-def documents_of(run: Run, task: str, metric: str) -> Documents | None:
-    """Return the documents of a score, as `read_task` does, and keep those of the whole task."""
-    if task not in run.documents:
-        run.documents[task] = read_task(run, task)
-    return run.documents[task].get(metric)
+        strata = tasks if len({*tasks}) > 1 else None
+        return {"weights": self.weights, "clusters": self.clusters, "strata": strata}
 
 
 def scored_on(run: Run, key: tuple[str, str], documents: Documents) -> Run:
@@ -210,27 +210,23 @@ def scored_on(run: Run, key: tuple[str, str], documents: Documents) -> Run:
     return replace(run, scores={key: score}, documents=of_task)
 
 
-def read_task(run: Run, task: str) -> dict[str, Documents]:
-    """Read the documents of a task or group from the logged samples, by metric, as `read_samples` does.
+def documents_of(run: Run, task: str, metric: str) -> Documents | None:
+    """Return the documents of a score of a task or group, from the logged samples; the run keeps them.
 
-    Metrics are left out where samples are missing, or where no aggregation known here makes the
-    reported score of them (some of the harness's are not functions of a mean). `CHOICE_PROB` is there
-    where each document has choices, one of which is right.
+    None where samples are missing, or where no aggregation known here makes the reported score of them
+    (some of the harness's are not functions of a mean). `CHOICE_PROB` is there where each document has
+    choices, one of which is right. ResultsError as in `read_samples`.
     """
-    lines: dict[str, list[Any]] = {m: [] for name, m in run.scores if name == task}
-    lines[CHOICE_PROB] = []
-    for leaf in run.leaves(task):
-        read = read_samples(run, leaf, lines) if leaf in run.samples else {}
-        # A score that some member has no documents of is not made of documents.
-        lines = {metric: rows for metric, rows in lines.items() if read.get(metric)}
-        for metric, rows in lines.items():
-            size = len(read[metric])
-            rows += [((leaf, *key), size, *rest) for key, *rest in read[metric]]
-    return {
-        metric: documents
-        for metric, rows in lines.items()
-        if (documents := _documents(metric, rows, run.scores.get((task, metric))))
-    }
+    if task not in run.documents:
+        rows: dict[str, list[Any]] = {m: [] for name, m in run.scores if name == task}
+        rows[CHOICE_PROB] = []
+        for leaf in run.leaves(task):
+            read = read_samples(run, leaf, rows) if leaf in run.samples else {}
+            # A score that some member has no documents of is not made of documents.
+            rows = {m: rows[m] + read[m] for m in rows if read.get(m)}
+        found = {m: _documents(m, rows[m], run.scores.get((task, m))) for m in rows}
+        run.documents[task] = {m: known for m, known in found.items() if known}
+    return run.documents[task].get(metric)
 
 
 def _documents(
@@ -242,10 +238,12 @@ def _documents(
     if not lines:
         return None
     transforms = [name for name in TRANSFORMS if (name == "unbounded") == unbounded]
-    keys, sizes, raw, samples = zip(*lines, strict=True)
+    keys, raw, samples = zip(*lines, strict=True)
+    counts = Counter(leaf for leaf, *_ in keys)
+    sizes = np.array([counts[leaf] for leaf, *_ in keys])
     # The score of a group is a mean over documents, or over tasks.
     for (values, weights), divisor, transform in itertools.product(
-        _readings(raw), (1, np.array(sizes)), transforms
+        _readings(raw), (1, sizes), transforms
     ):
         weights = weights / divisor
         with np.errstate(over="ignore"):
@@ -303,9 +301,9 @@ def read_samples(
 ) -> dict[str, list[tuple[Any, ...]]]:
     """Read the logged documents of one task, not of a group, in the order of ``doc_id``.
 
-    Returns by metric what each document that has it is matched by (``doc_hash`` and which repetition
-    it is), the value and the sample. ResultsError if the file cannot be read, or holds another
-    number of documents than the results file says.
+    Returns by metric the key of each document that has it, as in `Documents`, the value and the sample.
+    ResultsError if the file cannot be read, or holds another number of documents than the results
+    file says.
     """
     file, logged = run.samples[task], Counter[str]()
     metadata = run.metadata.get(task, {})
@@ -338,7 +336,7 @@ def read_samples(
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
         rows[metric] = [
-            ((digest, next(seen[digest])), value, sample)
+            ((task, digest, next(seen[digest])), value, sample)
             for _, digest, value, sample in sorted(values, key=lambda row: row[0])
         ]
     return rows
@@ -358,7 +356,7 @@ def read_sample(
     # The target of IFEval says nothing.
     target = str(document.get("instruction_id_list") or row.get("target", ""))
     right, chance = None, 1 / len(texts) if texts else None
-    rivals: list[int] = []
+    rivals: tuple[int, ...] = ()
     # The score of MC2 is the share of probability on true answers, which can be several.
     several = as_mapping(document.get("mc2_targets")) if texts else {}
     if texts and texts == [str(each).strip() for each in several.get("choices") or ()]:
@@ -366,7 +364,7 @@ def read_sample(
         # MC1 is judged among other choices, of which one is right.
         single = as_mapping(document.get("mc1_targets"))
         answers = [str(choice).strip() for choice in single.get("choices") or ()]
-        rivals = [texts.index(answer) for answer in answers if answer in texts]
+        rivals = tuple(texts.index(answer) for answer in answers if answer in texts)
         target = next(itertools.compress(answers, single.get("labels") or ()), target)
     elif texts and document.get("context_condition") == "ambig":
         # All choices but two people say that nobody can know, and are right.
@@ -383,9 +381,9 @@ def read_sample(
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
     # Every run was asked the same, and a command keeps what it has read.
     prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
-    asked = number, digest, cluster, prompt, target, choices, right, chance
+    asked = number, digest, cluster, prompt, target, choices, right, chance, rivals
     level = str(document.get(metadata.get("level", ""), ""))
-    return Sample(*asked, *_answered(row, endings, rivals), level)
+    return Sample(*asked, level, *_answered(row, endings))
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -405,24 +403,18 @@ def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 
 def _answered(
-    row: Mapping[str, Any], endings: Sequence[str], rivals: Sequence[int]
-) -> tuple[Reply | None, str]:
-    """Return what a model answered, and its text before the filter; `rivals` are indices of MC1's choices."""
+    row: Mapping[str, Any], endings: Sequence[str]
+) -> tuple[tuple[float, ...], str | None, str]:
+    """Return log-likelihoods of the choices, and what a model wrote, after the filter and before."""
     answers, written = row.get("filtered_resps"), row.get("resps")
     if not isinstance(answers, list) or not answers or len(endings) == 1:
-        return None, ""
+        return (), None, ""
     if not endings:
         while isinstance(written, list) and len(written) == 1:
             written = written[0]
-        chosen = str(answers[0] if len(answers) == 1 else answers)
-        return Reply(chosen, chosen), str(written)
+        return (), str(answers[0] if len(answers) == 1 else answers), str(written)
     try:
-        scores = np.array([float(answers[n][0]) for n in range(len(endings))])
+        likelihoods = tuple(float(answers[n][0]) for n in range(len(endings)))
     except (TypeError, ValueError, LookupError):
-        return None, ""
-    # The harness divides by the length of the choice without the space in front of it.
-    lengths = [len(ending.removeprefix(" ")) or 1 for ending in endings]
-    best, normed = (endings[int(np.argmax(by))] for by in (scores, scores / lengths))
-    likelihoods = tuple(scores.tolist())
-    mc1 = endings[max(rivals, key=likelihoods.__getitem__)] if rivals else ""
-    return Reply(best.strip(), normed.strip(), likelihoods, mc1.strip()), ""
+        return (), None, ""
+    return likelihoods, None, ""

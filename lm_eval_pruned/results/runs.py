@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
+    left_of,
     newest_first,
     read_json,
     read_results_file,
 )
-from lm_eval_pruned.results.settings import left_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     #: The fingerprint of each unit, by configuration and task.
     UnitsOf = Mapping[str, Mapping[str, str]]
@@ -130,20 +130,14 @@ def results_files(path: Path) -> list[Path]:
     if (sweep := _sweep_of(path)) is None:
         return newest_first(path)[::-1]
     name, (_, units) = path.resolve().name, read_definition(sweep)
-    records = _records(sweep, name, units.get(name, {}))
-    return [unit.results for unit in records.values() if unit.results]
+    records = _records(sweep, {name: units.get(name, {})})
+    return [unit.results for _, _, unit in records if unit.results]
 
 
 def left_out(sweep: Path, counted: Collection[Path], name: str = "*") -> str:
-    """Name the finished units in a sweep's folder that are not `counted`.
+    """Name the finished units in a sweep's folder that are not among the `counted` folders of units.
 
-    Args:
-        sweep: The folder.
-        counted: Folders of units, as `unit_folder` returns them.
-        name: A configuration, if only its units are asked for.
-
-    Returns:
-        See `units_text`; an empty text if there are none.
+    Only those of the configuration `name` if there is one; see `units_text`.
     """
     others: dict[str, list[str]] = {}
     for unit in sorted(Path(sweep, UNITS).glob(f"{name}/*/")):
@@ -164,17 +158,14 @@ def _sweep_of(path: Path) -> Path | None:
     return parent.parent if parent.name == UNITS and is_sweep(parent.parent) else None
 
 
-def _records(
-    sweep: Path, name: str, listed: Mapping[str, str]
-) -> dict[Path, UnitRecord]:
-    """Return the units of a configuration that have the listed fingerprints, by folder."""
-    records = {}
-    for task in sorted(listed):
-        folder = unit_folder(sweep, name, task)
-        record = read_unit(folder)
-        if record is not None and record.fingerprint == listed[task]:
-            records[folder] = record
-    return records
+def _records(sweep: Path, units: UnitsOf) -> Iterator[tuple[str, Path, UnitRecord]]:
+    """Yield the units that have the listed fingerprints, with their configurations and folders."""
+    for name, listed in units.items():
+        for task in sorted(listed):
+            folder = unit_folder(sweep, name, task)
+            record = read_unit(folder)
+            if record is not None and record.fingerprint == listed[task]:
+                yield name, folder, record
 
 
 def _notes(sweep: Path, counted: Collection[Path], name: str = "*") -> tuple[str, ...]:
@@ -221,19 +212,15 @@ def read_sweep(path: str | Path) -> SweepResults:
     """
     path = Path(path)
     definition, units = read_definition(path)
-    read: dict[str, Run] = {}
-    counted: dict[Path, UnitRecord] = {}
-    for name, listed in units.items():
-        records = _records(path, name, listed)
-        counted |= records
-        if parts := [
-            read_results_file(unit.results, unit.seconds)
-            for unit in records.values()
-            if unit.results
-        ]:
-            read[name] = _joined(name, path / UNITS / name, parts)
-    failures = _failures(counted)
-    notes = _notes(path, counted)
+    records = [*_records(path, units)]
+    parts: dict[str, list[Run]] = {}
+    for name, _, unit in records:
+        if unit.results:
+            run = read_results_file(unit.results, unit.seconds)
+            parts.setdefault(name, []).append(run)
+    read = {name: _joined(name, path / UNITS / name, of) for name, of in parts.items()}
+    failures = _failures(records)
+    notes = _notes(path, [folder for _, folder, _ in records])
     runs = [run for run in read.values() if not run.is_floor]
     floors = [run for run in read.values() if run.is_floor]
     if not runs:
@@ -253,16 +240,14 @@ def read_sweep(path: str | Path) -> SweepResults:
 def read_failures(sweep: str | Path) -> tuple[Failure, ...]:
     """Return what failed of a sweep folder, apart from models that know nothing."""
     sweep = Path(sweep)
-    _, units = read_definition(sweep)
-    records: dict[Path, UnitRecord] = {}
-    for name, listed in units.items():
-        records |= _records(sweep, name, listed)
-    return _failures(records)
+    return _failures(_records(sweep, read_definition(sweep)[1]))
 
 
-def _failures(records: Mapping[Path, UnitRecord]) -> tuple[Failure, ...]:
+def _failures(
+    records: Iterable[tuple[str, Path, UnitRecord]],
+) -> tuple[Failure, ...]:
     failures = []
-    for folder, record in records.items():
+    for _, folder, record in records:
         if record.error and not folder.parent.name.startswith(FLOOR):
             # The first line of transformers' messages may only introduce the others.
             message = str(record.error.get("message"))

@@ -12,8 +12,12 @@ from lm_eval_pruned.compare.judge import (
     CLAIM_LEVEL,
     Case,
     Difference,
+    claim_text,
     decisions,
     judged as judge,
+    mean_of,
+    p_of_claim,
+    pools_of,
 )
 from lm_eval_pruned.compare.margins import (
     Margin,
@@ -21,12 +25,10 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pooled import claim_text, mean_of, p_of_claim, pools_of
 from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
 from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import ResultsError, Run, asked_differently
 from lm_eval_pruned.results.groups import is_share, primary_metrics
-from lm_eval_pruned.results.settings import asked_differently
 
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_a_share_above_a_floor_is_tested_as_what_is_kept_of_it():
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3])
 def test_alpha_is_the_level_of_verdicts_and_intervals(alpha):
-    case = changes(3, 10)._replace(margin=None)
+    case = replace(changes(3, 10), margin=None)
     (row,) = judged([case], alpha)
     p = 2 * stats.binom.cdf(3, 13, 0.5) - stats.binom.pmf(3, 13, 0.5)
     assert row.p == pytest.approx(p) and 0.01 < p < 0.3
@@ -98,7 +99,7 @@ def test_alpha_is_the_level_of_verdicts_and_intervals(alpha):
 
 def test_tests_of_a_family_are_corrected_together_and_of_several_apart():
     one, other = changes(3, 10), changes(5, 5, task="u")
-    together = judged([case._replace(family="all") for case in (one, other)])
+    together = judged([replace(case, family="all") for case in (one, other)])
     apart = judged([one, other])
     assert together[0].q == pytest.approx(2 * together[0].p)
     assert apart[0].q == pytest.approx(apart[0].p)
@@ -106,10 +107,10 @@ def test_tests_of_a_family_are_corrected_together_and_of_several_apart():
 
 @pytest.mark.parametrize("up", [True, False])
 def test_what_rises_is_improved_where_more_is_better_and_fails_elsewhere(up):
-    case = changes(30, 2, up=up)._replace(margin=None)
+    case = replace(changes(30, 2, up=up), margin=None)
     (decision,) = decided(case, levels=[0.05])
     assert decision[0] == ("improved" if up else "fail")
-    (decision,) = decided(changes(2, 30, up=up)._replace(margin=None), levels=[0.05])
+    (decision,) = decided(replace(changes(2, 30, up=up), margin=None), levels=[0.05])
     assert decision[0] == ("fail" if up else "improved")
 
 

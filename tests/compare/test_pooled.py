@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lm_eval_pruned.compare.pairing import paired_test
-from lm_eval_pruned.compare.pooled import guarded, mean_of, p_of_claim
+from lm_eval_pruned.compare.judge import guarded, mean_of, p_of_claim
 from lm_eval_pruned.compare.statistics import paired_difference
 from tests.helpers.cases import case_of, stderr_of
 
@@ -29,8 +28,8 @@ def tasks(*losses, n=200, **about):
 
 def test_every_task_weighs_the_same_however_many_documents_it_has():
     few, many = case_of(*soft(0, 40, 0.06), task="few"), case_of(*soft(1, 400))
-    gains = [paired_test(case.pair).difference for case in (few, many)]
-    test = paired_test(mean_of([few, many]).pair)
+    gains = [case.test.difference for case in (few, many)]
+    test = mean_of([few, many]).test
     assert test.difference == pytest.approx(np.mean(gains))
     # Strata: their own means are no part of the spread.
     variances = [
@@ -45,8 +44,8 @@ def test_every_task_weighs_the_same_however_many_documents_it_has():
 def test_a_document_that_two_tasks_ask_about_counts_once():
     base, run = soft(0, 100)
     twice = mean_of([case_of(base, run), case_of(base, run)])
-    assert paired_test(twice.pair).units == 100
-    assert paired_test(mean_of(tasks(0, 0, n=100)).pair).units == 200
+    assert twice.test.units == 100
+    assert mean_of(tasks(0, 0, n=100)).test.units == 200
 
 
 def test_clusters_stay_together():
@@ -59,7 +58,7 @@ def test_clusters_stay_together():
         )
         for seed in range(2)
     ]
-    assert paired_test(mean_of(clustered).pair).units == 100
+    assert mean_of(clustered).test.units == 100
 
 
 def test_the_guard_is_two_and_a_half_times_the_margin():
@@ -74,7 +73,7 @@ def test_the_claim_is_shown_where_its_mean_and_each_guard_are():
     carried = tasks(0.06, 0, 0, 0, 0, 0)
     mean = mean_of(carried)
     alone = paired_difference(*(d.values for d in carried[0].pair))
-    assert paired_test(mean.pair).p_outside(-0.02, math.inf) < 0.05
+    assert mean.test.p_outside(-0.02, math.inf) < 0.05
     assert p_of_claim(carried) == pytest.approx(alone.p_outside(-0.05, math.inf))
     assert p_of_claim(carried) > 0.5
     # Of each task, 3 points are lost: the guards pass, and the mean does not.
@@ -83,7 +82,7 @@ def test_the_claim_is_shown_where_its_mean_and_each_guard_are():
 
 def test_one_case_is_its_own_claim():
     case = case_of(*soft(0, 200))
-    assert p_of_claim([case]) == paired_test(case.pair).p_outside(-0.02, math.inf)
+    assert p_of_claim([case]) == case.test.p_outside(-0.02, math.inf)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from lm_eval_pruned.compare import power
 from lm_eval_pruned.compare.power import ALIKE, SEEN, Pilot, chance_of, documents_for
 from lm_eval_pruned.compare.statistics import paired_difference
+from lm_eval_pruned.results.documents import scored_on
 from tests.helpers.cases import case_of
 
 
@@ -89,9 +90,17 @@ def test_blocks_are_drawn_whole_and_strata_keep_their_shares():
     assert {*zip(drawn[0].values, drawn[1].values, strict=True)} <= pairs
     of = case_of(base, run)
     keys = tuple((f"part {n % 3}", str(n), 0) for n in range(n))
-    parts = of._replace(pair=tuple(dataclasses.replace(d, keys=keys) for d in of.pair))
+    base, run = (
+        scored_on(run, of.key, dataclasses.replace(documents, keys=keys))
+        for run, documents in zip((of.base, of.run), of.pair, strict=True)
+    )
+    parts = dataclasses.replace(of, base=base, run=run)
     drawn = Pilot(parts).drawn(0.5, np.random.default_rng(0), alike=True).pair[0]
-    assert np.unique(drawn.strata, return_counts=True)[1].tolist() == [40, 40, 40]
+    assert np.unique(drawn.groups["strata"], return_counts=True)[1].tolist() == [
+        40,
+        40,
+        40,
+    ]
 
 
 def test_models_that_are_alike_have_one_mean_whatever_was_lost():

@@ -38,8 +38,10 @@ def case_of(
     for name, documents in zip(("base", "run"), pair, strict=True):
         value = float(TRANSFORMS[transform].score(documents.values.mean()))
         scores = {key: Score(value, None, up, size)}
-        runs.append(Run(name, Path(), scores, metadata={task: {"floors": floors}}))
-    return Case(*runs, key, pair, key, margin=Margin(claim, margin))
+        known = {task: {"floors": floors}}
+        held = {task: {metric: documents}}
+        runs.append(Run(name, Path(), scores, metadata=known, documents=held))
+    return Case(*runs, key, key, margin=Margin(claim, margin))
 
 
 def stderr_of(test):

@@ -8,9 +8,8 @@ import pytest
 from lm_eval_pruned.results.documents import (
     TRANSFORMS,
     Documents,
-    Reply,
+    documents_of,
     read_sample,
-    read_task,
 )
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
@@ -21,10 +20,10 @@ GAMMA = np.random.default_rng(0).gamma(9, size=12)
 PAIRS = [[-float(v), int(w)] for v, w in zip(GAMMA, range(1, 13), strict=True)]
 
 
-def documents_of(folder, metrics, task="t"):
+def written(folder, metrics, task="t"):
     """Write one task and return its documents by metric."""
     run = read_run(write_run(folder, {task: metrics}))
-    return [read_task(run, task).get(metric) for metric in metrics]
+    return [documents_of(run, task, metric) for metric in metrics]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_documents_reproduce_the_score(tmp_path, values, aggregation, transform)
     # An aggregation that is not a mean is not guessed.
     f1 = {"values": [1.0] * len(values), "score": 0.31}
     spec = {"m,none": {"values": values, "aggregation": aggregation}, "f1,none": f1}
-    made, other = documents_of(tmp_path, spec)
+    made, other = written(tmp_path, spec)
     mean = np.average(made.values, weights=made.weights)
     assert (made.transform, other) == (transform, None)
     assert TRANSFORMS[transform].score(mean) == pytest.approx(
@@ -53,15 +52,15 @@ def test_documents_reproduce_the_score(tmp_path, values, aggregation, transform)
 
 def test_each_filter_has_its_own_documents(tmp_path):
     values = {"em,strict": [0.0, 0.0, 1.0], "em,flexible": [1.0, 0.0, 1.0]}
-    found = documents_of(tmp_path, values)
+    found = written(tmp_path, values)
     assert [each.values.tolist() for each in found] == [*values.values()]
 
 
 def test_repeated_documents_are_told_apart_and_texts_are_clusters(tmp_path):
     docs = {n: {"narrative": f"story {n // 2}", "question": n // 4} for n in range(8)}
     acc = {"acc,none": {"values": [1, 0] * 4, "docs": docs}}
-    (found,) = documents_of(tmp_path, acc, "musr_x")
-    assert (len(set(found.keys)), found.strata) == (8, None)
+    (found,) = written(tmp_path, acc, "musr_x")
+    assert (len(set(found.keys)), found.groups["strata"]) == (8, None)
     assert found.clusters == tuple(np.repeat(found.clusters[::2], 2))
     assert len(set(found.clusters)) == 4
 
@@ -79,7 +78,7 @@ def test_hostile_samples(tmp_path, change, words):
     file = run.samples["tf"]
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ResultsError, match=words) as caught:
-        read_task(run, "tf").get("acc,none")
+        documents_of(run, "tf", "acc,none")
     assert str(file) in str(caught.value)
 
 
@@ -97,13 +96,13 @@ def test_members_of_a_group_are_strata_and_count_as_its_score_does(tmp_path, wei
     file = write_run(tmp_path, tasks, groups=groups, group_scores=scores)
     run = read_run(file)
     assert run.tasks(subtasks=False) == ["all"]
-    found = read_task(run, "all").get("acc,none")
+    found = documents_of(run, "all", "acc,none")
     assert np.average(found.values, weights=found.weights) == pytest.approx(score)
-    assert (found.clusters, set(found.strata)) == (None, {"two", "four"})
+    assert (found.clusters, set(found.groups["strata"])) == (None, {"two", "four"})
     chance = (3 * 0.5 + 9 * 0.25) / 12 if weighted else (0.5 + 0.25) / 2
     assert found.levels == {"chance": pytest.approx(chance)}
     run.samples["two"].unlink()
-    assert read_task(read_run(file), "all").get("acc,none") is None
+    assert documents_of(read_run(file), "all", "acc,none") is None
 
 
 def test_documents_in_another_order_keep_what_belongs_to_each():
@@ -157,16 +156,16 @@ def test_guessing_beats_false_answers_in_mc1_and_draws_true_ones_in_mc2(
     row = offering([" a", " c", " b", " d"]) | {"doc": DOC}
     scored = {metric: {"values": [1.0] * 4, "rows": dict.fromkeys(range(4), row)}}
     run = read_run(write_run(tmp_path, {"demo": scored}))
-    assert read_task(run, "demo").get(metric).levels.get("chance") == chance
+    assert documents_of(run, "demo", metric).levels.get("chance") == chance
 
 
 def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):
-    (found,) = documents_of(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
+    (found,) = written(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
     assert found.levels == {"chance": 0.5, "commonest answer": 0.75}
     # Position 0 is always right, which no model can see.
     rows = {n: offering([f"right {n}", "wrong"]) for n in range(4)}
     acc = {"acc,none": {"values": [1.0] * 4, "rows": rows}}
-    (found,) = documents_of(tmp_path, acc, "other")
+    (found,) = written(tmp_path, acc, "other")
     assert found.levels == {"chance": 0.5}
 
 
@@ -183,39 +182,34 @@ def test_prompt_and_target():
     assert (asked.prompt, asked.choices) == ("A fox or ", ("Ann ran.", "Bob ran."))
 
 
-def answers_to(sample, *metrics):
-    """Return the answers of one line that metrics judge."""
-    one = np.ones(1)
-    line = Documents((("t", "d", 0),), one, one, None, "mean", samples=(sample,))
-    return tuple(line.answers(metric)[0] for metric in metrics)
-
-
 @pytest.mark.parametrize(
     ("endings", "likelihoods", "more", "answers"),
     [
-        ([" yes", " no"], [-3, -1], {}, ("no", "no")),
-        # -2 / 1 < -5 / 3 by letters, without the space.
-        ([" \u20ac", " abc"], [-2, -5], {}, ("\u20ac", "abc")),
-        ([" a", " b"] * 2, [-2, -1, -1, -4], {"acc_mutual_info": 0}, ("b", "b")),
-        ([" ran"], [-2.5], {}, (None, None)),
-        ([" a", " b"], [-1], {}, (None, None)),
+        ([" yes", " no"], [-3, -1], {}, ["no", "no", "no"]),
+        # -2 / 1 < -5 / 3 by letters, without the space; the sign of the euro has three bytes.
+        ([" \u20ac", " abc"], [-2, -5], {}, ["\u20ac", "abc", "\u20ac"]),
+        ([" b", " \u20ac\u20ac"], [-1, -3], {}, ["b", "b", "\u20ac\u20ac"]),
+        ([" a", " b"] * 2, [-2, -1, -1, -4], {"acc_mutual_info": 0}, ["b"] * 3),
+        ([" ran"], [-2.5], {}, [None] * 3),
+        ([" a", " b"], [-1], {}, [None] * 3),
     ],
 )
 def test_the_most_likely_choice_is_the_answer(endings, likelihoods, more, answers):
     sample = read_sample(offering(endings, likelihoods=likelihoods) | more)
-    assert answers_to(sample, "acc,none", "acc_norm,none") == answers
+    metrics = ("acc,none", "acc_norm,none", "acc_bytes,none")
+    assert [sample.answer(metric) for metric in metrics] == answers
 
 
 def test_of_mc1_the_answer_is_the_likeliest_of_its_choices_and_the_target_its_best():
     """MC2 offers a second true answer, d, which is the likeliest of all and not among MC1's choices."""
     row = offering([" a", " c", " b", " d"], likelihoods=[-3, -4, -2, -1])
     sample = read_sample({**row, "doc": DOC, "target": 0})
-    assert answers_to(sample, "mc1,none", "mc2,none") == ("b", "d")
+    assert (sample.answer("mc1,none"), sample.answer("mc2,none")) == ("b", "d")
     assert sample.target == "a"
 
 
 def test_text_after_the_filter_and_before():
     row = {"resps": [["It is 4."]], "filtered_resps": ["4"]}
     sample = read_sample(offering([{"until": ["\n"]}]) | row)
-    assert (sample.reply, sample.text) == (Reply("4", "4"), "It is 4.")
+    assert (sample.answer("exact_match,none"), sample.text) == ("4", "It is 4.")
     assert sample.prompt == "the question"

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from lm_eval_pruned.results import runs
-from lm_eval_pruned.results.documents import read_task
+from lm_eval_pruned.results.documents import documents_of
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_run, read_sweep, setting_of
@@ -54,7 +54,7 @@ def test_of_several_results_in_a_folder_the_newest_of_each_task_counts(tmp_path,
     assert scores == {"tf": 0.0, "boolq": 1.0}
     assert DATE in run.samples["boolq"].name
     assert NEW in run.samples["tf"].name
-    assert read_task(run, "boolq").get("acc,none").values.tolist() == [1.0]
+    assert documents_of(run, "boolq", "acc,none").values.tolist() == [1.0]
     versions = {"boolq": "0.4.13", "tf": "0.4.14"}
     assert setting_of(run, "lm_eval_version") == versions
     assert (run.name, setting_of(run, "num_fewshot")) == (tmp_path.name, 0)
@@ -179,7 +179,7 @@ def test_what_the_harness_writes(tmp_path):
         assert (settings["num_fewshot"], settings["fewshot_seed"]) == (0, 1234)
         assert len(settings["task_hash"]) == 64
     for task, metric in run.scores:
-        documents = read_task(run, task).get(metric)
+        documents = documents_of(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
         assert run.scores[task, metric].higher_is_better
 
