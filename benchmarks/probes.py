@@ -129,7 +129,8 @@ def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
             for metric in METRICS:
                 clusters = prompts["block"].astype(str).tolist()
                 gains = (cut_prompts[metric] - prompts[metric]).to_numpy()
-                test = paired_mean(gains, np.ones(len(gains)), clusters, None, 0.05)
+                test = paired_mean(gains, np.ones(len(gains)), clusters)
+                low, high = test.interval()
                 share = share_kept(
                     prompts[metric], cut_prompts[metric], prompts[f"{metric}_floor"],
                     clusters=clusters,
@@ -138,7 +139,7 @@ def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
                     "probe": probe, "level": level, "metric": metric,
                     "score": round(cut_prompts[metric].mean(), 4),
                     "difference": round(test.difference, 4),
-                    "low": rounded(test.low, 4), "high": rounded(test.high, 4), "p": test.p,
+                    "low": rounded(low, 4), "high": rounded(high, 4), "p": test.p,
                     "kept": rounded(share and share.share, 3),
                     "kept_low": rounded(share and share.low, 3),
                     "kept_high": rounded(share and share.high, 3),

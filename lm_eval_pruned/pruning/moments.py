@@ -262,9 +262,11 @@ class TextMoments:
         by_layer: dict[nn.Module, list[GluMlp]] = defaultdict(list)
         for mlp in mlps:
             by_layer[self.model.get_submodule(mlp.layer_path)].append(mlp)
+        texts: Sequence[Tensor] = ()
         if self._serves(by_layer.values(), chosen):
             layers = [(here, self._reading(l, here)) for l, here in by_layer.items()]
         else:
+            texts = self.texts
             # What experts are given does not tell padding apart.
             together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
             walk = LayerByLayer(self.model, self.texts, self.device, together)
@@ -273,7 +275,7 @@ class TextMoments:
                 (here := by_layer.get(layer, []), self._running(walk, here, chosen))
                 for layer in walk.layers[: last + 1]
             ]
-        drawn = progress_bar(len(layers), what, self.texts, "layer")
+        drawn = progress_bar(len(layers), what, texts, "layer")
         with torch.no_grad(), one_by_one(self.model, mlps), drawn as bar:
             for here, looking in layers:
                 with looking as moments_of:

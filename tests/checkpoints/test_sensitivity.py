@@ -113,7 +113,7 @@ def test_without_repair_a_rise_is_half_the_error_that_the_loss_minds(
         expected = float(error.square().sum(0).mean()) / 2
         # The matrix of activations is summed in float32.
         assert curve.rises[0] == pytest.approx(expected, rel=1e-3)
-        assert curve.widths == tuple(sorted(curve.widths)) and len(curve.widths) == 2
+        assert [*curve.widths] == sorted(curve.widths) and len(curve.widths) == 2
 
 
 @torch.no_grad()
