@@ -169,6 +169,13 @@ def test_text_of_your_own_is_named_as_what_decides_what_is_kept(folder, text, ca
     assert f"A cut keeps what calibration={text} holds" in caplog.text
 
 
+def test_a_small_model_reads_all_texts_of_the_package_if_it_is_told_to(folder):
+    asked = {"prune_percent": 40, "criterion": "act"}
+    for more, texts in (({}, 246), ({"calibration_samples": 493}, 493)):
+        record = load_pruned(str(folder), **asked, **more).prune_record.as_dict()
+        assert record["calibration"]["texts"] == texts
+
+
 def test_in_gemma_fast_is_worse_than_random_cuts_at_10_and_20_percent():
     """That is, above each of three on speeches; `price.md` says the same of both cuts."""
     folder = ROOT / "docs" / "measurements"
