@@ -169,6 +169,7 @@ def test_text_of_your_own_is_named_as_what_decides_what_is_kept(folder, text, ca
     assert f"A cut keeps what calibration={text} holds" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_small_model_reads_all_texts_of_the_package_if_it_is_told_to(folder):
     asked = {"prune_percent": 40, "criterion": "act"}
     for more, texts in (({}, 246), ({"calibration_samples": 493}, 493)):
