@@ -131,8 +131,9 @@ class _Profiler:
         """Generate for all batches, for `least` seconds or longer; add the joules of a batch."""
         timed: list[dict[str, Any]] = []
         self.monitor.begin_window("pass")
-        start = self.monitor.clock()
-        while not timed or self.monitor.clock() - start < least:
+        clock = self.monitor.clock
+        start = clock() if least else 0.0
+        while not timed or (least and clock() - start < least):
             timed += map(run, self.batches[size])
         reading = self.monitor.end_window("pass")
         self.notes += reading.notes
