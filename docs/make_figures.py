@@ -17,12 +17,12 @@ from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "measurements"
 PRICES = ("uniform maw", "uniform act", "sensitivity maw", "sensitivity best", "random")
-#: Rows of ``recipes.csv``, the last two of ``price_nats.csv``, and what the figure calls them.
+#: Rows of ``recipes.csv``, the last three of ``price_nats.csv``, and what the figure calls them.
 RECIPES = {
     "maw": "study (maw)",
     "random": "random",
     "fast": "fast",
-    "act": "act, no repair",
+    "act, no repair": "act, no repair",
     "nats (best), inputs of the unpruned model": "best",
     "nats (uneven), inputs of the unpruned model": "uneven",
 }
@@ -103,8 +103,8 @@ def recipes() -> Plot:
     rows = pd.read_csv(PAGES / "recipes.csv", comment="#")
     unpruned = rows[rows["method"] == "unpruned"].set_index("model")["mean"]
     rows["rise"] = rows["mean"] - rows["model"].map(unpruned)
-    # In this file, best has the plain order that it had once.
-    rows = rows[rows["method"] != "best"]
+    # In this file, best has the plain order that it had once, and act half of the text.
+    rows = rows[~rows["method"].isin(["act", "best"])]
     # Rises of the other one are over the unpruned model on its own draw of documents.
     rows = pd.concat([rows, pd.read_csv(PAGES / "price_nats.csv", comment="#")])
     rows = rows.rename(columns={"removed": "percent"}).replace({"method": RECIPES})

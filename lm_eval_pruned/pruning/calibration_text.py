@@ -19,9 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration import progress_bar, watched
-from lm_eval_pruned.pruning.layouts import find_glu_mlps
 from lm_eval_pruned.util.cache import measured_once
 
 
@@ -40,11 +38,8 @@ if TYPE_CHECKING:
 SELF, DATASET = "self", "dataset:"
 #: A text longer than this, or than the model's positions, is cut at its end.
 MAX_TOKENS = 2048
-#: Tokens to read of a dataset, or to write; the first texts of the package have as many in SmolLM2.
+#: Tokens to read of a dataset, or to write.
 _TOKENS = 40_000
-#: The first so many of the package's texts are enough if they have so many tokens for each neuron of the
-#: widest MLP. Otherwise all are read.
-_FIRST, _FEW = 246, 4
 #: The model writes so many texts at once, of so many tokens at most. It draws from the likeliest
 #: tokens that together have this probability.
 _TOGETHER, _WRITTEN, _TOP_P = 32, 256, 0.95
@@ -134,7 +129,7 @@ class TextSource:
         name: A file, ``dataset:NAME``, ``dataset:NAME:CONFIG`` or ``self``.
         samples: How many of its texts, the first ones; None for all.
         tokens: After how many tokens no more texts are read; None for all of a file, 40,000 of the
-            others, and as many of the package's text as suit the model's width.
+            others.
         seed: Seed of what the model writes.
     """
 
@@ -198,10 +193,6 @@ class TextSource:
             longest = min(longest, positions)
             texts = (token_ids(tokenizer, text)[:longest] for text in self._texts())
             most = most or (_TOKENS if self.name.startswith(DATASET) else None)
-        as_suits = self.name == str(OWN_TEXT) and self.samples is None and most is None
-        enough = (
-            _FEW * max(mlp.width for mlp in find_glu_mlps(model)) if as_suits else 0
-        )
         tokens: list[Tensor] = []
         number = 0
         for ids in texts:
@@ -213,8 +204,6 @@ class TextSource:
             tokens.append(torch.tensor([ids]))
             number += len(ids)
             if most is not None and number >= most:
-                break
-            if as_suits and len(tokens) == _FIRST and number >= enough:
                 break
         return CalibrationText(self.name, tokens)
 

@@ -13,7 +13,6 @@ from hypothesis import given, strategies as st
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.pruning import calibration
-from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.calibration import calibrate, progress_bar
 from lm_eval_pruned.pruning.calibration_text import TextSource, read_texts
 from lm_eval_pruned.pruning.criteria import ACTIVITY, CALIBRATED, OBS
@@ -58,17 +57,6 @@ def test_chats_go_through_the_template(tiny_llama, tmp_path):
     assert before.as_dict()["tokens"] == after.as_dict()["tokens"]
     for name, norms in observed.items():
         assert torch.equal(norms[0], again[name][0])
-
-
-@pytest.mark.parametrize(("width", "texts"), [(30_000, 246), (40_000, 493)])
-def test_wide_models_read_all_texts_of_the_package(width, texts):
-    """The first 246 have 154,000 bytes, which are 4 for each neuron up to 38,500."""
-    sizes = {"intermediate_size": width, "hidden_size": 8, "num_hidden_layers": 1}
-    model = checkpoints.tiny_model(checkpoints.tiny_config(**sizes, head_dim=2))
-    read = TextSource(str(OWN_TEXT)).read
-    assert len(read(model, byte_tokenizer()).tokens) == texts
-    some = TextSource(str(OWN_TEXT), samples=300).read(model, byte_tokenizer())
-    assert len(some.tokens) == 300
 
 
 def test_long_texts_are_cut_at_the_models_positions(tmp_path, text):
