@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from tests.contract.commands import pruned
 from tests.helpers.checkpoints import (
     ROOT,
@@ -168,6 +169,29 @@ def test_text_of_your_own_is_named_as_what_decides_what_is_kept(folder, text, ca
     assert "other kinds of text lose more" not in caplog.text
     load_pruned(str(folder), calibration=text, **asked)
     assert f"A cut keeps what calibration={text} holds" in caplog.text
+
+
+def test_the_text_answers_no_prompt_of_the_probe_of_knowledge():
+    """Two prompts have their words and their answer in one sentence, which says something else."""
+    sentences = [
+        {*re.findall(r"\w+", sentence.lower())}
+        for line in OWN_TEXT.read_text("utf-8").splitlines()
+        for sentence in re.split(r"(?<=[.!?])\s+|\n", json.loads(line)["text"])
+    ]
+    probe = ROOT / "tasks" / "probes" / "knowledge.jsonl"
+    held = []
+    for item in map(json.loads, probe.read_text("utf-8").splitlines()):
+        for fact in map(" ".join, zip(item["prompts"], item["answers"], strict=True)):
+            words = {*re.findall(r"\w+", fact.lower())} - {
+                "is",
+                "are",
+                "the",
+                "a",
+                "an",
+                "of",
+            }
+            held += [fact for sentence in sentences if words <= sentence]
+    assert sorted(held) == ["Blood is red", "Grass is green"]
 
 
 def test_in_gemma_fast_is_worse_than_random_cuts_at_10_and_20_percent():
