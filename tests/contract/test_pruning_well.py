@@ -179,17 +179,10 @@ def test_the_text_answers_no_prompt_of_the_probe_of_knowledge():
         for sentence in re.split(r"(?<=[.!?])\s+|\n", json.loads(line)["text"])
     ]
     probe = ROOT / "tasks" / "probes" / "knowledge.jsonl"
-    held = []
+    small, held = {"is", "are", "the", "a", "an", "of"}, []
     for item in map(json.loads, probe.read_text("utf-8").splitlines()):
         for fact in map(" ".join, zip(item["prompts"], item["answers"], strict=True)):
-            words = {*re.findall(r"\w+", fact.lower())} - {
-                "is",
-                "are",
-                "the",
-                "a",
-                "an",
-                "of",
-            }
+            words = {*re.findall(r"\w+", fact.lower())} - small
             held += [fact for sentence in sentences if words <= sentence]
     assert sorted(held) == ["Blood is red", "Grass is green"]
 
