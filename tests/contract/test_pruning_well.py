@@ -11,7 +11,6 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
-from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from tests.contract.commands import pruned
 from tests.helpers.checkpoints import (
     ROOT,
@@ -173,9 +172,10 @@ def test_text_of_your_own_is_named_as_what_decides_what_is_kept(folder, text, ca
 
 def test_the_text_answers_no_prompt_of_the_probe_of_knowledge():
     """Two prompts have their words and their answer in one sentence, which says something else."""
+    text = ROOT / "lm_eval_pruned" / "pruning" / "calibration_text.jsonl"
     sentences = [
         {*re.findall(r"\w+", sentence.lower())}
-        for line in OWN_TEXT.read_text("utf-8").splitlines()
+        for line in text.read_text("utf-8").splitlines()
         for sentence in re.split(r"(?<=[.!?])\s+|\n", json.loads(line)["text"])
     ]
     probe = ROOT / "tasks" / "probes" / "knowledge.jsonl"
