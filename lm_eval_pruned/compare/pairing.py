@@ -79,17 +79,19 @@ class Agreement:
 
 def agreement(pair: Pair | None, metric: str) -> Agreement | None:
     """Compare the answers of two runs; None where the samples do not tell all of them."""
-    answers = [run.answers(metric) for run in pair or ()]
-    told = [[answer for answer in of if answer is not None] for of in answers]
-    if pair is None or {*map(len, told)} != {len(pair[0].keys)}:
+    answers = [
+        [answer for answer in run.answers(metric) if answer is not None]
+        for run in pair or ()
+    ]
+    if pair is None or {*map(len, answers)} != {len(pair[0].keys)}:
         return None
-    before, after = told
+    before, after = answers
     likelihoods = ([sample.likelihoods for sample in run.samples] for run in pair)
     kl = float(np.mean([*map(divergence, *likelihoods)]))
     no_choices = math.isnan(kl)
     beginning = float(np.mean([*map(_beginning, before, after)]))
     same = [one == other for one, other in zip(before, after, strict=True)]
-    commonest = (max(Counter(answers).values()) for answers in (before, after))
+    commonest = (max(Counter(texts).values()) for texts in answers)
     base_share, share = (count / len(before) for count in commonest)
     return Agreement(
         equal_answers=float(np.mean(same)),

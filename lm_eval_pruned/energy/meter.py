@@ -218,7 +218,7 @@ class EnergyMonitor:
 
     Attributes:
         meters: Whether there is a meter, also one that failed since.
-        required: Components without which there is no total, such as ``gpu``.
+        required: Components that have to be measured before a total is given, such as ``gpu``.
     """
 
     def __init__(

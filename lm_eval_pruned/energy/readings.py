@@ -89,7 +89,7 @@ def add_up(
 
     Where they ran `at_once`, on several machines, the wall time is the longest one's.
     """
-    notes = tuple(dict.fromkeys(note for each in readings for note in each.notes))
+    notes = tuple(dict.fromkeys(note for reading in readings for note in reading.notes))
     total = replace(_combined(sum, *readings), notes=notes)
     if at_once:
         total = replace(total, seconds=_combined(max, *readings).seconds)

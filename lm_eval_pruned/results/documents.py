@@ -224,8 +224,11 @@ def documents_of(run: Run, task: str, metric: str) -> Documents | None:
             read = read_samples(run, leaf, rows) if leaf in run.samples else {}
             # A score that some member has no documents of is not made of documents.
             rows = {m: rows[m] + read[m] for m in rows if read.get(m)}
-        found = {m: _documents(m, rows[m], run.scores.get((task, m))) for m in rows}
-        run.documents[task] = {m: known for m, known in found.items() if known}
+        run.documents[task] = {
+            name: documents
+            for name, lines in rows.items()
+            if (documents := _documents(name, lines, run.scores.get((task, name))))
+        }
     return run.documents[task].get(metric)
 
 

@@ -218,7 +218,7 @@ def read_sweep(path: str | Path) -> SweepResults:
         if unit.results:
             run = read_results_file(unit.results, unit.seconds)
             parts.setdefault(name, []).append(run)
-    read = {name: _joined(name, path / UNITS / name, of) for name, of in parts.items()}
+    read = {name: _joined(name, path / UNITS / name, parts[name]) for name in parts}
     failures = _failures(records)
     notes = _notes(path, [folder for _, folder, _ in records])
     runs = [run for run in read.values() if not run.is_floor]
