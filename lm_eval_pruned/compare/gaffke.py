@@ -9,6 +9,12 @@ import numpy as np
 from scipy import optimize, special
 
 
+#: Terms that differ by this share of the largest are the same.
+ROUNDING = 1e-12
+#: Steps of the integral, in its spread, and where they begin to grow. Half the step squares the error.
+STEP, BEND = 0.4, 3.0
+
+
 class Gaffke(NamedTuple):
     """Gaffke's test of `mean`, a mean of differences or the logarithm of a ratio of perplexities.
 
@@ -83,45 +89,52 @@ class Gaffke(NamedTuple):
 def below_zero(terms: np.ndarray) -> float:
     """Return the chance that a weighted sum of `terms` is 0 or less, the weights being exponential.
 
-    The saddlepoint approximation: with one term it is 4 % too large at 0.05, with sixty it is 1 %.
-
-    Source: Lugannani and Rice 1980, Advances in Applied Probability 12, 475-490.
+    For right-or-wrong documents it is McNemar's exact test without a margin, and where no document
+    gains, Clopper and Pearson's limit.
 
     Example:
-        >>> round(below_zero(np.append(-0.98, np.full(149, 0.02))), 3)  # 0.98**149
-        0.05
+        >>> round(below_zero(np.append(-0.98, np.full(149, 0.02))), 6)  # 0.98**149
+        0.049282
     """
-    if terms.min() >= 0 or terms.max() <= 0:
-        return float(terms.min() < 0)
-    terms = terms / np.abs(terms).max()
-    inside = 1 - 1e-12
-    ends = inside / float(terms.min()), inside / float(terms.max())
-    slopes = [float((terms / (1 - end * terms)).sum()) for end in ends]
-    if slopes[0] >= 0 or slopes[1] <= 0:
-        return float(slopes[1] <= 0)
-    t, curvature = _saddlepoint(terms, *ends)
-    r = math.copysign(math.sqrt(2 * np.log1p(-t * terms).sum().clip(0)), t)
-    if abs(r) < 1e-4:
-        skew = 2 * float((terms**3).sum()) / curvature**1.5
-        return 0.5 + skew / (6 * math.sqrt(2 * math.pi))
-    density = math.exp(-r * r / 2) / math.sqrt(2 * math.pi)
-    p = special.ndtr(r) + density * (1 / r - 1 / (t * math.sqrt(curvature)))
-    return float(np.clip(p, 0, 1))
+    terms = terms / (np.abs(terms).max() or 1.0)
+    above, below = terms[terms > ROUNDING], -terms[terms < -ROUNDING]
+    if not above.size or not below.size:
+        return float(not above.size)
+    if max(np.ptp(above), np.ptp(below)) <= ROUNDING:
+        gain, loss = above.mean(), below.mean()
+        return float(special.betainc(above.size, below.size, loss / (gain + loss)))
+    if terms.sum() < 0:
+        return 1 - _inverted(np.append(below, -above))
+    return _inverted(np.append(above, -below))
 
 
-def _saddlepoint(terms: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Return where ``sum(terms / (1 - t * terms))``, which rises, is 0, and its slope there.
+def _inverted(terms: np.ndarray) -> float:
+    """Return the chance from the moment generating function of the sum, by its inversion.
 
-    Newton's method, which halves the range where a step would leave it.
+    It is the integral of ``exp(s * sum) / -s`` over complex s with one negative real part, divided by
+    2 pi i. Any such part gives the same; where the integrand is smallest on the real line, it turns
+    least. The trapezoidal rule, in steps that grow from the real line on, is right to six digits.
+
+    Source: Rice 1980, SIAM Journal on Scientific and Statistical Computing 1, 438-448.
     """
-    t = 0.0
-    for _ in range(200):
-        ratios = terms / (1 - t * terms)
-        excess, curvature = float(ratios.sum()), float((ratios**2).sum())
-        step = excess / curvature
-        # Each step squares the error.
-        if abs(step) * math.sqrt(curvature) < 1e-8:
-            break
-        low, high = (t, high) if excess < 0 else (low, t)
-        t = t - step if low < t - step < high else (low + high) / 2
-    return t - step, curvature
+    n, shares = len(terms), terms / terms.min()
+
+    def slope(at: float) -> float:
+        # Without its pole at 1.
+        return float((at * shares / (1 - at * shares)).sum() - 1) * (1 - at)
+
+    at = float(optimize.brentq(slope, 1 / (n + 2), 1 - 1 / (n + 3), xtol=1e-3 / n))
+    real = at / float(terms.min())
+    # The pole 1 / -s counts like one more term, which is infinite.
+    scales = np.append(terms / (1 - real * terms), -1 / real)
+    spread = math.sqrt((scales**2).sum())
+    heaviest = (np.abs(scales).max() / spread) ** 2
+    # Beyond it, the integrand has at most exp(-20) of its height.
+    far = math.sqrt(math.expm1(40 * heaviest) / heaviest)
+    steps = np.arange(0, BEND * math.asinh(far / BEND), STEP) / BEND
+    turns = np.multiply.outer(BEND / spread * np.sinh(steps), scales)
+    angles, squares = np.arctan(turns).sum(1), np.square(turns, out=turns)
+    heights = np.cosh(steps) * np.cos(angles)
+    heights *= np.exp(-np.log1p(squares, out=squares).sum(1) / 2)
+    area = STEP * (heights.sum() - heights[0] / 2) / (math.pi * spread)
+    return float(area * math.exp(-np.log1p(-real * terms).sum()) / -real)
