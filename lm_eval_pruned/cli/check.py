@@ -47,7 +47,7 @@ def run(arguments) -> int:
 
     kind: str = "absolute"
     value: Any = 0.0
-    for name in files.RULES:
+    for name in files.OPTIONS:
         if (limit := getattr(arguments, name)) is not None:
             kind, value = name, None if limit == USUAL else limit
             if not arguments.update:
@@ -66,7 +66,9 @@ def run(arguments) -> int:
         )
         return gate.exit_code(findings)
     previous = files.read_baseline(file) if Path(file).exists() else None
-    baseline = gate.make_baseline(runs, kind, value, previous)
+    baseline = gate.make_baseline(
+        runs, kind, value, previous, gate.floors_in(arguments.results)
+    )
     files.write_baseline(file, baseline)
     for note in gate.notes(runs, baseline):
         print(f"NOTE     {note}")

@@ -64,9 +64,10 @@ def run(arguments) -> int:
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
         section = card_section(verdict, models[0])
-        rows = (judged.row for judged in verdict.judged)
         kept = {
-            (row.task, row.metric): row.floor.kept_text for row in rows if row.floor
+            row.case.key: row.floor.kept_text
+            for row in verdict.rows
+            if row.floor and row.primary
         }
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,11 @@ from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
     Score,
+    as_mapping,
     finite_or_none,
     read_json,
 )
+from lm_eval_pruned.results.metrics import BOUNDS
 from lm_eval_pruned.util.atomic import write_atomically
 
 
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 
 #: Version of the baseline file.
 SCHEMA = 3
-RULES = ("absolute", "relative", "alpha", *CLAIMS)
+#: The rule of another measure of the answers that a claim is about.
+BESIDE = "beside"
+#: Those that an option sets.
+OPTIONS = ("absolute", "relative", "alpha", *CLAIMS)
+RULES = (*OPTIONS, BESIDE)
 #: Those that look at single documents.
 OF_DOCUMENTS = RULES[2:]
 #: Run, task and metric.
@@ -60,21 +65,27 @@ class Rule:
 
     @property
     def margin(self) -> Margin | None:
-        """What is claimed by a rule of `CLAIMS`."""
-        return Margin(self.kind, self.value) if self.kind in CLAIMS else None
+        """What is claimed by a rule of `CLAIMS`, or would be of another measure."""
+        if self.kind not in (*CLAIMS, BESIDE):
+            return None
+        return Margin("not_worse" if self.kind == BESIDE else self.kind, self.value)
 
-    def check(self, task: str, metric: str, score: Score) -> None:
+    def check(self, task: str, metric: str, run: Run | None = None) -> None:
         """Raise ValueError for a margin that allows any difference of the metric."""
         if self.margin:
-            self.margin.check(task, metric, score.value)
+            self.margin.check(task, metric, run)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Expected scores with versions, settings and documents, and a rule for each."""
+    """Expected scores with versions, settings and documents, and a rule for each.
+
+    `blind` are the scores that cannot show a loss in each run, as `floors.blind_scores` returns them.
+    """
 
     runs: dict[str, Run] = field(default_factory=dict)
     rules: dict[Key, Rule] = field(default_factory=dict)
+    blind: dict[str, set[Key]] = field(default_factory=dict)
 
 
 def write_baseline(file: str | Path, baseline: Baseline) -> None:
@@ -91,6 +102,16 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
         floor = run.exact_floor(task, metric)
         if rule.margin and floor is not None:
             record["floor"] = floor
+        name_of = metric.partition(",")[0]
+        declared = as_mapping(run.metadata.get(task, {}).get(BOUNDS)).get(name_of)
+        if rule.margin and declared is not None:
+            record[BOUNDS] = declared
+        if at_floor := sorted(
+            member
+            for one, other, member in baseline.blind.get(name, ())
+            if (one, other) == (task, metric)
+        ):
+            record["at_floor"] = at_floor
         if rule.kind in OF_DOCUMENTS and (documents := documents_of(run, task, metric)):
             record["documents"] = _as_dict(documents)
         runs.setdefault(name, {}).setdefault(task, about)["metrics"][metric] = record
@@ -111,7 +132,10 @@ def read_baseline(file: str | Path) -> Baseline:
         if data["schema_version"] != SCHEMA:
             raise ValueError(f"schema_version is {data['schema_version']}")
         for name, tasks in data["runs"].items():
-            scores, floors = {}, defaultdict[str, dict[str, float]](dict)
+            scores: dict[tuple[str, str], Score] = {}
+            known: dict[str, dict[str, dict[str, Any]]] = {
+                task: {"floors": {}, BOUNDS: {}} for task in tasks
+            }
             documents: dict[str, dict[str, Documents]] = {task: {} for task in tasks}
             for task, entry in tasks.items():
                 for metric, record in entry["metrics"].items():
@@ -119,12 +143,17 @@ def read_baseline(file: str | Path) -> Baseline:
                     kinds = [kind for kind in RULES if kind in record]
                     if len(kinds) != 1 or finite_or_none(record["score"]) is None:
                         raise ValueError(f"{key} needs a score and one of {RULES}")
-                    rule = baseline.rules[key] = Rule(kinds[0], record[kinds[0]])
-                    score = Score(float(record["score"]), None, up, None)
-                    scores[task, metric] = score
-                    rule.check(task, metric, score)
+                    baseline.rules[key] = Rule(kinds[0], record[kinds[0]])
+                    scores[task, metric] = Score(float(record["score"]), None, up, None)
+                    name_of = metric.partition(",")[0]
                     if "floor" in record:
-                        floors[task][metric.partition(",")[0]] = record["floor"]
+                        known[task]["floors"][name_of] = float(record["floor"])
+                    if BOUNDS in record:
+                        known[task][BOUNDS][name_of] = record[BOUNDS]
+                    for member in record.get("at_floor", ()):
+                        baseline.blind.setdefault(name, set()).add(
+                            (task, metric, str(member))
+                        )
                     if "documents" in record:
                         of_metric = _from_dict(**record["documents"])
                         documents[task][metric] = of_metric
@@ -134,11 +163,13 @@ def read_baseline(file: str | Path) -> Baseline:
                 scores,
                 versions={task: item.get("version") for task, item in tasks.items()},
                 settings={t: item.get("settings", {}) for t, item in tasks.items()},
-                metadata={
-                    task: {"floors": by_name} for task, by_name in floors.items()
-                },
+                metadata=known,
                 documents=documents,
             )
+            for one, task, metric in baseline.rules:
+                if one == name:
+                    run = baseline.runs[name]
+                    baseline.rules[one, task, metric].check(task, metric, run)
         if not baseline.rules:
             raise ValueError("it expects no scores")
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm_eval_pruned.compare.judge import Case, p_of_claim, pool_of
+from lm_eval_pruned.compare.cases import Case, p_of_claim, pool_of
 from lm_eval_pruned.compare.margins import (
     Margin,
     check_measure,
@@ -137,9 +137,8 @@ def pilots_of(
 
 
 def _pilot(base: Run, run: Run, key: tuple[str, str], margin: str | None) -> Case:
-    scores = [item.scores[key].value for item in (base, run)]
-    within = Margin("not_worse", margin or usual_margin(base, key, *scores))
-    within.check(*key, *scores)
+    within = Margin("not_worse", margin or usual_margin(base, key))
+    within.check(*key, base)
     case = Case(base, run, key, margin=within)
     if case.pair is None:
         raise ResultsError(

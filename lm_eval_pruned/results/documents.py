@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from lm_eval_pruned.results import bbq
 from lm_eval_pruned.results.files import (
@@ -142,7 +142,8 @@ class Documents:
         clusters: Cluster of each document, length n, or None if documents are independent.
         transform: Name in `TRANSFORMS`.
         levels: Scores without knowledge, where the documents tell: of a model that finds all choices alike
-            (``chance``), and of always giving the ``commonest answer``.
+            (``chance``), and of always giving the ``commonest answer``, where one is right more often than chance
+            makes it.
         samples: The line of each document, length n; empty where they are not known.
     """
 
@@ -190,8 +191,22 @@ class Documents:
         )
 
     @property
+    def members(self) -> dict[str, Documents]:
+        """The documents of each task, with their own scores without knowledge, by its name."""
+        keys: dict[str, list[tuple[str, str, int]]] = {}
+        for key in self.keys:
+            keys.setdefault(key[0], []).append(key)
+        found = {name: self.taken(tuple(of_task)) for name, of_task in keys.items()}
+        return {
+            name: replace(own, levels=levels_of(own.samples, own.weights))
+            if self.levels
+            else own
+            for name, own in found.items()
+        }
+
+    @property
     def groups(self) -> dict[str, Any]:
-        """How documents weigh and belong together, as `compare.statistics.paired_difference` takes it.
+        """How documents weigh and belong together, as `compare.claims.paired` takes it.
 
         Strata are the tasks, which another draw would have too; None for a single one.
         """
@@ -256,7 +271,7 @@ def _documents(
         if np.isclose(score, expected, rtol=1e-6, atol=1e-9, equal_nan=True):
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
-            levels = _levels(samples, weights, metric)
+            levels = levels_of(samples, weights, metric)
             return Documents(keys, values, weights, grouped, transform, levels, samples)
     return None
 
@@ -279,9 +294,10 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield sums / weights, weights
 
 
-def _levels(
-    samples: Sequence[Sample], weights: np.ndarray, metric: str
+def levels_of(
+    samples: Sequence[Sample], weights: np.ndarray, metric: str = "acc"
 ) -> dict[str, float]:
+    """Return scores without knowledge, by their names; see `Documents.levels`."""
     chances = [sample.chance for sample in samples]
     rights = [sample.right for sample in samples]
     if None in chances or not metric.startswith(("acc", "mc1", "mc2", CHOICE_PROB)):
@@ -294,8 +310,14 @@ def _levels(
     # The same choice in words may be the right one in every other context.
     if None in rights or len({sample.choices for sample in samples}) > 1:
         return {"chance": chance}
-    counts = np.bincount(np.array(rights, dtype=int), weights)
-    commonest = float(counts.max() / weights.sum())
+    answers = np.array(rights, dtype=int)
+    most = int(np.bincount(answers).max())
+    # One of several answers is right in more than its share of documents by luck, too.
+    count = len(samples[0].choices)
+    p = count * stats.binomtest(most, len(answers), 1 / count, "greater").pvalue
+    if p >= 0.05:
+        return {"chance": chance}
+    commonest = float(np.bincount(answers, weights).max() / weights.sum())
     return {"chance": chance, "commonest answer": commonest}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_eval_pruned.compare.judge import Case
+from lm_eval_pruned.compare.cases import Case
 from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
 from lm_eval_pruned.results.files import Run, Score
