@@ -120,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
+    # An exception that leaves here would end with 1, which is an answer.
+    except Exception as error:  # noqa: BLE001
         package = str(getattr(error, "name", None)).partition(".")[0]
         missing = isinstance(error, ModuleNotFoundError)
         code, message = 2, str(error)
@@ -130,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"`pip install 'lm-eval-pruned[{EXTRAS[package]}]'`."
             )
         elif not isinstance(error, ValueError | OSError):
-            code, message = OUR_ERROR, (
+            code = OUR_ERROR
+            message = (
                 "this is a bug of lm-eval-pruned: please report it, with the lines above, at "
                 f"{ISSUES}"
             )
