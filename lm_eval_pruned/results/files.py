@@ -377,7 +377,7 @@ def _metadata(
 def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:
     for task, metrics in data["results"].items():
         if not isinstance(metrics, dict):
-            raise ValueError(f"the results of {task} are {metrics!r}, not an object")
+            raise TypeError(f"the results of {task} are {metrics!r}, not an object")
         better = part(data["higher_is_better"], task)
         documents = part(data["n-samples"], task).get("effective")
         for metric, value in metrics.items():
