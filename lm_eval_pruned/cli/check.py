@@ -1,9 +1,9 @@
 """Compare results with a baseline file.
 
 Exit code 0: every expected score is there and no worse than its rule allows. 1: one is missing,
-worse, not a number, or from another version of its task. 2: nothing worse was seen, but something
-could not be decided: documents, shots, templates or widths differ from the baseline's, there
-are too few documents for a test, or input cannot be read.
+worse, not a number, or from another version of its task. 3: nothing worse was seen, but something
+could not be decided: documents, shots, templates or widths differ from the baseline's, or there
+are too few documents for a test. 2: input cannot be read. 70: an error of lm-eval-pruned.
 """
 
 from pathlib import Path

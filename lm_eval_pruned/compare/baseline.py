@@ -22,8 +22,12 @@ from lm_eval_pruned.results.files import (
     Run,
     Score,
     as_mapping,
+    direction,
     finite_or_none,
+    part,
     read_json,
+    reading,
+    version,
 )
 from lm_eval_pruned.results.metrics import BOUNDS
 from lm_eval_pruned.util.atomic import write_atomically
@@ -127,7 +131,10 @@ def read_baseline(file: str | Path) -> Baseline:
     file, baseline = Path(file), Baseline()
     if not file.exists():
         raise ResultsError(f"The baseline {file} does not exist: --update makes it.")
-    try:
+    with reading(
+        f"The baseline {file} cannot be read",
+        f"write another file, which gets schema_version {SCHEMA}, with --update.",
+    ):
         data = read_json(file)
         if data["schema_version"] != SCHEMA:
             raise ValueError(f"schema_version is {data['schema_version']}")
@@ -139,15 +146,22 @@ def read_baseline(file: str | Path) -> Baseline:
             documents: dict[str, dict[str, Documents]] = {task: {} for task in tasks}
             for task, entry in tasks.items():
                 for metric, record in entry["metrics"].items():
-                    key, up = (name, task, metric), record["higher_is_better"]
+                    key, up = (
+                        (name, task, metric),
+                        direction(record["higher_is_better"]),
+                    )
                     kinds = [kind for kind in RULES if kind in record]
                     if len(kinds) != 1 or finite_or_none(record["score"]) is None:
                         raise ValueError(f"{key} needs a score and one of {RULES}")
-                    baseline.rules[key] = Rule(kinds[0], record[kinds[0]])
+                    rule = baseline.rules[key] = Rule(kinds[0], record[kinds[0]])
+                    if not rule.margin and finite_or_none(rule.value) is None:
+                        raise ValueError(f"{rule.kind} is {rule.value!r}, not a number")
                     scores[task, metric] = Score(float(record["score"]), None, up, None)
                     name_of = metric.partition(",")[0]
                     if "floor" in record:
-                        known[task]["floors"][name_of] = float(record["floor"])
+                        if finite_or_none(floor := record["floor"]) is None:
+                            raise ValueError(f"floor is {floor!r}, not a number")
+                        known[task]["floors"][name_of] = floor
                     if BOUNDS in record:
                         known[task][BOUNDS][name_of] = record[BOUNDS]
                     for member in record.get("at_floor", ()):
@@ -161,8 +175,8 @@ def read_baseline(file: str | Path) -> Baseline:
                 "the baseline",
                 file,
                 scores,
-                versions={task: item.get("version") for task, item in tasks.items()},
-                settings={t: item.get("settings", {}) for t, item in tasks.items()},
+                versions={t: version(item.get("version")) for t, item in tasks.items()},
+                settings={t: part(item, "settings") for t, item in tasks.items()},
                 metadata=known,
                 documents=documents,
             )
@@ -172,12 +186,6 @@ def read_baseline(file: str | Path) -> Baseline:
                     baseline.rules[one, task, metric].check(task, metric, run)
         if not baseline.rules:
             raise ValueError("it expects no scores")
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ResultsError(
-            f"The baseline {file} cannot be read ({why.rstrip('.')}): write another file, "
-            f"which gets schema_version {SCHEMA}, with --update."
-        ) from None
     return baseline
 
 

@@ -368,7 +368,9 @@ def paired(
         alike = limits is None and not (
             1e-9 * np.abs(gains).max() < np.abs(gains - mean).max() < 1e150
         )
-    missing, bounded = 0, limits if transform == "mean" else None
+    bounded, missing = limits if transform == "mean" else None, 0
+    if not bounded and (after - before).any():
+        missing = max(0, LEAST_UNITS_OF_MARGIN - units)
     if not (after - before).any():
         method = f"none: all {unit} equal"
     elif units < LEAST_UNITS and not right_or_wrong:
@@ -378,7 +380,6 @@ def paired(
     else:
         exact = right_or_wrong and len({*part}) == 1
         method = "McNemar's exact test" if exact else f"Gaffke's test over {unit}"
-        missing = 0 if bounded else max(0, LEAST_UNITS_OF_MARGIN - units)
     perplexity = None
     if form.exponential:
         with np.errstate(over="ignore"):

@@ -21,6 +21,8 @@ from lm_eval_pruned.results.files import (
     Run,
     Score,
     as_mapping,
+    from_json,
+    reading,
 )
 
 
@@ -327,36 +329,44 @@ def read_samples(
     """Read the logged documents of one task, not of a group, in the order of ``doc_id``.
 
     Returns by metric the key of each document that has it, as in `Documents`, the value and the sample.
-    ResultsError if the file cannot be read, or holds another number of documents than the results
-    file says.
+    ResultsError if the file cannot be read, holds a document twice, or another number of documents
+    than the results file says.
     """
-    file, logged = run.samples[task], Counter[str]()
+    file, numbers = run.samples[task], defaultdict[str, set[int]](set)
     metadata = run.metadata.get(task, {})
     rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in metrics}
     with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                digest = str(row["doc_hash"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise ResultsError(
-                    f"{file}, line {number}: not complete JSON with a doc_hash: the file is truncated, "
-                    "or was not written by lm-eval 0.4.3 or later."
-                ) from None
-            logged[row.get("filter")] += 1
-            number, sample = row.get("doc_id", number), read_sample(row, task, metadata)
+        for line_number, line in enumerate(lines, 1):
+            with reading(
+                f"{file}, line {line_number}, is damaged",
+                f"evaluate {task} again with --log_samples.",
+            ):
+                try:
+                    row = from_json(line)
+                    row["doc_hash"]
+                except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+                    raise ResultsError(
+                        f"{file}, line {line_number}: not complete JSON with a doc_hash: the file is "
+                        "truncated, or was not written by lm-eval 0.4.3 or later."
+                    ) from None
+                number, digest, of_filter = _identity(row)
+                if number in numbers[of_filter]:
+                    raise ValueError(f"an earlier line has doc_id {number}, too")
+                numbers[of_filter].add(number)
+                sample = read_sample(row, task, metadata)
             for metric, values in rows.items():
                 name, _, filter_name = metric.rpartition(",")
                 value = sample.choice_prob if metric == CHOICE_PROB else row.get(name)
-                if row.get("filter") == filter_name and (
+                if of_filter == filter_name and (
                     value is not None or metric == CHOICE_PROB
                 ):
                     values.append((number, digest, value, sample))
     for metric, values in rows.items():
         name, score = metric.rpartition(",")[2], run.scores.get((task, metric))
-        if score and score.documents not in (None, logged[name]):
+        logged = len(numbers[name])
+        if score and score.documents not in (None, logged):
             raise ResultsError(
-                f"{file} holds {logged[name]} documents of {task} (filter {name!r}), but the results "
+                f"{file} holds {logged} documents of {task} (filter {name!r}), but the results "
                 f"file says {score.documents}: one of them is incomplete."
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -365,6 +375,16 @@ def read_samples(
             for _, digest, value, sample in sorted(values, key=lambda row: row[0])
         ]
     return rows
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[int, str, str]:
+    """Return ``doc_id``, ``doc_hash`` and filter of a line."""
+    kinds = {"doc_id": int, "doc_hash": str, "filter": str}
+    for key, kind in kinds.items():
+        if type(row[key]) is not kind:
+            expected = "a whole number" if kind is int else "a text"
+            raise ValueError(f"{key} is {row[key]!r}, not {expected}")
+    return row["doc_id"], row["doc_hash"], row["filter"]
 
 
 def read_sample(
@@ -385,12 +405,12 @@ def read_sample(
     # The score of MC2 is the share of probability on true answers, which can be several.
     several = as_mapping(document.get("mc2_targets")) if texts else {}
     if texts and texts == [str(each).strip() for each in several.get("choices") or ()]:
-        chance = float(np.mean(several["labels"]))
+        chance = float(np.mean(_labels(several)))
         # MC1 is judged among other choices, of which one is right.
         single = as_mapping(document.get("mc1_targets"))
         answers = [str(choice).strip() for choice in single.get("choices") or ()]
         rivals = tuple(texts.index(answer) for answer in answers if answer in texts)
-        target = next(itertools.compress(answers, single.get("labels") or ()), target)
+        target = next(itertools.compress(answers, _labels(single)), target)
     elif texts and document.get("context_condition") == "ambig":
         # All choices but two people say that nobody can know, and are right.
         chance = (len(texts) - 2) / len(texts)
@@ -402,13 +422,22 @@ def read_sample(
         target = texts[right]
     by_name = (f for text, f in CLUSTER_FIELDS.items() if re.search(text, task))
     about = document.get(metadata.get("cluster") or next(by_name, ""))
-    cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
+    # Whatever a model says of a document, it says of its copies.
+    cluster = f"{task}\0{digest if about is None else about}"
     # Every run was asked the same, and a command keeps what it has read.
     prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
     asked = number, digest, cluster, prompt, target, choices, right, chance, rivals
     level = str(document.get(metadata.get("level", ""), ""))
     return Sample(*asked, level, *_answered(row, endings))
+
+
+def _labels(targets: Mapping[str, Any]) -> list[int]:
+    """Return which choices of MC1 or MC2 are true, none where there are no choices."""
+    choices, labels = targets.get("choices") or [], targets.get("labels") or []
+    if len(labels) != len(choices) or not all(label in (0, 1) for label in labels):
+        raise ValueError(f"{choices!r} have the labels {labels!r}, not a 0 or 1 each")
+    return labels
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

@@ -27,6 +27,7 @@ from lm_eval_pruned.results.metrics import is_share
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Difference
 
     Key = tuple[str, str]
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 class Verdict(NamedTuple):
     """The answer on two runs, by their claims.
 
-    `rows` are all differences between the two, those of scores that are not judged among them.
+    `rows` are all differences between the two, those of scores that are not judged among them; `floors` say
+    where the base stands.
     """
 
     base: Run
@@ -44,6 +46,7 @@ class Verdict(NamedTuple):
     claims: Sequence[Claim]
     notes: Sequence[str]
     rows: Sequence[Difference]
+    floors: Sequence[Standing]
 
     @property
     def code(self) -> int:
@@ -107,9 +110,8 @@ def decide(
     ]
     blind = blind_scores(base, floors, keys)
     claims = claims_on(cases[: len(keys)], others, blind, margins)
-    return Verdict(
-        base, candidate, answer_of(claims), claims, compared.notes, compared.rows
-    )
+    known = compared.notes, compared.rows, compared.floors
+    return Verdict(base, candidate, answer_of(claims), claims, *known)
 
 
 def _within(base: Run, key: Key, margins: Mapping[str, str]) -> Margin:

@@ -32,6 +32,7 @@ from lm_eval_pruned.verdict.decision import what_decides
 
 
 if TYPE_CHECKING:
+    from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Claim, Difference
     from lm_eval_pruned.verdict.decision import Verdict
 
@@ -144,7 +145,7 @@ def headline(verdict: Verdict) -> str:
         fallen.sort(key=lambda claim: claim.word not in REFUTED)
         texts = [*map(_fall, fallen[:NAMED])]
         texts += [f"{len(fallen) - NAMED} more"] * (len(fallen) > NAMED)
-        joint = ", although " if verdict.answer == SHIP else "; "
+        joint = ", although " if verdict.answer == SHIP else "; " if parts else ": "
         line += f"{joint}{', '.join(texts)}"
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
 
@@ -210,11 +211,12 @@ def _answer_section(verdict: Verdict) -> Section:
     blind = [claim for claim in judged if claim.word == NO_LOSS]
     lost = [claim for claim in verdict.open if claim.word in REFUTED]
     undecided = [claim for claim in verdict.open if claim.word not in REFUTED]
-    rows = [_with_floor(verdict, claim) for claim in blind]
-    names = "; ".join(f"{_name(row)}: {row.floor.why_not}" for row in rows if row.floor)
+    keys = [claim.row.case.key for claim in blind]
+    low = [floor for floor in verdict.floors if (floor.task, floor.metric) in keys]
+    names = "; ".join(f"{_name(floor)}: {floor.why_not}" for floor in low)
     not_above = "the base is not shown to be above the floor of"
     if not blind:
-        able = "Every score here could have shown a loss."
+        able = "Every score here could have shown a loss." * (verdict.answer == SHIP)
     elif blind == judged:
         able = f"No score can show a loss, because {not_above} any task ({names})."
     else:
@@ -239,7 +241,11 @@ def _answer_section(verdict: Verdict) -> Section:
     ]
     return Section(
         verdict.answer.capitalize(),
-        [f"{line[:1].upper()}{line[1:]}. {able}", reason, *(m.sentence for m in means)],
+        [
+            f"{line[:1].upper()}{line[1:]}. {able}".rstrip(),
+            reason,
+            *(m.sentence for m in means),
+        ],
         notes=notes,
     )
 
@@ -253,7 +259,7 @@ def _why(claim: Claim) -> str:
     return f"{known} {more}".rstrip()
 
 
-def _name(row: Difference) -> str:
+def _name(row: Standing) -> str:
     return f"{row.task} {row.metric.removesuffix(',none')}"
 
 
