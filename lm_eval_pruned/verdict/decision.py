@@ -10,7 +10,15 @@ from lm_eval_pruned.compare.cases import Case
 from lm_eval_pruned.compare.claims import CLAIM_LEVEL, CODES, REFUTED, WORDS
 from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.compare.floors import blind_scores
-from lm_eval_pruned.compare.judge import Claim, answer_of, claims_on, p_worse
+from lm_eval_pruned.compare.judge import (
+    OTHER,
+    PART,
+    SCORE,
+    Claim,
+    answer_of,
+    claims_on,
+    p_worse,
+)
 from lm_eval_pruned.compare.margins import (
     Margin,
     further_measures,
@@ -59,13 +67,33 @@ class Verdict(NamedTuple):
 
     @property
     def open(self) -> list[Claim]:
-        """The claims that are refuted, or keep the verdict from being decided."""
-        return [
+        """The claims that are refuted, or keep the verdict from being decided.
+
+        The wider margins of tasks with a mean are among them only where nothing else is.
+        """
+        found = [
             claim
             for claim in self.claims
             if claim.word in REFUTED
             or (claim.is_taken and WORDS[claim.word].status == "undecided")
         ]
+        return [c for c in found if c.about != PART or c.row.case.member] or found
+
+    @property
+    def fallen(self) -> list[Claim]:
+        """Members of groups, and other measures of answers, that are shown to be worse; refuted ones first.
+
+        Not where the score that is judged of the task is.
+        """
+        worse = [c.row.case.key[0] for c in self.about(SCORE) if c.word in REFUTED]
+        found = [
+            claim
+            for claim in self.about(PART, OTHER)
+            if claim.fell
+            and (claim.about == OTHER or claim.row.case.member)
+            and claim.row.case.key[0] not in worse
+        ]
+        return sorted(found, key=lambda claim: claim.word not in REFUTED)
 
 
 def decide(

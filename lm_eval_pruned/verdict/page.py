@@ -132,27 +132,20 @@ def headline(verdict: Verdict) -> str:
             parts.append(f"{name} {row.relative:+.1%}".replace("%", " %"))
         elif claim in verdict.open:
             parts.append(f"{claim.name} {claim.word}")
-    open_parts = [
-        c for c in verdict.about(PART) if c in verdict.open and not _is_named(c)
-    ]
+    fallen = verdict.fallen
+    named = [c for c in verdict.about(PART) if c in verdict.open and c not in fallen]
     parts += [
         f"{claim.name} {claim.word}"
-        for claim in [*verdict.about(MEAN), *open_parts[:NAMED]]
+        for claim in [*verdict.about(MEAN), *named[:NAMED]]
         if claim in verdict.open
     ]
     line = f"{verdict.answer}: {', '.join(parts)}" if parts else verdict.answer
-    if fallen := [*filter(_is_named, verdict.claims)]:
-        fallen.sort(key=lambda claim: claim.word not in REFUTED)
+    if fallen:
         texts = [*map(_fall, fallen[:NAMED])]
         texts += [f"{len(fallen) - NAMED} more"] * (len(fallen) > NAMED)
         joint = ", although " if verdict.answer == SHIP else "; " if parts else ": "
         line += f"{joint}{', '.join(texts)}"
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
-
-
-def _is_named(claim: Claim) -> bool:
-    """Whether a loss of a member of a group, or of another measure of the answers, is shown."""
-    return claim.fell and (claim.about == OTHER or bool(claim.row.case.member))
 
 
 def _fall(claim: Claim) -> str:
@@ -173,14 +166,13 @@ def _tables(verdict: Verdict) -> list[Section]:
     on_bias = [pair for pair in judged if pair[1].task in bias_tasks]
     scores: list[tuple[Claim | None, Difference]]
     scores = [pair for pair in judged if pair[1].task not in bias_tasks]
-    scores += [
-        p for p in known if p[0].about == PART and (p[0].fell or p[0] in verdict.open)
-    ]
+    told = [*verdict.fallen, *verdict.open]
+    scores += [pair for pair in known if pair[0].about == PART and pair[0] in told]
     counted = primary_metrics([verdict.base, verdict.candidate])
     scores += [
         p
         for p in known
-        if p[0].about == OTHER and (p[0].fell or p[1].case.key in counted)
+        if p[0].about == OTHER and (p[0] in told or p[1].case.key in counted)
     ]
     keys = {pair[1].case.key for pair in known}
     left = [row for row in verdict.rows if row.case.key in [*counted, *_kl(verdict)]]
