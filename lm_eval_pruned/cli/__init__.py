@@ -86,7 +86,7 @@ def parser(words: list[str]):
         command.add_argument(
             "--verbose",
             action="store_true",
-            help="show warnings of other packages that change no result, and where an error arose",
+            help="show tracebacks, and warnings of other packages that change no result",
         )
         command.set_defaults(run=module.run)
     return program

@@ -25,6 +25,7 @@ from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, table_section, write_page
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.documents import KL
+from lm_eval_pruned.results.files import listed
 from lm_eval_pruned.results.groups import family_of, primary_metrics
 from lm_eval_pruned.results.metrics import SHARE, is_bias, is_loss, is_perplexity
 from lm_eval_pruned.util.tables import Cell, Column, csv_table
@@ -228,9 +229,13 @@ def _answer_section(verdict: Verdict) -> Section:
         reason = f"{len(undecided)} of {len(verdict.claims)} claims are not shown."
     else:
         reason = "Evaluate tasks that the base can do."
-    notes = [
-        f"{claim.name}: {claim.word}. {_why(claim)}" for claim in [*lost, *undecided]
-    ]
+    told = [*lost, *undecided]
+    parts = [claim for claim in told if claim.about == PART]
+    # There may be dozens, and each takes seconds.
+    rest = parts[NAMED:]
+    notes = [f"{c.name}: {c.word}. {_why(c)}" for c in told if c not in rest]
+    if rest:
+        notes.append(f"{len(rest)} more: {listed([claim.name for claim in rest])}.")
     return Section(
         verdict.answer.capitalize(),
         [

@@ -158,7 +158,7 @@ def test_verdict_and_check_give_one_answer(both, tasks, seed, margin):
 
 
 @settings(
-    max_examples=15,
+    max_examples=6,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
