@@ -23,7 +23,6 @@ EXTRAS = {"altair": "report", "vl_convert": "report", "gguf": "demo"}
 EXTRAS |= {"ray": "ray", "vllm": "vllm"}
 #: Exit code of an error of ours, as in BSD's sysexits; 1 is an answer of `check` and `verdict`.
 OUR_ERROR = 70
-ISSUES = "https://github.com/lm-eval-pruned/lm-eval-pruned/issues"
 #: Warnings of packages underneath that no user can act on: words of theirs, by the logger that gives them.
 NOISE = {
     "torchao": "Failed to load",
@@ -131,10 +130,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"`pip install 'lm-eval-pruned[{EXTRAS[package]}]'`."
             )
         elif not isinstance(error, ValueError | OSError):
-            code = OUR_ERROR
+            from importlib.metadata import metadata
+
+            code, page = OUR_ERROR, metadata("lm-eval-pruned")["Home-page"]
             message = (
                 "this is a bug of lm-eval-pruned: please report it, with the lines above, at "
-                f"{ISSUES}"
+                f"{page}/issues"
             )
         if code == OUR_ERROR or verbose:
             import traceback

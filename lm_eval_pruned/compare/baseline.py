@@ -16,11 +16,9 @@ import pandas as pd
 
 from lm_eval_pruned.compare.margins import CLAIMS, Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
-from lm_eval_pruned.results.files import (
-    MODEL,
+from lm_eval_pruned.results.files import MODEL, Run, Score
+from lm_eval_pruned.results.parts import (
     ResultsError,
-    Run,
-    Score,
     as_mapping,
     direction,
     finite_or_none,

@@ -16,14 +16,8 @@ import numpy as np
 from scipy import special, stats
 
 from lm_eval_pruned.results import bbq
-from lm_eval_pruned.results.files import (
-    ResultsError,
-    Run,
-    Score,
-    as_mapping,
-    from_json,
-    reading,
-)
+from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.parts import ResultsError, as_mapping, from_json, reading
 
 
 if TYPE_CHECKING:

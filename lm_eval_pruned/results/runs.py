@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.files import (
-    ResultsError,
     Run,
-    finite_or_none,
     left_of,
     newest_first,
+    read_results_file,
+)
+from lm_eval_pruned.results.parts import (
+    ResultsError,
+    finite_or_none,
     part,
     read_json,
-    read_results_file,
     reading,
 )
 
@@ -86,7 +88,7 @@ def read_unit(folder: Path) -> UnitRecord | None:
     """Return what is there for a unit; None for nothing, or nothing whole."""
     try:
         return _unit_in(folder)
-    except ResultsError:
+    except (OSError, ResultsError):
         return None
 
 
