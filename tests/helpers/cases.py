@@ -39,7 +39,7 @@ def case_of(
         known = {task: {"floors": floors}}
         held = {task: {metric: documents}}
         runs.append(Run(name, Path(), scores, metadata=known, documents=held))
-    return Case(*runs, key, margin=Margin(claim, margin))
+    return Case(*runs, key, key, margin=Margin(claim, margin))
 
 
 def stderr_of(test):
