@@ -292,7 +292,7 @@ def test_neither_unit_nor_origin_changes_what_is_kept(seed, unit, origin):
 
 
 def test_the_base_keeps_all_the_floor_nothing_and_a_base_at_its_floor_bounds_nothing():
-    base, run = lifts(3)
+    base, _ = lifts(3)
     floor = np.linspace(-1, 1, len(base))
     assert paired(base, base, floor).kept() == pytest.approx((1, 1, 1))
     assert paired(base, floor, floor).kept() == pytest.approx((0, 0, 0), abs=1e-9)

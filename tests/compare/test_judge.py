@@ -10,7 +10,6 @@ from scipy import stats
 
 from lm_eval_pruned.compare.claims import p_of, paired
 from lm_eval_pruned.compare.judge import answer_of, claims_on, judged
-from lm_eval_pruned.compare.margins import Margin
 from tests.helpers.cases import case_of
 
 
@@ -31,6 +30,27 @@ def test_a_claim_is_shown_at_a_level_of_5_percent(down, word, answer):
     (claim,) = claims = claims_on([case])
     assert claim.p == pytest.approx(stats.binom.cdf(down, 400, 0.0425))
     assert (claim.word, claim.fell, answer_of(claims)) == (word, True, answer)
+
+
+@pytest.mark.parametrize(
+    ("metric", "lost", "word"),
+    [
+        ("word_perplexity,none", 0.01, "equivalent"),
+        ("word_perplexity,none", 0.03, "worse"),
+        ("lift,none", 0.03, "equivalent"),
+        ("lift,none", 0.07, "worse"),
+    ],
+)
+def test_losses_on_both_sides_of_a_margin_are_decided(metric, lost, word):
+    """Of the same share of every document, which have hardly any spread."""
+    rng, noise = np.random.default_rng(0), np.random.default_rng(1).normal(0, 1e-4, 80)
+    if metric == "lift,none":
+        base, about = rng.normal(5, 4, 80), {"margin": "5%", "floor": 0.0}
+        run = base * (1 - lost) + noise
+    else:
+        base, about = rng.normal(-3, 0.2, 80), {"margin": "2%", "up": False}
+        run, about["transform"] = base - np.log(1 + lost) + noise, "perplexity"
+    assert claims_on([case_of(base, run, metric=metric, **about)])[0].word == word
 
 
 @pytest.mark.parametrize("side", ["right", "wrong"])
