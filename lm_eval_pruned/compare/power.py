@@ -79,7 +79,8 @@ class Pilot:
         clusters = np.repeat(np.arange(len(units)), lengths)
         # Strata keep their names, and each document of the draw is another one.
         names = self._names[chosen].tolist()
-        keys = tuple(zip(names, repeat(self.case.key[0]), range(len(names))))
+        digests = (f"{self.case.key[0]} {number}" for number in range(len(names)))
+        keys = tuple(zip(names, digests, repeat(0)))
         one, other = self.pair
         values = one.values[chosen], other.values[chosen]
         labels = tuple(clusters.tolist()) if one.clusters else None

@@ -202,8 +202,11 @@ def test_guessing_beats_false_answers_in_mc1_and_draws_true_ones_in_mc2(
 
 
 def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):
-    (found,) = written(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
+    (found,) = written(tmp_path, answered([1] * 40, [1, 1, 0, 1] * 10))
     assert found.levels == {"chance": 0.5, "commonest answer": 0.75}
+    # Of four documents, three have the same answer by luck.
+    (found,) = written(tmp_path, answered([1] * 4, [1, 1, 0, 1]), "few")
+    assert found.levels == {"chance": 0.5}
     # Position 0 is always right, which no model can see.
     rows = {n: offering([f"right {n}", "wrong"]) for n in range(4)}
     acc = {"acc,none": {"values": [1.0] * 4, "rows": rows}}
