@@ -17,6 +17,7 @@ import pandas as pd
 from lm_eval_pruned.compare.margins import CLAIMS, Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
 from lm_eval_pruned.results.files import MODEL, Run, Score
+from lm_eval_pruned.results.metrics import BOUNDS
 from lm_eval_pruned.results.parts import (
     ResultsError,
     as_mapping,
@@ -27,7 +28,6 @@ from lm_eval_pruned.results.parts import (
     reading,
     version,
 )
-from lm_eval_pruned.results.metrics import BOUNDS
 from lm_eval_pruned.util.atomic import write_atomically
 
 

@@ -35,7 +35,7 @@ from lm_eval_pruned.compare.margins import (
 )
 from lm_eval_pruned.compare.pairing import another_test
 from lm_eval_pruned.compare.statistics import false_discovery
-from lm_eval_pruned.results.documents import CHOICE_PROB, documents_of
+from lm_eval_pruned.results.documents import CHOICE_PROB, check_score, documents_of
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
@@ -322,6 +322,7 @@ def _case(key: Key, run: Run, baseline: Baseline) -> Case:
     """Pair documents; raise ResultsError without any, or if they are others or weigh otherwise."""
     name, task, metric = key
     before = baseline.runs[name]
+    check_score(run, task, metric)
     expected, now = (_as_in_file(item, task, metric) for item in (before, run))
     rule = baseline.rules[key]
     case = Case(expected, now, (task, metric), margin=rule.margin)

@@ -235,6 +235,12 @@ class Paired(Test):
         """Whether tests are made: not of too few units, or without a spread."""
         return self.method[:6] != "none: " or not (self.run - self.base).any()
 
+    @property
+    def shares_tested(self) -> bool:
+        """Whether shares are tested: documents that change alike may differ in what they had."""
+        varied = np.ptp(self.base / self.weights) > 0
+        return self.tested or (self.units >= LEAST_UNITS and bool(varied))
+
     def p_beyond(self, x: float, side: int) -> float | None:
         """Return the p by `p_of`."""
         if not self.tested:
@@ -252,7 +258,7 @@ class Paired(Test):
         """Test a share as what is kept, so that the base's own spread counts."""
         if not share or self.perplexity is not None:
             return super()._p_at(size, share, end, side)
-        if not self.tested or not self.above:
+        if not self.shares_tested or not self.above:
             return None
         return p_of(self.keeps(1 - end * self.above * share, side * self.above))
 
@@ -291,7 +297,7 @@ class Paired(Test):
             return None
         floor = self.floor.sum()
         share = float((self.run.sum() - floor) / (self.base.sum() - floor))
-        if not self.tested:
+        if not self.shares_tested:
             return share, None, None
         low, high = _ends(self.keeps, share, 1e-3, level)
         return share, low, high

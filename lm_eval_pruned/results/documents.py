@@ -17,6 +17,7 @@ from scipy import special, stats
 
 from lm_eval_pruned.results import bbq
 from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.metrics import metric_of
 from lm_eval_pruned.results.parts import ResultsError, as_mapping, from_json, reading
 
 
@@ -241,6 +242,28 @@ def documents_of(run: Run, task: str, metric: str) -> Documents | None:
             if (documents := _documents(name, lines, run.scores.get((task, name))))
         }
     return run.documents[task].get(metric)
+
+
+def check_score(run: Run, task: str, metric: str) -> None:
+    """Raise ResultsError where a score of known form is not that of the logged documents: one is damaged.
+
+    Nothing is raised of groups, and where documents have no plain numbers, whose aggregation may be any.
+    """
+    row = metric_of(task, metric, run.metadata.get(task))
+    if (
+        documents_of(run, task, metric) is not None
+        or run.subtasks.get(task)
+        or task not in run.samples
+        or not (row.limits or row.loss)
+    ):
+        return
+    values = [value for _, value, _ in read_samples(run, task, [metric])[metric]]
+    if values and {*map(type, values)} <= _NUMBERS:
+        score = run.scores[task, metric].value
+        raise ResultsError(
+            f"{run.path} says that {task} has a {metric.partition(',')[0]} of {score:.6g}, which is not that of "
+            f"the documents in {run.samples[task]}: one of them is damaged, so evaluate again."
+        )
 
 
 def _documents(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lm_eval_pruned.results.files import ResultsError, as_mapping, finite_or_none
+from lm_eval_pruned.results.parts import ResultsError, as_mapping, finite_or_none
 
 
 if TYPE_CHECKING:

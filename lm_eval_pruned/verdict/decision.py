@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +29,7 @@ from lm_eval_pruned.compare.margins import (
 )
 from lm_eval_pruned.compare.pairing import another_test
 from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
+from lm_eval_pruned.results.documents import check_score
 from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.metrics import is_share
 
@@ -123,6 +125,8 @@ def decide(
         )
     check_margins(margins, keys, {key[0]: base for key in keys})
     _refuse_another_test(base, candidate, keys)
+    for run, key in itertools.product((base, candidate), keys):
+        check_score(run, *key)
     further = [key for key in further_measures(base, keys) if key in candidate.scores]
     within = {key: _within(base, key, margins) for key in (*keys, *further)}
     # Of this level, intervals beyond the margin are what the gate calls shown.
