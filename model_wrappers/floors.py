@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import re
 from collections import Counter, defaultdict
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -20,16 +19,14 @@ from lm_eval.api.model import LM
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from lm_eval.api.instance import Instance
 
 #: The argument of the model types, and the entry of ``config`` in their results.
 MISMATCHED = "mismatched_questions"
 #: Which of several answers is the most likely one.
-RULES = ("equal", "shortest", "longest", "first", "commonest")
-#: Fields of a document that may say which answer is right.
-_RIGHT = re.compile("answer|correct|decision|gold|label|target")
+RULES = ("equal", "shortest", "longest", "first")
 _OF_HARNESS = {"batch_size", "device", "max_batch_size", "trust_remote_code"}
 
 
@@ -42,9 +39,8 @@ class EchoLM(LM):
 
         Args:
             loglikelihood: The most likely of several answers. ``equal``: all alike, and ``acc``
-                guesses; ``shortest``, ``longest``, ``first``; ``commonest``: what is right most often,
-                where all documents offer the same answers and one of their fields tells, else a guess.
-                Guesses, also between answers of one length, are the same in each run.
+                guesses; ``shortest``, ``longest``, ``first``. Guesses, also between answers of one
+                length, are the same in each run.
             **others: What the harness passes to every model.
 
         Raises:
@@ -61,21 +57,16 @@ class EchoLM(LM):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Make one answer to each document certain, or all alike; a single one is any bytes."""
-        documents = _documents(requests)
-        counts = _right_answers(documents.values()) if self._rule == "commonest" else {}
         answers: dict[int, tuple[float, bool]] = {}
-        for document in documents.values():
-            answers |= self._answers(document, counts)
+        for document in _documents(requests).values():
+            answers |= self._answers(document)
         return [answers[id(request)] for request in requests]
 
-    def _answers(
-        self, document: Sequence[Instance], counts: Mapping[Any, Counter[int]]
-    ) -> dict[int, tuple[float, bool]]:
+    def _answers(self, document: Sequence[Instance]) -> dict[int, tuple[float, bool]]:
         if len(document) == 1:
             return {id(document[0]): (_of_bytes(document[0].args[1]), False)}
         # acc_mutual_info asks once more without the question, where nothing may be certain.
         offered = [request for request in document if request.args[0]] or document
-        known = counts.get(_choices(offered), Counter())
 
         def rank(index: int) -> tuple[int, str]:
             context, answer = offered[index].args[:2]
@@ -83,7 +74,7 @@ class EchoLM(LM):
             by_rule = {"shortest": -size, "longest": size, "first": -index}
             # The harness gives ties to the first, which data sets often make the right one.
             draw = hashlib.sha256(f"{context}\0{answer}".encode()).hexdigest()
-            return by_rule.get(self._rule, known[index]), draw
+            return by_rule.get(self._rule, 0), draw
 
         chosen = offered[max(range(len(offered)), key=rank)]
         # As likely as the chosen one, to nine digits, or never.
@@ -138,45 +129,6 @@ def _documents(requests: Iterable[Instance]) -> dict[Any, list[Instance]]:
 
 def _of_bytes(text: str) -> float:
     return -math.log(256) * len(text.encode())
-
-
-def _choices(document: Sequence[Instance]) -> tuple[str, ...]:
-    return tuple(request.args[1].strip() for request in document)
-
-
-def _right_answers(
-    documents: Iterable[Sequence[Instance]],
-) -> dict[Any, Counter[int]]:
-    """Count how often each answer is right, over the tasks whose documents all offer the same."""
-    by_task: dict[Any, list[Sequence[Instance]]] = defaultdict(list)
-    counts: dict[Any, Counter[int]] = defaultdict(Counter)
-    for document in documents:
-        by_task[document[0].task_name].append(document)
-    for of_task in by_task.values():
-        choices, *more = {_choices(document) for document in of_task}
-        # Of a single document, the commonest answer would be the right one.
-        if more or len(of_task) == 1:
-            continue
-        for name in filter(_RIGHT.search, of_task[0][0].doc):
-            rights = [
-                _choice(document[0].doc.get(name), choices) for document in of_task
-            ]
-            if -1 not in rights:
-                counts[choices].update(rights)
-                break
-    return counts
-
-
-def _choice(value: Any, choices: tuple[str, ...]) -> int:
-    """Return which choice a field of a document names, or -1.
-
-    As in the harness, a number is an index, and a text that is one of the choices is that one.
-    """
-    text = str(value).strip()
-    if not isinstance(value, int) and text in choices:
-        return choices.index(text)
-    is_index = isinstance(value, int) or text.isdecimal()
-    return int(value) if is_index and 0 <= int(value) < len(choices) else -1
 
 
 def mismatched(request_type: str, requests: Sequence[Instance]) -> list[Instance]:

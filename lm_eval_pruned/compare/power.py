@@ -63,14 +63,24 @@ class Pilot:
         of_unit = self._names[self._order[self._starts]]
         self._strata = [np.flatnonzero(of_unit == name) for name in np.unique(of_unit)]
 
+    def _units(self, times: float, rng: np.random.Generator) -> np.ndarray:
+        """Draw units: each stratum has its share, rounded up or down at random, and all have their sum."""
+        strata = [self._strata[i] for i in rng.permutation(len(self._strata))]
+        until = np.cumsum([*map(len, strata)])
+        total = max(1, round(times * int(until[-1])))
+        # Systematic sampling: the same part of a unit is added to the end of each share.
+        ends = np.floor(total * (until / until[-1]) + rng.random()).astype(int)
+        counts = np.diff(ends, prepend=0)
+        return np.concatenate(
+            [rng.choice(s, n) for s, n in zip(strata, counts, strict=True)]
+        )
+
     def drawn(self, times: float, rng: np.random.Generator, alike: bool) -> Case:
         """Return the case with `times` as many documents.
 
         With `alike`, base and run are exchanged in half of the units, so that they do not differ.
         """
-        units = np.concatenate(
-            [rng.choice(s, max(1, round(times * len(s)))) for s in self._strata]
-        )
+        units = self._units(times, rng)
         lengths = self._lengths[units]
         ends = np.cumsum(lengths)
         first = np.repeat(self._starts[units] - (ends - lengths), lengths)

@@ -88,7 +88,7 @@ FLOORS = tuple(
         f"{FLOOR}{name}-{rule}", {**arguments, "loglikelihood": rule}, floor=kind
     )
     for kind, name, arguments, rule in (
-        ("constant", "yes", {"answer": "Yes"}, "commonest"),
+        ("constant", "yes", {"answer": "Yes"}, "equal"),
         ("constant", "dot", {"answer": "."}, "shortest"),
         ("constant", "the-the", {"answer": "the the"}, "longest"),
         ("echo", "echo", {}, "equal"),

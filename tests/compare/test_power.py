@@ -88,19 +88,45 @@ def test_blocks_are_drawn_whole_and_strata_keep_their_shares():
     assert len(sizes) == 120 and set(sizes) == {4}
     pairs = {*zip(base, run, strict=True)}
     assert {*zip(drawn[0].values, drawn[1].values, strict=True)} <= pairs
-    of = case_of(base, run)
-    keys = tuple((f"part {n % 3}", str(n), 0) for n in range(n))
-    base, run = (
-        scored_on(run, of.key, dataclasses.replace(documents, keys=keys))
-        for run, documents in zip((of.base, of.run), of.pair, strict=True)
-    )
-    parts = dataclasses.replace(of, base=base, run=run)
+    parts = in_strata(case_of(base, run), 3)
     drawn = Pilot(parts).drawn(0.5, np.random.default_rng(0), alike=True).pair[0]
     assert np.unique(drawn.groups["strata"], return_counts=True)[1].tolist() == [
         40,
         40,
         40,
     ]
+
+
+def in_strata(case, strata):
+    """Return the case with its documents in so many strata."""
+    base, run = (
+        scored_on(run, case.key, dataclasses.replace(documents, keys=keys))
+        for run, documents in zip((case.base, case.run), case.pair, strict=True)
+        for keys in [
+            tuple((f"part {n % strata}", str(n), 0) for n in range(len(documents.keys)))
+        ]
+    )
+    return dataclasses.replace(case, base=base, run=run)
+
+
+@pytest.mark.parametrize("documents", [10, 100, 140, 150])
+def test_as_many_documents_are_drawn_as_are_asked_for_however_small_the_strata(
+    documents,
+):
+    """As of MMLU with two questions on each of 57 subjects, which each have the same chance."""
+    pilot, rng = (
+        Pilot(in_strata(case_of(*answers(114, 0.1)), 57)),
+        np.random.default_rng(0),
+    )
+    counts = np.zeros(57)
+    for _ in range(400):
+        drawn = pilot.drawn(documents / 114, rng, alike=True).pair[0]
+        assert len(drawn.keys) == documents
+        parts = [int(name.split()[1]) for name, *_ in drawn.keys]
+        counts += np.bincount(parts, minlength=57)
+    share = documents / 57 % 1
+    error = 4 * math.sqrt(share * (1 - share) / 400)
+    assert counts / 400 == pytest.approx(documents / 57, abs=error)
 
 
 def test_models_that_are_alike_have_one_mean_whatever_was_lost():

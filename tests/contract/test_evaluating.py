@@ -21,6 +21,7 @@ from tests.sweeps.conftest import quick  # noqa: F401
 
 with (checkpoints.DATA / "architectures.csv").open(encoding="utf-8") as file:
     ARCHITECTURES = list(csv.DictReader(file))
+PROBES = ("pruned_probe_knowledge", "pruned_probe_instructions")
 STUDY = sorted({row["base_model"] for row in ARCHITECTURES})
 
 
@@ -139,17 +140,16 @@ def test_a_model_that_does_not_read_the_prompt_scores_the_floors_of_the_probes(
     tmp_path,
 ):
     """Whichever answer it prefers."""
-    names = ("pruned_probe_knowledge", "pruned_probe_instructions")
     words = ["--model", "constant", "--model_args", "loglikelihood=first"]
-    words += ["--tasks", ",".join(names), "--include_path", checkpoints.ROOT / "tasks"]
+    words += ["--tasks", ",".join(PROBES), "--include_path", checkpoints.ROOT / "tasks"]
     words += ["--output_path", tmp_path, "--log_samples"]
     assert lm_eval("run", *words).code == 0
-    scores = [results_in(tmp_path)["results"][name] for name in names]
+    scores = [results_in(tmp_path)["results"][name] for name in PROBES]
     assert [score["acc,none"] for score in scores] == pytest.approx(
         [0.25, 0.273], abs=5e-4
     )
     sizes, levels = (800, 300), (5, 3)
-    for name, size, count, score in zip(names, sizes, levels, scores, strict=True):
+    for name, size, count, score in zip(PROBES, sizes, levels, scores, strict=True):
         assert score["lift,none"] == pytest.approx(0, abs=1e-9)
         (file,) = tmp_path.rglob(f"samples_{name}_*.jsonl")
         docs = [
@@ -158,3 +158,28 @@ def test_a_model_that_does_not_read_the_prompt_scores_the_floors_of_the_probes(
         assert len(docs) == size
         assert len({doc["level"] for doc in docs}) == count
         assert all(doc["family"] for doc in docs)
+
+
+@pytest.mark.parametrize(
+    "limit", [12, pytest.param(None, marks=pytest.mark.slow)], ids=str
+)
+def test_a_comparison_shows_the_exact_floors_of_the_probes(tiny_llama, limit, tmp_path):
+    """Also of few prompts, on which models that know nothing guess more or less by luck."""
+    words = ["--model_args", f"pretrained={tiny_llama}", "--prune_percents", 20]
+    words += ["--tasks", *PROBES, "--include_path", checkpoints.ROOT / "tasks"]
+    words += ["--limit", limit] if limit else []
+    assert pruned("sweep", *words, "--output_path", tmp_path / "sweep").code == 0
+    told = json.loads(pruned("compare", tmp_path / "sweep", "--format", "json").out)
+    rows = {(row["task"], row["metric"]): row["floor"] for row in told["rows"]}
+    floors = {
+        key: (floor["floor_name"], floor["floor"])
+        for key, floor in rows.items()
+        if floor
+    }
+    of_acc, of_lift = (
+        [floors[name, metric] for name in PROBES]
+        for metric in ("acc,none", "lift,none")
+    )
+    # A block counts once, and there are 200 blocks of 800 prompts and 82 of 300.
+    assert of_acc == [("exact", 200 / 800), ("exact", pytest.approx(82 / 300))]
+    assert of_lift == [("exact", 0)] * 2
