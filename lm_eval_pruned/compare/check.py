@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_eval_pruned.compare.answer import CODES, NO_LOSS, WORDS
 from lm_eval_pruned.compare.baseline import BESIDE, OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.compare.cases import Case
-from lm_eval_pruned.compare.claims import CODES, LEAST_UNITS, NO_LOSS, WORDS
+from lm_eval_pruned.compare.claims import LEAST_UNITS
 from lm_eval_pruned.compare.comparison import settings_notes
 from lm_eval_pruned.compare.floors import blind_scores
 from lm_eval_pruned.compare.judge import (
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.compare.judge import Claim
 
-    #: A word of `claims.WORDS`, and a sentence.
+    #: A word of `answer.WORDS`, and a sentence.
     Decision = tuple[str, str]
 
 #: Name of the run where the results are not a sweep's.
@@ -66,7 +67,7 @@ IMPROVED = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What the gate says about one metric: a word of `claims.WORDS`, both scores, and a sentence.
+    """What the gate says about one metric: a word of `answer.WORDS`, both scores, and a sentence.
 
     `code` is the exit code that it makes of the whole check: of a claim, that of the answer on all claims
     of its run.

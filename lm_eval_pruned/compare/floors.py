@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.compare.claims import CLAIM_LEVEL, NO_LOSS, p_of, paired, unpaired
+from lm_eval_pruned.compare.answer import NO_LOSS
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL, p_of, paired, unpaired
 from lm_eval_pruned.compare.pairing import limits_of, paired_documents, paired_test
 from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.documents import documents_of

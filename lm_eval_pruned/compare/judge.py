@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.compare.answer import NO_LOSS, REFUTED, SHOWN, answer, word_of
 from lm_eval_pruned.compare.cases import (
     Case,
     claim_text,
@@ -17,15 +18,7 @@ from lm_eval_pruned.compare.cases import (
     members_of,
     pools_of,
 )
-from lm_eval_pruned.compare.claims import (
-    CLAIM_LEVEL,
-    LEAST_UNITS,
-    NO_LOSS,
-    REFUTED,
-    SHOWN,
-    answer,
-    word_of,
-)
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL, LEAST_UNITS
 from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.files import finite_or_none
 from lm_eval_pruned.results.metrics import is_bias
@@ -156,7 +149,7 @@ def judged(cases: Sequence[Case], alpha: float = 0.05) -> list[Difference]:
 def _word(
     case: Case, change: float, q: float | None, claim: Shown | None, alpha: float
 ) -> str:
-    """Return the word of `claims.WORDS` for a row of a table whose p values are corrected."""
+    """Return the word of `answer.WORDS` for a row of a table whose p values are corrected."""
     if not math.isfinite(change):
         return "not comparable"
     if not case.primary:
@@ -179,7 +172,7 @@ class Claim:
     """A claim of a verdict or a gate, and what is shown of it.
 
     `cases` are those that it is made on, several for a mean; `row` is the difference with its interval of
-    90 %, `about` one of `SCORE`, `MEAN`, `PART` and `OTHER`, `word` one of `claims.WORDS`. Shipping takes
+    90 %, `about` one of `SCORE`, `MEAN`, `PART` and `OTHER`, `word` one of `answer.WORDS`. Shipping takes
     the claim where it `is_taken`. `p` is that of "the claim is wrong", `q` that of "no loss", corrected for
     all that were tested beside it. `fell` says whether a loss is shown, however small.
     """
