@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_pruned.compare.answer import CODES, NO_LOSS, WORDS
+from lm_eval_pruned.compare.answer import CODES, NO_LOSS, REFUTED, WORDS
 from lm_eval_pruned.compare.baseline import BESIDE, OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.compare.cases import Case
 from lm_eval_pruned.compare.claims import LEAST_UNITS
@@ -179,6 +179,11 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             decided[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
             decided[key] = _within_tolerance(rule, before[key], after[key].value)
+            if decided[key][0] in REFUTED:
+                try:
+                    check_score(runs[name], task, metric)
+                except ResultsError as why:
+                    decided[key] = "asked otherwise", str(why)
         else:
             try:
                 cases[key] = _case(key, runs[name], baseline)
