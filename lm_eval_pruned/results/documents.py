@@ -257,9 +257,10 @@ def levels_of(
         return {"chance": chance}
     answers = np.array(rights, dtype=int)
     most = int(np.bincount(answers).max())
-    # One of several answers is right in more than its share of documents by luck, too.
-    count = len(samples[0].choices)
-    p = count * stats.binomtest(most, len(answers), 1 / count, "greater").pvalue
+    # One of several answers is right in more than its share of documents by luck, too. The level is that
+    # at which a model that gives this answer to all would be taken to be above chance.
+    share = 1 / len(samples[0].choices)
+    p = stats.binomtest(most, len(answers), share, "greater").pvalue
     if p >= 0.05:
         return {"chance": chance}
     commonest = float(np.bincount(answers, weights).max() / weights.sum())
