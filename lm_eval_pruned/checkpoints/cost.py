@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lm_eval_pruned.compare.claims import paired
 from lm_eval_pruned.compare.floors import standings
-from lm_eval_pruned.compare.statistics import paired_mean
 from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
 from lm_eval_pruned.pruning.calibration import run_texts, watched
 from lm_eval_pruned.pruning.calibration_text import TextSource
@@ -221,6 +221,7 @@ def _beside_unpruned(qualities: Mapping[str, Quality]) -> list[tuple[str, ...]]:
 def _more(base: Quality, other: Quality) -> str:
     if other is base:
         return "-"
-    test = paired_mean(other.losses - base.losses, base.tokens.astype(float))
+    losses = (quality.losses / base.tokens for quality in (base, other))
+    test = paired(*losses, weights=base.tokens)
     ends = interval_text(*test.interval(), 3)
     return f"{test.difference:+.3f} {ends}".removesuffix(" -")

@@ -21,6 +21,8 @@ COMMANDS = {
 #: The extra that brings a package which not every command needs, by the name it is imported by.
 EXTRAS = {"altair": "report", "vl_convert": "report", "gguf": "demo"}
 EXTRAS |= {"ray": "ray", "vllm": "vllm"}
+#: Exit code of an error of ours, as in BSD's sysexits; 1 is an answer of `check` and `verdict`.
+OUR_ERROR = 70
 #: Warnings of packages underneath that no user can act on: words of theirs, by the logger that gives them.
 NOISE = {
     "torchao": "Failed to load",
@@ -83,18 +85,23 @@ def parser(words: list[str]):
         command.add_argument(
             "--verbose",
             action="store_true",
-            help="show warnings of other packages that change no result, too",
+            help="show tracebacks, and warnings of other packages that change no result",
         )
         command.set_defaults(run=module.run)
     return program
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that these words spell, or those of the process; return its exit code."""
+    """Run the command that these words spell, or those of the process; return its exit code.
+
+    That is the command's own, 2 for words or input that cannot be used, 130 after Ctrl-C, and 70 for an
+    error of ours, whose traceback is shown.
+    """
     name, words = "lm-eval-pruned", sys.argv[1:] if argv is None else argv
+    verbose = False
     try:
         arguments = parser(words).parse_args(words)
-        name += f" {arguments.command}"
+        name, verbose = f"{name} {arguments.command}", arguments.verbose
         output = getattr(arguments, "output_path", None)
         if output and not getattr(arguments, "dry_run", False):
             from pathlib import Path
@@ -102,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             from lm_eval_pruned.util.atomic import check_writable
 
             check_writable(Path(output))
-        if not arguments.verbose:
+        if not verbose:
             import logging
 
             for logger, noise in NOISE.items():
@@ -112,15 +119,27 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        message = (
-            f"this needs the package {package}, which is not installed: run "
-            f"`pip install 'lm-eval-pruned[{EXTRAS[package]}]'`."
-        )
-    except (ValueError, OSError) as error:
-        message = str(error)
+    # An exception that leaves here would end with 1, which is an answer.
+    except Exception as error:  # noqa: BLE001
+        package = str(getattr(error, "name", None)).partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError)
+        code, message = 2, str(error)
+        if missing and package in EXTRAS:
+            message = (
+                f"this needs the package {package}, which is not installed: run "
+                f"`pip install 'lm-eval-pruned[{EXTRAS[package]}]'`."
+            )
+        elif not isinstance(error, ValueError | OSError):
+            from importlib.metadata import metadata
+
+            code, page = OUR_ERROR, metadata("lm-eval-pruned")["Home-page"]
+            message = (
+                "this is a bug of lm-eval-pruned: please report it, with the lines above, at "
+                f"{page}/issues"
+            )
+        if code == OUR_ERROR or verbose:
+            import traceback
+
+            traceback.print_exc()
     print(f"{name}: error: {message}", file=sys.stderr)
-    return 2
+    return code

@@ -1,9 +1,9 @@
 """Compare results with a baseline file.
 
 Exit code 0: every expected score is there and no worse than its rule allows. 1: one is missing,
-worse, not a number, or from another version of its task. 2: nothing worse was seen, but something
-could not be decided: documents, shots, templates or widths differ from the baseline's, there
-are too few documents for a test, or input cannot be read.
+worse, not a number, or from another version of its task. 3: nothing worse was seen, but something
+could not be decided: documents, shots, templates or widths differ from the baseline's, or there
+are too few documents for a test. 2: input cannot be read. 70: an error of lm-eval-pruned.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def run(arguments) -> int:
 
     kind: str = "absolute"
     value: Any = 0.0
-    for name in files.RULES:
+    for name in files.OPTIONS:
         if (limit := getattr(arguments, name)) is not None:
             kind, value = name, None if limit == USUAL else limit
             if not arguments.update:
@@ -66,7 +66,9 @@ def run(arguments) -> int:
         )
         return gate.exit_code(findings)
     previous = files.read_baseline(file) if Path(file).exists() else None
-    baseline = gate.make_baseline(runs, kind, value, previous)
+    baseline = gate.make_baseline(
+        runs, kind, value, previous, gate.floors_in(arguments.results)
+    )
     files.write_baseline(file, baseline)
     for note in gate.notes(runs, baseline):
         print(f"NOTE     {note}")

@@ -3,8 +3,8 @@ form? Evaluate both on the same documents and answer: ship, do not ship, or not 
 would take. Without --tasks, use the documents on which BASE was evaluated, or those of the demo. If
 interrupted, the same command continues where it stopped.
 
-Exit code 0: ship. 1: do not ship, a score is shown to be worse. 2: not decided, or input that cannot
-be used.
+Exit code 0: ship. 1: do not ship, a score is shown to be worse. 3: not decided. 2: input that cannot
+be used. 70: an error of lm-eval-pruned.
 """
 
 from pathlib import Path
@@ -64,9 +64,10 @@ def run(arguments) -> int:
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
         section = card_section(verdict, models[0])
-        rows = (judged.row for judged in verdict.judged)
         kept = {
-            (row.task, row.metric): row.floor.kept_text for row in rows if row.floor
+            row.case.key: row.floor.kept_text
+            for row in verdict.rows
+            if row.floor and row.primary
         }
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,17 @@ import pandas as pd
 
 from lm_eval_pruned.compare.margins import CLAIMS, Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
-from lm_eval_pruned.results.files import (
-    MODEL,
+from lm_eval_pruned.results.files import MODEL, Run, Score
+from lm_eval_pruned.results.metrics import BOUNDS
+from lm_eval_pruned.results.parts import (
     ResultsError,
-    Run,
-    Score,
+    as_mapping,
+    direction,
     finite_or_none,
+    part,
     read_json,
+    reading,
+    version,
 )
 from lm_eval_pruned.util.atomic import write_atomically
 
@@ -33,7 +36,11 @@ if TYPE_CHECKING:
 
 #: Version of the baseline file.
 SCHEMA = 3
-RULES = ("absolute", "relative", "alpha", *CLAIMS)
+#: The rule of another measure of the answers that a claim is about.
+BESIDE = "beside"
+#: Those that an option sets.
+OPTIONS = ("absolute", "relative", "alpha", *CLAIMS)
+RULES = (*OPTIONS, BESIDE)
 #: Those that look at single documents.
 OF_DOCUMENTS = RULES[2:]
 #: Run, task and metric.
@@ -60,21 +67,27 @@ class Rule:
 
     @property
     def margin(self) -> Margin | None:
-        """What is claimed by a rule of `CLAIMS`."""
-        return Margin(self.kind, self.value) if self.kind in CLAIMS else None
+        """What is claimed by a rule of `CLAIMS`, or would be of another measure."""
+        if self.kind not in (*CLAIMS, BESIDE):
+            return None
+        return Margin("not_worse" if self.kind == BESIDE else self.kind, self.value)
 
-    def check(self, task: str, metric: str, score: Score) -> None:
+    def check(self, task: str, metric: str, run: Run | None = None) -> None:
         """Raise ValueError for a margin that allows any difference of the metric."""
         if self.margin:
-            self.margin.check(task, metric, score.value)
+            self.margin.check(task, metric, run)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Expected scores with versions, settings and documents, and a rule for each."""
+    """Expected scores with versions, settings and documents, and a rule for each.
+
+    `blind` are the scores that cannot show a loss in each run, as `floors.blind_scores` returns them.
+    """
 
     runs: dict[str, Run] = field(default_factory=dict)
     rules: dict[Key, Rule] = field(default_factory=dict)
+    blind: dict[str, set[Key]] = field(default_factory=dict)
 
 
 def write_baseline(file: str | Path, baseline: Baseline) -> None:
@@ -91,6 +104,16 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
         floor = run.exact_floor(task, metric)
         if rule.margin and floor is not None:
             record["floor"] = floor
+        name_of = metric.partition(",")[0]
+        declared = as_mapping(run.metadata.get(task, {}).get(BOUNDS)).get(name_of)
+        if rule.margin and declared is not None:
+            record[BOUNDS] = declared
+        if at_floor := sorted(
+            member
+            for one, other, member in baseline.blind.get(name, ())
+            if (one, other) == (task, metric)
+        ):
+            record["at_floor"] = at_floor
         if rule.kind in OF_DOCUMENTS and (documents := documents_of(run, task, metric)):
             record["documents"] = _as_dict(documents)
         runs.setdefault(name, {}).setdefault(task, about)["metrics"][metric] = record
@@ -106,25 +129,43 @@ def read_baseline(file: str | Path) -> Baseline:
     file, baseline = Path(file), Baseline()
     if not file.exists():
         raise ResultsError(f"The baseline {file} does not exist: --update makes it.")
-    try:
+    with reading(
+        f"The baseline {file} cannot be read",
+        f"write another file, which gets schema_version {SCHEMA}, with --update.",
+    ):
         data = read_json(file)
         if data["schema_version"] != SCHEMA:
             raise ValueError(f"schema_version is {data['schema_version']}")
         for name, tasks in data["runs"].items():
-            scores, floors = {}, defaultdict[str, dict[str, float]](dict)
+            scores: dict[tuple[str, str], Score] = {}
+            known: dict[str, dict[str, dict[str, Any]]] = {
+                task: {"floors": {}, BOUNDS: {}} for task in tasks
+            }
             documents: dict[str, dict[str, Documents]] = {task: {} for task in tasks}
             for task, entry in tasks.items():
                 for metric, record in entry["metrics"].items():
-                    key, up = (name, task, metric), record["higher_is_better"]
+                    key, up = (
+                        (name, task, metric),
+                        direction(record["higher_is_better"]),
+                    )
                     kinds = [kind for kind in RULES if kind in record]
                     if len(kinds) != 1 or finite_or_none(record["score"]) is None:
                         raise ValueError(f"{key} needs a score and one of {RULES}")
                     rule = baseline.rules[key] = Rule(kinds[0], record[kinds[0]])
-                    score = Score(float(record["score"]), None, up, None)
-                    scores[task, metric] = score
-                    rule.check(task, metric, score)
+                    if not rule.margin and finite_or_none(rule.value) is None:
+                        raise ValueError(f"{rule.kind} is {rule.value!r}, not a number")
+                    scores[task, metric] = Score(float(record["score"]), None, up, None)
+                    name_of = metric.partition(",")[0]
                     if "floor" in record:
-                        floors[task][metric.partition(",")[0]] = record["floor"]
+                        if finite_or_none(floor := record["floor"]) is None:
+                            raise ValueError(f"floor is {floor!r}, not a number")
+                        known[task]["floors"][name_of] = floor
+                    if BOUNDS in record:
+                        known[task][BOUNDS][name_of] = record[BOUNDS]
+                    for member in record.get("at_floor", ()):
+                        baseline.blind.setdefault(name, set()).add(
+                            (task, metric, str(member))
+                        )
                     if "documents" in record:
                         of_metric = _from_dict(**record["documents"])
                         documents[task][metric] = of_metric
@@ -132,21 +173,17 @@ def read_baseline(file: str | Path) -> Baseline:
                 "the baseline",
                 file,
                 scores,
-                versions={task: item.get("version") for task, item in tasks.items()},
-                settings={t: item.get("settings", {}) for t, item in tasks.items()},
-                metadata={
-                    task: {"floors": by_name} for task, by_name in floors.items()
-                },
+                versions={t: version(item.get("version")) for t, item in tasks.items()},
+                settings={t: part(item, "settings") for t, item in tasks.items()},
+                metadata=known,
                 documents=documents,
             )
+            for one, task, metric in baseline.rules:
+                if one == name:
+                    run = baseline.runs[name]
+                    baseline.rules[one, task, metric].check(task, metric, run)
         if not baseline.rules:
             raise ValueError("it expects no scores")
-    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ResultsError(
-            f"The baseline {file} cannot be read ({why.rstrip('.')}): write another file, "
-            f"which gets schema_version {SCHEMA}, with --update."
-        ) from None
     return baseline
 
 

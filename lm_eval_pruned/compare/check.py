@@ -1,4 +1,4 @@
-"""``lm-eval-pruned check``: results compared with a committed baseline, by the tests of ``compare``.
+"""``lm-eval-pruned check``: results compared with a committed baseline, by the claims of ``verdict``.
 
 What is said of each metric is for people, JSON, or GitHub Actions.
 """
@@ -8,34 +8,38 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lm_eval_pruned.compare.baseline import OF_DOCUMENTS, Baseline, Key, Rule
+from lm_eval_pruned.compare.baseline import BESIDE, OF_DOCUMENTS, Baseline, Key, Rule
+from lm_eval_pruned.compare.cases import Case
+from lm_eval_pruned.compare.claims import CODES, LEAST_UNITS, NO_LOSS, WORDS
 from lm_eval_pruned.compare.comparison import settings_notes
+from lm_eval_pruned.compare.floors import blind_scores
 from lm_eval_pruned.compare.judge import (
-    CLAIM_LEVEL,
-    IMPROVED,
+    MEAN,
+    PART,
     TOLERANCE,
-    Case,
-    Decision,
-    decisions,
-    judged,
+    answer_of,
+    claims_on,
+    p_worse,
 )
 from lm_eval_pruned.compare.margins import (
     CLAIMS,
+    further_measures,
     judged_keys,
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.results.documents import CHOICE_PROB, documents_of
+from lm_eval_pruned.compare.pairing import another_test
+from lm_eval_pruned.compare.statistics import false_discovery
+from lm_eval_pruned.results.documents import CHOICE_PROB, check_score, documents_of
 from lm_eval_pruned.results.files import (
     ResultsError,
     Run,
     Score,
-    asked_differently,
     finite_or_none,
 )
 from lm_eval_pruned.results.runs import is_sweep, read_run, read_sweep
@@ -45,33 +49,42 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from lm_eval_pruned.compare.judge import Claim
+
+    #: A word of `claims.WORDS`, and a sentence.
+    Decision = tuple[str, str]
 
 #: Name of the run where the results are not a sweep's.
 ONLY_RUN = "run"
-#: By status: annotation of GitHub Actions, and words of the summary.
-STATUSES = {
-    "fail": ("error", "failed"),
-    "undecided": ("error", "undecided"),
-    "pass": ("", "as expected"),
-    "improved": ("notice", "improved"),
-    "new": ("notice", "not in the baseline"),
-}
+#: By exit code.
+_SUMMARY = {0: "passed", 1: "failed", 2: "refused", 3: "undecided"}
+IMPROVED = (
+    "better",
+    "Better than the baseline; to expect this from now on, run with --update.",
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the gate says about one metric: one of `STATUSES`, both scores, and a sentence.
+    """What the gate says about one metric: a word of `claims.WORDS`, both scores, and a sentence.
 
-    ``undecided`` is a score that cannot be compared with the baseline.
+    `code` is the exit code that it makes of the whole check: of a claim, that of the answer on all claims
+    of its run.
     """
 
     run: str
     task: str
     metric: str
-    status: str
+    word: str
     expected: float | None
     score: float | None
     message: str
+    code: int = field(default=0, repr=False)
+
+    @property
+    def status(self) -> str:
+        """What the gate makes of the word."""
+        return WORDS[self.word].status
 
     @property
     def title(self) -> str:
@@ -98,13 +111,24 @@ def read_results(path: str | Path) -> dict[str, Run]:
     return {run.name: run for run in sweep.runs}
 
 
+def floors_in(path: str | Path) -> Sequence[Run]:
+    """Return the runs of models that know nothing that a sweep holds."""
+    return read_sweep(path).floors if is_sweep(path) else ()
+
+
 def make_baseline(
-    runs: Mapping[str, Run], kind: str, value: Any, previous: Baseline | None = None
+    runs: Mapping[str, Run],
+    kind: str,
+    value: Any,
+    previous: Baseline | None = None,
+    floors: Sequence[Run] = (),
 ) -> Baseline:
     """Make a baseline of results, with the rules of `previous`, and a rule of a `kind` for other metrics.
 
-    A margin is for what decides soonest of each task, see `judged_keys`; without a `value` it is the
-    usual one of that metric.
+    `floors` are runs of models that know nothing.
+
+    A margin is for what decides soonest of each task, see `judged_keys`, and for further measures of the same
+    answers; without a `value` it is the usual one of that metric.
 
     ResultsError if a score is NaN or infinite.
     """
@@ -112,18 +136,26 @@ def make_baseline(
     for name, run in runs.items():
         run = with_choice_prob(run) if kind in CLAIMS else run
         baseline.runs[name] = replace(run, name="the baseline")
-        deciding = [*judged_keys(run)] if kind in CLAIMS else run.scores
+        kinds = dict.fromkeys(run.scores, kind)
+        if kind in CLAIMS:
+            judged = [*judged_keys(run)]
+            kinds = dict.fromkeys(judged, kind)
+            kinds |= dict.fromkeys(further_measures(run, judged), BESIDE)
         for task, metric in run.scores:
             key = name, task, metric
-            if key not in kept and (task, metric) not in deciding:
+            if key not in kept and (task, metric) not in kinds:
                 continue
             if refused := _refused(run, run, task, metric):
                 raise ResultsError(f"{run.path}, {task} {metric}: {refused[1]}")
-            score = run.scores[task, metric]
-            usual = usual_margin(run, (task, metric), score.value)
-            rule = kept.get(key) or Rule(kind, usual if value is None else value)
-            rule.check(task, metric, score)
+            usual = usual_margin(run, (task, metric)) if kind in CLAIMS else value
+            limit = usual if value is None else value
+            rule = kept.get(key) or Rule(kinds[task, metric], limit)
+            rule.check(task, metric, run)
             baseline.rules[key] = rule
+        claimed = [
+            k[1:] for k, r in baseline.rules.items() if k[0] == name and r.margin
+        ]
+        baseline.blind[name] = blind_scores(run, floors, claimed)
     return baseline
 
 
@@ -140,7 +172,8 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         name, task, metric = key
         if key not in after:
             missing = " ".join(key[name in runs :])
-            decided[key] = "fail", f"The results have no {missing}."
+            if rule.kind != BESIDE:
+                decided[key] = "missing", f"The results have no {missing}."
         elif refused := _refused(baseline.runs[name], runs[name], task, metric):
             decided[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
@@ -148,25 +181,91 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         else:
             try:
                 cases[key] = _case(key, runs[name], baseline)
+                decided.pop(key)
             except ResultsError as why:
-                decided[key] = "undecided", str(why)
-    levels = [
-        CLAIM_LEVEL if case.margin else float(baseline.rules[key].value)
-        for key, case in cases.items()
-    ]
-    families = [case.family for case in cases.values()]
-    answers = decisions(judged([*cases.values()]), levels, families)
-    decided |= zip(cases, answers, strict=True)
-    return [
+                decided[key] = "asked otherwise", str(why)
+    by_alpha = {key: c for key, c in cases.items() if c.margin is None}
+    levels = [float(baseline.rules[key].value) for key in by_alpha]
+    decided |= zip(by_alpha, _by_alpha([*by_alpha.values()], levels), strict=True)
+    found = [
         Finding(
             *key,
-            status,
+            word,
             before[key].value if key in before else None,
             after[key].value if key in after else None,
             message,
+            _CODE_OF.get(WORDS[word].status, 0),
         )
-        for key, (status, message) in sorted(decided.items())
+        for key, (word, message) in decided.items()
     ]
+    for name in runs:
+        of_run = {key: c for key, c in cases.items() if key[0] == name and c.margin}
+        found += _on_claims(name, of_run, baseline)
+    return sorted(
+        found, key=lambda finding: (finding.run, finding.task, finding.metric)
+    )
+
+
+#: What a single finding that is no claim makes of the whole check, by its status.
+_CODE_OF = {"fail": 1, "undecided": 3, "refused": 2}
+
+
+def _on_claims(
+    name: str, cases: Mapping[Key, Case], baseline: Baseline
+) -> list[Finding]:
+    """Return what the claims on one run are found to be, as `verdict` decides them."""
+    beside = [key for key in cases if baseline.rules[key].kind == BESIDE]
+    others = [cases[key] for key in beside if math.isfinite(cases[key].test.difference)]
+    judged = [case for key, case in cases.items() if key not in beside]
+    blind = baseline.blind.get(name, set())
+    claims = claims_on(judged, others, blind)
+    code = CODES[answer_of(claims)] if judged else 0
+    return [
+        Finding(
+            name,
+            claim.row.task,
+            claim.row.metric,
+            claim.word,
+            claim.row.base_score,
+            claim.row.score,
+            claim.message,
+            code,
+        )
+        for claim in claims
+        if claim.about not in (PART, MEAN) or _counts(claim)
+    ]
+
+
+def _counts(claim: Claim) -> bool:
+    """Whether a claim that has no entry in the baseline by itself has to be told."""
+    return claim.about == MEAN or WORDS[claim.word].status != "pass"
+
+
+def _by_alpha(cases: Sequence[Case], levels: Sequence[float]) -> list[Decision]:
+    """Decide whether scores are worse, each at its level, by tests that are corrected together.
+
+    They are one-sided where the direction is known.
+    """
+    ways = [
+        [q for q, _ in false_discovery([p_worse(case, rather=worse) for case in cases])]
+        for worse in (True, False)
+    ]
+    found: list[Decision] = []
+    for case, alpha, q, better in zip(cases, levels, *ways, strict=True):
+        change, units = abs(case.test.difference), case.test.units
+        way = "different" if case.up is None else "worse"
+        if q is None:
+            why = f"{units} independent documents are too few to decide, which takes at least {LEAST_UNITS}"
+            found.append(("undecided", f"{why}: {TOLERANCE}"))
+        elif q < alpha:
+            why = f"Significantly {way} by {change:.6g} (q = {q:.3g} < {alpha:g})."
+            found.append((way, why))
+        elif better is not None and better < alpha:
+            found.append(IMPROVED)
+        else:
+            why = f"Not significantly {way} (q = {q:.3g} >= {alpha:g})."
+            found.append(("not shown", why))
+    return found
 
 
 def _scores(runs: Mapping[str, Run]) -> dict[Key, Score]:
@@ -179,21 +278,19 @@ def _scores(runs: Mapping[str, Run]) -> dict[Key, Score]:
 
 def _refused(before: Run, run: Run, task: str, metric: str) -> Decision | None:
     """Say why a score cannot be compared with the expected one; None if it can."""
-    version, expected = run.versions.get(task), before.versions.get(task)
-    if expected not in (None, version):
-        return "fail", (
-            f"The task has version {version}, and the baseline has version {expected}: the "
-            "scores cannot be compared. To accept, run with --update."
-        )
     score = run.scores[task, metric].value
     if not math.isfinite(score):
-        return "fail", f"The score is {score}, not a finite number."
+        return "not comparable", f"The score is {score}, not a finite number."
     one, other = before.settings.get(task, {}), run.settings.get(task, {})
     # Another width is another model.
     widths = ["widths"] * bool(one.get("widths") and other.get("widths"))
-    why = asked_differently(one, other, "in the baseline", widths)
+    why = another_test(before, run, task, widths)
     accept = "Evaluate with the settings of the baseline, or accept with --update."
-    return ("undecided", f"Not comparable: {why}. {accept}") if why else None
+    return (
+        ("asked otherwise", f"Not comparable: {why.rstrip('.')}. {accept}")
+        if why
+        else None
+    )
 
 
 def _within_tolerance(rule: Rule, expected: Score, score: float) -> Decision:
@@ -203,12 +300,12 @@ def _within_tolerance(rule: Rule, expected: Score, score: float) -> Decision:
         allowed += " of the expected score"
     # The file has ten digits of a score.
     if math.isclose(score, expected.value, abs_tol=tolerance + 1e-9):
-        return "pass", f"Within {allowed} of the baseline."
+        return "equivalent", f"Within {allowed} of the baseline."
     change, up = score - expected.value, expected.higher_is_better
     if up is not None and (change > 0) == up:
         return IMPROVED
     direction = "Changed" if up is None else "Worse"
-    return "fail", f"{direction} by {abs(change):.6g}, and the rule allows {allowed}."
+    return "worse", f"{direction} by {abs(change):.6g}, and the rule allows {allowed}."
 
 
 def _as_in_file(run: Run, task: str, metric: str) -> Run:
@@ -222,18 +319,13 @@ def _as_in_file(run: Run, task: str, metric: str) -> Run:
 
 
 def _case(key: Key, run: Run, baseline: Baseline) -> Case:
-    """Pair documents; raise ResultsError without any, or if they are others or weigh otherwise.
-
-    The rules ``alpha`` are one family, and those with a margin another: a gate of many metrics does
-    not close by chance.
-    """
+    """Pair documents; raise ResultsError without any, or if they are others or weigh otherwise."""
     name, task, metric = key
     before = baseline.runs[name]
+    check_score(run, task, metric)
     expected, now = (_as_in_file(item, task, metric) for item in (before, run))
     rule = baseline.rules[key]
-    case = Case(
-        expected, now, (task, metric), rule.margin is not None, margin=rule.margin
-    )
+    case = Case(expected, now, (task, metric), margin=rule.margin)
     if case.pair is None:
         raise ResultsError(
             f"The rule {rule.kind} needs logged samples from which {metric} of {task} can "
@@ -253,20 +345,16 @@ def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """Return 1 where something failed, else 2 where something is undecided, else 0."""
-    statuses = {finding.status for finding in findings}
-    return 1 if "fail" in statuses else 2 if "undecided" in statuses else 0
+    """Return 1 where something failed, else 2 where something was asked otherwise, 3 where undecided, or 0."""
+    return next((c for c in (1, 2, 3) if c in {f.code for f in findings}), 0)
 
 
 def _summary(findings: Sequence[Finding]) -> str:
-    counts = Counter(finding.status for finding in findings)
-    parts = [
-        f"{counts[status]} {words}"
-        for status, (_, words) in STATUSES.items()
-        if counts[status] or status != "undecided"
-    ]
-    word = ("passed", "failed", "undecided")[exit_code(findings)]
-    return f"Check {word}: {', '.join(parts)}.\n"
+    counts = Counter(WORDS[finding.word].summary for finding in findings)
+    always = dict.fromkeys(word.summary for word in WORDS.values())
+    rare = {WORDS[word].summary for word in ("undecided", "asked otherwise", NO_LOSS)}
+    parts = [f"{counts[s]} {s}" for s in always if counts[s] or s not in rare]
+    return f"Check {_SUMMARY[exit_code(findings)]}: {', '.join(parts)}.\n"
 
 
 def _text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
@@ -281,7 +369,11 @@ def _text(findings: Sequence[Finding], notes: Sequence[str]) -> str:
 
 
 def _json(findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    rows = [asdict(f) | {"score": finite_or_none(f.score)} for f in findings]
+    rows = [
+        {k: v for k, v in asdict(f).items() if k != "code"}
+        | {"score": finite_or_none(f.score), "status": f.status}
+        for f in findings
+    ]
     data = {"passed": not exit_code(findings), "findings": rows, "notes": list(notes)}
     return json.dumps(data, indent=2) + "\n"
 
@@ -290,7 +382,7 @@ def _github(findings: Sequence[Finding], notes: Sequence[str]) -> str:
     in_text = str.maketrans({"%": "%25", "\r": "%0D", "\n": "%0A"})
     in_title = in_text | str.maketrans({":": "%3A", ",": "%2C"})
     annotations = [
-        (STATUSES[f.status][0], f.title, f"{f.message} ({f.scores()})")
+        (WORDS[f.word].annotation, f.title, f"{f.message} ({f.scores()})")
         for f in findings
     ]
     annotations += [("warning", "not as in the baseline", note) for note in notes]

@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.compare.cases import Case
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL
 from lm_eval_pruned.compare.floors import Standing, standings
-from lm_eval_pruned.compare.judge import Case, Difference, judged
+from lm_eval_pruned.compare.judge import Difference, judged
 from lm_eval_pruned.compare.pairing import agreement
 from lm_eval_pruned.compare.trends import Correlation, Trend, over_ratios
 from lm_eval_pruned.results.files import COMPARED, ResultsError, Run, listed
@@ -110,12 +112,13 @@ def compare(
             if key not in run.scores:
                 continue
             if margin and key in primary:
-                margin.check(*key, base.scores[key].value, run.scores[key].value)
+                margin.check(*key, base)
             family = key if margins else key[0], is_control(run)
             within = margins.get(key) if margins else margin
             cases.append(Case(base, run, key, family, key in primary, within))
     scored = [(case.run, case.key, case.primary) for case in cases]
-    known = standings(base, floors, scored, alpha)
+    level = CLAIM_LEVEL if margins else alpha
+    known = standings(base, floors, scored, alpha, level)
     rows = tuple(
         replace(
             row,

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.floors import NO_LOSS
+from lm_eval_pruned.compare.claims import NO_LOSS
 from lm_eval_pruned.results.groups import scale_name
 from lm_eval_pruned.util.tables import Column, Table, csv_table, interval_text
 
@@ -105,10 +105,10 @@ DIFFERENCE = (
     "q, so that it excludes 0 exactly where a difference is shown."
 )
 FLOOR = (
-    "Floor: the best score without knowledge, whether from a model that knows nothing, from chance, or "
-    "from always giving the commonest right answer; at floor: not shown to be above it (one-sided tests); "
-    "kept: the share of what the base has above the floor, where it is shown to have any. "
-    "If the base is not shown to be above its floor, the task cannot show a loss."
+    "Floor: the score without knowledge that the task declares; else chance, or the best score of a model that "
+    "knows nothing, or of always giving the commonest right answer, where it is shown to be above chance; at "
+    "floor: not shown to be above it (one-sided tests); kept: the share of what the base has above the floor, "
+    "where it is shown to have any. If the base is not shown to be above its floor, the task cannot show a loss."
 )
 _ALIKE = (
     "equal answers: share of documents with the same answer as the base; KL: mean divergence of the "

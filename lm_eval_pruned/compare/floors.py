@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import optimize
+from scipy import stats
 
-from lm_eval_pruned.compare import pairing, statistics
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL, NO_LOSS, p_of, paired, unpaired
+from lm_eval_pruned.compare.pairing import limits_of, paired_documents, paired_test
+from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.documents import documents_of
-from lm_eval_pruned.results.groups import is_control, is_share
+from lm_eval_pruned.results.groups import is_control
+from lm_eval_pruned.results.metrics import is_bias
 
 
 if TYPE_CHECKING:
@@ -19,18 +22,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
+    from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.metrics import Limits
 
     Key = tuple[str, str]
     Floor = tuple[str, float, Run | None]
 
 
-#: What is said instead of a share where the base is not shown to be above its floor.
-NO_LOSS = "cannot show a loss"
 #: In place of a test, for another metric of answers that were tested.
 _RESTATED = "none: restated"
-#: Ends of an interval are looked for no farther than this from the share.
-_FARTHEST = 1e3
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Standing:
     task, without the base and random controls. Whether a model is above is None where its score is
     above the floor and was not tested.
     `kept` is the share of what the base has above the floor, with the interval of a single test; None
-    for the base, and where the base is not shown to be above. See `share_kept`.
+    for the base, and where the base is not shown to be above. See `share_kept`. `needed` documents would show
+    a base to be above in 80 % of cases, if it scored as it does now; None where it is not higher.
     """
 
     task: str
@@ -78,6 +80,7 @@ class Standing:
     base_above_floor: bool | None
     above_floor: bool | None
     kept: Kept | None = None
+    needed: int | None = None
 
     @property
     def kept_text(self) -> str | None:
@@ -91,11 +94,21 @@ class Standing:
         """Whether the metric is the one that counts of its task."""
         return self.floor_test != _RESTATED
 
+    @property
+    def why_not(self) -> str:
+        """Why a base is not shown to be above: its score, or too few documents."""
+        if self.needed:
+            return (
+                f"{self.score:.4f} on few documents, of which it takes about {self.needed:,} to show that it "
+                f"is above {self.floor:.4f}, {self.floor_name}"
+            )
+        return f"{self.score:.4f}, and the floor is {self.floor:.4f}, {self.floor_name}"
+
     def note(self, base: str) -> str:
         """Return what it means that the base is not above."""
         return (
-            f"{self.task}: {base} ({self.score:.4f}) is not shown to be above the floor "
-            f"({self.floor:.4f}, {self.floor_name}): this task {NO_LOSS} in this model."
+            f"{self.task}: {base} is not shown to be above the floor ({self.why_not}): this task {NO_LOSS} in "
+            "this model."
         )
 
 
@@ -104,40 +117,49 @@ def standings(
     floors: Sequence[Run],
     compared: Sequence[tuple[Run, Key, bool]],
     alpha: float,
+    level: float | None = None,
 ) -> dict[tuple[str, str, str], Standing]:
-    """Test runs and, on the same scores, their base against the best of the `floors`.
+    """Test runs and, on the same scores, their base against the floors, at a `level`, by default `alpha`.
 
-    `compared` says of each score whether it is the primary one of its task; others are not tested.
+    `compared` says of each score whether it is the primary one of its task; others are not tested. What is
+    kept has an interval of confidence 1 - `alpha`.
     Returns what is known by run, task and metric. ResultsError if a floor saw other documents.
     """
     keys: dict[Key, bool] = {}
     for _, key, primary in compared:
         keys[key] = primary or keys.get(key, False)
+    level = alpha if level is None else level
     highest = {key: highest_floor(base, floors, key) for key in keys}
+    none: tuple[float | None, str] = None, _RESTATED
+    others = [item for item in compared if item[0] is not base]
     tested = [
-        (run, key, floor, *_p_above(run, key, floor, primary))
-        for run, key, primary in [*((base, *item) for item in keys.items()), *compared]
+        (run, key, floor, *(_p_above(run, key, *floor[1:]) if primary else none))
+        for run, key, primary in [*((base, *item) for item in keys.items()), *others]
         if (floor := highest[key])
     ]
     families = [(key[0], run is base, is_control(run)) for run, key, *_ in tested]
-    qs = statistics.false_discovery([p for *_, p, _ in tested], families, alpha)
+    qs = false_discovery([p for *_, p, _ in tested], families, alpha)
     known: dict[tuple[str, str, str], Standing] = {}
     for (run, key, floor, p, test), (q, _) in zip(tested, qs, strict=True):
-        name, level, _ = floor
+        name, bottom, _ = floor
         score = run.scores[key].value
-        gain = score - level if run.scores[key].higher_is_better else level - score
-        above = False if gain <= 0 else None if q is None else q < alpha
+        gain = score - bottom if run.scores[key].higher_is_better else bottom - score
+        above = False if gain <= 0 else None if q is None else q < level
+        needed = None
+        if above is False and gain > 0 and p is not None and run is base:
+            needed = _needed(run.scores[key].documents, p)
         of_base = known.get((base.name, *key))
         known[run.name, key[0], key[1]] = Standing(
             *key,
             score,
             name,
-            level,
+            bottom,
             p,
             q,
             test,
             base_above_floor=of_base.above_floor if of_base else above,
             above_floor=above,
+            needed=needed,
             kept=_kept(base, run, key, floor, alpha)
             if of_base and of_base.above_floor
             else None,
@@ -145,18 +167,66 @@ def standings(
     return known
 
 
+def blind_scores(
+    base: Run, floors: Sequence[Run], keys: Sequence[Key]
+) -> set[tuple[str, str, str]]:
+    """Return the scores that cannot show a loss, as (task, metric, member): the base is not above their floor.
+
+    A member of a group is empty where the score of the whole group cannot; of others, each member is tested
+    against the exact floor, or against chance.
+    """
+    known = standings(base, floors, [(base, key, True) for key in keys], CLAIM_LEVEL)
+    blind = set()
+    for key in keys:
+        standing = known.get((base.name, *key))
+        if standing and standing.above_floor is False and not is_bias(key[1]):
+            blind.add((*key, ""))
+            continue
+        documents = documents_of(base, *key)
+        members = documents.members if documents else {}
+        for name, own in members.items() if len(members) > 1 else ():
+            exact, up = base.exact_floor(*key), base.scores[key].higher_is_better
+            level = own.levels.get("chance") if exact is None else exact
+            if level is None or up is None:
+                continue
+            limits = limits_of(base, *key, own.values)
+            p, _ = p_above(own, level, limits, 1 if up else -1)
+            if p is not None and p >= CLAIM_LEVEL:
+                blind.add((*key, name))
+    return blind
+
+
 def _kept(base: Run, run: Run, key: Key, floor: Floor, alpha: float) -> Kept | None:
     """Return the share of what the base has above the floor that a run keeps, of scores that are means."""
-    pair, (_, level, floor_run) = pairing.paired_documents(base, run, *key), floor
+    pair, (_, level, floor_run) = paired_documents(base, run, *key), floor
     if pair is None or pair[0].transform != "mean":
         return None
-    below = floor_run and pairing.paired_documents(base, floor_run, *key)
-    without, groups = below[1].values if below else level, pair[0].groups
-    return share_kept(pair[0].values, pair[1].values, without, **groups, alpha=alpha)
+    below = floor_run and paired_documents(base, floor_run, *key)
+    known = paired_test(pair, base, *key, below[1].values if below else level)
+    found = known.kept(alpha)
+    return found and Kept(*found)
+
+
+def _needed(documents: int | None, p: float) -> int | None:
+    """Return how many documents give p < 5 % in 80 % of cases, by a normal distribution; None above a hundredfold."""
+    times = (
+        float(stats.norm.isf(CLAIM_LEVEL) + stats.norm.isf(0.2))
+        / stats.norm.isf(min(p, 0.49))
+    ) ** 2
+    if not documents or times > 100:
+        return None
+    number = math.ceil(max(times, 1) * documents)
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // unit) * unit
 
 
 def highest_floor(base: Run, floors: Sequence[Run], key: Key) -> Floor | None:
-    """Return name, score and run of the best floor of a metric; None if none is known."""
+    """Return name, score and run of the floor of a metric; None if none is known.
+
+    It is the one that the task declares; else chance, where the choices are known, or what is shown to
+    score more than chance does: a guess, or one answer to all documents, is above it by luck. Without
+    choices it is the best of the `floors`.
+    """
     up, documents = base.scores[key].higher_is_better, documents_of(base, *key)
     exact = base.exact_floor(*key)
     if up is None:
@@ -164,62 +234,43 @@ def highest_floor(base: Run, floors: Sequence[Run], key: Key) -> Floor | None:
     if exact is not None:
         # Scores of models that know nothing are estimates of it.
         return "exact", exact, None
-    known: list[Floor]
-    known = [(r.name, r.scores[key].value, r) for r in floors if key in r.scores]
     levels = documents.levels if documents else {}
-    known += [(name, level, None) for name, level in levels.items()]
-    finite = [floor for floor in known if math.isfinite(floor[1])]
-    return max(finite, key=lambda floor: floor[1] if up else -floor[1], default=None)
+    known: list[Floor] = [(name, level, None) for name, level in levels.items()]
+    runs = [r for r in floors if key in r.scores and math.isfinite(r.scores[key].value)]
+    for run in runs:
+        p = _p_above(run, key, levels["chance"], None)[0] if levels else 0.0
+        # Of many that guess, the luckiest is above chance more often than one.
+        if p is not None and p * len(runs) < CLAIM_LEVEL:
+            known.append((run.name, run.scores[key].value, run))
+    return max(known, key=lambda floor: floor[1] if up else -floor[1], default=None)
 
 
 def _p_above(
-    run: Run, key: Key, floor: Floor, primary: bool
+    run: Run, key: Key, level: float, floor_run: Run | None
 ) -> tuple[float | None, str]:
     """Return the p of "the run is not above the floor", and the test that it comes from."""
-    if not primary:
-        return None, _RESTATED
     score, documents = run.scores[key], documents_of(run, *key)
-    _, level, floor_run = floor
+    side = 1 if score.higher_is_better else -1
     if not math.isfinite(score.value):
         return None, "none: the score is not a finite number"
-    if floor_run and (pair := pairing.paired_documents(floor_run, run, *key)):
-        test = pairing.paired_test(pair)
-    elif documents and documents.transform == "mean":
-        constant = np.full(len(documents.values), level)
-        groups = documents.groups
-        if is_share(key[1]):
-            groups["limits"] = -level, 1 - level
-        test = statistics.paired_difference(constant, documents.values, **groups)
-    elif score.stderr is not None:
-        test = statistics.unpaired_difference(score.value - level, score.stderr)
-    else:
-        return None, "none: neither samples nor standard errors"
-    return test.sides and test.sides[bool(score.higher_is_better)], test.method
+    if floor_run and (pair := paired_documents(floor_run, run, *key)):
+        test = paired_test(pair, run, *key)
+        return test.p_beyond(0.0, side), test.method
+    if documents and documents.transform == "mean":
+        return p_above(documents, level, limits_of(run, *key, documents.values), side)
+    if score.stderr is not None:
+        alone = unpaired(score.value - level, score.stderr)
+        return alone.p_beyond(0.0, side), alone.method
+    return None, "none: neither samples nor standard errors"
 
 
-def kept_sides(
-    base: ArrayLike,
-    candidate: ArrayLike,
-    floor: ArrayLike,
-    share: float,
-    weights: ArrayLike | None = None,
-    **groups: Any,
-) -> tuple[float, float]:
-    """Return the one-sided p of a candidate that keeps less than `share`, and of one that keeps more.
-
-    It is that of ``candidate - floor`` against that share of ``base - floor``, so that the spread of the
-    base counts. Arguments as for `share_kept`; 1 and 1 where the documents allow no test.
-    """
-    above, left = (
-        np.asarray(v, float) - np.asarray(floor, float) for v in (base, candidate)
-    )
-    weights = np.ones(len(above)) if weights is None else np.asarray(weights, float)
-    gains = weights * (left - share * above)
-    # Rounding must not make equal values differ.
-    gains[np.abs(gains) <= 1e-12 * np.abs(weights * above).max()] = 0.0
-    sides = statistics.paired_mean(gains, weights, **groups).sides or (1.0, 1.0)
-    # Where a lower score is better, the base is below its floor.
-    return sides if (weights * above).sum() > 0 else sides[::-1]
+def p_above(
+    documents: Documents, level: float, limits: Limits | None, side: int = 1
+) -> tuple[float | None, str]:
+    """Return the p of "the score is not above a level" (side 1), or "below" (-1), and the name of the test."""
+    values = np.full(len(documents.values), level)
+    test = paired(values, documents.values, level, limits=limits, **documents.groups)
+    return p_of(test.clears(side)) if test.tested else None, test.method
 
 
 def share_kept(
@@ -227,47 +278,18 @@ def share_kept(
     candidate: ArrayLike,
     floor: ArrayLike,
     *,
-    weights: ArrayLike | None = None,
     alpha: float = 0.05,
     **groups: Any,
 ) -> Kept | None:
     """Return (candidate - floor) / (base - floor) of two means over the same documents.
 
-    The interval holds each share at which a paired test does not tell ``candidate - floor`` from
-    that share of ``base - floor``, as Fieller's does. The test is that of `statistics.paired_mean`, for
-    scores without bounds, over clusters.
-
-    Values are of shape (n,), that of the floor can be one for all documents; `weights`, `clusters` and
-    `strata` are those of `statistics.paired_difference`. The confidence is 1 - `alpha`. None where the
-    mean of the base is exactly at the floor.
-
-    Source: Fieller 1954, Journal of the Royal Statistical Society B 16, 175-185.
+    Values are of shape (n,), that of the floor can be one for all documents; `groups` are further arguments
+    of `claims.paired`. The confidence is 1 - `alpha`. None where the mean of the base is exactly at the
+    floor.
 
     Example:
         >>> share_kept([0.9, 0.7] * 10, [0.7, 0.5] * 10, 0.2).text
         '67 % [63, 69]'
     """
-    weights = np.ones(np.shape(base)) if weights is None else np.asarray(weights, float)
-    above, left = (
-        float((weights * (np.asarray(v, float) - np.asarray(floor, float))).sum())
-        for v in (base, candidate)
-    )
-    if above == 0:
-        return None
-    share = left / above
-
-    def excess(supposed: float, side: int) -> float:
-        sides = kept_sides(base, candidate, floor, supposed, weights, **groups)
-        return sides[side] - alpha / 2
-
-    def end(side: int) -> float | None:
-        # At a larger share than the true one, the candidate keeps less.
-        direction, step = (1, -1)[side], 1e-3
-        while excess(share + direction * step, side) > 0:
-            step *= 2
-            if step > _FARTHEST:
-                return None
-        nearest = share + direction * step / 2 if step > 1e-3 else share
-        return optimize.brentq(excess, nearest, share + direction * step, args=(side,))
-
-    return Kept(share, end(1), end(0))
+    found = paired(base, candidate, floor, **groups).kept(alpha)
+    return found and Kept(*found)

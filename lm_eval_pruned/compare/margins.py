@@ -13,13 +13,15 @@ from lm_eval_pruned.results.documents import (
     documents_of,
     scored_on,
 )
-from lm_eval_pruned.results.groups import is_bias, is_share, primary_metrics
+from lm_eval_pruned.results.groups import primary_metrics
+from lm_eval_pruned.results.metrics import is_bias, is_share, metric_of
 
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.metrics import Limits
 
     Key = tuple[str, str]
 
@@ -38,9 +40,9 @@ class Margin:
     base's score, which is None for others; or ``0.5``, in the metric's own unit.
 
     Example:
-        >>> Margin("equivalent", "1pt").size(0.4, 0.41)
+        >>> Margin("equivalent", "1pt").size(0.4, (0, 1))
         0.01
-        >>> Margin("not_worse", "2%").size(20.0, 21.0)
+        >>> Margin("not_worse", "2%").size(20.0, None)
         0.4
     """
 
@@ -63,27 +65,34 @@ class Margin:
         object.__setattr__(self, "unit", unit)
         object.__setattr__(self, "share", number / 100 if unit == "%" else None)
 
-    def size(self, base: float, score: float) -> float | None:
-        """Return the margin in the metric's own unit, for the scores of base and run.
+    def size(self, above: float, limits: Limits | None) -> float | None:
+        """Return the margin in the metric's own unit.
 
-        None for percentage points of scores that are not between -1 and 1, and for a share of 0.
+        `above` is what the base scores above its floor, `limits` are those of the score. None for
+        percentage points of a score that has no limits or lies beyond -1 and 1, and for a share of 0.
         """
         if self.share:
-            return self.share * abs(base) or None
+            return self.share * abs(above) or None
         if not self.unit:
             return self.number
-        return self.number / 100 if max(abs(base), abs(score)) <= 1 else None
+        fits = limits is not None and max(map(abs, limits)) <= 1
+        return self.number / 100 if fits else None
 
-    def check(self, task: str, metric: str, *scores: float) -> None:
+    def check(self, task: str, metric: str, run: Run | None = None) -> None:
         """Raise ValueError where two scores cannot differ by more: the unit was forgotten.
 
-        `scores` are what is known of the metric; without any its name decides.
+        `run` knows what the task declares.
         """
-        if not self.unit and self.number >= 1 and is_share(metric, scores):
+        metadata = run.metadata.get(task) if run else None
+        if not self.unit and self.number >= 1 and is_share(task, metric, metadata):
             raise ValueError(
                 f"{self.claim}={self.text} allows any difference of {task} {metric.partition(',')[0]}, "
                 f"whose scores lie between 0 and 1: did you mean {str(self.text).strip()}pt?"
             )
+
+    def times(self, factor: float) -> Margin:
+        """Return a margin that is so many times as wide."""
+        return replace(self, text=f"{factor * self.number:.6g}{self.unit}")
 
     @property
     def verdict(self) -> str:
@@ -93,7 +102,7 @@ class Margin:
     def misfit(self, tasks: str) -> str:
         """Return what to say of tasks for which `size` is None."""
         return (
-            f"{self.text} is not a margin for {tasks}, whose scores are not between 0 and 1: pass "
+            f"{self.text} is not a margin for {tasks}, whose scores are not known to lie between 0 and 1: pass "
             "a share such as 2%, or a number in the metric's own unit."
         )
 
@@ -141,17 +150,34 @@ def judged_keys(
         yield from ((task, metric) for metric in [*[first] * (not apart), *beside])
 
 
-def usual_margin(run: Run, key: Key, *scores: float) -> str:
+def further_measures(base: Run, keys: Collection[Key]) -> list[Key]:
+    """Return the other measures of the answers that `keys` are judged by, of which a loss can be shown.
+
+    These have limits, and one way is better.
+    """
+    tasks = {task for task, _ in keys}
+    return [
+        key
+        for key, score in base.scores.items()
+        if key[0] in tasks
+        and key not in keys
+        and score.higher_is_better is not None
+        and math.isfinite(score.value)
+        and not is_bias(key[1])
+        and metric_of(*key, base.metadata.get(key[0])).limits
+    ]
+
+
+def usual_margin(run: Run, key: Key) -> str:
     """Return how much worse a score may be by default: of one with an exact floor, 95 % are kept.
 
-    `scores` are those of the models, as far as they are known. Less than 15 points of a bias take more
-    than the 40 questions of the demo, once one answer changes.
+    Less than 15 points of a bias take more than the 40 questions of the demo, once one answer changes.
     """
     if run.exact_floor(*key) is not None:
         return "5%"
     if is_bias(key[1]):
         return "15pt"
-    return "2pt" if is_share(key[1], scores) else "2%"
+    return "2pt" if is_share(*key, run.metadata.get(key[0])) else "2%"
 
 
 def check_measure(measure: str | None, metrics: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""The documents that two runs were both scored on: their test, and whether both models answer alike."""
+"""The documents that two runs were both scored on: whether they were asked alike, and answer alike."""
 
 from __future__ import annotations
 
@@ -10,15 +10,42 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import special
 
-from lm_eval_pruned.compare.statistics import PairedTest, paired_difference
+from lm_eval_pruned.compare.claims import Paired, paired
 from lm_eval_pruned.results.documents import Documents, documents_of
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import ResultsError, Run, asked_differently
+from lm_eval_pruned.results.metrics import metric_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import ArrayLike
+
+    from lm_eval_pruned.results.metrics import Limits
 
     Pair = tuple[Documents, Documents]
+
+
+def another_test(base: Run, run: Run, task: str, more: Iterable[str] = ()) -> str:
+    """Say why the scores of two runs on a task are those of different tests; empty where they are not.
+
+    `more` settings are compared beside what was asked.
+    """
+    if why := _other_version(base, run, task):
+        return why
+    one, other = base.settings.get(task, {}), run.settings.get(task, {})
+    return asked_differently(one, other, f"in {base.name}", more)
+
+
+def _other_version(base: Run, run: Run, task: str) -> str:
+    for name in base.leaves(task):
+        versions = base.versions.get(name), run.versions.get(name)
+        if None not in versions and versions[0] != versions[1]:
+            return (
+                f"{name} has version {versions[0]} in {base.name} and {versions[1]} in {run.name}: scores "
+                "of different versions of a task cannot be compared, so evaluate both again."
+            )
+    return ""
 
 
 def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None:
@@ -27,13 +54,8 @@ def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None
     Raises:
         ResultsError: The runs saw different documents or task versions.
     """
-    for name in base.leaves(task):
-        versions = base.versions.get(name), run.versions.get(name)
-        if None not in versions and versions[0] != versions[1]:
-            raise ResultsError(
-                f"{name} has version {versions[0]} in {base.name} and {versions[1]} in {run.name}: "
-                "scores of different versions of a task cannot be compared, so evaluate both again."
-            )
+    if why := _other_version(base, run, task):
+        raise ResultsError(why)
     one, other = (documents_of(item, task, metric) for item in (base, run))
     if one is None or other is None:
         return None
@@ -51,11 +73,36 @@ def paired_documents(base: Run, run: Run, task: str, metric: str) -> Pair | None
     return one, other
 
 
-def paired_test(pair: Pair) -> PairedTest:
+def limits_of(run: Run, task: str, metric: str, *values: ArrayLike) -> Limits | None:
+    """Return the smallest and the largest score of a document, or None if it can be any number.
+
+    ResultsError where some of the `values`, shape (n,) each, lie outside of them.
+    """
+    limits = metric_of(task, metric, run.metadata.get(task)).limits
+    for scores in values if limits else ():
+        seen = np.asarray(scores, float)
+        if (
+            limits
+            and not ((seen >= limits[0] - 1e-9) & (seen <= limits[1] + 1e-9)).all()
+        ):
+            raise ResultsError(
+                f"{task} {metric.partition(',')[0]} has documents of {seen.min():.6g} to {seen.max():.6g} in "
+                f"{run.name}, but lies between {limits[0]:g} and {limits[1]:g}: declare other bounds in the "
+                "metadata of the task, or evaluate again."
+            )
+    return limits
+
+
+def paired_test(
+    pair: Pair, base: Run, task: str, metric: str, floor: ArrayLike = 0.0
+) -> Paired:
     """Test what the second of two runs differs by, on what `paired_documents` returned."""
-    base, run = pair
-    how = {"transform": base.transform, **base.groups}
-    return paired_difference(base.values, run.values, **how)
+    one, other = pair
+    limits = None
+    if one.transform == "mean":
+        limits = limits_of(base, task, metric, one.values, other.values)
+    how = {"transform": one.transform, "limits": limits, **one.groups}
+    return paired(one.values, other.values, floor, **how)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lm_eval_pruned.compare.judge import Case, p_of_claim, pool_of
+from lm_eval_pruned.compare.cases import Case, p_of_claim, pool_of
 from lm_eval_pruned.compare.margins import (
     Margin,
     check_measure,
@@ -89,7 +89,8 @@ class Pilot:
         clusters = np.repeat(np.arange(len(units)), lengths)
         # Strata keep their names, and each document of the draw is another one.
         names = self._names[chosen].tolist()
-        keys = tuple(zip(names, repeat(self.case.key[0]), range(len(names))))
+        digests = (f"{self.case.key[0]} {number}" for number in range(len(names)))
+        keys = tuple(zip(names, digests, repeat(0)))
         one, other = self.pair
         values = one.values[chosen], other.values[chosen]
         labels = tuple(clusters.tolist()) if one.clusters else None
@@ -147,9 +148,8 @@ def pilots_of(
 
 
 def _pilot(base: Run, run: Run, key: tuple[str, str], margin: str | None) -> Case:
-    scores = [item.scores[key].value for item in (base, run)]
-    within = Margin("not_worse", margin or usual_margin(base, key, *scores))
-    within.check(*key, *scores)
+    within = Margin("not_worse", margin or usual_margin(base, key))
+    within.check(*key, base)
     case = Case(base, run, key, margin=within)
     if case.pair is None:
         raise ResultsError(

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
+from lm_eval_pruned.compare.claims import Test, paired
 from lm_eval_pruned.compare.pairing import paired_documents
-from lm_eval_pruned.compare.statistics import (
-    PairedTest,
-    false_discovery,
-    paired_mean,
-)
+from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.documents import TRANSFORMS
-from lm_eval_pruned.results.groups import is_perplexity, primary_metrics, series_of
+from lm_eval_pruned.results.groups import primary_metrics, series_of
+from lm_eval_pruned.results.metrics import is_perplexity
 
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ class Trend:
     """Whether a score, or the logarithm of a perplexity, changes with the expansion ratio of one series.
 
     `slope` is the change per 1 of ratio over `n` configurations; q is adjusted over all tasks of the
-    series, for the others see `PairedTest`.
+    series, for the others see `claims.Test`.
     """
 
     series: str
@@ -93,14 +91,14 @@ def trend(
     transform: str = "mean",
     weights: ArrayLike = 1.0,
     **groups: Any,
-) -> PairedTest:
+) -> Test:
     """Test whether a score has a trend over the expansion ratios of one model.
 
     What one size gets wrong by chance is likely wrong in the next, but documents are independent:
     each has a slope over the ratios (least squares), and these are tested like differences.
 
     `ratios` are of shape (k,), two of them different, the `values` of the documents of shape (k, n);
-    for the others see `statistics.paired_difference`.
+    for the others see `claims.paired`.
     """
     rows, centred = np.array(values, dtype=float), np.array(ratios, dtype=float)
     centred -= centred.mean()
@@ -108,7 +106,7 @@ def trend(
     factor = TRANSFORMS[transform].factor
     slopes = factor * (centred / (centred @ centred)) @ (rows - rows[0])
     weights = np.broadcast_to(np.asarray(weights, dtype=float), slopes.shape)
-    test = paired_mean(slopes * weights, weights, **groups)
+    test = paired(np.zeros_like(slopes), slopes, weights=weights, **groups)
     method = test.method.replace("test over", "test of slopes over")
     return replace(test, method=method)
 
@@ -127,7 +125,7 @@ def over_ratios(
             scores[key] = np.log(values) if logs else values
             same = [paired_documents(members[0], run, *key) for run in members]
             rows = [pair[1].values for pair in same if pair]
-            test = PairedTest(float(np.polyfit(ratios, scores[key], 1)[0]), _NO_SAMPLES)
+            test = Test(float(np.polyfit(ratios, scores[key], 1)[0]), _NO_SAMPLES)
             if same[0] and len(rows) == len(same):
                 test = trend(
                     ratios,

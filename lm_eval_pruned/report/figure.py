@@ -28,13 +28,11 @@ from lm_eval_pruned.results.groups import (
     SIDES,
     family_of,
     is_control,
-    is_loss,
-    is_perplexity,
-    is_share,
     primary_metrics,
     series_name,
     series_of,
 )
+from lm_eval_pruned.results.metrics import is_loss, is_perplexity, is_share
 from lm_eval_pruned.results.runs import SENSITIVITY
 from lm_eval_pruned.util.figures import HUES, Plot, line_look, lines, over_ratios
 
@@ -165,7 +163,7 @@ def points_of(
         if not rows:
             continue
         unpruned, family = base.scores[key].value, family_of(key[0], base.metadata)
-        share = is_share(key[1], [unpruned, *(row.score for row in rows)])
+        share = is_share(*key, base.metadata.get(key[0]))
         unit = "%" if share else key[1].removesuffix(",none")
         standing = next((row.floor for row in rows if row.floor), None)
         named = {"run": base.name, "task": key[0], "score": f"{unpruned:.4f}"}

@@ -20,19 +20,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.util.figures import Plot
 
 
-#: How a verdict is shown; `restated` has no mark.
-MARKS = {
-    "better": "\u25b2",
-    "worse": "\u25bc",
-    "different": "\u25c6",
-    "equivalent": "=",
-    "not shown": "\u25cb",
-    "undecided": "\u25cb",
-    "not tested": "\u00d7",
-    "not comparable": "\u00d7",
-}
-
-
 @dataclass(frozen=True)
 class Section:
     """One section; any of its parts may be missing.

@@ -8,6 +8,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.compare.cases import Case
+from lm_eval_pruned.compare.claims import WORDS
 from lm_eval_pruned.compare.comparison_table import (
     DIFFERENCES,
     FLOOR,
@@ -16,8 +18,8 @@ from lm_eval_pruned.compare.comparison_table import (
     table_of,
 )
 from lm_eval_pruned.compare.floors import standings
-from lm_eval_pruned.compare.judge import Case, judged
-from lm_eval_pruned.report.page import MARKS, Section, run_label, table_section
+from lm_eval_pruned.compare.judge import judged
+from lm_eval_pruned.report.page import Section, run_label, table_section
 from lm_eval_pruned.results.documents import documents_of, scored_on
 from lm_eval_pruned.results.files import Score, as_mapping
 from lm_eval_pruned.results.groups import (
@@ -84,8 +86,8 @@ def families_section(runs: Sequence[Run], comparison: Comparison) -> Section | N
 
 
 def _counted(counts: Mapping[tuple[str, str], int]) -> Cell:
-    shown = sorted(counts, key=lambda words: [*MARKS].index(words[0]))
-    texts = [f"{MARKS[words[0]]} {counts[words]} {words[1]}" for words in shown]
+    shown = sorted(counts, key=lambda words: [*WORDS].index(words[0]))
+    texts = [f"{WORDS[words[0]].mark} {counts[words]} {words[1]}" for words in shown]
     decided = [words for _, words in shown if words in ("better", "worse")]
     return Cell(", ".join(texts) or "-", decided[0] if len(decided) == 1 else "")
 
@@ -150,7 +152,7 @@ def _score_cell(row: Difference | None) -> Cell:
     if row is None:
         return Cell("-")
     low = AT_FLOOR if row.at_floor else ""
-    text = f"{row.score:.4f} {MARKS.get(row.verdict, '')}{low}".rstrip()
+    text = f"{row.score:.4f} {WORDS[row.verdict].mark}{low}".rstrip()
     return Cell(text, row.verdict)
 
 

@@ -13,15 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 from lm_eval_pruned.results import bbq
-from lm_eval_pruned.results.files import (
-    ResultsError,
-    Run,
-    Score,
-    as_mapping,
-)
+from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.metrics import metric_of
+from lm_eval_pruned.results.parts import ResultsError, as_mapping, from_json, reading
 
 
 if TYPE_CHECKING:
@@ -142,7 +139,8 @@ class Documents:
         clusters: Cluster of each document, length n, or None if documents are independent.
         transform: Name in `TRANSFORMS`.
         levels: Scores without knowledge, where the documents tell: of a model that finds all choices alike
-            (``chance``), and of always giving the ``commonest answer``.
+            (``chance``), and of always giving the ``commonest answer``, where one is right more often than chance
+            makes it.
         samples: The line of each document, length n; empty where they are not known.
     """
 
@@ -190,8 +188,22 @@ class Documents:
         )
 
     @property
+    def members(self) -> dict[str, Documents]:
+        """The documents of each task, with their own scores without knowledge, by its name."""
+        keys: dict[str, list[tuple[str, str, int]]] = {}
+        for key in self.keys:
+            keys.setdefault(key[0], []).append(key)
+        found = {name: self.taken(tuple(of_task)) for name, of_task in keys.items()}
+        return {
+            name: replace(own, levels=levels_of(own.samples, own.weights))
+            if self.levels
+            else own
+            for name, own in found.items()
+        }
+
+    @property
     def groups(self) -> dict[str, Any]:
-        """How documents weigh and belong together, as `compare.statistics.paired_difference` takes it.
+        """How documents weigh and belong together, as `compare.claims.paired` takes it.
 
         Strata are the tasks, which another draw would have too; None for a single one.
         """
@@ -232,6 +244,28 @@ def documents_of(run: Run, task: str, metric: str) -> Documents | None:
     return run.documents[task].get(metric)
 
 
+def check_score(run: Run, task: str, metric: str) -> None:
+    """Raise ResultsError where a score of known form is not that of the logged documents: one is damaged.
+
+    Nothing is raised of groups, and where documents have no plain numbers, whose aggregation may be any.
+    """
+    row = metric_of(task, metric, run.metadata.get(task))
+    if (
+        documents_of(run, task, metric) is not None
+        or run.subtasks.get(task)
+        or task not in run.samples
+        or not (row.limits or row.loss)
+    ):
+        return
+    values = [value for _, value, _ in read_samples(run, task, [metric])[metric]]
+    if values and {*map(type, values)} <= _NUMBERS:
+        score = run.scores[task, metric].value
+        raise ResultsError(
+            f"{run.path} says that {task} has a {metric.partition(',')[0]} of {score:.6g}, which is not that of "
+            f"the documents in {run.samples[task]}: one of them is damaged, so evaluate again."
+        )
+
+
 def _documents(
     metric: str, lines: Sequence[tuple[Any, ...]], reported: Score | None
 ) -> Documents | None:
@@ -256,7 +290,7 @@ def _documents(
         if np.isclose(score, expected, rtol=1e-6, atol=1e-9, equal_nan=True):
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
-            levels = _levels(samples, weights, metric)
+            levels = levels_of(samples, weights, metric)
             return Documents(keys, values, weights, grouped, transform, levels, samples)
     return None
 
@@ -279,9 +313,10 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield sums / weights, weights
 
 
-def _levels(
-    samples: Sequence[Sample], weights: np.ndarray, metric: str
+def levels_of(
+    samples: Sequence[Sample], weights: np.ndarray, metric: str = "acc"
 ) -> dict[str, float]:
+    """Return scores without knowledge, by their names; see `Documents.levels`."""
     chances = [sample.chance for sample in samples]
     rights = [sample.right for sample in samples]
     if None in chances or not metric.startswith(("acc", "mc1", "mc2", CHOICE_PROB)):
@@ -294,8 +329,14 @@ def _levels(
     # The same choice in words may be the right one in every other context.
     if None in rights or len({sample.choices for sample in samples}) > 1:
         return {"chance": chance}
-    counts = np.bincount(np.array(rights, dtype=int), weights)
-    commonest = float(counts.max() / weights.sum())
+    answers = np.array(rights, dtype=int)
+    most = int(np.bincount(answers).max())
+    # One of several answers is right in more than its share of documents by luck, too.
+    count = len(samples[0].choices)
+    p = count * stats.binomtest(most, len(answers), 1 / count, "greater").pvalue
+    if p >= 0.05:
+        return {"chance": chance}
+    commonest = float(np.bincount(answers, weights).max() / weights.sum())
     return {"chance": chance, "commonest answer": commonest}
 
 
@@ -305,36 +346,44 @@ def read_samples(
     """Read the logged documents of one task, not of a group, in the order of ``doc_id``.
 
     Returns by metric the key of each document that has it, as in `Documents`, the value and the sample.
-    ResultsError if the file cannot be read, or holds another number of documents than the results
-    file says.
+    ResultsError if the file cannot be read, holds a document twice, or another number of documents
+    than the results file says.
     """
-    file, logged = run.samples[task], Counter[str]()
+    file, numbers = run.samples[task], defaultdict[str, set[int]](set)
     metadata = run.metadata.get(task, {})
     rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in metrics}
     with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                digest = str(row["doc_hash"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise ResultsError(
-                    f"{file}, line {number}: not complete JSON with a doc_hash: the file is truncated, "
-                    "or was not written by lm-eval 0.4.3 or later."
-                ) from None
-            logged[row.get("filter")] += 1
-            number, sample = row.get("doc_id", number), read_sample(row, task, metadata)
+        for line_number, line in enumerate(lines, 1):
+            with reading(
+                f"{file}, line {line_number}, is damaged",
+                f"evaluate {task} again with --log_samples.",
+            ):
+                try:
+                    row = from_json(line)
+                    row["doc_hash"]
+                except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+                    raise ResultsError(
+                        f"{file}, line {line_number}: not complete JSON with a doc_hash: the file is "
+                        "truncated, or was not written by lm-eval 0.4.3 or later."
+                    ) from None
+                number, digest, of_filter = _identity(row)
+                if number in numbers[of_filter]:
+                    raise ValueError(f"an earlier line has doc_id {number}, too")
+                numbers[of_filter].add(number)
+                sample = read_sample(row, task, metadata)
             for metric, values in rows.items():
                 name, _, filter_name = metric.rpartition(",")
                 value = sample.choice_prob if metric == CHOICE_PROB else row.get(name)
-                if row.get("filter") == filter_name and (
+                if of_filter == filter_name and (
                     value is not None or metric == CHOICE_PROB
                 ):
                     values.append((number, digest, value, sample))
     for metric, values in rows.items():
         name, score = metric.rpartition(",")[2], run.scores.get((task, metric))
-        if score and score.documents not in (None, logged[name]):
+        logged = len(numbers[name])
+        if score and score.documents not in (None, logged):
             raise ResultsError(
-                f"{file} holds {logged[name]} documents of {task} (filter {name!r}), but the results "
+                f"{file} holds {logged} documents of {task} (filter {name!r}), but the results "
                 f"file says {score.documents}: one of them is incomplete."
             )
         seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -343,6 +392,16 @@ def read_samples(
             for _, digest, value, sample in sorted(values, key=lambda row: row[0])
         ]
     return rows
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[int, str, str]:
+    """Return ``doc_id``, ``doc_hash`` and filter of a line."""
+    kinds = {"doc_id": int, "doc_hash": str, "filter": str}
+    for key, kind in kinds.items():
+        if type(row[key]) is not kind:
+            expected = "a whole number" if kind is int else "a text"
+            raise ValueError(f"{key} is {row[key]!r}, not {expected}")
+    return row["doc_id"], row["doc_hash"], row["filter"]
 
 
 def read_sample(
@@ -363,12 +422,12 @@ def read_sample(
     # The score of MC2 is the share of probability on true answers, which can be several.
     several = as_mapping(document.get("mc2_targets")) if texts else {}
     if texts and texts == [str(each).strip() for each in several.get("choices") or ()]:
-        chance = float(np.mean(several["labels"]))
+        chance = float(np.mean(_labels(several)))
         # MC1 is judged among other choices, of which one is right.
         single = as_mapping(document.get("mc1_targets"))
         answers = [str(choice).strip() for choice in single.get("choices") or ()]
         rivals = tuple(texts.index(answer) for answer in answers if answer in texts)
-        target = next(itertools.compress(answers, single.get("labels") or ()), target)
+        target = next(itertools.compress(answers, _labels(single)), target)
     elif texts and document.get("context_condition") == "ambig":
         # All choices but two people say that nobody can know, and are right.
         chance = (len(texts) - 2) / len(texts)
@@ -380,13 +439,22 @@ def read_sample(
         target = texts[right]
     by_name = (f for text, f in CLUSTER_FIELDS.items() if re.search(text, task))
     about = document.get(metadata.get("cluster") or next(by_name, ""))
-    cluster = f"{task}\0{row.get('doc_id') if about is None else about}"
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
+    # Whatever a model says of a document, it says of its copies.
+    cluster = f"{task}\0{digest if about is None else about}"
     # Every run was asked the same, and a command keeps what it has read.
     prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
     asked = number, digest, cluster, prompt, target, choices, right, chance, rivals
     level = str(document.get(metadata.get("level", ""), ""))
     return Sample(*asked, level, *_answered(row, endings))
+
+
+def _labels(targets: Mapping[str, Any]) -> list[int]:
+    """Return which choices of MC1 or MC2 are true, none where there are no choices."""
+    choices, labels = targets.get("choices") or [], targets.get("labels") or []
+    if len(labels) != len(choices) or not all(label in (0, 1) for label in labels):
+        raise ValueError(f"{choices!r} have the labels {labels!r}, not a 0 or 1 each")
+    return labels
 
 
 def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:

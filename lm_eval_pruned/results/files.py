@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lm_eval_pruned.results.parts import (
+    ResultsError,
+    as_mapping,
+    direction,
+    finite_or_none,
+    part,
+    read_json,
+    reading,
+    version,
+)
 
 
 if TYPE_CHECKING:
@@ -47,10 +58,6 @@ MODEL = ("model_args", "model_sha")
 #: Which weights a pruning left.
 WEIGHTS = ("kept_digest", "repair", "repair_text", "repair_tokens")
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.+-]+)$")
-
-
-class ResultsError(ValueError):
-    """A file or folder that cannot be read as results; the message names it."""
 
 
 class Score(NamedTuple):
@@ -131,9 +138,8 @@ class Run:
     @property
     def is_baseline(self) -> bool:
         """Whether ``pruned-hf`` removed nothing."""
-        counted = ("parameters_before", "parameters_after")
-        parameters = {self.pruning.get(name) for name in counted}
-        return bool(self.pruning) and len(parameters) == 1
+        before, after = map(self.pruning.get, ("parameters_before", "parameters_after"))
+        return bool(self.pruning) and before == after
 
     @property
     def is_floor(self) -> bool:
@@ -173,28 +179,6 @@ class Run:
         return [name for name in self.members(task) if not self.subtasks.get(name)]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; ResultsError if the file holds something else."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-    except (ValueError, RecursionError) as error:
-        raise ResultsError(f"{file} is not complete JSON ({error}).") from None
-    if not isinstance(data, dict):
-        raise ResultsError(f"{file} holds a {type(data).__name__}, not an object.")
-    return data
-
-
-def as_mapping(value: Any) -> Mapping[str, Any]:
-    """Return a value of a results file, or an empty mapping where it is none."""
-    return value if isinstance(value, dict) else {}
-
-
-def finite_or_none(value: Any) -> float | None:
-    """Return a value of a results file as a number, or None where it is not finite."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
-
-
 def newest_first(folder: Path) -> list[Path]:
     """Return the results files of a folder, or of those below it where it has none."""
     files = [*folder.glob("results_*.json")] or [*folder.rglob("results_*.json")]
@@ -207,84 +191,137 @@ def read_results_file(file: Path, seconds: float | None = None) -> Run:
     `seconds` are those of the evaluation, by default what the harness says.
     """
     data = read_json(file)
-    data |= {key: as_mapping(data.get(key)) for key in _SECTIONS}
+    with reading(f"{file} is damaged", "evaluate again."):
+        return _run_of(data, file, seconds)
+
+
+def _run_of(data: dict[str, Any], file: Path, seconds: float | None) -> Run:
+    data |= {key: part(data, key) for key in _SECTIONS}
     config, scores = data["config"], dict(_scores(data))
     if not scores:
         raise ResultsError(
             f"{file} is not a results file of lm-eval: its object 'results' is missing or has no scores."
         )
     groups = data["group_subtasks"].items()
-    subtasks = {group: tuple(members) for group, members in groups if members}
+    subtasks = {group: _members(group, names) for group, names in groups if names}
     samples = _find_samples(file, {*data["results"]}.union(*subtasks.values()))
     # Measured over all tasks of the file together.
-    energy = {", ".join(data["results"]): config.get("energy")}
-    sizes = {task: as_mapping(count) for task, count in data["n-samples"].items()}
-    counts = {task: size.get("effective", 0) for task, size in sizes.items()}
-    spent = float(seconds or data.get("total_evaluation_time_seconds") or 0)
-    share = spent / sum(counts.values()) if any(counts.values()) else 0
+    energy = {", ".join(data["results"]): as_mapping(config.get("energy"))}
+    sizes = {task: _size(data, task) for task in data["n-samples"]}
+    counted = sum(documents for documents, _ in sizes.values())
+    share = (seconds or _seconds(data)) / counted if counted else 0
     run = Run(
         name=file.stem,
         path=file,
         scores=scores,
-        versions=data["versions"],
+        versions={task: version(value) for task, value in data["versions"].items()},
         subtasks=subtasks,
         samples=samples,
         config=config,
-        energy=energy if config.get("energy") else {},
+        energy=energy if all(energy.values()) else {},
         evaluated={
-            task: Evaluated(n, sizes[task].get("original", n), share * n or None)
-            for task, n in counts.items()
+            task: Evaluated(documents, available, share * documents or None)
+            for task, (documents, available) in sizes.items()
         },
     )
+    counted_only = sizes.keys() - data["results"].keys()
+    leaves = {task for task in run.tasks() if task not in subtasks}
+    if unlike := sorted(counted_only | leaves - sizes.keys()) if sizes else []:
+        raise ValueError(f"results and n-samples do not both hold {listed(unlike)}")
+    for group in subtasks:
+        if any(group in subtasks.get(name, ()) for name in run.members(group)):
+            raise ValueError(f"the group {group} holds itself")
     settings = {task: settings_of(data, task, run.leaves(task)) for task in run.tasks()}
-    return replace(run, settings=settings, metadata=_metadata(data, run))
+    return replace(run, settings=settings, metadata=_metadata(data, run, file))
 
 
-def _metadata(data: Mapping[str, Any], run: Run) -> dict[str, dict[str, Any]]:
+def _members(group: str, names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"the group {group} holds {names!r}, not names of tasks")
+    return tuple(names)
+
+
+def _size(data: Mapping[str, Any], task: str) -> tuple[int, int]:
+    """Return how many documents of a task were evaluated, and of how many."""
+    size = part(data["n-samples"], task)
+    documents = size["effective"]
+    sizes = documents, size.get("original", documents)
+    if not all(type(number) is int and number >= 0 for number in sizes):
+        raise ValueError(f"n-samples of {task} are {dict(size)!r}, not numbers")
+    return sizes
+
+
+def _seconds(data: Mapping[str, Any]) -> float:
+    """Return the wall time, which the harness writes as a text; 0 where it is not known."""
+    try:
+        seconds = float(data["total_evaluation_time_seconds"])
+    except (LookupError, TypeError, ValueError):
+        return 0
+    return seconds if 0 < seconds < math.inf else 0
+
+
+def _metadata(
+    data: Mapping[str, Any], run: Run, file: Path
+) -> dict[str, dict[str, Any]]:
     """Return what tasks declare; ResultsError for something of a metric that a task does not report."""
     metadata = {}
     for task in run.tasks():
-        configs = [as_mapping(data["configs"].get(leaf)) for leaf in run.leaves(task)]
-        first, *others = (as_mapping(config.get("metadata")) for config in configs)
+        configs = [part(data["configs"], leaf) for leaf in run.leaves(task)]
+        first, *others = (part(config, "metadata") for config in configs)
         # A group has no section of its own.
         declared = metadata[task] = {
             key: value
             for key, value in first.items()
             if all(key in other and other[key] == value for other in others)
         }
+        for key in ("cluster", "level"):
+            if not isinstance(declared.get(key, ""), str):
+                raise ResultsError(
+                    f"{file}: {task} declares the {key} {declared[key]!r}: name a field of its documents."
+                )
         if run.subtasks.get(task):
             continue
         names = (name for key, name in run.scores if key == task)
         metrics = [*dict.fromkeys(name.partition(",")[0] for name in names)]
-        primary, floors = declared.get(PRIMARY), as_mapping(declared.get("floors"))
+        primary, floors = declared.get(PRIMARY), part(declared, "floors")
         named = {f"{PRIMARY}: {primary}": primary} if primary is not None else {}
         named |= {f"a floor of {metric}": metric for metric in floors}
         for what, metric in named.items():
             if metric not in metrics:
                 raise ResultsError(
-                    f"{task} declares {what}, which it does not report: name one of {listed(metrics)}."
+                    f"{file}: {task} declares {what}, which it does not report: name one of {listed(metrics)}."
                 )
         for metric, floor in floors.items():
             if finite_or_none(floor) is None:
                 raise ResultsError(
-                    f"{task} declares the floor {floor!r} of {metric}: pass a number."
+                    f"{file}: {task} declares the floor {floor!r} of {metric}: pass a number."
                 )
     return metadata
 
 
 def _scores(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Score]]:
     for task, metrics in data["results"].items():
-        better = as_mapping(data["higher_is_better"].get(task))
-        documents = as_mapping(data["n-samples"].get(task)).get("effective")
-        for metric, value in as_mapping(metrics).items():
+        if not isinstance(metrics, dict):
+            raise TypeError(f"the results of {task} are {metrics!r}, not an object")
+        better = part(data["higher_is_better"], task)
+        documents = part(data["n-samples"], task).get("effective")
+        for metric, value in metrics.items():
             name, comma, filter_name = metric.partition(",")
-            is_number = isinstance(value, int | float)
-            if comma and not name.endswith("_stderr") and is_number:
-                stderr = metrics.get(f"{name}_stderr,{filter_name}")
-                error = float(stderr) if isinstance(stderr, int | float) else None
-                up = None if name.startswith(_BIAS_OF_BBQ) else better.get(name)
-                score = Score(float(value), error, up, documents)
-                yield (task, metric), score
+            if not comma or name.endswith("_stderr"):
+                continue
+            up = None if name.startswith(_BIAS_OF_BBQ) else direction(better.get(name))
+            if isinstance(value, int | float):
+                error = finite_or_none(metrics.get(f"{name}_stderr,{filter_name}"))
+                yield (task, metric), Score(float(value), error, up, documents)
+            elif up is not None and not _is_numpys(value):
+                raise ValueError(f"{metric} of {task} is {value!r}, not a number")
+
+
+def _is_numpys(value: Any) -> bool:
+    """Whether a value is a number that numpy counted, which the harness writes as a text."""
+    with suppress(ValueError):
+        return isinstance(value, str) and bool([float(value)])
+    return False
 
 
 def _find_samples(file: Path, tasks: Iterable[str]) -> dict[str, Path]:
@@ -308,8 +345,10 @@ def settings_of(
     None for what was off or is not recorded.
     """
     config, every_hash = data["config"], data["task_hashes"]
-    pruning, paths = config.get("pruning") or {}, config.get("answer_paths") or {}
-    counts = [data["n-samples"].get(leaf, {}).get("effective") for leaf in leaves]
+    pruning, paths = part(config, "pruning"), part(config, "answer_paths")
+    counts: list[Any] = [
+        part(data["n-samples"], leaf).get("effective") for leaf in leaves
+    ]
     # The harness gives a group a number only if all its members have the same.
     shots = {leaf: data["n-shot"].get(leaf) for leaf in leaves}
     common = shots if len({*map(str, shots.values())}) > 1 else shots[leaves[0]]

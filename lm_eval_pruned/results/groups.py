@@ -8,10 +8,11 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.files import PRIMARY, as_mapping
+from lm_eval_pruned.results.metrics import is_perplexity
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.results.files import Run
 
@@ -37,10 +38,6 @@ class Family(NamedTuple):
 _KNOWLEDGE = "mmlu|gsm8k|(^|_)arc_|trivia_?qa|nq_open|openbookqa|sciq|gpqa|(^|_)math(_|$)|medmcqa|medqa"
 _COMMONSENSE = "hellaswag|winogrande|piqa|boolq|social_iqa|commonsense_?qa|(^|_)copa"
 _LANGUAGE = "wikitext|lambada|^held_text|(^|_)c4(_|$)|(^|_)pile(_|$)|paloma"
-#: Metrics that are shares of 1, by parts of their names.
-_SHARES = "(^|_)acc(uracy|_norm)?(,|$)|^(exact_match|em|mc[12]|choice_prob|bias|pct_stereotype)(,|$)"
-#: Metrics that say which way a model is biased; the last two are BBQ's, overall and by category.
-_BIASES = r"(bias|pct_stereotype)(,|$)|(dis)?amb_bias_score(_|,|$)"
 #: In the order of legends; the first whose expression is found counts.
 FAMILIES = (
     Family("knowledge", "Knowledge", KNOWLEDGE, _KNOWLEDGE),
@@ -159,28 +156,6 @@ def primary_metrics(
         chosen = next((by_name[n] for n in wanted if n in by_name), known[task][0])
         primary.append((task, chosen))
     return primary
-
-
-def is_bias(metric: str) -> bool:
-    """Whether a metric says which way a model is biased; neither way is better."""
-    return re.match(_BIASES, metric) is not None
-
-
-def is_perplexity(metric: str) -> bool:
-    """Whether a metric is a perplexity, whose logarithm is the mean over documents."""
-    return "perplexity" in metric
-
-
-def is_loss(metric: str) -> bool:
-    """Whether a metric is a loss on text, which has no bound."""
-    return re.search("perplexity|bits_per_byte|^kl(,|$)", metric) is not None
-
-
-def is_share(metric: str, values: Collection[float] = ()) -> bool:
-    """Whether a metric is a share of 1, as far as its values tell, and its name where it has none."""
-    if not values:
-        return re.search(_SHARES, metric) is not None
-    return not is_loss(metric) and all(0 <= value <= 1 for value in values)
 
 
 def scale_name(task: str, metric: str) -> str:

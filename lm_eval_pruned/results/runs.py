@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.results.files import (
-    ResultsError,
     Run,
     left_of,
     newest_first,
-    read_json,
     read_results_file,
+)
+from lm_eval_pruned.results.parts import (
+    ResultsError,
+    finite_or_none,
+    part,
+    read_json,
+    reading,
 )
 
 
@@ -40,6 +45,7 @@ UNITS = "units"
 FLOOR = "floor-"
 #: Curves of single layers, as ``lm-eval-pruned sensitivity`` writes them.
 SENSITIVITY = "sensitivity.json"
+_REPEAT = "delete it and repeat the command of the sweep, which writes"
 #: What tells models apart beside the pruning: arguments of the harness and commits.
 _MODEL = ("model", "model_args", "model_sha", "peft_sha", "delta_sha")
 
@@ -81,15 +87,24 @@ def error_text(error: Mapping[str, Any]) -> str:
 def read_unit(folder: Path) -> UnitRecord | None:
     """Return what is there for a unit; None for nothing, or nothing whole."""
     try:
-        unit = read_json(folder / UNIT)
-        if unit["schema_version"] != SCHEMA:
-            return None
-        results = next(iter(newest_first(folder)), None)
-        error = None if results else read_json(folder / ERROR)
-        made = str(unit["fingerprint"]), float(unit["seconds"])
-        return UnitRecord(*made, error, results, unit.get("definition") or {})
-    except (OSError, ValueError, KeyError, TypeError):
+        return _unit_in(folder)
+    except (OSError, ResultsError):
         return None
+
+
+def _unit_in(folder: Path) -> UnitRecord | None:
+    """Return what is there for a unit, None for nothing; ResultsError for what is not whole."""
+    file, results = folder / UNIT, next(iter(newest_first(folder)), None)
+    if not file.is_file() or not (results or (folder / ERROR).is_file()):
+        return None
+    unit, error = read_json(file), None if results else read_json(folder / ERROR)
+    with reading(f"{file} is damaged", f"{_REPEAT} this unit again."):
+        if (schema := unit["schema_version"]) != SCHEMA:
+            raise ValueError(f"schema_version is {schema!r}, not {SCHEMA}")
+        made, seconds = unit["fingerprint"], finite_or_none(unit["seconds"])
+        if not isinstance(made, str) or seconds is None or seconds < 0:
+            raise ValueError(f"fingerprint is {made!r}, seconds {unit['seconds']!r}")
+        return UnitRecord(made, seconds, error, results, part(unit, "definition"))
 
 
 def read_definition(sweep: Path) -> tuple[Mapping[str, Any], UnitsOf]:
@@ -110,14 +125,17 @@ def read_definition(sweep: Path) -> tuple[Mapping[str, Any], UnitsOf]:
             f"{file} has schema version {schema}, and this version of lm-eval-pruned reads "
             f"{SCHEMA}: use the version that wrote it, or upgrade lm-eval-pruned."
         )
-    try:
-        configurations = definition["configurations"]
-        return definition, {str(c["id"]): dict(c.pop("units")) for c in configurations}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ResultsError(
-            f"{file} does not list the sweep's configurations and units: delete it and repeat the "
-            "command of the sweep, which writes it again and keeps what is finished."
-        ) from None
+    units: dict[str, dict[str, str]] = {}
+    with reading(
+        f"{file} does not list the sweep's configurations and units",
+        f"{_REPEAT} it again and keeps what is finished.",
+    ):
+        for configuration in definition["configurations"]:
+            name, listed = configuration["id"], dict(configuration.pop("units"))
+            if not all(isinstance(text, str) for text in (name, *listed.values())):
+                raise ValueError(f"{name!r} has the units {listed!r}")
+            units[name] = listed
+    return definition, units
 
 
 def results_files(path: Path) -> list[Path]:
@@ -163,7 +181,7 @@ def _records(sweep: Path, units: UnitsOf) -> Iterator[tuple[str, Path, UnitRecor
     for name, listed in units.items():
         for task in sorted(listed):
             folder = unit_folder(sweep, name, task)
-            record = read_unit(folder)
+            record = _unit_in(folder)
             if record is not None and record.fingerprint == listed[task]:
                 yield name, folder, record
 
@@ -272,7 +290,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
             "`lm_eval --output_path`, or a results file."
         )
         raise ResultsError(notes[0] if notes else missing)
-    units = [read_unit(file.parent) for file in files]
+    units = [_unit_in(file.parent) for file in files]
     runs = [
         read_results_file(file, unit and unit.seconds)
         for file, unit in zip(files, units, strict=True)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.compare.claims import FALLS, KEEPS, RISES, UNKNOWN, WORDS
 from lm_eval_pruned.report.sections import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.groups import (
@@ -19,10 +20,10 @@ from lm_eval_pruned.results.groups import (
     SIDES,
     TEXT,
     is_control,
-    is_loss,
     primary_metrics,
     series_name,
 )
+from lm_eval_pruned.results.metrics import is_loss
 from lm_eval_pruned.results.runs import FLOOR
 
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from lm_eval_pruned.results.groups import Family
     from lm_eval_pruned.results.runs import SweepResults
 
-FALLS, KEEPS, RISES, UNKNOWN = "falls", "keeps", "rises", "cannot tell"
 #: Which of the states of its sizes is that of a task: a loss at any size, else a gain at any.
 OVER_SIZES = (FALLS, RISES, UNKNOWN, KEEPS)
 #: Which of the states of its tasks is that of a side: one can show a loss, all must show the rest.
@@ -81,12 +81,9 @@ class TaskFinding:
 
     def state_at(self, row: Difference) -> str:
         """Return what one size shows."""
-        if self.can_fall and row.verdict == "equivalent":
-            return KEEPS
-        if self.can_fall and row.verdict == "worse":
-            return FALLS
+        state = WORDS[row.verdict].state
         above = row.floor is None or row.floor.above_floor
-        return RISES if row.verdict == "better" and above else UNKNOWN
+        return state if (above if state == RISES else self.can_fall) else UNKNOWN
 
     @property
     def state(self) -> str:

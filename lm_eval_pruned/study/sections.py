@@ -14,22 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lm_eval_pruned.compare.claims import FALLS, KEEPS, RISES, UNKNOWN
 from lm_eval_pruned.report.page import Section
 from lm_eval_pruned.results.groups import (
     KNOWLEDGE,
     SIDES,
     TEXT,
-    is_perplexity,
     series_name,
 )
-from lm_eval_pruned.study.findings import (
-    FALLS,
-    KEEPS,
-    OVER_TASKS,
-    RISES,
-    UNKNOWN,
-    first_in,
-)
+from lm_eval_pruned.results.metrics import is_perplexity
+from lm_eval_pruned.study.findings import OVER_TASKS, first_in
 from lm_eval_pruned.util.tables import Column, Table
 
 
@@ -286,7 +280,7 @@ def _fit(findings: Findings, task: TaskFinding) -> tuple[str, str]:
         predicted = math.exp(height) if logs else height
         error = abs(predicted - row.score)
         misses.append((error, runs[row.run].name))
-        margin = comparison.margin and comparison.margin.size(row.base_score, row.score)
+        margin = row.case.margin_size
         if error > (margin or 0):
             low = -math.inf if row.low is None else row.low
             high = math.inf if row.high is None else row.high

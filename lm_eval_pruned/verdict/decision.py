@@ -1,92 +1,101 @@
-"""May the candidate be shipped? Each score by the gate's rules, and what would decide it."""
+"""May the candidate be shipped? The claims on both runs, their answer, and what would decide."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from lm_eval_pruned.compare.cases import Case
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL, CODES, REFUTED, WORDS
 from lm_eval_pruned.compare.comparison import compare
-from lm_eval_pruned.compare.floors import NO_LOSS
+from lm_eval_pruned.compare.floors import blind_scores
 from lm_eval_pruned.compare.judge import (
-    CLAIM_LEVEL,
-    Case,
-    Difference,
-    claim_text,
-    decisions,
-    judged as judge,
-    mean_of,
-    p_of_claim,
-    pools_of,
+    OTHER,
+    PART,
+    SCORE,
+    Claim,
+    answer_of,
+    claims_on,
+    p_worse,
 )
 from lm_eval_pruned.compare.margins import (
     Margin,
+    further_measures,
     judged_keys,
     usual_margin,
     with_choice_prob,
 )
+from lm_eval_pruned.compare.pairing import another_test
 from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
-from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.files import ResultsError, Run, asked_differently
-from lm_eval_pruned.results.groups import is_share, primary_metrics
+from lm_eval_pruned.results.documents import check_score
+from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.metrics import is_share
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from lm_eval_pruned.compare.floors import Standing
+    from lm_eval_pruned.compare.judge import Difference
+
     Key = tuple[str, str]
-    #: By task and metric, which is empty where it is not known yet: scores, where there are any yet.
-    Scores = Mapping[Key, Sequence[float]]
-
-#: By exit code.
-ANSWERS = ("ship", "do not ship", "not decided")
-_WORDS = {"fail": "worse", "undecided": "undecided", "improved": "better"}
-_OF_POOLS = {"undecided": "not decided", "worse": "not shown, and the mean is worse"}
-
-
-class Judged(NamedTuple):
-    """What the gate says of one claim: on one score, or on the mean over several tasks.
-
-    `claim` has a case for each task, none where nothing is claimed. `word` is ``equivalent``, ``not
-    worse``, ``better``, ``worse``, ``undecided``, ``not judged`` or `NO_LOSS`; `take` says what would
-    decide.
-    """
-
-    claim: Sequence[Case]
-    row: Difference
-    word: str
-    message: str = ""
-    take: str = ""
-
-    @property
-    def sentence(self) -> str:
-        """The claim on a mean, whether it is shown, and the difference in points with its 90 % interval."""
-        tasks = ", ".join(case.key[0] for case in self.claim)
-        ends = (end for end in (self.row.low, self.row.high) if end is not None)
-        interval = ", ".join(f"{100 * end:+.1f}" for end in ends)
-        return (
-            f"{claim_text(self.claim)} ({tasks}): {_OF_POOLS.get(self.word, 'shown')}; the mean "
-            f"differs by {100 * self.row.difference:+.1f} points [{interval}]."
-        )
 
 
 class Verdict(NamedTuple):
-    """The answer on two runs, with the exit code of `check`.
+    """The answer on two runs, by their claims.
 
-    The claims of `pooled` decide in place of those of their tasks, unless a task is shown to be worse.
-    `open` is what is shown to be worse, or keeps the verdict from being decided; `beside` are scores
-    that were compared and not judged, `rows` all differences between the two.
+    `rows` are all differences between the two, those of scores that are not judged among them; `floors` say
+    where the base stands.
     """
 
     base: Run
     candidate: Run
-    code: int
-    judged: Sequence[Judged]
-    pooled: Sequence[Judged]
-    open: Sequence[Judged]
-    beside: Sequence[Judged]
+    answer: str
+    claims: Sequence[Claim]
     notes: Sequence[str]
     rows: Sequence[Difference]
+    floors: Sequence[Standing]
+
+    @property
+    def code(self) -> int:
+        """The exit code, which is that of `check`."""
+        return CODES[self.answer]
+
+    def about(self, *kinds: str) -> list[Claim]:
+        """Return the claims about scores, means, parts or other measures."""
+        return [claim for claim in self.claims if claim.about in kinds]
+
+    @property
+    def open(self) -> list[Claim]:
+        """The claims that are refuted, or keep the verdict from being decided.
+
+        The wider margins of tasks with a mean are among them only where nothing else is.
+        """
+        found = [
+            claim
+            for claim in self.claims
+            if claim.word in REFUTED
+            or (claim.is_taken and WORDS[claim.word].status == "undecided")
+        ]
+        return [c for c in found if c.about != PART or c.row.case.member] or found
+
+    @property
+    def fallen(self) -> list[Claim]:
+        """Members of groups, and other measures of answers, that are shown to be worse; refuted ones first.
+
+        Not where the score that is judged of the task is.
+        """
+        worse = [c.row.case.key[0] for c in self.about(SCORE) if c.word in REFUTED]
+        found = [
+            claim
+            for claim in self.about(PART, OTHER)
+            if claim.fell
+            and (claim.about == OTHER or claim.row.case.member)
+            and claim.row.case.key[0] not in worse
+        ]
+        return sorted(found, key=lambda claim: claim.word not in REFUTED)
 
 
 def decide(
@@ -99,11 +108,9 @@ def decide(
 ) -> Verdict:
     """Compare a candidate with its base, each score within its margin, as `read_margins` returns them.
 
-    `measure` is judged of each task that has it; see `judged_keys` for what is judged of others. A
-    candidate is shipped if each score is shown to lie within its margin, which needs no
-    correction for many scores; it is not if one is shown to be worse, and not to lie within. `floors`
-    are runs of models that know nothing: where the base is not shown to be above them, nobody could
-    lose anything, and such scores alone decide nothing.
+    `measure` is judged of each task that has it; see `judged_keys` for what is judged of others, and
+    `claims.answer` for the rule. `floors` are runs of models that know nothing: a score whose base is not
+    shown to be above them cannot show a loss.
 
     Raises:
         ValueError: A margin names nothing that was scored, or the runs cannot be compared: of other
@@ -116,90 +123,48 @@ def decide(
             f"The candidate {candidate.path} has no {', '.join(missing)}, which the base has: "
             "evaluate it on the same tasks."
         )
-    runs = base, candidate
-    scores = {key: [run.scores[key].value for run in runs] for key in keys}
-    check_margins(margins, scores)
-    within = {
-        key: Margin(
-            "not_worse", _margin_of(key, margins) or usual_margin(base, key, *values)
-        )
-        for key, values in scores.items()
-    }
+    check_margins(margins, keys, {key[0]: base for key in keys})
+    _refuse_another_test(base, candidate, keys)
+    for run, key in itertools.product((base, candidate), keys):
+        check_score(run, *key)
+    further = [key for key in further_measures(base, keys) if key in candidate.scores]
+    within = {key: _within(base, key, margins) for key in (*keys, *further)}
     # Of this level, intervals beyond the margin are what the gate calls shown.
     compared = compare(
         base,
         [candidate, *floors],
         alpha=2 * CLAIM_LEVEL,
-        margins=within,
+        margins={key: within[key] for key in keys},
     )
-    _refuse_another_test(base, candidate, keys)
-    rows = {(row.task, row.metric): row for row in compared.rows}
-    singles = [rows[key] for key in keys]
-    # A margin that names a task is a claim on this task alone, and a floor shows no loss.
-    pools = pools_of(
-        row.case
-        for row in singles
-        if row.task not in margins and not row.cannot_show_a_loss and row.p is not None
-    )
-    means = judge([mean_of(pool) for pool in pools], 2 * CLAIM_LEVEL)
-    claims, differences = [*([row.case] for row in singles), *pools], [*singles, *means]
-    decided = decisions(differences, [CLAIM_LEVEL] * len(differences))
-    judged = [*map(_judged, claims, differences, decided)]
-    alone, pooled = judged[: len(keys)], judged[len(keys) :]
-    counted = [*primary_metrics([base, candidate]), *(k for k in rows if k[1] == KL)]
-    beside = [Judged([], rows[k], "not judged") for k in counted if k not in keys]
-    in_pools = {case.key for pool in pools for case in pool}
-    left = [
-        claim
-        for claim in [*pooled, *alone]
-        if claim.word == "worse"
-        or (claim.word == "undecided" and claim.row.case.key not in in_pools)
+    cases = [Case(base, candidate, key, margin=within[key]) for key in within]
+    others = [
+        c for c in cases[len(keys) :] if c.pair and math.isfinite(c.test.difference)
     ]
-    words = {claim.word for claim in left}
-    blind = all(row.cannot_show_a_loss for row in singles)
-    code = 1 if "worse" in words else 2 if words or blind else 0
-    known = compared.notes, compared.rows
-    return Verdict(base, candidate, code, alone, pooled, left, beside, *known)
+    blind = blind_scores(base, floors, keys)
+    claims = claims_on(cases[: len(keys)], others, blind, margins)
+    known = compared.notes, compared.rows, compared.floors
+    return Verdict(base, candidate, answer_of(claims), claims, *known)
 
 
-def _judged(
-    claim: Sequence[Case], row: Difference, decision: tuple[str, str]
-) -> Judged:
-    """Return what the gate's decision on a difference says of a claim."""
-    status, message = decision
-    if not math.isfinite(row.score):
-        status, message = "fail", f"The score is {row.score}, not a finite number."
-    word = _WORDS.get(status, "")
-    if status == "pass":
-        size = claim[0].margin_size
-        inside = size is not None and all(
-            end is not None and abs(end) < size for end in (row.low, row.high)
-        )
-        word = "equivalent" if inside else "not worse"
-        p = p_of_claim(claim) if claim[1:] else 0.0
-        if p is None or p >= CLAIM_LEVEL:
-            word = "undecided"
-            message = f"Shown of the mean, and not of each task (p = {p or 1:.3g})."
-    judged = Judged(claim, row, word, message)
-    if word != "worse" and row.cannot_show_a_loss:
-        # Such a score counts neither for nor against shipping.
-        return judged._replace(word=NO_LOSS)
-    take = _what_decides(claim, row) if word == "undecided" else ""
-    return judged._replace(take=take)
+def _within(base: Run, key: Key, margins: Mapping[str, str]) -> Margin:
+    return Margin("not_worse", _margin_of(key, margins) or usual_margin(base, key))
 
 
-def _what_decides(claim: Sequence[Case], row: Difference) -> str:
-    """Say how many documents, in how many minutes, decide with a chance of 80 %, if the models do not differ."""
-    base, candidate = claim[0].base, claim[0].run
-    up = claim[0].scores[0].higher_is_better
-    if None not in (row.low, row.high, up) and (row.high < 0 if up else row.low > 0):  # type: ignore[operator]
+def what_decides(claim: Claim) -> str:
+    """Say how many documents, in how many minutes, decide with a chance of 80 %, if the models do not differ.
+
+    Empty where the message of the claim says why nothing was decided.
+    """
+    cases, case = claim.cases, claim.row.case
+    alone = p_worse(case)
+    if alone is not None and alone < CLAIM_LEVEL:
         return "A test of only this score would show it to be worse; a test of all scores needs more documents."
-    if any(case.pair is None or case.margin_size is None for case in claim):
-        # The finding says why nothing was decided.
+    if claim.p is None or any(each.pair is None for each in cases):
         return ""
-    pilots = [*map(Pilot, claim)]
+    base, candidate = cases[0].base, cases[0].run
+    pilots = [*map(Pilot, cases)]
     seen = sum(pilot.size for pilot in pilots)
-    word = "equivalent" if up is None else "not worse"
+    word = "equivalent" if case.up is None else "not worse"
     needed = documents_for(word, ALIKE, pilots, CLAIM_LEVEL)
     if needed is None:
         return ""
@@ -209,11 +174,13 @@ def _what_decides(claim: Sequence[Case], row: Difference) -> str:
             "well differ: evaluate other documents, or accept a wider margin."
         )
     more = f"It would take about {needed:,} documents instead of {seen:,}"
-    more += " of these tasks together" if claim[1:] else ""
-    leaves = [leaf for case in claim for leaf in base.leaves(case.key[0])]
+    more += " of these tasks together" if cases[1:] else ""
+    leaves = [leaf for each in cases for leaf in base.leaves(each.task)]
+    if not {*leaves} <= base.evaluated.keys():
+        return f"{more}."
     available = sum(base.evaluated[leaf].available for leaf in leaves)
     if available < needed:
-        tasks = "the tasks have" if claim[1:] else "the task has"
+        tasks = "the tasks have" if cases[1:] else "the task has"
         return f"{more}, but {tasks} {available:,}: accept a wider margin."
     costs = [run.seconds_per_document(leaves) for run in (base, candidate)]
     minutes = (needed - seen) * sum(map(float, filter(None, costs))) / 60
@@ -223,8 +190,7 @@ def _what_decides(claim: Sequence[Case], row: Difference) -> str:
 def _refuse_another_test(base: Run, candidate: Run, keys: Iterable[Key]) -> None:
     """Raise ResultsError where two runs were asked differently, or one has no samples of a task."""
     for task in dict.fromkeys(task for task, _ in keys):
-        before, after = (run.settings.get(task, {}) for run in (base, candidate))
-        if why := asked_differently(before, after, "for the base"):
+        if why := another_test(base, candidate, task):
             raise ResultsError(
                 f"The candidate {candidate.path} was evaluated otherwise on {task} ({why}): evaluate "
                 "both with the same settings."
@@ -245,26 +211,27 @@ def read_margins(texts: Iterable[str]) -> dict[str, str]:
     return margins
 
 
-def check_margins(margins: Mapping[str, str], scores: Scores) -> None:
-    """Raise ValueError for margins that cannot be meant of these scores."""
-    names = {
-        name for task, metric in scores for name in (task, metric.partition(",")[0])
-    }
+def check_margins(
+    margins: Mapping[str, str], keys: Sequence[Key], runs: Mapping[str, Run]
+) -> None:
+    """Raise ValueError for margins that cannot be meant of these scores.
+
+    A metric is empty where it is not known yet; `runs` hold what is known of a task.
+    """
+    names = {name for task, metric in keys for name in (task, metric.partition(",")[0])}
     # The metrics of a task in Python are known once it has scores.
-    all_known = all(metric for _, metric in scores)
+    all_known = all(metric for _, metric in keys)
     for name in sorted(margins.keys() - names - {""}) if all_known else ():
         raise ValueError(
             f"--margin {name}={margins[name]} names no task or metric of this verdict: it has "
             f"{', '.join(sorted(names))}."
         )
     # So is which of several metrics counts.
-    vague = {
-        task for (task, m), values in scores.items() if not (values or is_share(m))
-    }
-    for key, values in scores.items():
+    vague = {task for task, m in keys if task not in runs and not is_share(task, m)}
+    for key in keys:
         margin = _margin_of(key, margins)
         if margin and key[0] not in vague:
-            Margin("margin", margin).check(*key, *values)
+            Margin("margin", margin).check(*key, runs.get(key[0]))
 
 
 def _margin_of(key: Key, margins: Mapping[str, str]) -> str | None:

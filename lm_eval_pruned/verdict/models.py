@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from lm_eval_pruned.sweeps.tasks import SweepTask
-    from lm_eval_pruned.verdict.decision import Scores
 
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
@@ -144,12 +143,14 @@ def both_runs(
     else:
         tasks = [*options.get("tasks", TASKS), text_task(text, output_path)]
         options = {**options, "tasks": tasks}
-    scores: Scores = {}
+    scores: list[tuple[str, str]] = []
+    known: dict[str, Run] = {}
     if "base" in finished:
         run = with_choice_prob(finished["base"][0])
         check_measure(measure, (metric for _, metric in run.scores))
         keys = judged_keys(run, measure, margins)
-        scores = {key: [run.scores[key].value] for key in keys}
+        scores = [*keys]
+        known = dict.fromkeys([task for task, _ in scores], run)
         options = {"tasks": run.tasks(subtasks=False), **options}
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
@@ -163,9 +164,9 @@ def both_runs(
         planned["candidate"].base = planned["base"]
     if "base" in planned:
         tasks = planned["base"].tasks
-        scores = {(task.name, m): () for task in tasks for m in _metrics_of(task)}
+        scores = [(task.name, m) for task in tasks for m in _metrics_of(task)]
         check_measure(measure, [metric for _, metric in scores if metric])
-    check_margins(margins, scores)
+    check_margins(margins, scores, known)
     results = dict(finished)
     for name, sweep in planned.items():
         print(f"The {name}: {models[name]}", flush=True)

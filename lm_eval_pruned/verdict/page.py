@@ -7,32 +7,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.compare.claims import (
+    DO_NOT_SHIP,
+    LEAST_UNITS_OF_MARGIN,
+    NO_LOSS,
+    REFUTED,
+    SHIP,
+)
 from lm_eval_pruned.compare.comparison_table import (
     AGREEMENT,
     DIFFERENCES,
     FLOOR,
     record,
 )
+from lm_eval_pruned.compare.judge import MEAN, OTHER, PART, SCORE
 from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, table_section, write_page
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.groups import family_of, is_bias, is_loss, is_perplexity
+from lm_eval_pruned.results.files import listed
+from lm_eval_pruned.results.groups import family_of, primary_metrics
+from lm_eval_pruned.results.metrics import SHARE, is_bias, is_loss, is_perplexity
 from lm_eval_pruned.util.tables import Cell, Column, csv_table
-from lm_eval_pruned.verdict.decision import ANSWERS, Judged
+from lm_eval_pruned.verdict.decision import what_decides
 
 
 if TYPE_CHECKING:
+    from lm_eval_pruned.compare.floors import Standing
+    from lm_eval_pruned.compare.judge import Claim, Difference
     from lm_eval_pruned.verdict.decision import Verdict
 
-#: By exit code.
-TITLES = tuple(f"May it be shipped? {answer.capitalize()}" for answer in ANSWERS)
 #: How many of the answers that changed for the worse are shown.
 SHOWN = 20
+#: How many members of groups or other measures the first line names.
+NAMED = 3
 _HOW_TO_READ = (
     f"{FLOOR} The interval of what is kept covers 90 %. The difference is candidate minus base; a score "
     "is not worse if its 90 % interval lies above the margin, and equivalent if it lies within the margin "
-    "on both sides."
+    f"on both sides. Of scores without limits, both take {LEAST_UNITS_OF_MARGIN} independent documents."
 )
 _ON_BIAS = (
     "Bias is 0.5 where answers follow stereotypes as often as they contradict them, and 1 where "
@@ -50,12 +62,17 @@ _ON_TIME = (
 )
 
 
+def title_of(verdict: Verdict) -> str:
+    """Return the title of a page."""
+    return f"May it be shipped? {verdict.answer.capitalize()}"
+
+
 def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -> str:
     """Write ``verdict.html`` and ``verdict.md``, with `texts` of answers or without.
 
     Returns what a terminal shows, which leaves out the answers that changed.
     """
-    title, tables = TITLES[verdict.code], _tables(verdict)
+    title, tables = title_of(verdict), _tables(verdict)
     changes = find_changes(verdict.base, verdict.rows)[2]
     lost = [change for change in changes if change.kind == LOST]
     shown = lost[:SHOWN]
@@ -67,12 +84,22 @@ def write_pages(verdict: Verdict, folder: Path, subtitle: str, *, texts: bool) -
     )
     remarks = [Section("Remarks", notes=verdict.notes)] * bool(verdict.notes)
     rows = [
-        record(judged.row) | {"margin": _margin(judged), "verdict": judged.word}
-        for judged in verdict.judged
+        record(_with_floor(verdict, claim))
+        | {"margin": _margin(claim), "verdict": claim.word}
+        for claim in verdict.about(SCORE)
     ]
     sections = [*tables, *([changed] if changed else []), *remarks]
     write_page(folder, "verdict", title, subtitle, sections, csv_table(rows))
     return as_markdown(title, subtitle, [*tables, *remarks], terminal=True)
+
+
+def _with_floor(verdict: Verdict, claim: Claim) -> Difference:
+    """Return the difference of a claim with the floor and the answers that `compare` found."""
+    case, row = claim.row.case, claim.row
+    found = next((r for r in verdict.rows if r.case.key == case.key), None)
+    if found is None or case.member:
+        return row
+    return replace(row, floor=found.floor, answers=found.answers)
 
 
 def card_section(verdict: Verdict, base: str) -> str:
@@ -86,50 +113,75 @@ def card_section(verdict: Verdict, base: str) -> str:
     subtitle = f"Compared with {named}, by `lm-eval-pruned verdict`."
     answer, *tables = _tables(verdict)
     sections = [replace(answer, notes=()), *tables]
-    return re.sub(
-        r"(?m)^#", "##", as_markdown(TITLES[verdict.code], subtitle, sections)
-    )
+    return re.sub(r"(?m)^#", "##", as_markdown(title_of(verdict), subtitle, sections))
 
 
 def headline(verdict: Verdict) -> str:
     """Return the answer, what is kept, what the loss on text is, and which other scores do not pass."""
     parts, margins = [], []
-    for judged in verdict.judged:
-        row, metadata = judged.row, verdict.base.metadata
+    for claim in verdict.about(SCORE):
+        row, metadata = _with_floor(verdict, claim), verdict.base.metadata
         label = family_of(row.task, metadata).label.lower()
+        margin = row.case.margin
         if verdict.base.exact_floor(row.task, row.metric) is not None:
             kept = row.floor and row.floor.kept_text
             parts.append(f"{label} kept {kept or 'not known'}")
-            share = row.case.margin and row.case.margin.share
+            share = margin and margin.share
             margins += [f"{1 - share:.0%}".replace("%", " %")] if share else []
         elif is_loss(row.metric) and row.relative is not None:
             name = "perplexity" if is_perplexity(row.metric) else "loss"
             parts.append(f"{name} {row.relative:+.1%}".replace("%", " %"))
-        elif judged in verdict.open:
-            parts.append(f"{_name(judged)} {judged.word}")
+        elif claim in verdict.open:
+            parts.append(f"{claim.name} {claim.word}")
+    fallen = verdict.fallen
+    named = [c for c in verdict.about(PART) if c in verdict.open and c not in fallen]
     parts += [
-        f"{_name(pool)} {pool.word}" for pool in verdict.pooled if pool in verdict.open
+        f"{claim.name} {claim.word}"
+        for claim in [*verdict.about(MEAN), *named[:NAMED]]
+        if claim in verdict.open
     ]
-    answer = ANSWERS[verdict.code]
-    line = f"{answer}: {', '.join(parts)}" if parts else answer
+    line = f"{verdict.answer}: {', '.join(parts)}" if parts else verdict.answer
+    if fallen:
+        texts = [*map(_fall, fallen[:NAMED])]
+        texts += [f"{len(fallen) - NAMED} more"] * (len(fallen) > NAMED)
+        joint = ", although " if verdict.answer == SHIP else "; " if parts else ": "
+        line += f"{joint}{', '.join(texts)}"
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
 
 
-def _name(judged: Judged) -> str:
-    return f"{judged.row.task} {judged.row.metric.removesuffix(',none')}"
+def _fall(claim: Claim) -> str:
+    """Say by how much a score fell, with its interval of 90 %; in points where it lies between 0 and 1."""
+    row, points = claim.row, claim.row.case.metric.limits == SHARE
+    times, unit = (100, " points") if points else (1, "")
+    verb = "fell" if row.difference < 0 else "rose"
+    ends = [f"{times * end:+.3g}" for end in (row.low, row.high) if end is not None]
+    return f"{claim.name} {verb} by {abs(times * row.difference):.3g}{unit} [{', '.join(ends)}]"
 
 
 def _tables(verdict: Verdict) -> list[Section]:
     """Return what there is to say without texts of documents, the answer first."""
-    judged = verdict.judged
-    bias_tasks = {score.row.task for score in judged if is_bias(score.row.metric)}
-    on_bias = [score for score in judged if score.row.task in bias_tasks]
-    others = [score for score in judged if score.row.task not in bias_tasks]
-    scores = [*others, *verdict.beside]
-    about = [_HOW_TO_READ, *[_ON_KL] * any(score.row.metric == KL for score in scores)]
+    known: list[tuple[Claim, Difference]]
+    known = [(claim, _with_floor(verdict, claim)) for claim in verdict.claims]
+    judged = [pair for pair in known if pair[0].about == SCORE]
+    bias_tasks = {row.task for _, row in judged if is_bias(row.metric)}
+    on_bias = [pair for pair in judged if pair[1].task in bias_tasks]
+    scores: list[tuple[Claim | None, Difference]]
+    scores = [pair for pair in judged if pair[1].task not in bias_tasks]
+    told = [*verdict.fallen, *verdict.open]
+    scores += [pair for pair in known if pair[0].about == PART and pair[0] in told]
+    counted = primary_metrics([verdict.base, verdict.candidate])
+    scores += [
+        p
+        for p in known
+        if p[0].about == OTHER and (p[0] in told or p[1].case.key in counted)
+    ]
+    keys = {pair[1].case.key for pair in known}
+    left = [row for row in verdict.rows if row.case.key in [*counted, *_kl(verdict)]]
+    scores += [(None, row) for row in left if row.case.key not in keys]
+    about = [_HOW_TO_READ, *[_ON_KL] * any(row.metric == KL for _, row in scores)]
     size = [("base", verdict.base), ("candidate", verdict.candidate)]
     # Of a task with two measures, the answers are the same.
-    rows = {score.row.task: score.row for score in judged}
+    rows = {row.task: row for _, row in judged}
     answered = [row for row in rows.values() if row.answers]
     sections = [
         _answer_section(verdict),
@@ -142,70 +194,100 @@ def _tables(verdict: Verdict) -> list[Section]:
     return [section for section in sections if section is not None]
 
 
+def _kl(verdict: Verdict) -> list[tuple[str, str]]:
+    return [row.case.key for row in verdict.rows if row.metric == KL]
+
+
 def _answer_section(verdict: Verdict) -> Section:
     """Return the answer, which scores could show a loss and which not, and what was decided of them."""
-    judged, pooled = verdict.judged, verdict.pooled
-    blind = [score for score in judged if score.row.cannot_show_a_loss]
-    worse, undecided = (
-        [claim for claim in verdict.open if claim.word == word]
-        for word in ("worse", "undecided")
-    )
-    names = (f"{_name(e)} ({e.row.floor.floor_name})" for e in blind if e.row.floor)
+    judged, means = verdict.about(SCORE), verdict.about(MEAN)
+    blind = [claim for claim in judged if claim.word == NO_LOSS]
+    lost = [claim for claim in verdict.open if claim.word in REFUTED]
+    undecided = [claim for claim in verdict.open if claim.word not in REFUTED]
+    keys = [claim.row.case.key for claim in blind]
+    low = [floor for floor in verdict.floors if (floor.task, floor.metric) in keys]
+    names = "; ".join(f"{_name(floor)}: {floor.why_not}" for floor in low)
     not_above = "the base is not shown to be above the floor of"
     if not blind:
-        able = "Each score can show a loss"
+        able = "Every score here could have shown a loss." * (verdict.answer == SHIP)
     elif blind == judged:
-        able = f"No score can show a loss, because {not_above} any task: {', '.join(names)}"
+        able = f"No score can show a loss, because {not_above} any task ({names})."
     else:
         able = (
             f"{len(judged) - len(blind)} of {len(judged)} scores can show a loss; {not_above} the "
-            f"others: {', '.join(names)}"
+            f"others ({names})."
         )
     line = headline(verdict)
-    lost = f"{len(worse)} of {len(judged)} scores are shown to be worse."
-    unsure = f"{len(undecided)} of {len(judged)} scores are not shown to lie within their margins."
-    shipped = (
-        f"Each score{' that can show a loss' * bool(blind)} is shown to lie within its margin"
-        f"{', alone or on average' * bool(pooled)}."
-    )
-    if not undecided:
-        unsure = "Evaluate tasks that the base can do."
-    notes = [
-        f"{_name(claim)}: {claim.word}. {claim.take or claim.message}"
-        for claim in [*worse, *undecided]
-    ]
+    if verdict.answer == SHIP:
+        reason = (
+            f"Each score{' that can show a loss' * bool(blind)} is shown to lie within its margin"
+            f"{', alone or on average' * bool(means)}."
+        )
+    elif verdict.answer == DO_NOT_SHIP:
+        reason = f"{len(lost)} of {len(verdict.claims)} claims are shown to be wrong."
+    elif undecided:
+        reason = f"{len(undecided)} of {len(verdict.claims)} claims are not shown."
+    else:
+        reason = "Evaluate tasks that the base can do."
+    told = [*lost, *undecided]
+    parts = [claim for claim in told if claim.about == PART]
+    # There may be dozens, and each takes seconds.
+    rest = parts[NAMED:]
+    notes = [f"{c.name}: {c.word}. {_why(c)}" for c in told if c not in rest]
+    if rest:
+        notes.append(f"{len(rest)} more: {listed([claim.name for claim in rest])}.")
     return Section(
-        ANSWERS[verdict.code].capitalize(),
+        verdict.answer.capitalize(),
         [
-            f"{line[:1].upper()}{line[1:]}. {able}.",
-            (shipped, lost, unsure)[verdict.code],
-            *(pool.sentence for pool in pooled),
+            f"{line[:1].upper()}{line[1:]}. {able}".rstrip(),
+            reason,
+            *(m.sentence for m in means),
         ],
         notes=notes,
     )
 
 
+def _why(claim: Claim) -> str:
+    """Return what would decide a claim, or what is known of it."""
+    more = what_decides(claim) if claim.word == "undecided" else ""
+    known = claim.message
+    if claim.p is not None and more:
+        return more
+    return f"{known} {more}".rstrip()
+
+
+def _name(row: Standing) -> str:
+    return f"{row.task} {row.metric.removesuffix(',none')}"
+
+
 def _compared(title: str, shown_as: str = "") -> Column:
     """Return a column of `compare`, of the difference that was judged."""
     column = next(column for column in DIFFERENCES if column.title == title)
-    value = lambda judged: column.value(judged.row)
+    value = lambda pair: column.value(pair[1])
     return column._replace(title=shown_as or title, value=value, coloured=False)
 
 
-def _word(judged: Judged) -> Cell:
-    word = f"{judged.word} (at floor)" if judged.row.at_floor else judged.word
-    return Cell(word, judged.word)
+def _word(pair: tuple[Claim | None, Difference]) -> Cell:
+    claim, row = pair
+    word = claim.word if claim else "not judged"
+    low = " (at floor)" * (row.at_floor and word != "not judged")
+    return Cell(f"{word}{low}", word)
 
 
-def _margin(judged: Judged) -> str | None:
-    margin = judged.row.case.margin
+def _task(pair: tuple[Claim | None, Difference]) -> str:
+    row = pair[1]
+    return f"{row.case.key[0]}: {row.task}" if row.case.member else row.task
+
+
+def _margin(claim: Claim | None) -> str | None:
+    margin = claim.row.case.margin if claim and claim.about != OTHER else None
     return margin.text if margin else None
 
 
-#: Of `Judged`.
+#: Of a claim, None where nothing is judged, and its difference.
 _SCORES = (
-    _compared("task"),
-    Column("metric", lambda judged: judged.row.metric.removesuffix(",none")),
+    Column("task", _task),
+    Column("metric", lambda pair: pair[1].metric.removesuffix(",none")),
     Column("verdict", _word),
     _compared("base"),
     _compared("score", "candidate"),
@@ -213,7 +295,7 @@ _SCORES = (
     _compared("kept"),
     _compared("difference"),
     _compared("interval", "90% interval"),
-    Column("margin", _margin, ">"),
+    Column("margin", lambda pair: _margin(pair[0]), ">"),
     _compared("documents"),
 )
 #: Of `Difference`.

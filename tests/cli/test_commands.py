@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import metadata, version
 from unittest.mock import MagicMock
 
 import pytest
@@ -24,14 +24,14 @@ from tests.helpers.results_files import write_sweep
 from tests.helpers.sweeping import write_tasks
 
 
-def end_with(monkeypatch, error: BaseException) -> int:
+def end_with(monkeypatch, error: BaseException, *words: str) -> int:
     """Run a command that raises this; return its exit code."""
 
     def run(arguments):
         raise error
 
     monkeypatch.setattr(import_module("lm_eval_pruned.cli.report"), "run", run)
-    return cli.main(["report", "x"])
+    return cli.main(["report", "x", *words])
 
 
 def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
@@ -54,10 +54,36 @@ def test_the_version_is_the_installed_one(capsys):
     assert capsys.readouterr().out == f"lm-eval-pruned {version('lm-eval-pruned')}\n"
 
 
-def test_another_module_that_is_missing_is_a_mistake_to_be_shown(monkeypatch):
-    missing = ModuleNotFoundError("No module named 'nowhere'", name="nowhere")
-    with pytest.raises(ModuleNotFoundError):
-        end_with(monkeypatch, missing)
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("'int' object is not iterable"),
+        RecursionError("maximum recursion depth exceeded"),
+        ModuleNotFoundError("No module named 'nowhere'", name="nowhere"),
+    ],
+)
+def test_an_error_of_ours_is_no_answer_and_says_where_to_report_it(
+    error, monkeypatch, capsys
+):
+    assert end_with(monkeypatch, error) == 70
+    first, *_, raised, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert raised == f"{type(error).__name__}: {error}"
+    assert last == (
+        "lm-eval-pruned report: error: this is a bug of lm-eval-pruned: please report it, with the "
+        f"lines above, at {metadata('lm-eval-pruned')['Home-page']}/issues"
+    )
+
+
+@pytest.mark.parametrize("error", [ValueError("ratio=x"), OSError("no disk")])
+def test_where_input_was_refused_is_shown_by_verbose_alone(error, monkeypatch, capsys):
+    assert end_with(monkeypatch, error) == 2
+    line = capsys.readouterr().err
+    assert line == f"lm-eval-pruned report: error: {error}\n"
+    assert end_with(monkeypatch, error, "--verbose") == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):")
+    assert shown.endswith(f"{type(error).__name__}: {error}\n{line}")
 
 
 @pytest.mark.parametrize("command", ["report", "study"])

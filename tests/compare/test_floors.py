@@ -73,7 +73,10 @@ def test_floors_change_nothing_but_what_is_said_of_them(tmp_path):
     assert rows["p20", "ifeval"].said == "better"
     assert rows["p40", "ifeval"].said == "not shown (at floor)"
     notes = "\n".join(found.notes)
-    assert "ifeval: base (0.3000) is not shown to be above the floor (0.3750" in notes
+    assert (
+        "ifeval: base is not shown to be above the floor (0.3000, and the floor is 0.3750"
+        in notes
+    )
     assert (
         "boolq: the answers collapse to one. Share of the commonest answer: 60% of base"
         in notes

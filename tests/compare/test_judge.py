@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from lm_eval_pruned.compare.floors import kept_sides
-from lm_eval_pruned.compare.judge import CLAIM_LEVEL, decisions, judged
-from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.compare.statistics import paired_difference
+from lm_eval_pruned.compare.claims import p_of, paired
+from lm_eval_pruned.compare.judge import answer_of, claims_on, judged
 from tests.helpers.cases import case_of
 
 
@@ -23,27 +20,37 @@ def changes(right, wrong, n=400, **about):
     return case_of(base, run, **about)
 
 
-def decided(*cases, levels=None):
-    """Return status and sentence of each case."""
-    levels = levels or [CLAIM_LEVEL] * len(cases)
-    return [*decisions(judged(cases), levels, [case.family for case in cases])]
-
-
-def tango(down, n, margin):
-    """Return the p of a loss of `margin` or more, where nothing became right: Wilson's."""
-    z = (margin - down / n) / math.sqrt(margin * (1 - margin) / n)
-    return stats.norm.sf(z)
+@pytest.mark.parametrize(
+    ("down", "word", "answer"),
+    [(10, "equivalent", "ship"), (11, "worse", "do not ship")],
+)
+def test_a_claim_is_shown_at_a_level_of_5_percent(down, word, answer):
+    """P is 0.046 and 0.080, by the binomial distribution."""
+    case = changes(0, down, margin="4.25pt")
+    (claim,) = claims = claims_on([case])
+    assert claim.p == pytest.approx(stats.binom.cdf(down, 400, 0.0425))
+    assert (claim.word, claim.fell, answer_of(claims)) == (word, True, answer)
 
 
 @pytest.mark.parametrize(
-    ("down", "p", "status"), [(10, 0.0414, "pass"), (11, 0.0686, "fail")]
+    ("metric", "lost", "word"),
+    [
+        ("word_perplexity,none", 0.01, "equivalent"),
+        ("word_perplexity,none", 0.03, "worse"),
+        ("lift,none", 0.03, "equivalent"),
+        ("lift,none", 0.07, "worse"),
+    ],
 )
-def test_a_claim_is_shown_at_a_level_of_5_percent(down, p, status):
-    case = changes(0, down, margin="4.25pt")
-    assert tango(down, 400, 0.0425) == pytest.approx(p, abs=1e-3)
-    (row,) = judged([case])
-    assert row.claim.p == pytest.approx(p, abs=1e-3)
-    assert decided(case)[0][0] == status
+def test_losses_on_both_sides_of_a_margin_are_decided(metric, lost, word):
+    """Of the same share of every document, which have hardly any spread."""
+    rng, noise = np.random.default_rng(0), np.random.default_rng(1).normal(0, 1e-4, 80)
+    if metric == "lift,none":
+        base, about = rng.normal(5, 4, 80), {"margin": "5%", "floor": 0.0}
+        run = base * (1 - lost) + noise
+    else:
+        base, about = rng.normal(-3, 0.2, 80), {"margin": "2%", "up": False}
+        run, about["transform"] = base - np.log(1 + lost) + noise, "perplexity"
+    assert claims_on([case_of(base, run, metric=metric, **about)])[0].word == word
 
 
 @pytest.mark.parametrize("side", ["right", "wrong"])
@@ -52,49 +59,40 @@ def test_of_two_ends_the_larger_p_counts(side):
     case = changes(
         **{"right": 0, "wrong": 0, side: 12}, margin="4pt", claim="equivalent"
     )
-    test = paired_difference(*(d.values for d in case.pair))
-    ends = test.distribution.tail(-0.04, 0), test.distribution.tail(0.04, 1)
+    ends = [case.test.p_margin(0.04, None, end) for end in (1, -1)]
     (row,) = judged([case])
-    assert row.claim.p == pytest.approx(max(ends)) and max(ends) > 0.1 > min(ends)
+    assert row.claim.p == max(ends) > 0.1 > min(ends)
 
 
-@pytest.mark.parametrize(("up", "alone"), [(True, 0), (False, 1)])
-def test_not_worse_asks_about_the_side_that_is_worse(up, alone):
+@pytest.mark.parametrize("up", [True, False])
+def test_not_worse_asks_about_the_side_that_is_worse(up):
     case = changes(0, 12, margin="4pt", up=up)
-    test = paired_difference(*(d.values for d in case.pair))
-    expected = test.distribution.tail((-0.04, 0.04)[alone], alone)
-    assert judged([case])[0].claim.p == pytest.approx(expected)
-    assert judged([case])[0].verdict == ("worse" if up else "better")
+    (row,) = judged([case])
+    assert row.claim.p == case.test.p_margin(0.04, None, 1 if up else -1)
+    assert row.verdict == ("worse" if up else "better")
 
 
-def test_a_share_is_one_of_the_base_s_score():
+def test_a_share_is_one_of_the_base_s_score_and_above_a_floor_of_what_is_kept():
     case = changes(0, 200, margin="10%")
     assert [score.value for score in case.scores] == [1.0, 0.5]
     assert case.margin_size == pytest.approx(0.1)
-    assert Margin("not_worse", "2%").size(50.0, 40.0) == pytest.approx(1.0)
-
-
-def test_a_share_above_a_floor_is_tested_as_what_is_kept_of_it():
     rng = np.random.default_rng(0)
     base = rng.normal(5, 4, 100)
     run = 0.97 * base + rng.normal(0, 0.5, 100)
-    about = {"metric": "lift,none", "margin": "5%", "floor": 1.0}
-    (row,) = judged([case_of(base, run, **about)])
-    assert row.claim.p == pytest.approx(kept_sides(base, run, 1.0, 0.95)[1])
-    (both,) = judged([case_of(base, run, **about, claim="equivalent")])
-    ends = kept_sides(base, run, 1.0, 0.95)[1], kept_sides(base, run, 1.0, 1.05)[0]
-    assert both.claim.p == pytest.approx(max(ends))
+    about, test = {"metric": "lift,none", "margin": "5%"}, paired(base, run, 1.0)
+    ends = p_of(test.keeps(0.95, 1)), p_of(test.keeps(1.05, -1))
+    for claim, p in (("not_worse", ends[0]), ("equivalent", max(ends))):
+        (row,) = judged([case_of(base, run, floor=1.0, claim=claim, **about)])
+        assert row.claim.p == pytest.approx(p)
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.3])
 def test_alpha_is_the_level_of_verdicts_and_intervals(alpha):
     case = replace(changes(3, 10), margin=None)
     (row,) = judged([case], alpha)
-    p = 2 * stats.binom.cdf(3, 13, 0.5) - stats.binom.pmf(3, 13, 0.5)
-    assert row.p == pytest.approx(p) and 0.01 < p < 0.3
+    assert row.p == pytest.approx(stats.binomtest(3, 13).pvalue)
     assert row.verdict == ("worse" if alpha == 0.3 else "not shown")
-    ends = paired_difference(*(d.values for d in case.pair)).interval(alpha)
-    assert (row.low, row.high) == pytest.approx(ends)
+    assert (row.low, row.high) == case.test.interval(alpha)
 
 
 def test_tests_of_a_family_are_corrected_together_and_of_several_apart():
@@ -105,24 +103,18 @@ def test_tests_of_a_family_are_corrected_together_and_of_several_apart():
     assert apart[0].q == pytest.approx(apart[0].p)
 
 
-@pytest.mark.parametrize("up", [True, False])
-def test_what_rises_is_improved_where_more_is_better_and_fails_elsewhere(up):
-    case = replace(changes(30, 2, up=up), margin=None)
-    (decision,) = decided(case, levels=[0.05])
-    assert decision[0] == ("improved" if up else "fail")
-    (decision,) = decided(replace(changes(2, 30, up=up), margin=None), levels=[0.05])
-    assert decision[0] == ("fail" if up else "improved")
-
-
-@pytest.mark.parametrize("run", ["rises", "falls"])
-def test_the_first_side_is_that_of_a_run_that_scores_less(run):
-    """One-sided p by hand, of right-or-wrong documents and of means."""
-    up, down = (12, 2) if run == "rises" else (2, 12)
-    test = paired_difference(*(d.values for d in changes(up, down).pair))
-    less = stats.binom.cdf(up, 14, 0.5) - stats.binom.pmf(up, 14, 0.5) / 2
-    assert test.sides[0] == pytest.approx(less)
-    base = np.full(40, 0.5)
-    soft = base + (0.1 if run == "rises" else -0.1) + np.tile([-0.05, 0.05], 20)
-    test = paired_difference(base, soft)
-    assert (test.sides[0] < 0.05) == (run == "falls")
-    assert (test.sides[1] < 0.05) == (run == "rises")
+@pytest.mark.parametrize(
+    ("up", "words"),
+    [
+        (True, ("better", "worse")),
+        (False, ("worse", "better")),
+        (None, ("different", "different")),
+    ],
+)
+def test_what_rises_is_better_where_more_is_and_different_where_neither_way_is(
+    up, words
+):
+    for (right, wrong), word in zip([(30, 2), (2, 30)], words, strict=True):
+        case = changes(right, wrong, up=up, metric="acc,none" if up else "bias,none")
+        assert judged([replace(case, margin=None)])[0].verdict == word
+        assert claims_on([case])[0].word == word

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lm_eval_pruned.compare import power
+from lm_eval_pruned.compare.claims import paired
 from lm_eval_pruned.compare.power import ALIKE, SEEN, Pilot, chance_of, documents_for
-from lm_eval_pruned.compare.statistics import paired_difference
 from lm_eval_pruned.results.documents import scored_on
 from tests.helpers.cases import case_of
 
@@ -40,8 +40,8 @@ def test_the_chance_is_that_of_the_test_on_documents_of_which_as_many_change(mar
         up, down, _ = rng.multinomial(200, [0.05, 0.05, 0.9])
         base = [0] * up + [1] * (200 - up)
         run = [1] * up + [0] * down + [1] * (200 - up - down)
-        p = paired_difference(base, run).p_outside(-float(margin[0]) / 100, math.inf)
-        shown += p < 0.05
+        test = paired(base, run, limits=(0, 1))
+        shown += test.p_margin(float(margin[0]) / 100, None, 1) < 0.05
     assert found == pytest.approx(shown / 1000, abs=SPREAD + 0.05)
 
 

@@ -141,6 +141,6 @@ def test_compare_and_report_show_the_floor_of_each_score(sweep, reported):
         for row in done.out.splitlines()
         if row.startswith("|p40") and "|quiz" in row
     ]
-    # Whoever always gives the commonest right answer has 2 of 5, who guesses a third.
-    assert "|0.4000|" in row
-    assert "0.400" in (reported() / "report.md").read_text("utf-8")
+    # Of three choices: that one is right in 2 of 5 documents may be luck.
+    assert "|0.3333|" in row
+    assert "0.333" in (reported() / "report.md").read_text("utf-8")

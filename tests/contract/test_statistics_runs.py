@@ -174,7 +174,8 @@ def power(tmp_path):
     paths = []
     for right, noise in ((before, 0), (after, rng.normal(0, 0.05, size=300))):
         wiki = {"perplexity,none": {"values": [*(soft + noise - 3)], **losses}}
-        tasks = {"boolq": {"acc,none": [*right]}, "tf": {"mc2,none": [*(soft + noise)]}}
+        sure = np.clip(soft + noise, 0, 1)
+        tasks = {"boolq": {"acc,none": [*right]}, "tf": {"mc2,none": [*sure]}}
         paths.append(write_run(tmp_path / str(len(paths)), {**tasks, "wiki": wiki}))
     return lambda task, *words: pruned("power", task, *paths, *words)
 

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tests.contract.commands import pruned
 from tests.helpers.bbq import CATEGORIES, made_documents, write_bbq
@@ -39,19 +40,20 @@ def verdict(tmp_path):
 
 
 def rows_of(done):
-    """Return verdict, interval and margin of each score, by task."""
+    """Return verdict, interval and margin of the first score of each task, which is the one that is judged."""
     table = done.out.partition("## Scores")[2].partition("\n## ")[0]
     lines = [line.split("|")[1:-1] for line in table.splitlines() if line[:1] == "|"]
     head, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    scores = (dict(zip(head, row, strict=True)) for row in rows)
-    return {row["task"]: row for row in scores if row["verdict"] != "not judged"}
+    scores = [dict(zip(head, row, strict=True)) for row in rows]
+    judged = [row for row in scores if row["verdict"] != "not judged"]
+    return {row["task"]: row for row in reversed(judged)}
 
 
 def test_ship_do_not_ship_and_not_decided_by_exit_code(verdict):
     for share, documents, code, word in (
         (0.7925, 800, 0, "Ship"),
         (0.7, 800, 1, "Do not ship"),
-        (0.8, 60, 2, "Not decided"),
+        (0.8, 60, 3, "Not decided"),
     ):
         tasks = [{"boolq": right(of, documents)} for of in (0.8, share)]
         done = verdict(*tasks)
@@ -79,17 +81,16 @@ def test_by_default_scores_between_0_and_1_may_lose_2_points(verdict):
 
 
 def test_the_interval_is_that_of_90_percent_and_decides(verdict):
-    """20 of 800 answers became wrong: Tango's interval of 90 %, worked out by hand."""
+    """20 of 800 answers became wrong, and none right: Clopper and Pearson's interval."""
     done = verdict({"boolq": right(0.8)}, {"boolq": right(0.775)}, "--margin", "4pt")
     row = rows_of(done)["boolq"]
     low, high = (float(end) for end in row["90% interval"].strip("[]").split(","))
-    # Where nothing becomes right, the score interval of a single share (Wilson's) is Tango's.
-    z, n, lost = 1.6449, 800, 0.025
-    middle = (lost + z * z / 2 / n) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(lost * (1 - lost) / n + (z / 2 / n) ** 2)
-    assert (-high, -low) == pytest.approx((middle - half, middle + half), abs=1e-4)
+    ends = stats.beta.ppf(0.05, 20, 781), stats.beta.ppf(0.95, 21, 780)
+    assert -low == pytest.approx(ends[1], abs=1e-4)
+    # The document that nobody has seen may become right, so this end is lower than theirs.
+    assert ends[0] - 1 / 800 < -high + 1e-3 < ends[0]
     # The 95 % interval would reach beyond the margin that the 90 % interval keeps.
-    margin = f"{100 * (middle + half) + 0.02:.2f}pt"
+    margin = f"{100 * ends[1] + 0.02:.2f}pt"
     done = verdict({"boolq": right(0.8)}, {"boolq": right(0.775)}, "--margin", margin)
     assert (done.code, rows_of(done)["boolq"]["verdict"]) == (0, "equivalent")
 
@@ -99,7 +100,7 @@ def test_the_interval_is_that_of_90_percent_and_decides(verdict):
     [
         (0.8, "equivalent"),
         (0.81, "equivalent"),
-        (0.87, "not worse"),
+        (0.87, "better"),
         (0.79, "equivalent"),
     ],
 )
@@ -160,7 +161,7 @@ def test_rare_large_losses_of_the_size_of_the_margin_are_not_shipped(verdict):
 def test_where_the_base_is_at_its_floor_no_score_ships(verdict):
     done = verdict({"boolq": right(0.51)}, {"boolq": right(0.51)})
     assert (done.code, rows_of(done)["boolq"]["verdict"]) == (
-        2,
+        3,
         "cannot show a loss (at floor)",
     )
     assert "Not decided" in done.out and "No score can show a loss" in done.out
@@ -193,10 +194,10 @@ def test_a_model_that_knows_nothing_is_no_candidate(verdict, model):
 @pytest.mark.parametrize(
     ("about", "why", "what"),
     [
-        ({"n-shot": {"boolq": 5}}, "num_fewshot is 5, but 0 for the base", "the same"),
+        ({"n-shot": {"boolq": 5}}, "num_fewshot is 5, but 0 in old", "the same"),
         (
             {"chat_template_sha": 64 * "a"},
-            "chat_template is aaaaaaaaaaaa, but none for the base",
+            "chat_template is aaaaaaaaaaaa, but none in old",
             "the same",
         ),
         ({"versions": {"boolq": 2.0}}, "version 1.0 in old and 2.0 in new", "again"),
@@ -217,8 +218,7 @@ def test_results_of_another_limit_are_refused(verdict, samples):
     few = {"boolq": right(0.8, 100)}
     done = verdict({"boolq": right(0.8)}, few, samples=samples)
     assert done.code == 2
-    way = "--limit" if samples else "settings"
-    assert f"evaluate both with the same {way}" in done.sentence
+    assert "documents is 100, but 800 in old" in done.sentence
 
 
 def test_results_of_fewer_tasks_are_refused(verdict):
@@ -273,7 +273,7 @@ def test_another_candidate_or_base_in_the_same_folder_gets_no_score_of_the_first
     base = tmp_path / "out" / "base" / "units"
     before = {*base.rglob("results_*.json")}
     second = verdict_on_models(tiny_llama, tiny_llama, "tiny_choice")
-    assert second.code == 2, "an untrained model is at the floor"
+    assert second.code == 3, "an untrained model is at the floor"
     assert scored(second) == {"tiny_choice"}
     assert "candidate (tiny_sentence)" in second.out
     assert {*base.rglob("results_*.json")} == before, "the base's results are reused"
@@ -439,7 +439,7 @@ def test_both_scores_of_bbq_are_judged_as_a_bias_overall_and_by_category(tmp_pat
     row = next(
         r for r in less.out.splitlines() if re.search(r"\|amb_bias_score *\|", r)
     )
-    assert "|worse" in row and less.code == 1
+    assert "|different" in row and less.code == 1
 
 
 def test_of_truthfulqa_mc2_is_that_probability(verdict):
@@ -503,18 +503,19 @@ def test_two_or_more_tasks_are_claimed_together_where_each_alone_is_not_decided(
     words = {row["verdict"] for row in rows_of(done).values()}
     assert (done.code, words) == (0, {"undecided"})
     assert (
-        f"{CLAIM.format(3)} (t0, t1, t2): shown; the mean differs by -0.1" in done.out
+        f"{CLAIM.format(3)} (t0, t1, t2): equivalent; the mean differs by -0.1"
+        in done.out
     )
     assert done.out.startswith("ship\n")
     assert "is shown to lie within its margin, alone or on average" in done.out
     (one,) = ({"t0": of["t0"]} for of in tasks[:1])
-    assert verdict(one, {"t0": tasks[1]["t0"]}, measure=None).code == 2
+    assert verdict(one, {"t0": tasks[1]["t0"]}, measure=None).code == 3
 
 
 def test_a_margin_that_names_a_task_is_a_claim_on_this_task_alone(verdict):
     tasks = several(0.001, 0.001, 0.001)
     done = verdict(*tasks, "--margin", "t2=2pt", measure=None)
-    assert (done.code, CLAIM.format(2) in done.out) == (2, True)
+    assert (done.code, CLAIM.format(2) in done.out) == (3, True)
     assert "t2 mc2: undecided" in done.out
 
 
@@ -525,8 +526,8 @@ def test_the_guard_of_a_task_has_to_be_shown_too(verdict):
     values[::14] = np.maximum(values[::14] - 0.6, 0)
     candidate["t0"] = {"mc2,none": [*values]}
     done = verdict(base, candidate, "--margin", "3pt", measure=None)
-    assert done.code == 2
-    assert "mean of 6 tasks mc2: undecided" in done.out
+    assert done.code == 3
+    assert "t0 mc2: undecided" in done.out
 
 
 @pytest.mark.parametrize("lost", [0.1, 0.03])
@@ -547,7 +548,7 @@ def test_a_task_that_cannot_show_a_loss_is_no_part_of_a_mean(verdict):
     boolq = {"boolq": right(0.51)}
     tasks = [{**boolq, "piqa": right(0.8), "arc": right(0.8)}] * 2
     done = verdict(*tasks)
-    assert "(piqa, arc): shown" in done.out
+    assert "(piqa, arc): equivalent" in done.out
     assert "acc falls by less than 2 points on average over these 2 tasks" in done.out
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_eval_pruned.compare.judge import Case
+from lm_eval_pruned.compare.cases import Case
 from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
 from lm_eval_pruned.results.files import Run, Score
@@ -30,12 +30,10 @@ def case_of(
     key, size = (task, metric), len(base)
     keys = tuple((task, f"{task} {number}", 0) for number in range(size))
     about = np.ones(size), clusters, transform
-    pair = tuple(
-        Documents(keys, np.asarray(v, dtype=float), *about) for v in (base, run)
-    )
     floors = {} if floor is None else {metric.partition(",")[0]: floor}
     runs = []
-    for name, documents in zip(("base", "run"), pair, strict=True):
+    for name, values in (("base", base), ("run", run)):
+        documents = Documents(keys, np.asarray(values, dtype=float), *about)
         value = float(TRANSFORMS[transform].score(documents.values.mean()))
         scores = {key: Score(value, None, up, size)}
         known = {task: {"floors": floors}}
@@ -45,6 +43,7 @@ def case_of(
 
 
 def stderr_of(test):
-    """Return the standard error of a mean, from the departures of its units."""
-    gaffke = test.distribution
-    return math.sqrt((gaffke.deviations**2).sum()) / gaffke.weights.sum()
+    """Return the standard error of a mean, from how far each unit departs from it."""
+    claim = test.differs(0.0, 1)
+    departures = claim.gains - test.difference * claim.weights
+    return math.sqrt((departures**2).sum()) / claim.weights.sum()

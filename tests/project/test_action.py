@@ -44,7 +44,7 @@ def step(tmp_path):
     return step
 
 
-@pytest.mark.parametrize("code", ["0", "2"])
+@pytest.mark.parametrize("code", ["0", "3"])
 def test_a_verdict_is_commented_and_its_exit_code_handed_on(step, tmp_path, code):
     words = "--tasks\narc_* --limit 9"
     given = {"BASE": MODEL, "CANDIDATE": "b c", "ARGUMENTS": words, "CODE": code}
@@ -58,13 +58,13 @@ def test_a_verdict_is_commented_and_its_exit_code_handed_on(step, tmp_path, code
 
 
 def test_without_a_page_the_log_is_commented(step):
-    given = {"RESULTS": "sweep", "BASELINE": "b.json", "CODE": "2"}
+    given = {"RESULTS": "sweep", "BASELINE": "b.json", "CODE": "70"}
     _, calls, summary = step("answer", COMMAND="check", **given)
     assert "<check><sweep><--baseline><b.json>" in calls
-    assert "exit code 2\n\n```\nsaid\n" in summary
+    assert "exit code 70\n\n```\nsaid\n" in summary
     status, _, summary = step("answer", COMMAND="rm")
     assert status == 0
-    assert "neither verdict nor check" in summary
+    assert "exit code 2\n\n```\ncommand=rm is neither verdict nor check" in summary
 
 
 @pytest.mark.parametrize(

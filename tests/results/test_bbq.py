@@ -58,7 +58,7 @@ def test_the_spread_is_that_of_a_paired_bootstrap_and_the_interval_no_shorter(
 ):
     name = f"{kind}_bias_score{category}"
     pair = paired_documents(*both, "bbq", f"{name},none")
-    test = paired_test(pair)
+    test = paired_test(pair, both[0], "bbq", f"{name},none")
     logged = []
     for run in both:
         lines = run.samples["bbq"].read_text("utf-8").splitlines()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,46 @@ def test_hostile_samples(tmp_path, change, words):
     assert str(file) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"doc_id": "7"}, "line 3, is damaged .doc_id is '7', not a whole number"),
+        ({"doc_id": None}, "doc_id is None, not a whole number"),
+        ({"doc_id": 0}, "an earlier line has doc_id 0, too"),
+        ({"filter": [1]}, r"filter is \[1\], not a text"),
+        ({"doc_hash": 3}, "doc_hash is 3, not a text"),
+        ({"acc": 10**400}, "a number of 401 digits"),
+        ({"doc": {"mc2_targets": {"choices": ["a", "b"]}}}, "labels"),
+    ],
+)
+def test_a_damaged_line_is_refused_in_a_sentence(tmp_path, change, words):
+    rows = dict.fromkeys(range(3), offering("ab"))
+    acc = {"acc,none": {"values": [1.0, 0.0, 1.0], "rows": rows}}
+    run = read_run(write_run(tmp_path, {"tf": acc}))
+    file = run.samples["tf"]
+    *lines, last = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines, json.dumps(json.loads(last) | change)]))
+    with pytest.raises(ResultsError, match=words) as caught:
+        documents_of(run, "tf", "acc,none")
+    assert str(file) in str(caught.value)
+
+
+def test_a_file_whose_lines_are_doubled_is_damaged(tmp_path):
+    run = read_run(write_run(tmp_path, {"tf": {"acc,none": [1.0, 0.0, 1.0]}}))
+    run.samples["tf"].write_text(run.samples["tf"].read_text() * 2)
+    with pytest.raises(ResultsError, match=r"line 4, is damaged .an earlier line"):
+        documents_of(run, "tf", "acc,none")
+
+
+def test_copies_of_a_document_are_one_cluster(tmp_path):
+    docs = {n: {"question": n // 2} for n in range(6)}
+    (found,) = written(
+        tmp_path, {"acc,none": {"values": [1, 1, 0, 0, 1, 0], "docs": docs}}
+    )
+    assert (len({*found.keys}), len({*found.clusters})) == (6, 3)
+    assert found.clusters == tuple(np.repeat(found.clusters[::2], 2))
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 def test_members_of_a_group_are_strata_and_count_as_its_score_does(tmp_path, weighted):
     values = {"two": [1.0, 0.0, 0.0], "four": [1.0] * 9}
@@ -160,8 +202,11 @@ def test_guessing_beats_false_answers_in_mc1_and_draws_true_ones_in_mc2(
 
 
 def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):
-    (found,) = written(tmp_path, answered([1, 1, 1, 1], [1, 1, 0, 1]))
+    (found,) = written(tmp_path, answered([1] * 40, [1, 1, 0, 1] * 10))
     assert found.levels == {"chance": 0.5, "commonest answer": 0.75}
+    # Of four documents, three have the same answer by luck.
+    (found,) = written(tmp_path, answered([1] * 4, [1, 1, 0, 1]), "few")
+    assert found.levels == {"chance": 0.5}
     # Position 0 is always right, which no model can see.
     rows = {n: offering([f"right {n}", "wrong"]) for n in range(4)}
     acc = {"acc,none": {"values": [1.0] * 4, "rows": rows}}

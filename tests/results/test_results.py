@@ -93,6 +93,69 @@ def test_hostile_results_files(tmp_path, content, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"n-samples": {"tf": {"effective": None}}}, "n-samples of tf are"),
+        ({"n-samples": {"tf": {"effective": "many"}}}, "n-samples of tf are"),
+        ({"n-samples": {"tf": {}}}, "it lacks 'effective'"),
+        ({"n-samples": {"other": {"effective": 3}}}, "do not both hold other, tf"),
+        ({"results": {"tf": {"acc,none": 10**400}}}, "a number of 401 digits"),
+        ({"results": {"tf": {"acc,none": None}}}, "acc,none of tf is None"),
+        ({"results": {"tf": [1]}}, r"the results of tf are \[1\]"),
+        ({"group_subtasks": {"tf": ["tf"]}}, "the group tf holds itself"),
+        ({"group_subtasks": {"a": ["b"], "b": ["a"]}}, "the group a holds itself"),
+        ({"group_subtasks": {"tf": "boolq"}}, "the group tf holds 'boolq'"),
+        ({"higher_is_better": {"tf": {"acc": "yes"}}}, "higher_is_better is 'yes'"),
+        ({"versions": {"tf": [1]}}, r"a version is \[1\]"),
+        ({"configs": {"tf": {"metadata": {"cluster": 3}}}}, "declares the cluster 3"),
+        ({"config": {"pruning": "none"}}, "pruning is 'none', not an object"),
+    ],
+)
+def test_a_damaged_results_file_is_refused_in_a_sentence(tmp_path, sections, words):
+    file = write_run(tmp_path, TASKS, **sections)
+    with pytest.raises(ResultsError, match=words) as caught:
+        read_run(file)
+    assert str(file) in str(caught.value)
+
+
+def test_what_changes_no_score_may_be_missing(tmp_path):
+    """The time and the energy are shown beside the scores; a number of numpy is written as a text."""
+    tasks = {"tf": {**TASKS["tf"], "f1,none": {"values": [1.0], "score": "0.53"}}}
+    config = {"model": "hf", "energy": "much"}
+    size = {"tf": {"effective": 3, "original": 3}}
+    file = write_run(
+        tmp_path,
+        tasks,
+        config=config,
+        total_evaluation_time_seconds="nan",
+        **{"n-samples": size},
+    )
+    run = read_run(file)
+    assert [*run.scores] == [("tf", "acc,none")]
+    assert (run.energy, run.evaluated["tf"].seconds) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("unit.json", {"seconds": "many"}),
+        ("unit.json", {"seconds": -1}),
+        ("unit.json", {"schema_version": 7}),
+        ("unit.json", {"fingerprint": None}),
+        ("sweep.json", {"configurations": [{"id": "base", "units": {"tf": 3}}]}),
+        ("sweep.json", {"configurations": [{"id": 3, "units": {}}]}),
+    ],
+)
+def test_a_damaged_unit_is_not_read_as_one_that_is_missing(tmp_path, name, change):
+    write_sweep(tmp_path, {"base": (0, TASKS)})
+    (file,) = tmp_path.rglob(name)
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ResultsError, match="delete it and repeat the command") as told:
+        read_sweep(tmp_path)
+    assert str(file) in str(told.value)
+
+
 def test_a_sweep_folder(tmp_path):
     both = {**TASKS, "if": {"acc,none": [1.0]}}
     sizes = {"base": (0, TASKS), "p20": (20, both), "p40": (40, {}), "p60": (60, {})}

@@ -50,7 +50,7 @@ def test_a_model_in_place_of_itself_is_shipped_and_nothing_is_evaluated_twice(
     words += ["--gen_kwargs", "do_sample=false,temperature=0", "--device", "cpu"]
     words += ["--margin", "10pt", "--measure", "acc", "--output_path", str(out)]
     # Nobody trained it: what it scores, a model that knows nothing scores, too.
-    assert cli.main(["verdict", *models, *words]) == 2
+    assert cli.main(["verdict", *models, *words]) == 3
     first = capsys.readouterr().out
     assert first.count("|cannot show a loss (at floor)") == 2
     assert "No score can show a loss" in first
@@ -66,24 +66,8 @@ def test_a_model_in_place_of_itself_is_shipped_and_nothing_is_evaluated_twice(
     assert len(units) == 4 + 2 * len(FLOORS)
     finished = [str(out / name) for name in ("base", "candidate")]
     for again in (models, finished):
-        assert cli.main(["verdict", *again, *words]) == 2
+        assert cli.main(["verdict", *again, *words]) == 3
         assert {*out.rglob("results_*.json")} == units
-
-
-@pytest.mark.parametrize(
-    ("base", "candidate", "margin", "code", "said"),
-    [
-        (0.8, 0.8, "2pt", 0, "# May it be shipped? Ship"),
-        (0.8, 0.79, "5pt", 0, "# May it be shipped? Ship"),
-        (0.8, 0.6, "2pt", 1, "1 of 1 scores are shown to be worse"),
-        (0.8, 0.795, "1pt", 2, "1 of 1 scores are not shown"),
-        (0.6, 0.8, "2pt", 0, "|not worse"),
-    ],
-)
-def test_answer_and_exit_code(base, candidate, margin, code, said, answer):
-    found = answer(right(base), right(candidate), "--margin", margin)
-    assert found[0] == code
-    assert said in found[1]
 
 
 def test_without_texts_changed_answers_are_named_by_their_documents(answer, tmp_path):
@@ -100,7 +84,7 @@ def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
         write_run(tmp_path / name, {"piqa": {"acc,none": right(0.5)}}, date=more)
     given = right(0.8, 60), right(0.8, 60), "--margin", "10pt", "boolq=2pt"
     code, said = answer(*given, total_evaluation_time_seconds="80")
-    assert code == 2
+    assert code == 3
     assert "documents instead of 60, but the task has 60: accept" in said
     sizes = {"boolq": {"original": 3270, "effective": 60}}
     timed = {"n-samples": sizes, "total_evaluation_time_seconds": "90"}
@@ -129,7 +113,7 @@ def test_it_says_where_one_test_alone_or_more_documents_would_not_help(answer):
     values = right(0.494, 2000)
     values[-6:] = [1.0] * 6
     code, said = answer(right(0.5, 2000), values, "--margin", "0.65pt")
-    assert (code, alone in said) == (2, False)
+    assert (code, alone in said) == (3, False)
     assert "2000 documents would probably have decided if the models did not" in said
 
 
@@ -151,7 +135,7 @@ def test_a_bias_is_judged_in_both_directions_and_beside_what_the_task_lists_firs
     scores = said.partition("## Bias")[2].partition("\n## ")[0]
     rows = [line.split("|")[1:4] for line in scores.splitlines() if "|crows" in line]
     words = {metric.strip(): word.strip() for _, metric, word in rows}
-    assert words == {bias: "worse" if code else "equivalent"} | (
+    assert words == {bias: "different" if code else "equivalent"} | (
         {"acc": "equivalent"} if bias == "bias" else {}
     )
 
@@ -247,7 +231,7 @@ INT8 = json.dumps({"quant_method": "torchao", "quant_type": {"default": INT8}})
         (
             f"hf,pretrained={{}},quantization_config={INT8}",
             ["--limit", "40"],
-            {0, 2},
+            {0, 3},
         ),
         ("pruned-hf,pretrained={},prune_percent=30", ["--measure", "mc1"], {1}),
     ],
