@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from lm_eval_pruned.compare.claims import paired
 from lm_eval_pruned.compare.floors import share_kept
 from lm_eval_pruned.compare.power import POWER
-from lm_eval_pruned.compare.statistics import paired_mean
 from lm_eval_pruned.results.runs import read_sweep
 
 
@@ -101,7 +101,8 @@ def prompts_that_decide(gains: np.ndarray, blocks: pd.Series) -> int | None:
         for _ in range(DRAWS):
             taken = blocks.isin(draw.choice(names, many, replace=False)).to_numpy()
             clusters = blocks[taken].astype(str).tolist()
-            p = paired_mean(gains[taken], np.ones(taken.sum()), clusters).p
+            nothing = np.zeros(taken.sum())
+            p = paired(nothing, gains[taken], clusters=clusters).p
             seen += p is not None and p < 0.05
         return seen / DRAWS
 
@@ -129,7 +130,7 @@ def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
             for metric in METRICS:
                 clusters = prompts["block"].astype(str).tolist()
                 gains = (cut_prompts[metric] - prompts[metric]).to_numpy()
-                test = paired_mean(gains, np.ones(len(gains)), clusters)
+                test = paired(np.zeros(len(gains)), gains, clusters=clusters)
                 low, high = test.interval()
                 share = share_kept(
                     prompts[metric], cut_prompts[metric], prompts[f"{metric}_floor"],

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lm_eval_pruned.compare.answer import CODES, NO_LOSS, REFUTED, WORDS
 from lm_eval_pruned.compare.baseline import BESIDE, OF_DOCUMENTS, Baseline, Key, Rule
 from lm_eval_pruned.compare.cases import Case
-from lm_eval_pruned.compare.claims import CODES, LEAST_UNITS, NO_LOSS, WORDS
+from lm_eval_pruned.compare.claims import LEAST_UNITS
 from lm_eval_pruned.compare.comparison import settings_notes
 from lm_eval_pruned.compare.floors import blind_scores
 from lm_eval_pruned.compare.judge import (
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.compare.judge import Claim
 
-    #: A word of `claims.WORDS`, and a sentence.
+    #: A word of `answer.WORDS`, and a sentence.
     Decision = tuple[str, str]
 
 #: Name of the run where the results are not a sweep's.
@@ -66,7 +67,7 @@ IMPROVED = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What the gate says about one metric: a word of `claims.WORDS`, both scores, and a sentence.
+    """What the gate says about one metric: a word of `answer.WORDS`, both scores, and a sentence.
 
     `code` is the exit code that it makes of the whole check: of a claim, that of the answer on all claims
     of its run.
@@ -178,6 +179,11 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             decided[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
             decided[key] = _within_tolerance(rule, before[key], after[key].value)
+            if decided[key][0] in REFUTED:
+                try:
+                    check_score(runs[name], task, metric)
+                except ResultsError as why:
+                    decided[key] = "asked otherwise", str(why)
         else:
             try:
                 cases[key] = _case(key, runs[name], baseline)

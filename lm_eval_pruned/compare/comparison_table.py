@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.claims import NO_LOSS
+from lm_eval_pruned.compare.answer import NO_LOSS
 from lm_eval_pruned.results.groups import scale_name
 from lm_eval_pruned.util.tables import Column, Table, csv_table, interval_text
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
-from lm_eval_pruned.compare.claims import CLAIM_LEVEL, NO_LOSS, p_of, paired, unpaired
+from lm_eval_pruned.compare.answer import NO_LOSS
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL, p_of, paired, unpaired
 from lm_eval_pruned.compare.pairing import limits_of, paired_documents, paired_test
 from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.documents import documents_of
-from lm_eval_pruned.results.groups import is_control
+from lm_eval_pruned.results.groups import is_control, model_arguments
 from lm_eval_pruned.results.metrics import is_bias
 
 
@@ -236,11 +237,12 @@ def highest_floor(base: Run, floors: Sequence[Run], key: Key) -> Floor | None:
         return "exact", exact, None
     levels = documents.levels if documents else {}
     known: list[Floor] = [(name, level, None) for name, level in levels.items()]
-    runs = [r for r in floors if key in r.scores and math.isfinite(r.scores[key].value)]
-    for run in runs:
-        p = _p_above(run, key, levels["chance"], None)[0] if levels else 0.0
-        # Of many that guess, the luckiest is above chance more often than one.
-        if p is not None and p * len(runs) < CLAIM_LEVEL:
+    for run in floors:
+        if key not in run.scores or not math.isfinite(run.scores[key].value):
+            continue
+        p = 0.0 if not levels else _p_above(run, key, levels["chance"], None)[0]
+        guesses = levels and model_arguments(run).get("loglikelihood") == "equal"
+        if p is not None and p < CLAIM_LEVEL and not guesses:
             known.append((run.name, run.scores[key].value, run))
     return max(known, key=lambda floor: floor[1] if up else -floor[1], default=None)
 

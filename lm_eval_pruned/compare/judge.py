@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from lm_eval_pruned.compare.answer import NO_LOSS, REFUTED, SHOWN, answer, word_of
 from lm_eval_pruned.compare.cases import (
     Case,
     claim_text,
@@ -17,15 +18,7 @@ from lm_eval_pruned.compare.cases import (
     members_of,
     pools_of,
 )
-from lm_eval_pruned.compare.claims import (
-    CLAIM_LEVEL,
-    LEAST_UNITS,
-    NO_LOSS,
-    REFUTED,
-    SHOWN,
-    answer,
-    word_of,
-)
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL, LEAST_UNITS
 from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.files import finite_or_none
 from lm_eval_pruned.results.metrics import is_bias
@@ -156,7 +149,7 @@ def judged(cases: Sequence[Case], alpha: float = 0.05) -> list[Difference]:
 def _word(
     case: Case, change: float, q: float | None, claim: Shown | None, alpha: float
 ) -> str:
-    """Return the word of `claims.WORDS` for a row of a table whose p values are corrected."""
+    """Return the word of `answer.WORDS` for a row of a table whose p values are corrected."""
     if not math.isfinite(change):
         return "not comparable"
     if not case.primary:
@@ -179,7 +172,7 @@ class Claim:
     """A claim of a verdict or a gate, and what is shown of it.
 
     `cases` are those that it is made on, several for a mean; `row` is the difference with its interval of
-    90 %, `about` one of `SCORE`, `MEAN`, `PART` and `OTHER`, `word` one of `claims.WORDS`. Shipping takes
+    90 %, `about` one of `SCORE`, `MEAN`, `PART` and `OTHER`, `word` one of `answer.WORDS`. Shipping takes
     the claim where it `is_taken`. `p` is that of "the claim is wrong", `q` that of "no loss", corrected for
     all that were tested beside it. `fell` says whether a loss is shown, however small.
     """
@@ -219,26 +212,20 @@ class Claim:
         if self.word == "not comparable":
             return f"The score is {row.score}, not a finite number."
         if self.word in ("worse", "different"):
-            q = self.q if self.about in (SCORE, MEAN) else case.p_inside
-            than = (
-                ""
-                if self.about in (SCORE, MEAN)
-                else f", and by more than {margin.text} for certain"
-                if margin
-                else ""
-            )
-            return f"Significantly {self.word} by {abs(row.difference):.6g}{than} ({_p('q', q)} < {CLAIM_LEVEL:g})."
+            change = f"Significantly {self.word} by {abs(row.difference):.6g}"
+            if self.about in (SCORE, MEAN) or margin is None:
+                return f"{change} ({_p('q', self.q)} < {CLAIM_LEVEL:g})."
+            beyond = f"by more than {margin.text} for certain"
+            return f"{change}, {beyond} ({_p('p', case.p_inside)} < {CLAIM_LEVEL:g})."
         if self.word == NO_LOSS:
             return "The base is not shown to be above its floor, so nobody could lose anything."
         if margin is None or self.word == "not judged":
             return ""
         claimed = f"{margin.verdict} within {margin.text}"
+        if self.word in SHOWN and _is_shown(self.p):
+            return f"Shown to be {claimed} ({_p('p', self.p)})."
         if self.word in SHOWN:
-            return (
-                f"Shown to be {claimed} ({_p('p', self.p)})."
-                if self.p is not None and self.p < CLAIM_LEVEL
-                else "Shown to be better."
-            )
+            return "Shown to be better."
         if case.margin_size is None:
             return margin.misfit(case.key[0])
         if test.units_missing:
@@ -279,53 +266,49 @@ def claims_on(
     def is_blind(case: Case) -> bool:
         return (*case.key, case.member) in blind
 
-    able = [
-        c
-        for c in cases
-        if not is_blind(c) and c.key[0] not in alone and c.test.p is not None
-    ]
-    pools = pools_of(able)
+    alike = [c for c in cases if c.key[0] not in alone and c.test.p is not None]
+    pools = pools_of(case for case in alike if not is_blind(case))
     pooled = {case.key for pool in pools for case in pool}
-    parts = [guarded(case) for pool in pools for case in pool]
-    parts += [
-        member for case in cases if not is_blind(case) for member in members_of(case)
-    ]
+    claims = []
     rows = _rows([*cases, *map(mean_of, pools)])
     worse = _corrected([p_worse(row.case) for row in rows])
     better = _corrected([p_worse(row.case, rather=False) for row in rows])
-    claims = []
-    for row, of, q, up in zip(
-        rows, [*([c] for c in cases), *pools], worse, better, strict=True
-    ):
-        about, case = MEAN if of[1:] else SCORE, row.case
-        p = case.p_outside()
-        fell = q is not None and q < CLAIM_LEVEL
-        word = _claim_word(
-            row,
-            p,
-            fell=fell,
-            rose=up is not None and up < CLAIM_LEVEL and p is not None,
-        )
+    made_on = [*([case] for case in cases), *pools]
+    for row, on, q, up in zip(rows, made_on, worse, better, strict=True):
+        about, case = MEAN if on[1:] else SCORE, row.case
+        p, fell = case.p_outside(), _is_shown(q)
+        # Of few documents without limits, a gain is shown no more than a claim.
+        word = _claim_word(row, p, fell=fell, rose=_is_shown(up) and p is not None)
         if is_blind(case) and word not in REFUTED:
             word = NO_LOSS
         is_taken = word != NO_LOSS and (about == MEAN or case.key not in pooled)
-        claims.append(Claim(of, row, about, word, is_taken, p, q, fell))
-    for about, some in ((PART, parts), (OTHER, [guarded(case) for case in others])):
-        rows = _rows(some)
-        fallen = _corrected([p_worse(row.case) for row in rows])
-        for row, q in zip(rows, fallen, strict=True):
-            case = row.case
-            p, beyond = case.p_outside(), case.p_inside
-            fell = q is not None and q < CLAIM_LEVEL
-            far = beyond is not None and beyond < CLAIM_LEVEL
-            word = _claim_word(row, p, fell=far, rose=False)
-            if about == OTHER and word not in REFUTED:
-                word = "not judged"
-            elif is_blind(case) and word not in REFUTED:
-                word = NO_LOSS
-            is_taken = about == PART and word != NO_LOSS
-            claims.append(Claim([case], row, about, word, is_taken, p, q, fell))
+        claims.append(Claim(on, row, about, word, is_taken, p, q, fell))
+    parts = [guarded(case) for pool in pools for case in pool]
+    for case in cases:
+        parts += [] if is_blind(case) else members_of(case)
+    for claim in _on_guards(PART, parts):
+        if is_blind(claim.row.case) and claim.word not in REFUTED:
+            claim = replace(claim, word=NO_LOSS, is_taken=False)
+        claims.append(claim)
+    for claim in _on_guards(OTHER, [*map(guarded, others)]):
+        word = claim.word if claim.word in REFUTED else "not judged"
+        claims.append(replace(claim, word=word, is_taken=False))
     return claims
+
+
+def _on_guards(about: str, cases: Sequence[Case]) -> list[Claim]:
+    """Return claims with the wider margin, which a loss beyond it refutes."""
+    rows, claims = _rows(cases), []
+    fallen = _corrected([p_worse(row.case) for row in rows])
+    for row, q in zip(rows, fallen, strict=True):
+        p = row.case.p_outside()
+        word = _claim_word(row, p, fell=_is_shown(row.case.p_inside), rose=False)
+        claims.append(Claim([row.case], row, about, word, True, p, q, _is_shown(q)))
+    return claims
+
+
+def _is_shown(p: float | None) -> bool:
+    return p is not None and p < CLAIM_LEVEL
 
 
 def answer_of(claims: Sequence[Claim]) -> str:
@@ -358,13 +341,12 @@ def _claim_word(row: Difference, p: float | None, *, fell: bool, rose: bool) -> 
     case = row.case
     if not math.isfinite(row.difference):
         return "not comparable"
-    shown = p is not None and p < CLAIM_LEVEL
-    both = case.p_outside(both=True) if shown else None
+    shown = _is_shown(p)
     return word_of(
         case.up,
         claimed=case.margin.verdict if case.margin else "",
         shown=shown,
-        within=both is not None and both < CLAIM_LEVEL,
+        within=shown and _is_shown(case.p_outside(both=True)),
         worse=fell,
         better=rose,
     )

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.compare.judge import Difference
-    from lm_eval_pruned.results.documents import Sample
     from lm_eval_pruned.results.files import Run
+    from lm_eval_pruned.results.samples import Sample
 
 PAGE = "flips.html"
 #: What can become of an answer; what changes a score comes first.

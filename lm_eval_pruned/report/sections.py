@@ -8,8 +8,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lm_eval_pruned.compare.answer import WORDS
 from lm_eval_pruned.compare.cases import Case
-from lm_eval_pruned.compare.claims import WORDS
 from lm_eval_pruned.compare.comparison_table import (
     DIFFERENCES,
     FLOOR,

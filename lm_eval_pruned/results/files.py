@@ -275,7 +275,7 @@ def _metadata(
             if all(key in other and other[key] == value for other in others)
         }
         for key in ("cluster", "level"):
-            if not isinstance(declared.get(key, ""), str):
+            if not isinstance(declared.get(key) or "", str):
                 raise ResultsError(
                     f"{file}: {task} declares the {key} {declared[key]!r}: name a field of its documents."
                 )

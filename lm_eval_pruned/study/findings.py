@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.compare.claims import FALLS, KEEPS, RISES, UNKNOWN, WORDS
+from lm_eval_pruned.compare.answer import FALLS, KEEPS, RISES, UNKNOWN, WORDS
 from lm_eval_pruned.report.sections import compared_pairs
 from lm_eval_pruned.results.files import ResultsError, read_json
 from lm_eval_pruned.results.groups import (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lm_eval_pruned.compare.claims import FALLS, KEEPS, RISES, UNKNOWN
+from lm_eval_pruned.compare.answer import FALLS, KEEPS, RISES, UNKNOWN
 from lm_eval_pruned.report.page import Section
 from lm_eval_pruned.results.groups import (
     KNOWLEDGE,

@@ -7,8 +7,9 @@ import math
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from lm_eval_pruned.compare.answer import CODES, REFUTED, WORDS
 from lm_eval_pruned.compare.cases import Case
-from lm_eval_pruned.compare.claims import CLAIM_LEVEL, CODES, REFUTED, WORDS
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL
 from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.compare.floors import blind_scores
 from lm_eval_pruned.compare.judge import (
@@ -109,7 +110,7 @@ def decide(
     """Compare a candidate with its base, each score within its margin, as `read_margins` returns them.
 
     `measure` is judged of each task that has it; see `judged_keys` for what is judged of others, and
-    `claims.answer` for the rule. `floors` are runs of models that know nothing: a score whose base is not
+    `answer.answer` for the rule. `floors` are runs of models that know nothing: a score whose base is not
     shown to be above them cannot show a loss.
 
     Raises:

@@ -7,13 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm_eval_pruned.compare.claims import (
-    DO_NOT_SHIP,
-    LEAST_UNITS_OF_MARGIN,
-    NO_LOSS,
-    REFUTED,
-    SHIP,
-)
+from lm_eval_pruned.compare.answer import DO_NOT_SHIP, NO_LOSS, REFUTED, SHIP
+from lm_eval_pruned.compare.claims import LEAST_UNITS_OF_MARGIN
 from lm_eval_pruned.compare.comparison_table import (
     AGREEMENT,
     DIFFERENCES,

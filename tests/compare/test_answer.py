@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from lm_eval_pruned.compare.claims import (
+from lm_eval_pruned.compare.answer import (
     CODES,
     DO_NOT_SHIP,
     NO_LOSS,

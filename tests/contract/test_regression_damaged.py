@@ -48,10 +48,10 @@ SLOW = [(kind, start, PARTS) for kind in EVERY for start in range(PARTS)]
 #: What a sentence names: a file, or a run, which is called after its folder.
 NAMED = ("/base", "/candidate", "baseline.json", "/sweep", " base", " candidate")
 #: Another version of a task, and a score that is missing, are answers of `check`.
-OTHER_VERSIONS = {"version", "versions"}
+OTHER_VERSIONS: set[str] = set()
 MISSING = {"fingerprint", "configurations"}
 #: Scores, where they do not fit the samples: refused once what is reported is compared with them.
-SCORES = {"score", "results"}
+SCORES = {"score"}
 #: What a model answered.
 ANSWERS = {"filtered_resps"}
 
