@@ -21,9 +21,10 @@ from lm_eval_pruned.results.runs import (
     read_failures,
     read_run,
     read_sweep,
+    setting_of,
 )
 from lm_eval_pruned.sweeps.checks import check_model
-from lm_eval_pruned.sweeps.options import read_mapping
+from lm_eval_pruned.sweeps.options import SweepOptions, read_mapping
 from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
@@ -40,13 +41,16 @@ from lm_eval_pruned.verdict.divergence import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from lm_eval_pruned.sweeps.plan import Sweep
     from lm_eval_pruned.sweeps.tasks import SweepTask
 
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
-#: Where neither the user nor a finished base names tasks.
+#: Where neither the user nor finished results name tasks.
 TASKS = ["pruned_demo", "pruned_demo_bias"]
+#: What results record a seed of, in the order of ``--seed``.
+SEEDS = ("random", "numpy", "torch", "fewshot")
 
 
 def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSweep:
@@ -133,25 +137,7 @@ def both_runs(
         for name, path in models.items()
         if Path(path).exists()
     }
-    if text is None:
-        options = {"tasks": [*TASKS, DEMO_TEXT], **options}
-    elif finished:
-        raise ValueError(
-            f"--text {text} cannot be read by {models[next(iter(finished))]}, which is finished "
-            "results: pass two models."
-        )
-    else:
-        tasks = [*options.get("tasks", TASKS), text_task(text, output_path)]
-        options = {**options, "tasks": tasks}
-    scores: list[tuple[str, str]] = []
-    known: dict[str, Run] = {}
-    if "base" in finished:
-        run = with_choice_prob(finished["base"][0])
-        check_measure(measure, (metric for _, metric in run.scores))
-        keys = judged_keys(run, measure, margins)
-        scores = [*keys]
-        known = dict.fromkeys([task for task, _ in scores], run)
-        options = {"tasks": run.tasks(subtasks=False), **options}
+    options = _asked(options, finished, text, output_path)
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
         name: plan_model(
@@ -162,23 +148,12 @@ def both_runs(
     }
     if not finished:
         planned["candidate"].base = planned["base"]
-    if "base" in planned:
-        tasks = planned["base"].tasks
-        scores = [(task.name, m) for task in tasks for m in _metrics_of(task)]
-        check_measure(measure, [metric for _, metric in scores if metric])
-    check_margins(margins, scores, known)
+    of_base = planned["base"] if "base" in planned else finished["base"][0]
+    _check_claims(margins, measure, of_base)
     results = dict(finished)
     for name, sweep in planned.items():
         print(f"The {name}: {models[name]}", flush=True)
-        folder = sweep.options["output_path"]
-        if run_sweep(sweep, retry_failed=True) == 130:
-            raise KeyboardInterrupt
-        for failure in read_failures(folder):
-            raise ResultsError(
-                f"{failure.task} failed on the {name} {models[name]} ({failure.message}): repeat "
-                "the command to try it again; finished tasks are not evaluated again."
-            )
-        results[name] = _results_of(folder, name)
+        results[name] = _evaluated(name, models[name], sweep)
     (before, floors), (run, _) = results["base"], results["candidate"]
     if run.name == before.name:
         run = replace(run, name=str(run.path))
@@ -188,6 +163,91 @@ def both_runs(
             raise ResultsError(f"{note[:-1]}: leave out its margin.")
         run = replace(run, notes=(*run.notes, note))
     return before, run, floors
+
+
+def _asked(
+    options: Mapping[str, Any],
+    finished: Mapping[str, tuple[Run, Sequence[Run]]],
+    text: str | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """Return the options of the models that are not finished.
+
+    Raises:
+        ValueError: The text cannot be read, or not by both models, or finished results record what
+            cannot be an option.
+    """
+    runs = [run for run, _ in finished.values()]
+    if text is not None and runs:
+        raise ValueError(
+            f"--text {text} cannot be read by {runs[0].path}, which is finished results: pass two "
+            "models."
+        )
+    if text is not None:
+        tasks = [*options.get("tasks", TASKS), text_task(text, folder)]
+        return {**options, "tasks": tasks}
+    recorded = asked_of(runs[0], options) if len(runs) == 1 else {}
+    return {"tasks": [*TASKS, DEMO_TEXT], **recorded, **options}
+
+
+def asked_of(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that ask a model what a finished run was asked, as far as its results record it.
+
+    Not those for which the `given` ones leave no room: documents by number have no limit, and without
+    a chat template examples are no turns.
+
+    Raises:
+        ValueError: What is recorded cannot be an option.
+    """
+    shots, chat = (setting_of(run, name) for name in ("num_fewshot", "chat_template"))
+    seeds = [run.config.get(f"{kind}_seed") for kind in SEEDS]
+    found: dict[str, Any] = {
+        "tasks": run.tasks(subtasks=False),
+        # Tasks with several numbers have them from their own files.
+        "num_fewshot": shots if isinstance(shots, int) else None,
+        "gen_kwargs": run.config.get("gen_kwargs") or None,
+        "seed": None if None in seeds else ",".join(map(str, seeds)),
+    }
+    if "samples" not in given:
+        found["limit"] = run.config.get("limit")
+    if chat and "apply_chat_template" not in given:
+        found["apply_chat_template"] = True
+        found["fewshot_as_multiturn"] = bool(setting_of(run, "fewshot_as_multiturn"))
+    recorded = {name: value for name, value in found.items() if value is not None}
+    read = SweepOptions.of(recorded, str(run.path))
+    return {name: getattr(read, name) for name in recorded}
+
+
+def _check_claims(
+    margins: Mapping[str, str], measure: str | None, base: Run | Sweep
+) -> None:
+    """Raise ValueError for margins and a measure that do not suit the tasks of a base, finished or planned."""
+    known: dict[str, Run] = {}
+    if isinstance(base, Run):
+        run = with_choice_prob(base)
+        metrics = [metric for _, metric in run.scores]
+        keys = [*judged_keys(run, measure, margins)]
+        known = dict.fromkeys([task for task, _ in keys], run)
+    else:
+        keys = [(task.name, m) for task in base.tasks for m in _metrics_of(task)]
+        metrics = [metric for _, metric in keys if metric]
+    check_measure(measure, metrics)
+    check_margins(margins, keys, known)
+
+
+def _evaluated(
+    name: str, model: str, sweep: WatchingSweep
+) -> tuple[Run, Sequence[Run]]:
+    """Run the sweep of one model and return what `_results_of` its folder does."""
+    folder = sweep.options["output_path"]
+    if run_sweep(sweep, retry_failed=True) == 130:
+        raise KeyboardInterrupt
+    for failure in read_failures(folder):
+        raise ResultsError(
+            f"{failure.task} failed on the {name} {model} ({failure.message}): repeat "
+            "the command to try it again; finished tasks are not evaluated again."
+        )
+    return _results_of(folder, name)
 
 
 def _metrics_of(task: SweepTask) -> list[str]:

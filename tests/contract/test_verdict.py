@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.contract.commands import pruned
+from tests.contract.commands import lm_eval, pruned, results_in
 from tests.helpers.bbq import CATEGORIES, made_documents, write_bbq
 from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.results_files import answered, write_run
@@ -280,6 +280,64 @@ def test_another_candidate_or_base_in_the_same_folder_gets_no_score_of_the_first
     third = verdict_on_models(tiny2, tiny2, "tiny_choice")
     assert scored(third) == {"tiny_choice"}
     assert "base (tiny_sentence)" in third.out
+
+
+ASKED = {
+    "limit": 3,
+    "num_fewshot": 1,
+    "seed": "5,6,7,8",
+    "apply_chat_template": "true",
+    "fewshot_as_multiturn": "false",
+}
+
+
+@pytest.fixture
+def verdict_on_results(tiny_llama, tiny2, made, tmp_path):
+    """Run the command on a model and on results of an evaluation by `lm_eval` as `ASKED`.
+
+    Also returns what the results of the model say.
+    """
+    where = ["--include_path", made, "--device", "cpu"]
+
+    def on_results(finished, *words):
+        kept = tmp_path / "finished"
+        asked = [word for name, value in ASKED.items() for word in (f"--{name}", value)]
+        given = ["--model_args", f"pretrained={tiny_llama},dtype=float32", *asked]
+        given += ["--tasks", "tiny_choice", "--log_samples", "--output_path", kept]
+        assert lm_eval("run", "--model", "hf", *given, *where).code == 0
+        pair = [kept, f"hf,pretrained={tiny2},dtype=float32"]
+        models, other = pair, "candidate"
+        if finished == "candidate":
+            models, other = pair[::-1], "base"
+        words = [*words, *where, "--margin", "10pt", "--output_path", tmp_path / "out"]
+        done = pruned("verdict", *models, *words)
+        return done, tmp_path / "out" / other / "units" / other
+
+    return on_results
+
+
+@pytest.mark.parametrize("finished", ["base", "candidate"])
+def test_a_model_is_asked_what_finished_results_were_asked(
+    finished, verdict_on_results
+):
+    done, units = verdict_on_results(finished)
+    # Nothing differs for which the results would be refused.
+    assert scored(done) == {"tiny_choice"}, done.err
+    assert [folder.name for folder in units.iterdir()] == ["tiny_choice"]
+    told = results_in(units)
+    assert told["n-samples"]["tiny_choice"]["effective"] == ASKED["limit"]
+    assert told["n-shot"]["tiny_choice"] == ASKED["num_fewshot"]
+    assert told["chat_template_sha"] and told["fewshot_as_multiturn"] is False
+    kinds = ("random", "numpy", "torch", "fewshot")
+    assert [told["config"][f"{kind}_seed"] for kind in kinds] == [5, 6, 7, 8]
+
+
+def test_what_the_user_gives_comes_before_what_finished_results_were_asked(
+    verdict_on_results,
+):
+    done, units = verdict_on_results("base", "--limit", "4")
+    assert "documents is 4, but 3 in finished" in done.sentence
+    assert results_in(units)["n-shot"]["tiny_choice"] == ASKED["num_fewshot"]
 
 
 def test_a_share_is_a_margin_of_scores_and_1_or_more_is_refused(verdict):

@@ -393,7 +393,7 @@ def test_a_run_reports_errors_by_block(chat, tiny_llama):
             assert scores[f"{metric},none"] == pytest.approx(mean)
     for task in tasks:
         metadata = done["configs"][task]["metadata"]
-        assert (metadata["primary_metric"], metadata["floors"]) == ("lift", {"lift": 0})
+        assert (metadata["primary_metric"], metadata["floors"]["lift"]) == ("lift", 0)
     for sample in done["samples"]["pruned_probe_knowledge"]:
         asked = sample["arguments"][0][0]
         assert asked.endswith(sample["doc"]["prompt"])
