@@ -7,14 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from lm_eval_pruned.results.documents import (
-    TRANSFORMS,
-    Documents,
-    documents_of,
-    read_sample,
-)
+from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
+from lm_eval_pruned.results.samples import read_sample
 from tests.helpers.results_files import answered, offering, score_of, write_run
 
 
