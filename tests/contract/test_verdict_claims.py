@@ -374,3 +374,22 @@ def test_a_task_can_declare_the_limits_of_its_metric(tmp_path):
     ).parent
     done = pruned("verdict", path, path, "--output_path", tmp_path / "out")
     assert "has documents of 0.4 to 0.6" in done.sentence
+
+
+def test_the_order_of_samples_and_tasks_changes_nothing(tmp_path):
+    tasks = {f"t{n}": sure(n, 80, lost=0.0) for n in range(3)}
+    lost = {name: sure(n, 80, lost=0.01) for n, name in enumerate(tasks)}
+    said = []
+    for turned in (False, True):
+        paths = []
+        for name, made in (("old", tasks), ("new", lost)):
+            folder = tmp_path / str(turned) / name
+            order = dict(reversed(made.items())) if turned else made
+            paths.append(write_run(folder, order).parent)
+            for file in folder.glob("samples_*.jsonl") if turned else ():
+                lines = file.read_text().splitlines(keepends=True)
+                file.write_text("".join(reversed(lines)))
+        done = pruned("verdict", *paths, "--output_path", tmp_path / str(turned) / "o")
+        mean = re.search(r"the mean differs by ([^.]*\.\d[^.]*)", done.out)[1]
+        said.append((done.code, mean))
+    assert said[0] == said[1]
