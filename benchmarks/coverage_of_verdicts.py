@@ -1,228 +1,356 @@
-"""How often a verdict is wrong, in each measure that it judges; see ``coverage.py``.
+"""How often a verdict is wrong: ``python benchmarks/coverage_of_verdicts.py [--times 300] [--claim kept]``.
 
-A loss of the margin must not be shipped, and a candidate that does not differ must not be refused, each
-in more than 5 % of cases.
+Writes ``docs/measurements/coverage_verdicts.csv``, a row for each cell of one grid: claim, data, floor and base,
+independent units, and how documents belong together. Each cell is drawn with a loss of exactly the margin, and
+with none. The same command writes the same.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import itertools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
+from unittest import mock
 
 import numpy as np
+from scipy import special
 from tqdm import tqdm
 
-from lm_eval_pruned.compare import statistics
-from lm_eval_pruned.compare.judge import Case, mean_of, p_of_claim
+from lm_eval_pruned.compare.cases import Case, mean_of
+from lm_eval_pruned.compare.claims import DO_NOT_SHIP, SHIP, Paired, p_of, paired
+from lm_eval_pruned.compare.judge import answer_of, claims_on
 from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
 from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.util.tables import csv_table
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator
 
-    #: Makes a case of so many documents that loses a part of its margin.
-    MakeCase = Callable[..., Case]
-    #: Makes the cases of one claim, with the documents of each.
-    MakeCases = Callable[[np.random.Generator, int, float], list[Case]]
-
-ALPHA = 0.05
-
-
-def shared(
-    rng: np.random.Generator, n: int, spread: float, blocks: bool = False
-) -> np.ndarray:
-    """Noise of documents, half of it common to blocks of four if there are some."""
-    if not blocks:
-        return spread * rng.normal(size=n)
-    common = np.repeat(rng.normal(size=-(-n // 4)), 4)[:n]
-    return spread * (common + rng.normal(size=n)) / math.sqrt(2)
+CSV = Path(__file__).parents[1] / "docs" / "measurements" / "coverage_verdicts.csv"
+LEVEL = 0.05
+LIMITS = (0.0, 1.0)
+UNITS = (10, 20, 40, 60, 100, 300)
+#: Documents of a unit where there are several.
+TOGETHER = 4
+#: How much of the margin each of five subjects loses.
+SUBJECTS = np.array([0.0, 0.5, 1.0, 1.5, 2.0])
+#: The largest loss of a document that has a probability.
+LARGEST = 0.4
 
 
-def rare(rng: np.random.Generator, n: int, loss: float) -> np.ndarray:
-    """2 % of documents gain 0.5, and as many and those that make up the `loss` lose it."""
-    lose, gain = 0.02 + 2 * loss, 0.02
-    return rng.choice([-0.5, 0.5, 0.0], size=n, p=[lose, gain, 1 - lose - gain])
+def flips(u: np.ndarray, base: float, loss: np.ndarray, lost: bool, gain: float):
+    """Right-or-wrong documents: a share of `gain` becomes right, as many and the loss wrong."""
+    before = u[0] < base
+    stays = u[1] >= (gain + lost * loss) / base
+    return before * 1.0, np.where(before, stays, u[1] < gain / (1 - base)) * 1.0
 
 
-def exponential(rng: np.random.Generator, n: int, loss: float) -> np.ndarray:
-    """Losses that most documents hardly have, and few have several times."""
-    return 0.05 * (1 - rng.exponential(size=n)) - loss
+def even(u: np.ndarray, base: float, loss: np.ndarray, lost: bool):
+    """Probabilities that all lose about as much."""
+    width = min(base, 1 - base) / 2
+    before = base + width * (2 * u[0] - 1)
+    return before, before - lost * loss + width / 2 * (2 * u[1] - 1)
 
 
-def probability(form: str, margin: float, blocks: bool = False) -> MakeCase:
-    """Probabilities of the right answer, whose mean falls by a part of the margin."""
+def rare(u: np.ndarray, base: float, loss: np.ndarray, lost: bool):
+    """Probabilities of which few lose much; without a difference, few win back what all lose."""
+    width = min(base, 1 - base) / 2
+    before = base + width * (2 * u[0] - 1)
+    if lost:
+        size = min(LARGEST, base - width)
+        return before, before - size * (u[1] < loss / size)
+    size = np.minimum(LARGEST, 1 - base - width + loss)
+    return before, before - loss + size * (u[1] < loss / size)
 
-    def make(rng: np.random.Generator, n: int, part: float, task: str = "t") -> Case:
-        base, loss = rng.uniform(0.5, 0.6, n), part * margin
-        if form == "normal":
-            gains = shared(rng, n, 0.08, blocks) - loss
-        else:
-            gains = {"rare": rare, "exponential": exponential}[form](rng, n, loss)
-        return case(
-            base, np.clip(base + gains, 0, 1), "choice_prob", "2pt", blocks, task
+
+def endless(
+    u: np.ndarray,
+    base: float,
+    loss: np.ndarray,
+    lost: bool,
+    spread: float,
+    noise: float,
+    share: float = 0.0,
+):
+    """Scores without limits that all lose about as much, or of which a `share` loses much, as in `rare`."""
+    before = base + spread * special.ndtri(u[0])
+    after = before + noise * special.ndtri(u[1])
+    if not share:
+        return before, after - lost * loss
+    some = loss / share * (u[2] < share)
+    return before, after - some if lost else after - loss + some
+
+
+class Data(NamedTuple):
+    """Documents as `draw` makes them of uniform numbers, shape (4, n), the base's mean, and each one's loss."""
+
+    draw: Callable[..., tuple[np.ndarray, np.ndarray]]
+    limits: tuple[float, float] | None = LIMITS
+    transform: str = "mean"
+    #: Whether documents weigh 1 to 4, and lose as much more.
+    weighed: bool = False
+
+
+def kinds(name: str, spread: float, noise: float, **how) -> dict[str, Data]:
+    """Return data without limits whose losses are even or rare."""
+    shares = {"": 0.0, ", 1 in 20 loses": 0.05, ", 1 in 50 loses": 0.02}
+    return {
+        name + text: Data(
+            functools.partial(endless, spread=spread, noise=noise, share=share),
+            None,
+            **how,
+        )
+        for text, share in shares.items()
+    }
+
+
+RIGHT_OR_WRONG = {
+    "right or wrong": Data(functools.partial(flips, gain=0.05)),
+    "right or wrong, losses only": Data(functools.partial(flips, gain=0.0)),
+}
+PROBABILITIES = {"probability": Data(even), "probability, rare losses": Data(rare)}
+SUMS = {
+    "ratio of sums": Data(even, weighed=True),
+    "ratio of sums, rare losses": Data(rare, weighed=True),
+}
+LOSSES = {
+    **kinds("unbounded", 0.3, 0.05),
+    **kinds("perplexity", 0.3, 0.05, transform="perplexity"),
+    **kinds(
+        "ratio of sums, bits per byte",
+        0.3,
+        0.05,
+        transform="bits_per_byte",
+        weighed=True,
+    ),
+}
+SHARES = {**RIGHT_OR_WRONG, **PROBABILITIES, **SUMS}
+
+
+GROUPINGS = ("alone", "clusters of 4", "5 strata", "4 times the same")
+
+
+class Claim(NamedTuple):
+    """A claim with its default margin, a `size` in points or a `share`, on data by (floor, base)."""
+
+    data: dict[str, Data]
+    places: tuple[tuple[float, float], ...]
+    size: float = 0.0
+    share: float | None = None
+    side: int = 1
+    groupings: tuple[str, ...] = GROUPINGS
+
+
+NEAR_AND_FAR = tuple((f, b) for f in (0.0, 0.25, 0.5) for b in (f + 0.125, 0.9))
+#: The grid. Points take limits; a ratio has no floor, tasks of a pool are strata already, and a floor only moves
+#: scores without limits.
+GRID: list[tuple[str, Claim]] = [
+    ("difference", Claim(SHARES, ((0, 0.6),), 0.02)),
+    ("kept", Claim(SHARES, NEAR_AND_FAR, share=0.05)),
+    ("kept", Claim(kinds("unbounded", 4, 0.5), ((0, 1), (0, 5)), share=0.05)),
+    ("ratio", Claim(LOSSES, ((0, 3),), share=0.02, side=-1)),
+    (
+        "pooled",
+        Claim(
+            {**RIGHT_OR_WRONG, **PROBABILITIES},
+            ((0, 0.6),),
+            0.02,
+            groupings=(*GROUPINGS[:2], GROUPINGS[3]),
+        ),
+    ),
+    ("bias", Claim(RIGHT_OR_WRONG, ((0, 0.5),), 0.15, side=0)),
+]
+
+
+class Cell(NamedTuple):
+    """One cell of the grid, which makes documents and asks the package about them."""
+
+    name: str
+    claim: Claim
+    data: str
+    floor: float
+    base: float
+    units: int
+    grouping: str
+
+    @property
+    def loss(self) -> float:
+        """The margin, in what `Data.draw` makes."""
+        if self.data.startswith("perplexity"):
+            return math.log1p(self.claim.share or 0.0)
+        return self.claim.size or self.claim.share * (self.base - self.floor)  # type: ignore[operator]
+
+    def draw(self, rng: np.random.Generator, lost: bool):
+        """Return values of base and run, weights, and the unit and the subject of each document."""
+        data = self.claim.data[self.data]
+        times = 1 if self.grouping in ("alone", "5 strata") else TOGETHER
+        u = rng.random((4, self.units)).repeat(times, 1)
+        if self.grouping == "clusters of 4":
+            own = rng.random(u.shape)
+            u = np.where(rng.random(u.shape) < 0.5, own, u)
+        unit = np.arange(self.units).repeat(times)
+        subject = unit % len(SUBJECTS)
+        loss = np.full(u.shape[1], self.loss)
+        if self.grouping == "5 strata":
+            loss *= SUBJECTS[subject]
+        weights = np.ones(u.shape[1])
+        if data.weighed:
+            weights = 1 + np.floor(4 * u[3])
+            # Weights of 1 to 4 have the mean 2.5, their squares 7.5.
+            loss *= weights / 3
+        before, after = data.draw(u, self.base, loss, lost)
+        if self.claim.side < 0:
+            # What is lost of these is a rise.
+            after = 2 * before - after
+        factor = TRANSFORMS[data.transform].factor
+        return before / factor, after / factor, weights, unit, subject
+
+    def test(self, rng: np.random.Generator, lost: bool) -> Paired:
+        """Return the package's test of two runs."""
+        data = self.claim.data[self.data]
+        before, after, weights, unit, subject = self.draw(rng, lost)
+        return paired(
+            before,
+            after,
+            self.floor,
+            weights=weights,
+            clusters=None if len(unit) == self.units else unit,  # type: ignore[arg-type]
+            strata=subject if self.grouping == "5 strata" else None,  # type: ignore[arg-type]
+            transform=data.transform,
+            limits=data.limits,
         )
 
-    return make
+    def ask(self, rng: np.random.Generator, lost: bool) -> tuple[bool, ...]:
+        """Return whether it ships, whether it must not, and whether the interval lies above or below the truth.
+
+        An end is above the truth exactly where the test of this side rejects the truth.
+        """
+        if self.name == "pooled":
+            return self._pooled(rng, lost)
+        test, share, side = self.test(rng, lost), self.claim.share, self.claim.side
+        size = share * test.perplexity if share and test.perplexity else self.loss
+        sides = (side,) if side else (1, -1)
+        ships = all(small(test.p_margin(size, share, one)) for one in sides)
+        if share and test.perplexity is None:
+            truth = 1 - lost * side * share
+            ends = [kept_p(test, truth, one) for one in (1, -1)]
+        else:
+            truth = lost * (size if side < 0 else -size)
+            ends = [test.p_beyond(truth, one) for one in (1, -1)]
+        worse = test.p_beyond(0.0, -side) if side else test.p
+        return ships, not ships and small(worse), *map(small, ends)
+
+    def _pooled(self, rng: np.random.Generator, lost: bool) -> tuple[bool, ...]:
+        cases = [self._case(task, *self.draw(rng, lost)) for task in ("a", "b", "c")]
+        # No answer depends on an interval, and each takes as long as thirty tests.
+        with mock.patch.object(Paired, "interval", return_value=(None, None)):
+            answer = answer_of(claims_on(cases))
+        test = mean_of(cases).test
+        ends = (test.p_beyond(-lost * self.claim.size, side) for side in (1, -1))
+        return answer == SHIP, answer == DO_NOT_SHIP, *map(small, ends)
+
+    def _case(self, task: str, *documents: np.ndarray) -> Case:
+        *pair, weights, unit, _ = documents
+        metric = "acc" if "wrong" in self.data else "choice_prob"
+        key, names = (task, f"{metric},none"), [f"{task}{number}" for number in unit]
+        keys = tuple((task, name, number) for number, name in enumerate(names))
+        clusters = None if len(unit) == self.units else tuple(names)
+        runs = []
+        for values in pair:
+            held = Documents(keys, values, weights, clusters, "mean")
+            scores = {key: Score(held.score, None, True, len(keys))}
+            about = {"metadata": {}, "documents": {task: {key[1]: held}}}
+            runs.append(Run("run", Path(), scores, **about))
+        return Case(
+            *runs, key, key, margin=Margin("not_worse", f"{100 * self.claim.size:g}pt")
+        )
 
 
-def kept(mean: float, noise: float, form: str = "normal") -> MakeCase:
-    """Lifts in blocks of four, of which a part of 5 % is lost."""
-
-    def make(rng: np.random.Generator, n: int, part: float, task: str = "t") -> Case:
-        base = mean + shared(rng, n, 4.0, True)
-        lost = 0.05 * part * base
-        if form == "a tenth":
-            # The loss is that of a tenth of the blocks, of which each loses ten times as much.
-            lost = 10 * lost * np.repeat(rng.random(-(-n // 4)) < 0.1, 4)[:n]
-        skewed = noise * (1 - rng.exponential(size=n))
-        change = skewed if form == "exponential" else shared(rng, n, noise, True)
-        return case(base, base - lost + change, "lift", "5%", True, task, floor=0.0)
-
-    return make
+def small(p: float | None) -> bool:
+    """Whether a p is known and below the level."""
+    return p is not None and p < LEVEL
 
 
-def text(form: str) -> MakeCase:
-    """Log-likelihoods of long and short texts, whose perplexity rises by a part of 2 %."""
-
-    def make(rng: np.random.Generator, n: int, part: float, task: str = "t") -> Case:
-        base = rng.normal(-3, 0.3, n)
-        tail = 0.03 * (math.exp(0.5) - np.exp(rng.normal(size=n)))
-        noise = tail if form == "lognormal" else rng.normal(0, 0.05, n)
-        run = base - np.log1p(0.02 * part) + noise
-        return case(base, run, "word_perplexity", "2%", False, task, up=False)
-
-    return make
+def kept_p(test: Paired, share: float, side: int) -> float | None:
+    """Return the p that an end of the interval of what is kept is made of."""
+    known = test.tested and test.above
+    return p_of(test.keeps(share, side)) if known else None
 
 
-def bias(rng: np.random.Generator, n: int, part: float, task: str = "t") -> Case:
-    """Answers that follow a stereotype or not, of which a fifth changes; 15 points are the margin."""
-    up = 0.1 + 0.15 * part
-    base = (rng.random(n) < 0.5).astype(float)
-    changes = np.where(base == 0, rng.random(n) < 2 * up, rng.random(n) < 0.2)
-    return case(
-        base, np.where(changes, 1 - base, base), "bias", "15pt", False, task, up=None
+def check_truth(cell: Cell, draws: int = 10**6) -> None:
+    """Raise where the mean over many draws is not what the grid says."""
+    many = cell._replace(units=draws)
+    factor = TRANSFORMS[cell.claim.data[cell.data].transform].factor
+    for lost in (True, False):
+        before, after, weights, *_ = many.draw(np.random.default_rng(0), lost)
+        losses = factor * (before - after) * (1 if cell.claim.side >= 0 else -1)
+        for values, expected in (
+            (losses, lost * cell.loss),
+            (factor * before, cell.base),
+        ):
+            terms = weights * (values - expected)
+            if abs(terms.mean()) > 5 * terms.std() / math.sqrt(draws) + 1e-12:
+                raise AssertionError(f"{cell.data}: {values.mean()} is not {expected}")
+
+
+def cells() -> Iterator[Cell]:
+    """Yield the grid."""
+    for name, claim in GRID:
+        for data, place, units, grouping in itertools.product(
+            claim.data, claim.places, UNITS, claim.groupings
+        ):
+            yield Cell(name, claim, data, *place, units, grouping)
+
+
+def rates(
+    cell: Cell, times: int, seed: int, truths: tuple[bool, ...] = (True, False)
+) -> np.ndarray:
+    """Return shares of what `Cell.ask` says, with a loss of the margin and without, shape (truths, 4)."""
+    rng = np.random.default_rng(seed)
+    return np.array(
+        [np.mean([cell.ask(rng, lost) for _ in range(times)], 0) for lost in truths]
     )
 
 
-def case(
-    base: np.ndarray,
-    run: np.ndarray,
-    metric: str,
-    margin: str,
-    blocks: bool,
-    task: str,
-    *,
-    up: bool | None = True,
-    floor: float | None = None,
-) -> Case:
-    """Return two runs on the same documents, in blocks of four if there are some."""
-    n, key = len(base), (task, f"{metric},none")
-    transform = "perplexity" if metric == "word_perplexity" else "mean"
-    keys = tuple((task, f"{task} {number}", 0) for number in range(n))
-    clusters = tuple(f"{task} {number // 4}" for number in range(n)) if blocks else None
-    pair = [Documents(keys, v, np.ones(n), clusters, transform) for v in (base, run)]
-    known = {task: {"floors": {} if floor is None else {metric: floor}}}
-    runs = []
-    for name, documents in zip(("base", "run"), pair, strict=True):
-        value = float(TRANSFORMS[transform].score(documents.values.mean()))
-        scores = {key: Score(value, None, up, n)}
-        held = {task: {key[1]: documents}}
-        runs.append(Run(name, Path(), scores, metadata=known, documents=held))
-    return Case(*runs, key, key, margin=Margin("not_worse", margin))
+def main() -> None:
+    """Simulate and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=300, help="draws of each truth")
+    parser.add_argument("--claim", default="", help="only this one, printed")
+    arguments = parser.parse_args()
+    rows, checked = [], set()
+    for seed, cell in enumerate(tqdm([*cells()])):
+        if arguments.claim not in ("", cell.name):
+            continue
+        if (kind := (cell.name, cell.data, cell.floor, cell.base)) not in checked:
+            check_truth(cell)
+            checked.add(kind)
+        # The judge of three tasks takes as long as twenty tests.
+        times = arguments.times // (4 if cell.name == "pooled" else 1)
+        lost, equal = rates(cell, times, seed)
+        about = cell._asdict() | {"repetitions": times}
+        about |= {"floor": f"{cell.floor:g}", "base": f"{cell.base:g}"}
+        about["claim"] = about.pop("name")
+        names = ["claim", "data", "floor", "base", "units", "grouping", "repetitions"]
+        found = {
+            "false ship": lost[0],
+            "false do not ship": equal[1],
+            "low end above": max(lost[2], equal[2]),
+            "high end below": max(lost[3], equal[3]),
+            "ships if equal": equal[0],
+        }
+        shown = {name: f"{rate:.3f}" for name, rate in found.items()}
+        rows.append({name: about[name] for name in names} | shown)
+    if arguments.claim:
+        print(csv_table(rows), end="")
+    else:
+        CSV.write_text(csv_table(rows), encoding="utf-8")
 
 
-def pool(*parts: float, form: str = "normal", uneven: bool = False) -> MakeCases:
-    """Several tasks, of which each loses a part of the margin of 2 points."""
-    make = probability(form, 0.02)
-
-    def several(rng: np.random.Generator, n: int, part: float) -> list[Case]:
-        sizes = [n // (3 if uneven and task else 1) for task in range(len(parts))]
-        both = enumerate(zip(sizes, parts, strict=True))
-        return [make(rng, of, part * own, f"t{task}") for task, (of, own) in both]
-
-    return several
-
-
-def answer(cases: Sequence[Case]) -> tuple[bool, bool]:
-    """Return whether a verdict on one case, or on a pool, ships, and whether it does not."""
-    p = p_of_claim(cases)
-    ship = p is not None and p < ALPHA
-    every = [*cases, mean_of(cases)] if cases[1:] else [*cases]
-    tests = [each.test for each in every]
-    up = cases[0].scores[0].higher_is_better
-    worse = [
-        test.p if up is None else test.sides and test.sides[not up] for test in tests
-    ]
-    shown = [q for q, _ in statistics.false_discovery(worse) if q is not None]
-    return ship, not ship and bool(shown) and min(shown) < ALPHA
-
-
-#: Measure, data, and what makes the cases of one claim.
-VERDICTS: list[tuple[str, str, MakeCases]] = [
-    *(
-        (measure, data, lambda rng, n, part, make=make: [make(rng, n, part)])
-        for measure, data, make in [
-            ("probability", "normal", probability("normal", 0.02)),
-            ("probability", "normal, blocks of 4", probability("normal", 0.02, True)),
-            ("probability", "exponential losses", probability("exponential", 0.02)),
-            (
-                "probability",
-                "4 % more lose 0.5 than gain it",
-                probability("rare", 0.02),
-            ),
-            ("kept", "ratio near 1", kept(5, 0.5)),
-            ("kept", "noise as large as the lift", kept(5, 5)),
-            ("kept", "base near its floor", kept(0.8, 0.5)),
-            ("kept", "exponential losses", kept(5, 1, "exponential")),
-            ("kept", "a tenth of the blocks loses", kept(5, 0.1, "a tenth")),
-            ("text", "normal", text("normal")),
-            ("text", "lognormal losses", text("lognormal")),
-            ("bias", "a fifth of the answers changes", bias),
-        ]
-    ),
-    ("mean of 3", "each loses the margin", pool(1, 1, 1)),
-    ("mean of 3", "each, 4 % more lose 0.5 than gain it", pool(1, 1, 1, form="rare")),
-    ("mean of 3", "one loses three times the margin", pool(3, 0, 0)),
-    (
-        "mean of 3",
-        "the same, others have a third of the documents",
-        pool(3, 0, 0, uneven=True),
-    ),
-    ("mean of 3", "the same, it has a third", pool(0, 3, 0, uneven=True, form="rare")),
-    ("mean of 6", "one loses its guard", pool(2.5, 0, 0, 0, 0, 0)),
-    (
-        "mean of 6",
-        "the same, 10 % more lose 0.5 than gain it",
-        pool(2.5, 0, 0, 0, 0, 0, form="rare"),
-    ),
-]
-
-
-COLUMNS = ["measure", "data", "documents", "ships at the margin"]
-COLUMNS += [
-    "does not ship if equal",
-    "ships if equal",
-    "does not ship at twice the margin",
-]
-
-
-def verdicts(times: int) -> list[list[Any]]:
-    """Return rows on verdicts: how often the answer is wrong at the margin, and without a difference.
-
-    Documents are those of a task. Losses are as the data say, none of it, and twice as much.
-    """
-    rows: list[list[Any]] = []
-    cells = itertools.product(enumerate(VERDICTS), (30, 100, 300))
-    for (number, (measure, data, make)), n in tqdm([*cells]):
-        found = np.zeros((3, 2))
-        for part, seed in itertools.product(range(3), range(times)):
-            rng = np.random.default_rng([number, n, part, seed])
-            found[part] += answer(make(rng, n, float(part)))
-        rates = found / times
-        shown = rates[1, 0], rates[0, 1], rates[0, 0], rates[2, 1]
-        rows.append([measure, data, n, *(f"{rate:.3f}" for rate in shown)])
-    return rows
+if __name__ == "__main__":
+    main()
