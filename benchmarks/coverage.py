@@ -1,7 +1,7 @@
 """How often tests show a difference that does not exist: ``python benchmarks/coverage.py [--times 1500]``.
 
-Writes ``docs/measurements/coverage.csv``: how often p is below 0.05, which is how often a 95 % interval leaves out
-the truth, and how often that of one side is, on the worse of the two. ``coverage_of_verdicts.py`` has margins.
+Writes ``docs/measurements/coverage.csv``: how often p is below 0.05, so that a 95 % interval leaves out the truth,
+and how often that of one side is, the worse one. ``coverage_of_verdicts.py`` has margins.
 """
 
 from __future__ import annotations
@@ -184,7 +184,6 @@ def main() -> None:
         for row in lines
     ]
     CSV.write_text(csv_table(rows), encoding="utf-8")
-    print(csv_table(rows), end="")
 
 
 if __name__ == "__main__":
