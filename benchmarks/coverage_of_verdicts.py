@@ -19,8 +19,9 @@ import numpy as np
 from scipy import special
 from tqdm import tqdm
 
+from lm_eval_pruned.compare.answer import DO_NOT_SHIP, SHIP
 from lm_eval_pruned.compare.cases import Case, mean_of
-from lm_eval_pruned.compare.claims import DO_NOT_SHIP, SHIP, Paired, p_of, paired
+from lm_eval_pruned.compare.claims import Paired, p_of, paired
 from lm_eval_pruned.compare.judge import answer_of, claims_on
 from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents
