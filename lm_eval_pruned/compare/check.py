@@ -171,10 +171,14 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     cases: dict[Key, Case] = {}
     for key, rule in baseline.rules.items():
         name, task, metric = key
-        if key not in after:
+        # A verdict leaves out what a candidate does not have beside what is judged.
+        if rule.kind == BESIDE and not (
+            key in after and math.isfinite(after[key].value)
+        ):
+            decided.pop(key, None)
+        elif key not in after:
             missing = " ".join(key[name in runs :])
-            if rule.kind != BESIDE:
-                decided[key] = "missing", f"The results have no {missing}."
+            decided[key] = "missing", f"The results have no {missing}."
         elif refused := _refused(baseline.runs[name], runs[name], task, metric):
             decided[key] = refused
         elif rule.kind not in OF_DOCUMENTS:
@@ -221,7 +225,7 @@ def _on_claims(
 ) -> list[Finding]:
     """Return what the claims on one run are found to be, as `verdict` decides them."""
     beside = [key for key in cases if baseline.rules[key].kind == BESIDE]
-    others = [cases[key] for key in beside if math.isfinite(cases[key].test.difference)]
+    others = [cases[key] for key in beside]
     judged = [case for key, case in cases.items() if key not in beside]
     blind = baseline.blind.get(name, set())
     claims = claims_on(judged, others, blind)

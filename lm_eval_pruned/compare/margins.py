@@ -153,7 +153,7 @@ def judged_keys(
 def further_measures(base: Run, keys: Collection[Key]) -> list[Key]:
     """Return the other measures of the answers that `keys` are judged by, of which a loss can be shown.
 
-    These have limits, and one way is better.
+    These have limits and logged documents, and one way is better.
     """
     tasks = {task for task, _ in keys}
     return [
@@ -165,6 +165,7 @@ def further_measures(base: Run, keys: Collection[Key]) -> list[Key]:
         and math.isfinite(score.value)
         and not is_bias(key[1])
         and metric_of(*key, base.metadata.get(key[0])).limits
+        and documents_of(base, *key)
     ]
 
 
