@@ -21,7 +21,6 @@ import pandas as pd
 from scipy import stats
 
 from lm_eval_pruned.compare.claims import paired
-from lm_eval_pruned.compare.floors import share_kept
 from lm_eval_pruned.compare.power import POWER
 from lm_eval_pruned.results.runs import read_sweep
 
@@ -132,10 +131,10 @@ def kept_rows(model: str, base: Run, run: Run) -> Iterator[dict[str, Any]]:
                 gains = (cut_prompts[metric] - prompts[metric]).to_numpy()
                 test = paired(np.zeros(len(gains)), gains, clusters=clusters)
                 low, high = test.interval()
-                share = share_kept(
+                share = paired(
                     prompts[metric], cut_prompts[metric], prompts[f"{metric}_floor"],
                     clusters=clusters,
-                )  # fmt: skip
+                ).kept()  # fmt: skip
                 yield start | {
                     "probe": probe, "level": level, "metric": metric,
                     "score": round(cut_prompts[metric].mean(), 4),

@@ -69,6 +69,27 @@ class Gains(NamedTuple):
     limits: Limits | None
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a candidate keeps: 1 is all that the base scores above the floor, 0 is the floor.
+
+    From `low` to `high` is the interval; an end is None where the documents give none, because they
+    are too few, or because the base could be at its floor.
+    """
+
+    share: float
+    low: float | None
+    high: float | None
+
+    @property
+    def text(self) -> str:
+        """Percent with interval, such as ``61 % [52, 70]``."""
+        ends = [
+            "?" if end is None else f"{end:.0%}"[:-1] for end in (self.low, self.high)
+        ]
+        return f"{self.share:.0%} [{', '.join(ends)}]".replace("%", " %")
+
+
 def p_of(claim: Gains) -> float:
     """Return the p of "the mean gain is 0 or less": Gaffke's test.
 
@@ -285,22 +306,19 @@ class Paired(Test):
         with np.errstate(over="ignore"):
             return float(self.perplexity * np.expm1(mean))
 
-    def kept(
-        self, level: float = 0.05
-    ) -> tuple[float, float | None, float | None] | None:
-        """Return the share of what the base has above the floor that the run keeps, and its interval.
+    def kept(self, level: float = 0.05) -> Kept | None:
+        """Return the share of what the base has above the floor that the run keeps.
 
-        An end is None where the documents bound nothing. None where the base is exactly at the floor, or
-        the score is an exponential.
+        None where the base is exactly at the floor, or the score is an exponential.
         """
         if not self.above or self.perplexity is not None:
             return None
         floor = self.floor.sum()
         share = float((self.run.sum() - floor) / (self.base.sum() - floor))
-        if not self.shares_tested:
-            return share, None, None
-        low, high = _ends(self.keeps, share, 1e-3, level)
-        return share, low, high
+        ends: tuple[float | None, float | None] = (None, None)
+        if self.shares_tested:
+            ends = _ends(self.keeps, share, 1e-3, level)
+        return Kept(share, *ends)
 
 
 def _ends(
@@ -350,8 +368,8 @@ def paired(
 
     Example:
         >>> test = paired([0.9, 0.7] * 10, [0.7, 0.5] * 10, 0.2)
-        >>> [round(x, 2) for x in test.kept()]
-        [0.67, 0.63, 0.69]
+        >>> test.kept().text
+        '67 % [63, 69]'
     """
     n, form = len(np.asarray(base)), TRANSFORMS[transform]
     weights = np.ones(n) if weights is None else np.asarray(weights, float)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import stats
 
 from lm_eval_pruned.compare.answer import NO_LOSS
-from lm_eval_pruned.compare.claims import CLAIM_LEVEL, p_of, paired, unpaired
+from lm_eval_pruned.compare.claims import CLAIM_LEVEL, Kept, p_of, paired, unpaired
 from lm_eval_pruned.compare.pairing import limits_of, paired_documents, paired_test
 from lm_eval_pruned.compare.statistics import false_discovery
-from lm_eval_pruned.results.documents import documents_of
+from lm_eval_pruned.results.documents import documents_of, scored_on
 from lm_eval_pruned.results.groups import is_control, model_arguments
 from lm_eval_pruned.results.metrics import is_bias
 
@@ -21,11 +21,7 @@ from lm_eval_pruned.results.metrics import is_bias
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import ArrayLike
-
-    from lm_eval_pruned.results.documents import Documents
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.results.metrics import Limits
 
     Key = tuple[str, str]
     Floor = tuple[str, float, Run | None]
@@ -33,27 +29,6 @@ if TYPE_CHECKING:
 
 #: In place of a test, for another metric of answers that were tested.
 _RESTATED = "none: restated"
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a candidate keeps: 1 is all that the base scores above the floor, 0 is the floor.
-
-    From `low` to `high` is the interval; an end is None where the documents give none, because they
-    are too few, or because the base could be at its floor.
-    """
-
-    share: float
-    low: float | None
-    high: float | None
-
-    @property
-    def text(self) -> str:
-        """Percent with interval, such as ``61 % [52, 70]``."""
-        ends = [
-            "?" if end is None else f"{end:.0%}"[:-1] for end in (self.low, self.high)
-        ]
-        return f"{self.share:.0%} [{', '.join(ends)}]".replace("%", " %")
 
 
 @dataclass(frozen=True)
@@ -66,8 +41,7 @@ class Standing:
     task, without the base and random controls. Whether a model is above is None where its score is
     above the floor and was not tested.
     `kept` is the share of what the base has above the floor, with the interval of a single test; None
-    for the base, and where the base is not shown to be above. See `share_kept`. `needed` documents would show
-    a base to be above in 80 % of cases, if it scored as it does now; None where it is not higher.
+    for the base, and where the base is not shown to be above. `needed` documents would show a base to be above in 80 % of cases, if it scored as it does now; None where it is not higher.
     """
 
     task: str
@@ -186,12 +160,11 @@ def blind_scores(
         documents = documents_of(base, *key)
         members = documents.members if documents else {}
         for name, own in members.items() if len(members) > 1 else ():
-            exact, up = base.exact_floor(*key), base.scores[key].higher_is_better
+            exact = base.exact_floor(*key)
             level = own.levels.get("chance") if exact is None else exact
-            if level is None or up is None:
+            if level is None or base.scores[key].higher_is_better is None:
                 continue
-            limits = limits_of(base, *key, own.values)
-            p, _ = p_above(own, level, limits, 1 if up else -1)
+            p, _ = _p_above(scored_on(base, key, own), key, level)
             if p is not None and p >= CLAIM_LEVEL:
                 blind.add((*key, name))
     return blind
@@ -204,8 +177,7 @@ def _kept(base: Run, run: Run, key: Key, floor: Floor, alpha: float) -> Kept | N
         return None
     below = floor_run and paired_documents(base, floor_run, *key)
     known = paired_test(pair, base, *key, below[1].values if below else level)
-    found = known.kept(alpha)
-    return found and Kept(*found)
+    return known.kept(alpha)
 
 
 def _needed(documents: int | None, p: float) -> int | None:
@@ -248,7 +220,7 @@ def highest_floor(base: Run, floors: Sequence[Run], key: Key) -> Floor | None:
 
 
 def _p_above(
-    run: Run, key: Key, level: float, floor_run: Run | None
+    run: Run, key: Key, level: float, floor_run: Run | None = None
 ) -> tuple[float | None, str]:
     """Return the p of "the run is not above the floor", and the test that it comes from."""
     score, documents = run.scores[key], documents_of(run, *key)
@@ -259,39 +231,12 @@ def _p_above(
         test = paired_test(pair, run, *key)
         return test.p_beyond(0.0, side), test.method
     if documents and documents.transform == "mean":
-        return p_above(documents, level, limits_of(run, *key, documents.values), side)
+        values = np.full(len(documents.values), level)
+        limits = limits_of(run, *key, documents.values)
+        known = documents.groups
+        test = paired(values, documents.values, level, limits=limits, **known)
+        return p_of(test.clears(side)) if test.tested else None, test.method
     if score.stderr is not None:
         alone = unpaired(score.value - level, score.stderr)
         return alone.p_beyond(0.0, side), alone.method
     return None, "none: neither samples nor standard errors"
-
-
-def p_above(
-    documents: Documents, level: float, limits: Limits | None, side: int = 1
-) -> tuple[float | None, str]:
-    """Return the p of "the score is not above a level" (side 1), or "below" (-1), and the name of the test."""
-    values = np.full(len(documents.values), level)
-    test = paired(values, documents.values, level, limits=limits, **documents.groups)
-    return p_of(test.clears(side)) if test.tested else None, test.method
-
-
-def share_kept(
-    base: ArrayLike,
-    candidate: ArrayLike,
-    floor: ArrayLike,
-    *,
-    alpha: float = 0.05,
-    **groups: Any,
-) -> Kept | None:
-    """Return (candidate - floor) / (base - floor) of two means over the same documents.
-
-    Values are of shape (n,), that of the floor can be one for all documents; `groups` are further arguments
-    of `claims.paired`. The confidence is 1 - `alpha`. None where the mean of the base is exactly at the
-    floor.
-
-    Example:
-        >>> share_kept([0.9, 0.7] * 10, [0.7, 0.5] * 10, 0.2).text
-        '67 % [63, 69]'
-    """
-    found = paired(base, candidate, floor, **groups).kept(alpha)
-    return found and Kept(*found)

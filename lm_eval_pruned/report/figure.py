@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
+from lm_eval_pruned.compare.claims import Kept
 from lm_eval_pruned.compare.comparison_table import (
     CORRELATIONS,
     DIFFERENCES,
     table_of,
 )
-from lm_eval_pruned.compare.floors import Kept
 from lm_eval_pruned.pruning.curves import VERSION, Sensitivity
 from lm_eval_pruned.report.page import Section
 from lm_eval_pruned.results.files import ResultsError, read_json

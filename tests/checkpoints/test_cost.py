@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lm_eval_pruned
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints import cost
-from lm_eval_pruned.compare.floors import share_kept
+from lm_eval_pruned.compare.claims import paired
 from lm_eval_pruned.results.documents import Documents
 from lm_eval_pruned.results.files import Run, Score
 from tests.contract.commands import pruned
@@ -111,7 +111,7 @@ def test_what_is_kept_is_fiellers_share_of_the_lift_by_block():
             for each in ("unpruned", name)
         ]
         blocks = values[0].clusters
-        share = share_kept(*(each.values for each in values), 0, clusters=blocks)
+        share = paired(*(each.values for each in values), clusters=blocks).kept()
         assert text == share.text
         assert share.low < of[name] < share.high
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import assume, given, strategies as st
 from scipy import stats
 
 from lm_eval_pruned.compare.cases import guarded, mean_of, p_of_claim
-from lm_eval_pruned.compare.claims import p_of, paired
+from lm_eval_pruned.compare.claims import Kept, p_of, paired
 from tests.helpers.cases import case_of, stderr_of
 
 
@@ -44,7 +45,8 @@ def lifts(seed, *, kept=0.8, mean=5.0, n=160, noise=2.0):
 
 def found(test):
     """Return all that is said of a test, None as NaN."""
-    said = test.difference, test.p, *test.interval(), *(test.kept() or ())
+    kept = test.kept()
+    said = test.difference, test.p, *test.interval(), *(astuple(kept) if kept else ())
     return [np.nan if each is None else each for each in said]
 
 
@@ -276,7 +278,7 @@ def test_what_is_kept_has_fiellers_interval_but_for_a_document_that_nobody_has_s
     sign,
 ):
     base, run = lifts(1, n=800)
-    share, low, high = paired(sign * base, sign * run).kept()
+    share, low, high = astuple(paired(sign * base, sign * run).kept())
     ends = fieller(base, run)
     assert low < ends[0] < ends[1] < high
     # One more document, among 800, that departs twice as far as the farthest.
@@ -288,17 +290,19 @@ def test_what_is_kept_has_fiellers_interval_but_for_a_document_that_nobody_has_s
 def test_neither_unit_nor_origin_changes_what_is_kept(seed, unit, origin):
     base, run = lifts(seed)
     moved = paired(unit * base + origin, unit * run + origin, origin)
-    assert moved.kept() == pytest.approx(paired(base, run).kept(), abs=1e-6)
+    expected = astuple(paired(base, run).kept())
+    assert astuple(moved.kept()) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_base_keeps_all_the_floor_nothing_and_a_base_at_its_floor_bounds_nothing():
     base, _ = lifts(3)
     floor = np.linspace(-1, 1, len(base))
-    assert paired(base, base, floor).kept() == pytest.approx((1, 1, 1))
-    assert paired(base, floor, floor).kept() == pytest.approx((0, 0, 0), abs=1e-9)
+    whole, nothing = paired(base, base, floor), paired(base, floor, floor)
+    assert astuple(whole.kept()) == pytest.approx((1, 1, 1))
+    assert astuple(nothing.kept()) == pytest.approx((0, 0, 0), abs=1e-9)
     assert paired([1.0, -1.0], [1.0, 0.0]).kept() is None
-    assert paired(*lifts(4, mean=0.1)).kept()[2] is None
-    assert paired([4.0, 6.0], [2.0, 3.0]).kept() == (0.5, None, None)
+    assert paired(*lifts(4, mean=0.1)).kept().high is None
+    assert paired([4.0, 6.0], [2.0, 3.0]).kept() == Kept(0.5, None, None)
 
 
 def soft(seed, n, lost=0.0):

@@ -53,6 +53,6 @@ def test_the_interval_of_what_is_kept_rarely_lies_above_the_truth(grid, units):
     cell, times = kept(grid, "right or wrong", 0.05, 0.25, 0.625, units), 400
     rng = np.random.default_rng(units)
     intervals = [cell.test(rng, True).kept(0.05) for _ in range(times)]
-    lows = [kept[1] for kept in intervals if kept and kept[1] is not None]
+    lows = [kept.low for kept in intervals if kept and kept.low is not None]
     assert len(lows) > times / 2
     assert sum(low > 0.95 for low in lows) / times <= at_most(0.025, times)
