@@ -28,6 +28,7 @@ OPTIONS = (
         "the probability of the right answer, mc2 or choice_prob, else the score that counts)"),
     row("--text", "FILE", "plain text on which loss and divergence from the base are measured, in place of the "
         "demo's or beside --tasks"),
+    row("--context", "N", "tokens of each long text of the demo (default: 2048, or what the configs allow)", type=int),
     row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
     row("--push_to_hub", "REPO", "the candidate's repository on the Hub: write the verdict into its model card, "
@@ -55,7 +56,7 @@ def run(arguments) -> int:
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
     base, candidate, floors = both_runs(
-        *models, options, folder, margins, measure, arguments.text
+        *models, options, folder, margins, measure, arguments.text, arguments.context
     )
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
     verdict = decide(base, candidate, margins, floors, measure=measure)

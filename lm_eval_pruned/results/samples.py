@@ -50,7 +50,8 @@ class Sample(NamedTuple):
     empty where the task declares none.
 
     The model's answer is in the `likelihoods` of the choices, natural logarithms, or is what it wrote:
-    `written` after the task's filter, `text` before. None or empty where the line does not tell.
+    `written` after the task's filter, `text` before, and its `tokens` where a verdict had it written. None
+    or empty where the line does not tell.
     """
 
     number: str
@@ -66,6 +67,7 @@ class Sample(NamedTuple):
     likelihoods: tuple[float, ...]
     written: str | None
     text: str
+    tokens: tuple[int, ...] = ()
 
     @property
     def choice_prob(self) -> float | None:
@@ -199,7 +201,8 @@ def read_sample(
     prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
     asked = number, digest, cluster, prompt, target, choices, right, chance, rivals
     level = str(document.get(metadata.get("level", ""), ""))
-    return Sample(*asked, level, *_answered(row, endings))
+    tokens = row.get("tokens") or ()
+    return Sample(*asked, level, *_answered(row, endings), tuple(map(int, tokens)))
 
 
 def _labels(targets: Mapping[str, Any]) -> list[int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers import PretrainedConfig
 
 from lm_eval_pruned.compare.margins import (
     check_measure,
@@ -25,17 +28,25 @@ from lm_eval_pruned.results.runs import (
 )
 from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import SweepOptions, read_mapping
-from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
+from lm_eval_pruned.sweeps.plan import (
+    FLOORS,
+    Configuration,
+    harness_settings,
+    model_source,
+)
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.verdict.decision import check_margins
 from lm_eval_pruned.verdict.divergence import (
     DEMO_TEXT,
+    KINDS,
+    LONG_TEXT,
     NOT_MEASURED,
     OF_FILE,
     TEXTS,
-    WatchingSweep,
 )
+from lm_eval_pruned.verdict.watching import WatchingSweep
+from lm_eval_pruned.verdict.written import ENDINGS, WRITTEN
 
 
 if TYPE_CHECKING:
@@ -48,7 +59,9 @@ if TYPE_CHECKING:
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
 #: Where neither the user nor finished results name tasks.
-TASKS = ["pruned_demo", "pruned_demo_bias"]
+TASKS = ["pruned_demo", "pruned_demo_bias", WRITTEN, KINDS, LONG_TEXT]
+#: Tokens of each long text, unless ``--context`` or the config of a model says fewer.
+CONTEXT = 2048
 #: What results record a seed of, in the order of ``--seed``.
 SEEDS = ("random", "numpy", "torch", "fewshot")
 
@@ -120,12 +133,13 @@ def both_runs(
     margins: Mapping[str, str],
     measure: str | None = None,
     text: str | None = None,
+    context: int | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
     """Return the results of both models and of models that know nothing, each a path of results or as `plan_model` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
     `margins` and the `measure` are known to suit the tasks. The text of the file `text` takes the
-    place of the demo's.
+    place of the demo's. Long texts have `context` tokens, fewer where a config allows no more.
 
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
@@ -137,7 +151,9 @@ def both_runs(
         for name, path in models.items()
         if Path(path).exists()
     }
-    options = _asked(options, finished, text, output_path)
+    specified = [text for name, text in models.items() if name not in finished]
+    context = _context(specified, context or CONTEXT)
+    options = _asked(options, finished, text, output_path, context)
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
         name: plan_model(
@@ -170,6 +186,7 @@ def _asked(
     finished: Mapping[str, tuple[Run, Sequence[Run]]],
     text: str | None,
     folder: Path,
+    context: int,
 ) -> dict[str, Any]:
     """Return the options of the models that are not finished.
 
@@ -185,9 +202,38 @@ def _asked(
         )
     if text is not None:
         tasks = [*options.get("tasks", TASKS), text_task(text, folder)]
-        return {**options, "tasks": tasks}
+    else:
+        tasks = [*TASKS, DEMO_TEXT]
     recorded = asked_of(runs[0], options) if len(runs) == 1 else {}
-    return {"tasks": [*TASKS, DEMO_TEXT], **recorded, **options}
+    asked = {
+        "tasks": tasks,
+        **recorded,
+        **options,
+        **({"tasks": tasks} if text else {}),
+    }
+    if LONG_TEXT in asked["tasks"]:
+        metadata = {"context": context, **recorded.get("metadata", {})}
+        asked["metadata"] = metadata | options.get("metadata", {})
+    return asked
+
+
+def _context(models: Sequence[str], most: int) -> int:
+    """Return how many tokens the configs of specified models allow, at most so many."""
+    for text in models:
+        arguments = text.partition(",")[2]
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            given = read_mapping(arguments, text) if arguments else {}
+            source = {**model_source(given), **given}
+            names = ("revision", "subfolder", "gguf_file")
+            how = {name: source[name] for name in names if source.get(name)}
+            stored, _ = PretrainedConfig.get_config_dict(source["pretrained"], **how)
+            stored = stored.get("text_config") or stored
+            for limit in (
+                given.get("max_length"),
+                stored.get("max_position_embeddings"),
+            ):
+                most = min(most, int(limit or most))
+    return most
 
 
 def asked_of(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,6 +259,8 @@ def asked_of(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
     if chat and "apply_chat_template" not in given:
         found["apply_chat_template"] = True
         found["fewshot_as_multiturn"] = bool(setting_of(run, "fewshot_as_multiturn"))
+    if context := run.metadata.get(LONG_TEXT, {}).get("context"):
+        found["metadata"] = {"context": context}
     recorded = {name: value for name, value in found.items() if value is not None}
     read = SweepOptions.of(recorded, str(run.path))
     return {name: getattr(read, name) for name in recorded}
@@ -253,7 +301,8 @@ def _evaluated(
 def _metrics_of(task: SweepTask) -> list[str]:
     """Return the metrics that a task of a sweep will have; empty ones where only its code knows them."""
     choices = [CHOICE_PROB] if task.metrics else [""]
-    return [*task.metrics, *choices, *[KL] * (task.name in TEXTS)]
+    seen = [KL] * (task.name in TEXTS) + [*ENDINGS] * (task.name == WRITTEN)
+    return [*task.metrics, *choices, *seen]
 
 
 def _not_measured(base: Run, candidate: Run, finished: bool) -> str:

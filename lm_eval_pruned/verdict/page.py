@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.answer import DO_NOT_SHIP, NO_LOSS, REFUTED, SHIP
 from lm_eval_pruned.compare.claims import LEAST_UNITS_OF_MARGIN
@@ -20,11 +22,14 @@ from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, table_section, write_page
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.files import listed
+from lm_eval_pruned.results.files import CHANGES_ANSWERS, listed
 from lm_eval_pruned.results.groups import family_of, primary_metrics
 from lm_eval_pruned.results.metrics import SHARE, is_bias, is_loss, is_perplexity
 from lm_eval_pruned.util.tables import Cell, Column, csv_table
 from lm_eval_pruned.verdict.decision import what_decides
+from lm_eval_pruned.verdict.divergence import KINDS, LONG_TEXT, TEXTS, divergences_of
+from lm_eval_pruned.verdict.models import CONTEXT
+from lm_eval_pruned.verdict.written import ENDINGS, WRITTEN
 
 
 if TYPE_CHECKING:
@@ -49,6 +54,15 @@ _ON_BIAS = (
 _ON_KL = (
     "kl is the divergence of the candidate's predictions from the base's on each text, over the whole "
     "vocabulary, in nats per token."
+)
+_ON_WRITING = (
+    "Of written answers, `ended` is the share that ends by itself, and `repeated` the share of tokens that are "
+    "among the four before them."
+)
+_ON_DIVERGENCE = (
+    "In nats, over all positions that are compared; `same top` is the share of positions with the same likeliest "
+    "token, `change of right` the root mean square of the change in the probability of the right one. Close to "
+    "the base, a mean divergence does not rank candidates (arXiv 2606.19558)."
 )
 _ON_TIME = (
     "Time is the wall time of the evaluation, over all documents, on the machine that made the "
@@ -141,6 +155,9 @@ def headline(verdict: Verdict) -> str:
         texts += [f"{len(fallen) - NAMED} more"] * (len(fallen) > NAMED)
         joint = ", although " if verdict.answer == SHIP else "; " if parts else ": "
         line += f"{joint}{', '.join(texts)}"
+    changes = [name for name in CHANGES_ANSWERS if name in verdict.served]
+    if changes:
+        line += f"; {' and '.join(changes)} not as in the base"
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
 
 
@@ -174,14 +191,19 @@ def _tables(verdict: Verdict) -> list[Section]:
     left = [row for row in verdict.rows if row.case.key in [*counted, *_kl(verdict)]]
     scores += [(None, row) for row in left if row.case.key not in keys]
     about = [_HOW_TO_READ, *[_ON_KL] * any(row.metric == KL for _, row in scores)]
+    about += [_ON_WRITING] * any(row.metric in ENDINGS for _, row in scores)
+    fields = {t: about.get("level", "") for t, about in verdict.base.metadata.items()}
+    apart = divergences_of(verdict.candidate, fields)
     size = [("base", verdict.base), ("candidate", verdict.candidate)]
     # Of a task with two measures, the answers are the same.
     rows = {row.task: row for _, row in judged}
     answered = [row for row in rows.values() if row.answers]
     sections = [
         _answer_section(verdict),
+        _files_section(verdict),
         table_section("Scores", about, _SCORES, scores),
         table_section("Agreement with the base", [AGREEMENT], _AGREEMENT, answered),
+        table_section("Divergence from the base", [_ON_DIVERGENCE], _DIVERGENCE, apart),
         table_section("Bias", [_ON_BIAS], _SCORES, on_bias),
         table_section("Size and time", [_ON_TIME], _SIZE, size),
         energy_section([verdict.base, verdict.candidate]),
@@ -237,9 +259,39 @@ def _answer_section(verdict: Verdict) -> Section:
             f"{line[:1].upper()}{line[1:]}. {able}".rstrip(),
             reason,
             *(m.sentence for m in means),
+            *[_untested(verdict)] * any(t in verdict.base.tasks() for t in TEXTS),
         ],
         notes=notes,
     )
+
+
+def _files_section(verdict: Verdict) -> Section | None:
+    """Return what differs beside the weights between the folders of the two models."""
+    notes = [
+        f"{name}: {_short(before)} in the base, {_short(after)} in the candidate"
+        for name, (before, after) in verdict.served.items()
+    ]
+    return Section("Files that differ", notes=notes) if notes else None
+
+
+def _short(value: Any) -> str:
+    """Return what a model is served with in a few words."""
+    text = json.dumps(value, ensure_ascii=False)
+    return f"`{shorten(text, 160, placeholder=' ...')}`"
+
+
+def _untested(verdict: Verdict) -> str:
+    """Say in a sentence what no task of a verdict has tested."""
+    tasks = {*verdict.base.tasks(), *verdict.candidate.tasks()}
+    about = verdict.base.metadata.get(LONG_TEXT, {})
+    longest = f"context beyond {int(about.get('context', CONTEXT)):,} tokens"
+    missing = [
+        "tools", "images",
+        longest if LONG_TEXT in tasks else "long context",
+        *["written answers"] * (WRITTEN not in tasks),
+        "languages other than English, German and Spanish" if KINDS in tasks else "other languages",
+    ]  # fmt: skip
+    return f"Not tested: {', '.join(missing)}."
 
 
 def _why(claim: Claim) -> str:
@@ -300,6 +352,20 @@ _AGREEMENT = (
     Column("equal answers", lambda row: row.answers.equal_answers, ".1%"),
     Column("KL", lambda row: row.answers.kl, ".4f"),
     Column("same beginning", lambda row: row.answers.beginning, ".1%"),
+    Column("same 8 tokens", lambda row: row.answers.same_tokens, ".1%"),
+)
+#: Of `Divergence`.
+_DIVERGENCE = (
+    Column("task", lambda row: row.task),
+    Column("part", lambda row: row.level),
+    Column("positions", lambda row: row.positions, ",d"),
+    Column("mean", lambda row: row.mean, ".4f"),
+    Column("median", lambda row: row.median, ".4f"),
+    Column("90 %", lambda row: row.at_90, ".4f"),
+    Column("99 %", lambda row: row.at_99, ".4f"),
+    Column("99.9 %", lambda row: row.at_999, ".4f"),
+    Column("same top", lambda row: row.same_top, ".1%"),
+    Column("change of right", lambda row: row.change_of_right, ".2%"),
 )
 #: Of a name and a run.
 _SIZE = (
