@@ -28,7 +28,7 @@ OPTIONS = (
         "the probability of the right answer, mc2 or choice_prob, else the score that counts)"),
     row("--text", "FILE", "plain text on which loss and divergence from the base are measured, in place of the "
         "demo's or beside --tasks"),
-    row("--context", "N", "tokens of each long text of the demo (default: 2048, or what the configs allow)", type=int),
+    row("--context", "N", "tokens of each long text of the demo (default: 2048, or what the config of BASE allows)", type=int),
     row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
     row("--push_to_hub", "REPO", "the candidate's repository on the Hub: write the verdict into its model card, "

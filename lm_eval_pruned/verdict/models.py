@@ -139,7 +139,7 @@ def both_runs(
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
     `margins` and the `measure` are known to suit the tasks. The text of the file `text` takes the
-    place of the demo's. Long texts have `context` tokens, fewer where a config allows no more.
+    place of the demo's. Long texts have `context` tokens, fewer where the config of the base allows no more.
 
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
@@ -151,8 +151,10 @@ def both_runs(
         for name, path in models.items()
         if Path(path).exists()
     }
-    specified = [text for name, text in models.items() if name not in finished]
-    context = _context(specified, context or CONTEXT)
+    context = context or CONTEXT
+    if "base" not in finished:
+        # What the candidate's config allows is among what is tested.
+        context = _context(base, context)
     options = _asked(options, finished, text, output_path, context)
     # Both are planned first, so that a mistake in one is told before the other is evaluated.
     planned = {
@@ -217,22 +219,19 @@ def _asked(
     return asked
 
 
-def _context(models: Sequence[str], most: int) -> int:
-    """Return how many tokens the configs of specified models allow, at most so many."""
-    for text in models:
-        arguments = text.partition(",")[2]
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            given = read_mapping(arguments, text) if arguments else {}
-            source = {**model_source(given), **given}
-            names = ("revision", "subfolder", "gguf_file")
-            how = {name: source[name] for name in names if source.get(name)}
-            stored, _ = PretrainedConfig.get_config_dict(source["pretrained"], **how)
-            stored = stored.get("text_config") or stored
-            for limit in (
-                given.get("max_length"),
-                stored.get("max_position_embeddings"),
-            ):
-                most = min(most, int(limit or most))
+def _context(model: str, most: int) -> int:
+    """Return how many tokens the config of a specified model allows, at most so many."""
+    arguments = model.partition(",")[2]
+    # What is wrong with a model is said where it is planned.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        given = read_mapping(arguments, model) if arguments else {}
+        source = {**model_source(given), **given}
+        names = ("revision", "subfolder", "gguf_file")
+        how = {name: source[name] for name in names if source.get(name)}
+        stored, _ = PretrainedConfig.get_config_dict(source["pretrained"], **how)
+        stored = stored.get("text_config") or stored
+        for limit in (given.get("max_length"), stored.get("max_position_embeddings")):
+            most = min(most, int(limit or most))
     return most
 
 

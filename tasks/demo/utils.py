@@ -154,11 +154,11 @@ def _there_and_back(paragraphs: list[str], length: int) -> str:
 
 
 def _space_before(text: str, place: int) -> int:
-    """Return where a span may begin: at a space, behind the first word, which has no context."""
-    first = text.find(" ")
-    return (
-        len(text) if place >= len(text) else max(first, text.rfind(" ", 0, place + 1))
-    )
+    """Return where a span may begin: before a word, but the first, which has no context."""
+    spaces = [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
+    if place >= len(text):
+        return len(text)
+    return max([spaces[0], *(space for space in spaces if space <= place)])
 
 
 def score_span(
