@@ -95,14 +95,6 @@ def test_alpha_is_the_level_of_verdicts_and_intervals(alpha):
     assert (row.low, row.high) == case.test.interval(alpha)
 
 
-def test_tests_of_a_family_are_corrected_together_and_of_several_apart():
-    one, other = changes(3, 10), changes(5, 5, task="u")
-    together = judged([replace(case, family="all") for case in (one, other)])
-    apart = judged([one, other])
-    assert together[0].q == pytest.approx(2 * together[0].p)
-    assert apart[0].q == pytest.approx(apart[0].p)
-
-
 @pytest.mark.parametrize(
     ("up", "words"),
     [

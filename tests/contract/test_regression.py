@@ -101,37 +101,6 @@ def test_rules(gate, rule, before, after, code, words):
     assert (found, words in text) == (code, True), text
 
 
-#: Scores between 0 and 1 that are not right or wrong.
-SOFT = np.linspace(0.3, 0.9, N).tolist()
-
-
-@pytest.mark.parametrize(
-    ("changed", "code", "words"),
-    [
-        (0, 0, "1 as expected"),
-        (59, 3, "takes 1 more independent documents than the 59 that were"),
-        (60, 0, "1 as expected"),
-    ],
-)
-def test_a_margin_of_scores_without_bounds_takes_60_documents_unless_none_changed(
-    gate, changed, code, words
-):
-    size = changed or 5
-    tasks = []
-    for by in (0, 1e-4 * bool(changed)):
-        values = [v + by * (n % 7) for n, v in enumerate(LOSSES[:size])]
-        tasks.append({"w": {"perplexity,none": {**PERPLEXITY, "values": values}}})
-    found, text = gate(*tasks, rule=("--not_worse", "2%"))
-    assert (found, words in text) == (code, True), text
-
-
-@pytest.mark.parametrize(("margin", "code"), [("2pt", 3), ("10pt", 0)])
-def test_a_margin_of_scores_between_0_and_1_takes_as_many_as_could_hide_it(
-    gate, margin, code
-):
-    assert gate(one(SOFT), one(SOFT), rule=("--not_worse", margin))[0] == code
-
-
 def probe(folder, share, noise=0.0):
     """Write 60 blocks of four prompts, of whose lift a model keeps a share, and 240 choices."""
     rng = np.random.default_rng(5)
@@ -205,16 +174,6 @@ def test_a_folder_with_several_models_is_refused(held, tmp_path):
     code, text = held("both", "--update")
     assert (code, "of several models" in text, "name one of them" in text) == (2, 1, 1)
     assert held("both/m1", "--update")[0] == 0
-
-
-def test_of_several_results_of_one_model_the_newest_of_each_task_counts(held, tmp_path):
-    for day, share in ((1, 0.9), (3, 0.5), (2, 0.7)):
-        tasks = {**one(answers(share)), f"of_day_{day}": {"acc,none": [share]}}
-        write_run(tmp_path / "m", tasks, date=f"2026-01-0{day}T03-04-05.678901")
-    assert held("m", "--update")[0] == 0
-    scores = json.loads((tmp_path / "baseline.json").read_text())["runs"]["run"]
-    assert [*scores] == ["of_day_1", "of_day_2", "of_day_3", "tf"]
-    assert scores["tf"]["metrics"]["acc,none"]["score"] == 0.5
 
 
 @pytest.mark.parametrize("rule", [ALPHA, ("--absolute", "0.01")])

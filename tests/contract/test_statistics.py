@@ -134,9 +134,17 @@ def test_without_samples_standard_errors_are_tested(compared):
     both = [
         {"t": {"acc,none": {"values": answers(s), "stderr": 0.05}}} for s in (0.3, 0.5)
     ]
-    row = compared(*both, samples=False)["t"]
-    assert "unpaired z test" in row["method"]
-    assert row["p"] == pytest.approx(0.0047, abs=1e-4)
+    paired = compared(*both)["t"]
+    row = compared(
+        *({**of, "u": {"acc,none": answers(0.5)}} for of in both), samples=False
+    )
+    assert "unpaired z test (weaker" in row["t"]["method"]
+    assert row["t"]["p"] == pytest.approx(0.0047, abs=1e-4) > paired["p"]
+    assert (row["u"]["p"], row["u"]["q"], row["u"]["verdict"]) == (
+        None,
+        None,
+        "not tested",
+    )
 
 
 RIGHTS = [n % 2 for n in range(200)]

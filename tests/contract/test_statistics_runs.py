@@ -28,7 +28,8 @@ def acc(share, documents=N, metric="acc,none"):
 def compared(*paths_and_words):
     done = pruned("compare", *paths_and_words, "--format", "json")
     assert done.code == 0, done.err
-    return json.loads(done.out)
+    # NaN is no JSON.
+    return json.loads(done.out, parse_constant=pytest.fail)
 
 
 def two(folder, base, run, **about):
@@ -59,6 +60,9 @@ def test_the_newest_result_of_each_task_counts_and_of_several_models_one_is_name
     paths = two(tmp_path, {"tf": acc(0.5)}, {"tf": acc(0.5)}, pruning=pruning(20))
     later = "2026-02-02T03-04-05.678901"
     write_run(paths[1], {"tf": acc(0.25)}, date=later, pruning=pruning(20))
+    # The order in which they were written does not count.
+    first = "2026-01-01T03-04-05.678901"
+    write_run(paths[1], {"tf": acc(0.75)}, date=first, pruning=pruning(20))
     (row,) = compared(*paths)["rows"]
     assert (row["base_score"], row["score"]) == (0.5, 0.25)
     write_run(paths[1], {"tf": acc(0.25)}, date=later, pruning=pruning(40))
@@ -84,6 +88,10 @@ def test_markdown_csv_and_json_have_the_same_rows(tmp_path):
         assert [row[name] for row in found] == [row[name] for row in rows]
     for row in rows:
         assert re.search(rf"\|{row['metric']} *\|.*\|{row['verdict']}", markdown)
+    with_margin = pruned(
+        "compare", *paths, "--format", "csv", "--not_worse", "45pt"
+    ).out
+    assert with_margin.splitlines()[0].endswith("verdict,margin,p_margin,q_margin")
     # acc_norm represents the task.
     verdicts = {row["metric"]: row["verdict"] for row in rows}
     assert verdicts == {"acc,none": "restated", "acc_norm,none": "worse"}
@@ -119,6 +127,7 @@ def test_verdicts_are_those_of_the_table(tmp_path):
         "acc,none": {**unknown["acc,none"], "values": acc(0.7)["acc,none"]}
     }
     rows = compared(*two(tmp_path, base, run))["rows"]
+    assert any("score of run is not a finite number" in row["method"] for row in rows)
     # What is at a floor is said beside the verdict.
     found = {row["task"].replace("_", " "): row["verdict"] for row in rows}
     assert found == {name: name for name in runs}
@@ -236,15 +245,19 @@ def test_what_power_cannot_answer_is_refused(power, task, words, said):
 @pytest.mark.slow
 def test_a_report_has_the_files_of_the_page_and_loads_nothing(sweep, tmp_path):
     pytest.importorskip("altair", reason="a report needs the extra `report`")
-    done = pruned("report", sweep, "--output_path", tmp_path)
-    assert done.code == 0, done.err
-    names = {path.name for path in tmp_path.iterdir()}
+    one, again = tmp_path / "one", tmp_path / "again"
+    for folder in (one, again):
+        done = pruned("report", sweep, "--output_path", folder)
+        assert done.code == 0, done.err
+    names = {path.name for path in one.iterdir()}
     assert names == {"report.html", "report.md", "flips.html", "results.csv", "plots"}
-    assert {path.suffix for path in tmp_path.glob("plots/*")} == {".png", ".svg"}
-    with (tmp_path / "results.csv").open() as file:
+    assert {path.suffix for path in one.glob("plots/*")} == {".png", ".svg"}
+    for path in one.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(one)).read_bytes(), path
+    with (one / "results.csv").open() as file:
         rows = {(row["run"], row["task"]) for row in csv.DictReader(file)}
     assert rows == {(f"p{p}", t) for p in (0, 10, 20, 40) for t in ("mmlu", "tf")}
-    for page in tmp_path.glob("*.html"):
+    for page in one.glob("*.html"):
         text = page.read_text("utf-8")
         assert "default-src 'none'" in text
         assert not re.search(r"<(script|link|img)[^>]*(src|href)=.?(https?:)?//", text)

@@ -24,9 +24,6 @@ pytest.importorskip("altair", reason="figures need the extra `report`")
 from lm_eval_pruned.report.report import compared, write_report
 
 
-PLOTS = ("kept", "knowledge-truthfulness", "scores")
-
-
 @pytest.fixture(scope="module")
 def page(sweep):
     return (sweep / "report/report.html").read_text(encoding="utf-8")
@@ -48,20 +45,6 @@ def written(folder, name="report.md"):
     sweep = read_sweep(folder)
     write_report(sweep, compared(sweep))
     return (folder / "report" / name).read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_the_files_are_those_and_the_same_again(sweep, tmp_path):
-    read = read_sweep(sweep)
-    files = write_report(read, compared(read), tmp_path)
-    files = [file.relative_to(tmp_path) for file in files]
-    assert {*map(str, files)} == {
-        *("report.html", "report.md", "results.csv", "flips.html"),
-        *(f"plots/{name}-maw.{suffix}" for name in PLOTS for suffix in ("png", "svg")),
-    }
-    for file in files:
-        again = sweep / "report" / file
-        assert (tmp_path / file).read_bytes() == again.read_bytes(), file
 
 
 @pytest.mark.parametrize("name", ["report.html", "flips.html"])

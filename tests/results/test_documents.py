@@ -69,6 +69,7 @@ def test_repeated_documents_are_told_apart_and_texts_are_clusters(tmp_path):
         (lambda text: text[:-20], "line 3: not complete JSON"),
         (lambda text: b"".join(text.splitlines(True)[:2]), "holds 2 documents.*says 3"),
         (lambda text: b"\xff\xfe", "line 1: not complete JSON"),
+        (lambda text: text * 2, r"line 4, is damaged .an earlier line"),
     ],
 )
 def test_hostile_samples(tmp_path, change, words):
@@ -102,22 +103,6 @@ def test_a_damaged_line_is_refused_in_a_sentence(tmp_path, change, words):
     with pytest.raises(ResultsError, match=words) as caught:
         documents_of(run, "tf", "acc,none")
     assert str(file) in str(caught.value)
-
-
-def test_a_file_whose_lines_are_doubled_is_damaged(tmp_path):
-    run = read_run(write_run(tmp_path, {"tf": {"acc,none": [1.0, 0.0, 1.0]}}))
-    run.samples["tf"].write_text(run.samples["tf"].read_text() * 2)
-    with pytest.raises(ResultsError, match=r"line 4, is damaged .an earlier line"):
-        documents_of(run, "tf", "acc,none")
-
-
-def test_copies_of_a_document_are_one_cluster(tmp_path):
-    docs = {n: {"question": n // 2} for n in range(6)}
-    (found,) = written(
-        tmp_path, {"acc,none": {"values": [1, 1, 0, 0, 1, 0], "docs": docs}}
-    )
-    assert (len({*found.keys}), len({*found.clusters})) == (6, 3)
-    assert found.clusters == tuple(np.repeat(found.clusters[::2], 2))
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -15,7 +15,7 @@ from tests.helpers.results_files import pruning, write_sweep
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
 from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.report.report import compared
+from lm_eval_pruned.report.report import compared, write_report
 from lm_eval_pruned.results.groups import SIDES
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.findings import read_findings
@@ -24,6 +24,7 @@ from lm_eval_pruned.study.sections import (
     open_questions,
     sentences,
     states_text,
+    study_sections,
 )
 
 
@@ -324,3 +325,32 @@ def test_energy_and_latency_are_claims_beside_the_others(tmp_path):
     assert table["less energy per token"][1] == "yes"
     assert table["less energy per token"][2].endswith("-7.5 % at 2.40 [-9.0, -6.0]")
     assert table["a single request takes longer"][1] == "no"
+
+
+@pytest.mark.slow
+def test_the_report_begins_with_the_study_and_shows_what_was_published(tmp_path):
+    tasks = {"mmlu": "falls", "piqa": "falls", "truthfulqa_mc2": "rises"}
+    tasks |= {"ifeval": "at the floor", "leaderboard_musr": "keeps"}
+    sizes = (10, 20, 30, 40, 50, 60)
+    random = [(f"r{p}", pruning(p, criterion="random", seed=0), {}) for p in sizes]
+    opening = study_sections(
+        "Llama-3.2-1B", made(tmp_path, tasks, sizes=sizes, cuts=random)
+    )
+    sweep = read_sweep(tmp_path)
+    comparison = compared(sweep, margin=Margin("equivalent", "5%"))
+    files = write_report(sweep, comparison, opening=opening)
+    text = files[1].read_text("utf-8")
+    headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert headings[:4] == [
+        "Verdict of the study",
+        "Claims of the paper",
+        "Scores that the study published",
+        "Limits of the study",
+    ]
+    assert "scores-maw" in {file.stem for file in files}
+    assert "|task|metric|0 %|10 %|" in text
+    assert "|mmlu|acc,none|0.311|0.251|" in text
+    # Its score is at the floor of a model that answers the same to everything.
+    assert "ifeval cannot show a loss" in text
+    assert "|knowledge falls|v1, v3|yes|knowledge: falls in" in text
+    assert "= shown to lie within 5% of the unpruned model's score." in text
