@@ -93,20 +93,3 @@ def test_alpha_is_the_level_of_verdicts_and_intervals(alpha):
     assert row.p == pytest.approx(stats.binomtest(3, 13).pvalue)
     assert row.verdict == ("worse" if alpha == 0.3 else "not shown")
     assert (row.low, row.high) == case.test.interval(alpha)
-
-
-@pytest.mark.parametrize(
-    ("up", "words"),
-    [
-        (True, ("better", "worse")),
-        (False, ("worse", "better")),
-        (None, ("different", "different")),
-    ],
-)
-def test_what_rises_is_better_where_more_is_and_different_where_neither_way_is(
-    up, words
-):
-    for (right, wrong), word in zip([(30, 2), (2, 30)], words, strict=True):
-        case = changes(right, wrong, up=up, metric="acc,none" if up else "bias,none")
-        assert judged([replace(case, margin=None)])[0].verdict == word
-        assert claims_on([case])[0].word == word

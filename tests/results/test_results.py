@@ -208,9 +208,22 @@ def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
         pruning(20) | {"layers_pruned": "1-29"},
         pruning(20) | {"repair": "least_squares"},
     ]
+    healing = {"method": "lora", "teacher": {"weight": 0.5, "temperature": 1.0}}
+    configs = [
+        *({"pruning": each} for each in described),
+        *({"pruning": pruning(each), "healing": healing} for each in (20, 40)),
+        *(
+            {"pruning": pruning(20), "model_args": {"recipe": "best", **asked}}
+            for asked in (
+                {},
+                {"repair": "none"},
+                {"criterion": "ppm", "repair": "least_squares"},
+            )
+        ),
+    ]
     members = [
-        read_run(write_run(tmp_path / str(number), TASKS, pruning=each))
-        for number, each in enumerate(described)
+        read_run(write_run(tmp_path / str(n), TASKS, config={"model": "hf", **each}))
+        for n, each in enumerate(configs)
     ]
     series = series_of(members)
     ratios = {name: [run.expansion_ratio for run in of] for name, of in series.items()}
@@ -222,6 +235,11 @@ def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
         "maw, allocation sensitivity": [4.0, 3.2, 2.8],
         "maw, layers 1-29": [4.0, 3.2],
         "maw, repair least_squares": [4.0, 3.2],
+        "maw, healed by lora with teacher 0.5": [4.0, 3.2, 2.4],
+        # What was asked beside a recipe makes another series.
+        "recipe=best": [4.0, 3.2],
+        "recipe=best, repair none": [4.0, 3.2],
+        "recipe=best, maw, repair least_squares": [4.0, 3.2],
     }
 
 
