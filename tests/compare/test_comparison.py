@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from scipy import stats
 
 from lm_eval_pruned.compare import comparison
 from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Transform
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
-from tests.helpers.results_files import pruning, write_run, write_sweep
+from tests.helpers.results_files import pruning, spread, write_run, write_sweep
 
 
 N = 80
 NOISE = np.random.default_rng(0).normal(0, 0.1, size=(6, N))
 
 
-def answers(share: float, n: int = N) -> list[float]:
-    """Return n zeros and ones; a higher share keeps the ones of a lower share."""
-    order = np.random.default_rng(7).permutation(n)
-    return (order < share * n).astype(float).tolist()
-
-
 def acc(share: float, n: int = N) -> dict:
-    return {"acc,none": answers(share, n)}
-
-
-def perplexity(shift: float, noise: int = 0) -> dict:
-    """Return a perplexity that rises where `shift` falls."""
-    values = list(NOISE[0] - 3 + shift + NOISE[noise] / 9)
-    return {"values": values, "aggregation": "perplexity", "higher_is_better": False}
+    return {"acc,none": spread(share, n)}
 
 
 def runs(tmp_path, *tasks, **options):
@@ -47,28 +32,6 @@ def rows_of(base, *others, **options):
     """Return rows by run and task, of the primary metric."""
     rows = comparison.compare(base, others, **options).rows
     return {(row.run, row.task): row for row in rows if row.primary}
-
-
-def sweep(tmp_path):
-    shares = {0: (0.8, 0.2), 20: (0.6, 0.3), 40: (0.5, 0.6), 60: (0.3, 0.5)}
-    found = {
-        f"p{percent}": (percent, {"mmlu": acc(knows), "tf": acc(true)})
-        for percent, (knows, true) in shares.items()
-    }
-    # Log perplexity falls linearly with the share of right answers.
-    for _, tasks in found.values():
-        level = np.mean(tasks["mmlu"]["acc,none"])
-        tasks["wikitext"] = {"word_perplexity,none": perplexity(20 * level - 20)}
-    return write_sweep(tmp_path, found)
-
-
-def test_documents_are_matched_by_hash_not_by_place(tmp_path):
-    base, run = runs(tmp_path, {"tf": acc(0.4)}, {"tf": acc(0.6)})
-    before = rows_of(base, run)
-    rows = [json.loads(line) for line in run.samples["tf"].read_text().splitlines()]
-    lines = [json.dumps(row | {"doc_id": N - row["doc_id"]}) for row in rows[::-1]]
-    run.samples["tf"].write_text("\n".join(lines) + "\n")
-    assert rows_of(base, run) == before
 
 
 def test_a_level_is_between_0_and_1(tmp_path):
@@ -88,7 +51,8 @@ def test_comparands(tmp_path):
     ]
     with pytest.raises(ResultsError, match="nothing to compare"):
         comparison.read_comparands(paths[:1])
-    whole = str(sweep(tmp_path / "whole"))
+    sizes = {f"p{size}": (size, {"tf": acc(1)}) for size in (0, 20, 40, 60)}
+    whole = str(write_sweep(tmp_path / "whole", sizes))
     base, others = comparison.read_comparands([*paths, whole])
     names = ["x", paths[1], "p20", "p40", "p60"]
     assert [base.name, *(run.name for run in others)] == names
@@ -101,56 +65,6 @@ def test_what_only_one_run_has_is_named(tmp_path):
     (lacking,) = comparison.compare(base, [run]).notes
     assert "1 has no results for ifeval, which 0 has" in lacking
     assert comparison.compare(base, [base]).notes == ()
-
-
-@pytest.mark.parametrize("alpha", [0.05, 0.2])
-def test_without_samples_each_metric_has_the_normal_interval_of_its_stderrs(
-    tmp_path, alpha
-):
-    def tasks(*shares):
-        scores = {"values": answers(shares[0]), "stderr": 0.03}
-        normed = {"values": answers(shares[1]), "stderr": 0.04}
-        return {"arc": {"acc,none": scores, "acc_norm,none": normed}}
-
-    base, run = runs(tmp_path, tasks(0.5, 0.4), tasks(0.3, 0.45), samples=False)
-    rows = comparison.compare(base, [run], alpha=alpha).rows
-    assert {row.metric: row.primary for row in rows} == {
-        "acc,none": False,
-        "acc_norm,none": True,
-    }
-    for row, stderr in zip(rows, (0.03, 0.04), strict=True):
-        half = stats.norm.isf(alpha / 2) * stderr * 2**0.5
-        assert (row.low, row.high) == pytest.approx(
-            (row.difference - half, row.difference + half)
-        )
-        z = abs(row.difference) / stderr / 2**0.5
-        assert row.p == pytest.approx(2 * stats.norm.sf(z))
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("samples", [True, False])
-def test_a_sweep_is_compared_with_its_baseline(tmp_path, monkeypatch, samples):
-    folder = sweep(tmp_path)
-    for file in folder.glob("units/p40/*/samples_*.jsonl"):
-        file.unlink() if not samples else None
-    for name in ("default_rng", "RandomState", "Generator"):
-        monkeypatch.delattr(np.random, name)
-    result = comparison.compare(*comparison.read_comparands([str(folder)]))
-    assert len(result.rows) == 9
-    pairs = {each.tasks: each for each in result.correlations}
-    one, other = ("mmlu", "acc,none"), ("wikitext", "word_perplexity,none")
-    assert pairs[one, other].pearson == pytest.approx(-1)
-    trends = {each.task: each for each in result.trends}
-    slopes = {task: each.slope for task, each in trends.items()}
-    assert slopes["mmlu"] > 0 > slopes["tf"]
-    assert slopes["wikitext"] == pytest.approx(-20 * slopes["mmlu"])
-    mmlu = trends["mmlu"]
-    assert (mmlu.n, mmlu.series) == (4, "maw")
-    tested = mmlu.p is not None and mmlu.p < mmlu.q < 1e-6
-    assert (tested, "needs logged samples" in mmlu.method) == (
-        samples,
-        not samples,
-    )
 
 
 @pytest.mark.parametrize("margin", [None, Margin("not_worse", "15pt")])
@@ -184,7 +98,7 @@ def test_the_same_and_better_and_worse_and_not_known(tmp_path, claim):
 
     def nearly(changed: int) -> dict:
         """Return half of the answers right, of which as many changed in each direction."""
-        values = np.array(answers(0.5, n))
+        values = np.array(spread(0.5, n))
         for old in (0.0, 1.0):
             values[np.flatnonzero(values == old)[: changed // 2]] = 1 - old
         return {"acc,none": values.tolist()}

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from tests.contract.commands import pruned
-from tests.helpers.results_files import answered, pruning, write_run, write_sweep
+from tests.helpers.results_files import (
+    answered,
+    lifts,
+    losses,
+    pruning,
+    spread,
+    write_run,
+    write_sweep,
+)
 
 
 N = 60
@@ -16,8 +24,7 @@ ALPHA = ("--alpha", "0.05")
 
 
 def answers(share: float) -> list[float]:
-    order = np.random.default_rng(3).permutation(N)
-    return (order < share * N).astype(float).tolist()
+    return spread(share, N, 3)
 
 
 def one(values, **more) -> dict:
@@ -25,8 +32,8 @@ def one(values, **more) -> dict:
     return {"tf": {"acc,none": {"values": values, **more}}}
 
 
-LOSSES = np.random.default_rng(1).normal(-3, 0.2, N).tolist()
-PERPLEXITY = {"values": LOSSES, "aggregation": "perplexity", "higher_is_better": False}
+LOSSES = np.random.default_rng(1).normal(-3, 0.2, N)
+PERPLEXITY = losses(LOSSES)
 BEFORE = {**one(answers(0.5)), "lambada": {"perplexity,none": PERPLEXITY}}
 
 
@@ -93,26 +100,15 @@ def test_what_leaves_a_tolerance_for_the_better_passes_and_is_named(gate, rule):
         ("equivalent 1pt", answers(0.5), answers(0.48), 3, "Not decided whether equiv"),
         ("equivalent 1pt", answers(0.5), answers(0.8), 0, "IMPROVED"),
         ("", answers(0.5), answers(0.48), 1, "the rule allows 0."),
+        # Exact to the digits of the file.
+        *[("", [0.5] * N, [0.5 - off] * N, 1, "allows 0.") for off in (1e-8, 1e-4)],
+        ("", [0.5] * N, [0.5] * N, 0, "1 as expected"),
     ],
 )
 def test_rules(gate, rule, before, after, code, words):
     options = f"--{rule}".split() if rule else ()
     found, text = gate(one(before), one(after), rule=options)
     assert (found, words in text) == (code, True), text
-
-
-def probe(folder, share, noise=0.0):
-    """Write 60 blocks of four prompts, of whose lift a model keeps a share, and 240 choices."""
-    rng = np.random.default_rng(5)
-    lift = rng.normal(5, 4, 240)
-    values = share * lift + rng.normal(0, noise, 240)
-    docs = {n: {"block": n // 4} for n in range(240)}
-    metadata = {"primary_metric": "lift", "floors": {"lift": 0}, "cluster": "block"}
-    tasks = {"facts": {"lift,none": {"values": [*values], "docs": docs}}}
-    rights = [n % 2 for n in range(240)]
-    picks = [r if n % 5 else 1 - r for n, r in enumerate(rights)]
-    tasks["boolq"] = answered(picks, rights)
-    return write_run(folder, tasks, configs={"facts": {"metadata": metadata}}).parent
 
 
 @pytest.mark.parametrize(
@@ -122,7 +118,9 @@ def probe(folder, share, noise=0.0):
 def test_without_a_margin_what_verdict_judges_has_its_usual_one_and_the_same_answer(
     held, tmp_path, share, noise, code
 ):
-    probe(tmp_path / "before", 1)
+    rights = [n % 2 for n in range(240)]
+    picks = [r if n % 5 else 1 - r for n, r in enumerate(rights)]
+    lifts(tmp_path / "before", 1, boolq=answered(picks, rights))
     assert held("before", "--update", "--not_worse")[0] == 0
     of = json.loads((tmp_path / "baseline.json").read_text())["runs"]["run"]
     lift = of["facts"]["metrics"]["lift,none"]
@@ -132,7 +130,7 @@ def test_without_a_margin_what_verdict_judges_has_its_usual_one_and_the_same_ans
     assert (
         rules["choice_prob,none"]["not_worse"] == rules["acc,none"]["beside"] == "2pt"
     )
-    probe(tmp_path / "after", share, noise)
+    lifts(tmp_path / "after", share, noise, boolq=answered(picks, rights))
     found, text = held("after")
     assert found == code, text
     paths = (tmp_path / name for name in ("before", "after"))
@@ -158,12 +156,6 @@ def test_the_rules_alpha_and_those_with_a_margin_are_families_of_their_own(
     file.write_text(json.dumps(data))
     code, text = held("after")
     assert (code, "q = 0.0312 < 0.05" in text) == (1, True), text
-
-
-@pytest.mark.parametrize(("away", "code"), [(0, 0), (1e-8, 1), (1e-4, 1)])
-def test_the_exact_score_is_exact_to_the_digits_of_the_file(gate, away, code):
-    after = [0.5 - away] * N
-    assert gate(one([0.5] * N), one(after), rule=())[0] == code
 
 
 def test_a_folder_with_several_models_is_refused(held, tmp_path):

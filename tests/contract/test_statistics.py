@@ -7,17 +7,13 @@ import re
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from tests.contract.commands import in_a_terminal, pruned
-from tests.helpers.results_files import answered, write_run
+from tests.helpers.results_files import losses, spread, write_run, write_two, yes_or_no
 
 
 N = 80
-
-
-def answers(share):
-    order = np.random.default_rng(7).permutation(N)
-    return (order < share * N).astype(float).tolist()
 
 
 def soft(seed, level=0.0):
@@ -25,20 +21,12 @@ def soft(seed, level=0.0):
     return (0.4 + level + rng.uniform(-0.3, 0.3, size=N)).tolist()
 
 
-def perplexity(values):
-    form = {"aggregation": "perplexity", "higher_is_better": False}
-    return {"values": [*values], **form}
-
-
 @pytest.fixture
 def compared(tmp_path):
     """Return the rows that `compare` makes of two runs, by task."""
 
     def compared(base, run, *words, **about):
-        paths = [
-            write_run(tmp_path / name, tasks, **about).parent
-            for name, tasks in (("base", base), ("run", run))
-        ]
+        paths = write_two(tmp_path, base, run, **about)
         done = pruned("compare", *paths, "--format", "json", *words)
         assert done.code == 0, done.err
         return {row["task"]: row for row in json.loads(done.out)["rows"]}
@@ -47,11 +35,11 @@ def compared(tmp_path):
 
 
 def tasks(share, seed, level=0.0):
-    losses = perplexity(np.random.default_rng(seed).normal(-3 + level, 0.2, size=N))
+    text = losses(np.random.default_rng(seed).normal(-3 + level, 0.2, size=N))
     return {
-        "right": {"acc,none": answers(share)},
+        "right": {"acc,none": spread(share)},
         "soft": {"mc2,none": soft(seed, level)},
-        "text": {"word_perplexity,none": losses},
+        "text": {"word_perplexity,none": text},
     }
 
 
@@ -62,7 +50,7 @@ def test_in_a_terminal_the_table_has_at_most_80_columns_and_all_shows_everything
     paths = [
         write_run(
             tmp_path / f"run_with_a_long_name_{n}",
-            {name: {"acc,none": answers(share), "acc_norm,none": answers(share)}},
+            {name: {"acc,none": spread(share), "acc_norm,none": spread(share)}},
         ).parent
         for n, share in enumerate((0.5, 0.3))
     ]
@@ -106,7 +94,7 @@ def test_without_a_spread_a_score_between_0_and_1_is_tested_and_a_perplexity_is_
     compared,
 ):
     moved = [
-        {"soft": {"mc2,none": [0.5 + by] * N}, "text": {"p,none": perplexity([by] * N)}}
+        {"soft": {"mc2,none": [0.5 + by] * N}, "text": {"p,none": losses([by] * N)}}
         for by in (0.0, 0.25)
     ]
     rows = compared(*moved)
@@ -118,7 +106,7 @@ def test_without_a_spread_a_score_between_0_and_1_is_tested_and_a_perplexity_is_
 
 @pytest.mark.parametrize("claim", ["--equivalent", "--not_worse"])
 def test_a_perplexity_that_is_the_same_for_all_documents_is_equivalent(compared, claim):
-    text = {"text": {"p,none": perplexity(np.linspace(-4, -2, 5))}}
+    text = {"text": {"p,none": losses(np.linspace(-4, -2, 5))}}
     assert compared(text, text, claim, "2%")["text"]["verdict"] == claim[2:].replace(
         "_", " "
     )
@@ -132,14 +120,18 @@ def test_149_documents_without_a_change_are_needed_for_a_claim_of_2_points(compa
 
 def test_without_samples_standard_errors_are_tested(compared):
     both = [
-        {"t": {"acc,none": {"values": answers(s), "stderr": 0.05}}} for s in (0.3, 0.5)
+        {"t": {"acc,none": {"values": spread(s), "stderr": 0.05}}} for s in (0.3, 0.5)
     ]
-    paired = compared(*both)["t"]
     row = compared(
-        *({**of, "u": {"acc,none": answers(0.5)}} for of in both), samples=False
+        *({**of, "u": {"acc,none": spread(0.5)}} for of in both), samples=False
     )
     assert "unpaired z test (weaker" in row["t"]["method"]
-    assert row["t"]["p"] == pytest.approx(0.0047, abs=1e-4) > paired["p"]
+    paired = compared(*both)["t"]
+    assert row["t"]["p"] == pytest.approx(0.0047, abs=1e-4)
+    assert paired["p"] < row["t"]["p"]
+    half = stats.norm.isf(0.025) * 0.05 * 2**0.5
+    ends = row["t"]["difference"] - half, row["t"]["difference"] + half
+    assert (row["t"]["low"], row["t"]["high"]) == pytest.approx(ends)
     assert (row["u"]["p"], row["u"]["q"], row["u"]["verdict"]) == (
         None,
         None,
@@ -147,13 +139,8 @@ def test_without_samples_standard_errors_are_tested(compared):
     )
 
 
-RIGHTS = [n % 2 for n in range(200)]
-
-
 def right(share):
-    """Return answers of which a share is right, the same documents first; chance is one half."""
-    picks = [r if n < share * 200 else 1 - r for n, r in enumerate(RIGHTS)]
-    return {"boolq": answered(picks, RIGHTS)}
+    return {"boolq": yes_or_no(share, 200)}
 
 
 @pytest.mark.parametrize(

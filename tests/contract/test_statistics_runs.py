@@ -12,7 +12,7 @@ import pytest
 
 from tests.contract.commands import lm_eval, pruned, results_in
 from tests.helpers.made_tasks import write_made_tasks
-from tests.helpers.results_files import pruning, write_run, write_sweep
+from tests.helpers.results_files import losses, pruning, write_run, write_sweep
 from tests.sweeps.conftest import quick  # noqa: F401
 
 
@@ -162,15 +162,40 @@ def test_intervals_are_widened_so_that_0_is_outside_exactly_if_a_difference_is_s
             assert q == pytest.approx(smallest)
 
 
-def test_three_or_more_ratios_have_trends_and_correlations(sweep):
-    told = compared(sweep)
-    slopes = {each["task"]: each["slope"] for each in told["trends"]}
+@pytest.mark.smoke
+def test_three_or_more_ratios_have_trends_and_correlations(tmp_path, monkeypatch):
+    noise, runs = np.random.default_rng(0).normal(0, 0.1, N), {}
+    shares = {0: (0.8, 0.2), 20: (0.6, 0.3), 40: (0.5, 0.6), 60: (0.3, 0.5)}
+    for percent, (knows, true) in shares.items():
+        # The logarithm of the perplexity falls with the share of right answers.
+        text = {"word_perplexity,none": losses(20 * np.mean(knows * N > ORDER) + noise)}
+        tasks = {"mmlu": acc(knows), "tf": acc(true), "text": text}
+        runs[f"p{percent}"] = percent, tasks
+    folder = write_sweep(tmp_path, runs)
+    # No test draws random numbers.
+    for name in ("default_rng", "RandomState", "Generator"):
+        monkeypatch.delattr(np.random, name)
+    told = compared(folder)
+    trends = {each["task"]: each for each in told["trends"]}
+    mmlu = trends["mmlu"]
     # Over ratios, which fall.
-    assert slopes["mmlu"] > 0 > slopes["tf"]
-    (pair,) = told["correlations"]
-    assert -1 <= pair["pearson"] < -0.8
-    out = pruned("compare", sweep, "--all").out
+    assert mmlu["slope"] > 0 > trends["tf"]["slope"]
+    assert trends["text"]["slope"] == pytest.approx(-20 * mmlu["slope"])
+    assert (mmlu["n"], mmlu["series"]) == (4, "maw")
+    assert mmlu["p"] < mmlu["q"] < 1e-6
+    pairs = {
+        tuple(task for task, _ in each["tasks"]): each["pearson"]
+        for each in told["correlations"]
+    }
+    assert pairs["mmlu", "tf"] == pytest.approx(-0.789, abs=1e-3)
+    assert pairs["mmlu", "text"] == pytest.approx(-1)
+    out = pruned("compare", folder, "--all").out
     assert "trend" in out.lower() and "correlation" in out.lower()
+    # A trend is tested where there are samples of all sizes.
+    for file in folder.glob("units/p40/*/samples_*.jsonl"):
+        file.unlink()
+    (mmlu,) = (each for each in compared(folder)["trends"] if each["task"] == "mmlu")
+    assert (mmlu["p"], "needs logged samples" in mmlu["method"]) == (None, True)
 
 
 @pytest.fixture
@@ -179,10 +204,9 @@ def power(tmp_path):
     rng = np.random.default_rng(1)
     before, soft = (rng.random(300) < 0.5).astype(float), rng.random(300)
     after = np.where(rng.random(300) < 0.1, 1 - before, before)
-    losses = {"aggregation": "perplexity", "higher_is_better": False}
     paths = []
     for right, noise in ((before, 0), (after, rng.normal(0, 0.05, size=300))):
-        wiki = {"perplexity,none": {"values": [*(soft + noise - 3)], **losses}}
+        wiki = {"perplexity,none": losses(soft + noise - 3)}
         sure = np.clip(soft + noise, 0, 1)
         tasks = {"boolq": {"acc,none": [*right]}, "tf": {"mc2,none": [*sure]}}
         paths.append(write_run(tmp_path / str(len(paths)), {**tasks, "wiki": wiki}))

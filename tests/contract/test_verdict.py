@@ -11,7 +11,7 @@ from scipy import stats
 from tests.contract.commands import lm_eval, pruned, results_in
 from tests.helpers.bbq import CATEGORIES, made_documents, write_bbq
 from tests.helpers.checkpoints import edit_config, save_tiny
-from tests.helpers.results_files import answered, write_run
+from tests.helpers.results_files import answered, lifts, losses, write_run, yes_or_no
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -20,9 +20,7 @@ RIGHTS = [n % 2 for n in range(800)]
 
 
 def right(share, documents=800):
-    """Return answers of which a share is right, the same documents first; chance is one half."""
-    picks = [r if n < share * documents else 1 - r for n, r in enumerate(RIGHTS)]
-    return answered(picks[:documents], RIGHTS[:documents])
+    return yes_or_no(share, documents)
 
 
 @pytest.fixture
@@ -61,14 +59,11 @@ def test_ship_do_not_ship_and_not_decided_by_exit_code(verdict):
 
 
 def test_by_default_scores_between_0_and_1_may_lose_2_points(verdict):
-    losses = {"aggregation": "perplexity", "higher_is_better": False}
     values = np.random.default_rng(0).normal(-3, 0.2, size=80)
-    wiki = {"word_perplexity,none": {"values": [*values], **losses}}
-    more = {"word_perplexity,none": {"values": [*(values - 0.01)], **losses}}
-    losses["aggregation"] = "bits_per_byte"
+    wiki, more = ({"word_perplexity,none": losses(values - lost)} for lost in (0, 0.01))
     both = [[[float(loss), 9.0] for loss in 9 * of] for of in (values, values - 0.01)]
     byte, more_byte = (
-        {"bits_per_byte,none": {"values": each, **losses}} for each in both
+        {"bits_per_byte,none": losses(each, "bits_per_byte")} for each in both
     )
     done = verdict(
         {"boolq": right(0.8), "w": wiki, "b": byte},
@@ -134,12 +129,8 @@ def test_not_worse_is_above_only_the_lower_end(verdict):
 
 
 def test_a_candidate_that_is_the_base_ships_whatever_its_perplexity_is_of(verdict):
-    losses = {"aggregation": "perplexity", "higher_is_better": False}
-    values = [*np.random.default_rng(0).normal(-3, 0.2, size=20)]
-    tasks = {
-        "boolq": right(0.8),
-        "w": {"word_perplexity,none": {"values": values, **losses}},
-    }
+    values = np.random.default_rng(0).normal(-3, 0.2, size=20)
+    tasks = {"boolq": right(0.8), "w": {"word_perplexity,none": losses(values)}}
     done = verdict(tasks, tasks)
     assert done.code == 0, done.out
     assert rows_of(done)["w"]["verdict"] == "equivalent"
@@ -388,30 +379,17 @@ def test_margins_and_both_models_are_checked_before_anything_is_evaluated(
     assert not [*tmp_path.rglob("unit.json")]
 
 
-def lifts(tmp_path, share, noise=0.0, seed=0, documents=240):
-    """Write results of a probe in blocks of four, and of a candidate that keeps a share of its lift."""
-    rng = np.random.default_rng(seed)
-    base = rng.normal(5, 4, documents)
-    candidate = share * base + rng.normal(0, noise, documents)
-    metadata = {"primary_metric": "lift", "floors": {"lift": 0}, "family": "knowledge"}
-    configs = {"facts": {"metadata": {**metadata, "cluster": "block"}}}
-    docs = {n: {"block": n // 4} for n in range(documents)}
-    paths = []
-    for name, values in (("old", base), ("new", candidate)):
-        task = {"acc,none": [1.0] * documents}
-        task |= {"lift,none": {"values": [*values], "docs": docs}}
-        paths.append(
-            write_run(tmp_path / name, {"facts": task}, configs=configs).parent
-        )
-    return paths
+def two_lifts(tmp_path, share, noise=0.0, seed=0):
+    """Write results of a probe, and of a candidate that keeps a share of its lift."""
+    of = (("old", 1, 0.0), ("new", share, noise))
+    return [lifts(tmp_path / name, *about, seed=seed) for name, *about in of]
 
 
 def test_the_first_line_is_the_answer_what_is_kept_and_the_loss_on_text(tmp_path):
-    old, new = lifts(tmp_path, 0.6, noise=1.0)
+    old, new = two_lifts(tmp_path, 0.6, noise=1.0)
     for folder, nats in ((old, -3.0), (new, -3.3)):
         values = np.random.default_rng(0).normal(nats, 0.2, 80)
-        losses = {"aggregation": "perplexity", "higher_is_better": False}
-        text = {"text": {"word_perplexity,none": {"values": [*values], **losses}}}
+        text = {"text": {"word_perplexity,none": losses(values)}}
         write_run(folder, text, date="2026-01-03T03-04-05.678901")
     done = pruned("verdict", old, new, "--output_path", tmp_path / "out")
     assert re.fullmatch(
@@ -500,7 +478,9 @@ def test_of_truthfulqa_mc2_is_that_probability(verdict):
 def test_of_a_score_with_an_exact_floor_95_percent_are_to_be_kept(
     share, code, word, tmp_path
 ):
-    done = pruned("verdict", *lifts(tmp_path, share), "--output_path", tmp_path / "out")
+    done = pruned(
+        "verdict", *two_lifts(tmp_path, share), "--output_path", tmp_path / "out"
+    )
     assert (done.code, rows_of(done)["facts"]["verdict"]) == (code, word)
     assert rows_of(done)["facts"]["margin"] == "5%"
 
@@ -508,7 +488,7 @@ def test_of_a_score_with_an_exact_floor_95_percent_are_to_be_kept(
 @pytest.mark.parametrize("seed", range(6))
 def test_the_interval_of_what_is_kept_decides(seed, tmp_path):
     """Two models of which the kept share is close to the margin: the page and the answer agree."""
-    paths = lifts(tmp_path, 0.96 + 0.005 * seed, noise=1.0, seed=seed)
+    paths = two_lifts(tmp_path, 0.96 + 0.005 * seed, noise=1.0, seed=seed)
     row = rows_of(pruned("verdict", *paths, "--output_path", tmp_path / "out"))["facts"]
     low = float(re.search(r"\[([\d.]+),", row["kept"])[1])
     # The page rounds to whole percent.

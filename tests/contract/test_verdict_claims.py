@@ -11,7 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tests.contract.commands import pruned
-from tests.helpers.results_files import answered, write_run, write_sweep
+from tests.helpers.results_files import (
+    answered,
+    losses,
+    write_run,
+    write_sweep,
+    write_two,
+    yes_or_no,
+)
 
 
 CODES = {"ship": 0, "do not ship": 1, "not decided": 3}
@@ -25,10 +32,7 @@ def both(tmp_path):
 
     def both(base, candidate, *words, **about):
         folder = tmp_path / str(next(FOLDERS))
-        paths = [
-            write_run(folder / name, tasks, **about).parent
-            for name, tasks in (("old", base), ("new", candidate))
-        ]
+        paths = write_two(folder, base, candidate, **about)
         done = pruned("verdict", *paths, *words, "--output_path", folder / "out")
         file = folder / "baseline.json"
         margin = [word for word in words if word != "--margin"]
@@ -80,14 +84,8 @@ def test_what_is_kept_has_an_interval_whose_lower_end_holds(both):
 RIGHTS = [n % 2 for n in range(2000)]
 
 
-def picks(share, documents):
-    """Return choices of which a share is right, spread over both answers."""
-    rights = RIGHTS[:documents]
-    return [r if n < share * documents else 1 - r for n, r in enumerate(rights)], rights
-
-
 def boolq(share, documents):
-    return {"boolq": answered(*picks(share, documents))}
+    return {"boolq": yes_or_no(share, documents)}
 
 
 def test_where_the_base_is_at_its_floor_verdict_and_check_decide_nothing(both):
@@ -184,10 +182,11 @@ def test_documents_that_repeat_count_once(times, tmp_path):
     before = [1.0] * 6 + [0.0] + [1.0] * 53
     after = [0.0] * 6 + [1.0] + [1.0] * 53
     docs = {n: {"question": n % 60} for n in range(60 * times)}
-    paths = []
-    for name, values in (("old", before), ("new", after)):
-        task = {"t": {"acc,none": {"values": times * values, "docs": docs}}}
-        paths.append(write_run(tmp_path / name, task).parent)
+    tasks = (
+        {"t": {"acc,none": {"values": times * values, "docs": docs}}}
+        for values in (before, after)
+    )
+    paths = write_two(tmp_path, *tasks)
     done = pruned("compare", *paths, "--format", "json")
     (row,) = json.loads(done.out)["rows"]
     assert row["p"] == pytest.approx(2 * sum((1, 7)) / 2**7, rel=1e-4)
@@ -327,9 +326,8 @@ def test_few_documents_are_not_called_a_floor(tmp_path):
     """Eight texts: a claim on scores without limits takes 60, and a floor is tested on 10."""
     rng = np.random.default_rng(0)
     values = rng.normal(-3, 0.2, 8)
-    form = {"aggregation": "perplexity", "higher_is_better": False}
     runs = [
-        {"text": {"word_perplexity,none": {"values": [*of], **form}}}
+        {"text": {"word_perplexity,none": losses(of)}}
         for of in (values, values - rng.normal(0, 1e-4, 8), np.full(8, -5.5))
     ]
     write_sweep(tmp_path / "s", {"base": (0, runs[0]), "floor-echo": ("echo", runs[2])})

@@ -8,19 +8,14 @@ from lm_eval_pruned.compare.comparison import Comparison
 from lm_eval_pruned.report.sections import random_section
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
-from tests.helpers.results_files import pruning, write_sweep
-from tests.report import conftest
+from tests.helpers.results_files import pruning, spread, write_sweep
 
 
 NOTHING = Comparison("base", 0.05, (), (), (), ())
 
 
-def answers(share):
-    return conftest.answers(share, n=200)
-
-
 def tasks(knows):
-    made = {"mmlu": answers(knows), "truthfulqa_mc2": answers(0.4)}
+    made = {"mmlu": spread(knows, 200), "truthfulqa_mc2": spread(0.4, 200)}
     return {task: {"acc,none": values} for task, values in made.items()}
 
 

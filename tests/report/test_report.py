@@ -15,8 +15,8 @@ from lm_eval_pruned.report.sections import families_section
 from lm_eval_pruned.results.groups import FAMILIES, family_of
 from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers import checkpoints
-from tests.helpers.results_files import pruning, write_sweep
-from tests.report.conftest import NASTY, answers
+from tests.helpers.results_files import pruning, spread, write_sweep
+from tests.report.conftest import NASTY
 
 
 pytest.importorskip("altair", reason="figures need the extra `report`")
@@ -153,12 +153,12 @@ def test_on_a_telephone_no_word_breaks_and_no_table_is_cut(sweep, browser):
     [
         # A baseline that scores nothing, no knowledge task, two sizes.
         (
-            [{"ifeval": [0.0] * 80}, {"ifeval": answers(0.4)}],
+            [{"ifeval": [0.0] * 80}, {"ifeval": spread(0.4)}],
             "plots/scores-maw.png",
             "plots/kept|Knowledge against",
         ),
-        ([{"ifeval": answers(0.4)}], "|ifeval|acc \u2191|0.4000|", "plots/"),
-        ([{"a": answers(0.4)}, {"b": [1.0]}], "p20 shares no task", "plots/"),
+        ([{"ifeval": spread(0.4)}], "|ifeval|acc \u2191|0.4000|", "plots/"),
+        ([{"a": spread(0.4)}, {"b": [1.0]}], "p20 shares no task", "plots/"),
     ],
 )
 def test_small_sweeps(tmp_path, runs, words, not_there):

@@ -256,41 +256,32 @@ def test_each_claim_of_the_paper_is_named_with_what_is_shown(tmp_path):
     assert table["less energy per token"][2].endswith("not measured")
 
 
+TRUTH = "truthfulness improves as knowledge falls"
+ROBUST = "multi-step reasoning (MUSR) is robust"
+
+
 @pytest.mark.parametrize(
-    ("knowledge", "truth", "shown"),
+    ("claim", "tasks", "shown"),
     [
-        ("falls", "rises", "yes"),
-        ("falls", "keeps", "no"),
-        ("falls", "falls", "no"),
-        ("falls", "cannot tell", "cannot tell"),
-        ("keeps", "rises", "cannot tell"),
+        (TRUTH, {"facts": "falls", "truth": "rises"}, "yes"),
+        (TRUTH, {"facts": "falls", "truth": "keeps"}, "no"),
+        (TRUTH, {"facts": "falls", "truth": "falls"}, "no"),
+        (TRUTH, {"facts": "falls", "truth": "cannot tell"}, "cannot tell"),
+        (TRUTH, {"facts": "keeps", "truth": "rises"}, "cannot tell"),
+        # Within the margin, and above the floor.
+        (ROBUST, {"musr": "falls"}, "no"),
+        (ROBUST, {"musr": "rises"}, "yes"),
+        (ROBUST, {"musr": "cannot tell"}, "cannot tell"),
+        (ROBUST, {"musr": "at the floor"}, "cannot tell"),
     ],
 )
-def test_truthfulness_that_improves_as_knowledge_falls(
-    knowledge, truth, shown, tmp_path
-):
-    found = made(tmp_path, {"facts": knowledge, "truth": truth}, families=CLAIMS)
-    answer, evidence = claimed(found)["truthfulness improves as knowledge falls"][1:]
+def test_claims_on_truthfulness_and_reasoning(claim, tasks, shown, tmp_path):
+    answer, evidence = claimed(made(tmp_path, tasks, families=CLAIMS))[claim][1:]
     assert answer == shown
-    assert evidence.startswith(f"truthfulness: {truth} in truth")
-    if (knowledge, truth) == ("falls", "rises"):
-        assert evidence.endswith("facts and truth: r = -1.000 over 3 sizes")
-
-
-@pytest.mark.parametrize(
-    ("change", "shown"),
-    [
-        ("falls", "no"),
-        ("rises", "yes"),
-        ("cannot tell", "cannot tell"),
-        ("at the floor", "cannot tell"),
-    ],
-)
-def test_reasoning_is_robust_within_the_margin_and_above_the_floor(
-    change, shown, tmp_path
-):
-    found = made(tmp_path, {"musr": change}, families=CLAIMS)
-    assert claimed(found)["multi-step reasoning (MUSR) is robust"][1] == shown
+    if claim == TRUTH:
+        assert evidence.startswith(f"truthfulness: {tasks['truth']} in truth")
+        both = "facts and truth: r = -1.000 over 3 sizes"
+        assert evidence.endswith(both) or answer != "yes"
 
 
 @pytest.mark.parametrize(
