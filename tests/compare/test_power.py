@@ -45,14 +45,6 @@ def test_the_chance_is_that_of_the_test_on_documents_of_which_as_many_change(mar
     assert found == pytest.approx(shown / 1000, abs=SPREAD + 0.05)
 
 
-def test_equal_draws_give_equal_chances_and_more_documents_higher_ones():
-    pilot = [Pilot(case_of(*answers(400, 0.1), margin="3pt"))]
-    few, many, again = (
-        chance_of("equivalent", ALIKE, pilot, n, 0.05) for n in (300, 1500, 300)
-    )
-    assert few == again < many
-
-
 def test_the_number_of_documents_has_a_chance_of_80_percent():
     pilot = [Pilot(case_of(*answers(400, 0.1), margin="5pt"))]
     needed = documents_for("not worse", ALIKE, pilot, 0.05)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 
 import numpy as np
 import pytest
 
-from tests.contract.commands import lm_eval, pruned, results_in
+from tests.contract.commands import compared, lm_eval, pruned, results_in
 from tests.helpers.made_tasks import write_made_tasks
 from tests.helpers.results_files import losses, pruning, write_run, write_sweep
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -23,13 +22,6 @@ ORDER = np.random.default_rng(7).permutation(N)
 def acc(share, documents=N, metric="acc,none"):
     """Return right-or-wrong answers of which a share is right."""
     return {metric: (ORDER[:documents] < share * N).astype(float).tolist()}
-
-
-def compared(*paths_and_words):
-    done = pruned("compare", *paths_and_words, "--format", "json")
-    assert done.code == 0, done.err
-    # NaN is no JSON.
-    return json.loads(done.out, parse_constant=pytest.fail)
 
 
 def two(folder, base, run, **about):

@@ -105,19 +105,9 @@ def test_what_is_within_the_margin_or_better_ships(verdict, candidate, word):
 
 
 def test_not_worse_is_above_only_the_lower_end(verdict):
-    rng = np.random.default_rng(1)
-    picks = [
-        int(r) if known else 1 - r
-        for r, known in zip(RIGHTS, rng.random(800) < 0.8, strict=True)
-    ]
+    picks = [r if n < 640 else 1 - r for n, r in enumerate(RIGHTS)]
     # 14 answers become right and 10 wrong.
-    wrong = [n for n, (p, r) in enumerate(zip(picks, RIGHTS, strict=True)) if p != r][
-        :14
-    ]
-    fine = [n for n, (p, r) in enumerate(zip(picks, RIGHTS, strict=True)) if p == r][
-        :10
-    ]
-    after = [1 - p if n in {*wrong, *fine} else p for n, p in enumerate(picks)]
+    after = [1 - p if n < 10 or 640 <= n < 654 else p for n, p in enumerate(picks)]
     tasks = [{"boolq": answered(of, RIGHTS)} for of in (picks, after)]
     done = verdict(*tasks)
     row = rows_of(done)["boolq"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tests.contract.commands import pruned
+from tests.contract.commands import compared, pruned
 from tests.helpers.results_files import (
     answered,
     losses,
@@ -187,8 +186,7 @@ def test_documents_that_repeat_count_once(times, tmp_path):
         for values in (before, after)
     )
     paths = write_two(tmp_path, *tasks)
-    done = pruned("compare", *paths, "--format", "json")
-    (row,) = json.loads(done.out)["rows"]
+    (row,) = compared(*paths)["rows"]
     assert row["p"] == pytest.approx(2 * sum((1, 7)) / 2**7, rel=1e-4)
 
 
@@ -297,9 +295,7 @@ def test_a_guess_is_never_a_floor_where_chance_is_known(tmp_path):
             "floor-echo-equal": ("echo", task(0.57)),
         },
     )
-    (row,) = json.loads(pruned("compare", tmp_path / "sweep", "--format", "json").out)[
-        "rows"
-    ]
+    (row,) = compared(tmp_path / "sweep")["rows"]
     floor = row["floor"]
     assert (floor["floor_name"], floor["floor"], floor["base_above_floor"]) == (
         "chance",
@@ -316,9 +312,7 @@ def test_what_always_gives_one_answer_is_a_floor_where_it_is_more_than_luck(tmp_
         tmp_path / "s",
         {"base": (0, task), "p20": (20, task), "floor-yes": ("constant", always)},
     )
-    (row,) = json.loads(pruned("compare", tmp_path / "s", "--format", "json").out)[
-        "rows"
-    ]
+    (row,) = compared(tmp_path / "s")["rows"]
     assert row["floor"]["floor"] == pytest.approx(0.7)
 
 
