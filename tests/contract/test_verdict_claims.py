@@ -80,9 +80,6 @@ def test_what_is_kept_has_an_interval_whose_lower_end_holds(both):
     assert low == "?" or int(low) <= 60
 
 
-RIGHTS = [n % 2 for n in range(2000)]
-
-
 def boolq(share, documents):
     return {"boolq": yes_or_no(share, documents)}
 
@@ -194,10 +191,8 @@ def grouped(values_by_task):
     """Return tasks of a group, and the sections that declare it."""
     tasks = {name: {"acc,none": values} for name, values in values_by_task.items()}
     score = float(np.mean([v for values in values_by_task.values() for v in values]))
-    return tasks, {
-        "groups": {"g": [*tasks]},
-        "group_scores": {"g": {"acc,none": score}},
-    }
+    scores = {"g": {"acc,none": score}}
+    return tasks, {"groups": {"g": [*tasks]}, "group_scores": scores}
 
 
 def test_a_group_does_not_hide_a_subject_that_fell(tmp_path):
@@ -228,20 +223,17 @@ def test_members_of_a_group_with_few_documents_keep_it_from_being_decided(tmp_pa
     path = write_run(tmp_path / "old", tasks, **group).parent
     done = pruned("verdict", path, path, "--output_path", tmp_path / "out")
     assert done.code == 3
-    assert re.search(
-        r"g: s0 acc: undecided\. It would take about \d+ documents instead of 20",
-        done.out,
-    )
+    more = r"g: s0 acc: undecided\. It would take about \d+ documents instead of 20"
+    assert re.search(more, done.out)
 
 
 def two_measures(rights, probs):
     """Return a task of two choices by which answers are right and how likely the right one is."""
-    task = answered(
-        [r if ok else 1 - r for r, ok in zip(RIGHTS, rights, strict=False)],
-        RIGHTS[: len(rights)],
-    )
+    expected = [n % 2 for n in range(len(rights))]
+    pairs = zip(expected, rights, strict=True)
+    task = answered([r if ok else 1 - r for r, ok in pairs], expected)
     for number, row in task["acc,none"]["rows"].items():
-        of_right, right = probs[number], RIGHTS[number]
+        of_right, right = probs[number], expected[number]
         pair = [np.log(1 - of_right), np.log(of_right)]
         row["filtered_resps"] = [[str(pair[n == right]), "False"] for n in (0, 1)]
     return {"boolq": task}
@@ -277,42 +269,24 @@ def test_a_guess_is_never_a_floor_where_chance_is_known(tmp_path):
     order = rng.permutation(100)
 
     def task(share):
-        return {
-            "boolq": answered(
-                [
-                    r if o < 100 * share else 1 - r
-                    for r, o in zip(rights, order, strict=True)
-                ],
-                rights,
-            )
-        }
+        pairs = zip(rights, order, strict=True)
+        picks = [r if place < 100 * share else 1 - r for r, place in pairs]
+        return {"boolq": answered(picks, rights)}
 
-    write_sweep(
-        tmp_path / "sweep",
-        {
-            "base": (0, task(0.62)),
-            "p20": (20, task(0.6)),
-            "floor-echo-equal": ("echo", task(0.57)),
-        },
-    )
-    (row,) = compared(tmp_path / "sweep")["rows"]
+    runs = {"base": (0, task(0.62)), "p20": (20, task(0.6))}
+    runs["floor-echo-equal"] = "echo", task(0.57)
+    (row,) = compared(write_sweep(tmp_path / "sweep", runs))["rows"]
     floor = row["floor"]
-    assert (floor["floor_name"], floor["floor"], floor["base_above_floor"]) == (
-        "chance",
-        0.5,
-        True,
-    )
+    assert (floor["floor_name"], floor["floor"]) == ("chance", 0.5)
+    assert floor["base_above_floor"]
 
 
 def test_what_always_gives_one_answer_is_a_floor_where_it_is_more_than_luck(tmp_path):
     rights = [1] * 70 + [0] * 30
     task = {"boolq": answered([1] * 65 + [0] * 5 + [0] * 25 + [1] * 5, rights)}
     always = {"boolq": answered([1] * 100, rights)}
-    write_sweep(
-        tmp_path / "s",
-        {"base": (0, task), "p20": (20, task), "floor-yes": ("constant", always)},
-    )
-    (row,) = compared(tmp_path / "s")["rows"]
+    runs = {"base": (0, task), "p20": (20, task), "floor-yes": ("constant", always)}
+    (row,) = compared(write_sweep(tmp_path / "s", runs))["rows"]
     assert row["floor"]["floor"] == pytest.approx(0.7)
 
 
