@@ -19,6 +19,7 @@ from lm_eval_pruned.report.report import compared, write_report
 from lm_eval_pruned.results.groups import SIDES
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.findings import read_findings
+from lm_eval_pruned.study.run import checked_families
 from lm_eval_pruned.study.sections import (
     claims_of,
     open_questions,
@@ -310,9 +311,9 @@ def test_the_report_begins_with_the_study_and_shows_what_was_published(tmp_path)
     tasks |= {"ifeval": "at the floor", "leaderboard_musr": "keeps"}
     sizes = (10, 20, 30, 40, 50, 60)
     random = [(f"r{p}", pruning(p, criterion="random", seed=0), {}) for p in sizes]
-    opening = study_sections(
-        "Llama-3.2-1B", made(tmp_path, tasks, sizes=sizes, cuts=random)
-    )
+    families = checked_families({})
+    found = made(tmp_path, tasks, sizes=sizes, cuts=random, families=families)
+    opening = study_sections("Llama-3.2-1B", found)
     sweep = read_sweep(tmp_path)
     comparison = compared(sweep, margin=Margin("equivalent", "5%"))
     files = write_report(sweep, comparison, opening=opening)
