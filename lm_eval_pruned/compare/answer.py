@@ -76,7 +76,7 @@ def word_of(
         return "better"
     if shown:
         return claimed
-    if worse or better:
+    if worse:
         return "different" if up is None else "worse"
     if claimed:
         return "undecided"

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-from scipy import stats
 
-from lm_eval_pruned import cli
-from lm_eval_pruned.compare import comparison, comparison_table
+from lm_eval_pruned.compare import comparison
 from lm_eval_pruned.compare.margins import Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Transform
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
-from tests.helpers.results_files import pruning, write_run, write_sweep
+from tests.helpers.results_files import pruning, spread, write_run, write_sweep
 
 
 N = 80
 NOISE = np.random.default_rng(0).normal(0, 0.1, size=(6, N))
 
 
-def answers(share: float, n: int = N) -> list[float]:
-    """Return n zeros and ones; a higher share keeps the ones of a lower share."""
-    order = np.random.default_rng(7).permutation(n)
-    return (order < share * n).astype(float).tolist()
-
-
 def acc(share: float, n: int = N) -> dict:
-    return {"acc,none": answers(share, n)}
-
-
-def perplexity(shift: float, noise: int = 0) -> dict:
-    """Return a perplexity that rises where `shift` falls."""
-    values = list(NOISE[0] - 3 + shift + NOISE[noise] / 9)
-    return {"values": values, "aggregation": "perplexity", "higher_is_better": False}
+    return {"acc,none": spread(share, n)}
 
 
 def runs(tmp_path, *tasks, **options):
@@ -48,44 +32,6 @@ def rows_of(base, *others, **options):
     """Return rows by run and task, of the primary metric."""
     rows = comparison.compare(base, others, **options).rows
     return {(row.run, row.task): row for row in rows if row.primary}
-
-
-def sweep(tmp_path):
-    shares = {0: (0.8, 0.2), 20: (0.6, 0.3), 40: (0.5, 0.6), 60: (0.3, 0.5)}
-    found = {
-        f"p{percent}": (percent, {"mmlu": acc(knows), "tf": acc(true)})
-        for percent, (knows, true) in shares.items()
-    }
-    # Log perplexity falls linearly with the share of right answers.
-    for _, tasks in found.values():
-        level = np.mean(tasks["mmlu"]["acc,none"])
-        tasks["wikitext"] = {"word_perplexity,none": perplexity(20 * level - 20)}
-    return write_sweep(tmp_path, found)
-
-
-def test_verdicts_follow_the_direction_of_the_metric(tmp_path):
-    def tasks(tf, boolq, same, shift, noise):
-        lambada = {"perplexity,none": perplexity(shift, noise)}
-        accuracies = {"tf": acc(tf), "boolq": acc(boolq), "same": acc(same)}
-        return accuracies | {"lambada": lambada}
-
-    both = tasks(0.3, 0.7, 0.5, 0, 0), tasks(0.6, 0.4, 0.51, -1, 1)
-    rows = rows_of(*runs(tmp_path, *both))
-    verdicts = {task: row.verdict for (_, task), row in rows.items()}
-    expected = {"tf": "better", "boolq": "worse", "same": "not shown"}
-    assert verdicts == expected | {"lambada": "worse"}
-    row = rows["1", "tf"]
-    assert (row.method, row.documents) == ("McNemar's exact test", N)
-    assert (row.difference, row.relative) == pytest.approx((0.3, 1.0))
-
-
-def test_documents_are_matched_by_hash_not_by_place(tmp_path):
-    base, run = runs(tmp_path, {"tf": acc(0.4)}, {"tf": acc(0.6)})
-    before = rows_of(base, run)
-    rows = [json.loads(line) for line in run.samples["tf"].read_text().splitlines()]
-    lines = [json.dumps(row | {"doc_id": N - row["doc_id"]}) for row in rows[::-1]]
-    run.samples["tf"].write_text("\n".join(lines) + "\n")
-    assert rows_of(base, run) == before
 
 
 def test_a_level_is_between_0_and_1(tmp_path):
@@ -105,7 +51,8 @@ def test_comparands(tmp_path):
     ]
     with pytest.raises(ResultsError, match="nothing to compare"):
         comparison.read_comparands(paths[:1])
-    whole = str(sweep(tmp_path / "whole"))
+    sizes = {f"p{size}": (size, {"tf": acc(1)}) for size in (0, 20, 40, 60)}
+    whole = str(write_sweep(tmp_path / "whole", sizes))
     base, others = comparison.read_comparands([*paths, whole])
     names = ["x", paths[1], "p20", "p40", "p60"]
     assert [base.name, *(run.name for run in others)] == names
@@ -118,82 +65,6 @@ def test_what_only_one_run_has_is_named(tmp_path):
     (lacking,) = comparison.compare(base, [run]).notes
     assert "1 has no results for ifeval, which 0 has" in lacking
     assert comparison.compare(base, [base]).notes == ()
-
-
-def test_without_samples_the_weaker_test_says_so(tmp_path):
-    tasks = [
-        {"tf": {"acc,none": {"values": answers(share), "stderr": 0.05}}, "b": acc(0.5)}
-        for share in (0.3, 0.4)
-    ]
-    weaker, none = rows_of(*runs(tmp_path, *tasks, samples=False)).values()
-    paired = rows_of(*runs(tmp_path / "with", *tasks))["1", "tf"]
-    assert ("weaker" in weaker.method, paired.p < weaker.p) == (True, True)
-    assert (none.p, none.q, none.verdict) == (None, None, "not tested")
-
-
-@pytest.mark.parametrize("alpha", [0.05, 0.2])
-def test_without_samples_each_metric_has_the_normal_interval_of_its_stderrs(
-    tmp_path, alpha
-):
-    def tasks(*shares):
-        scores = {"values": answers(shares[0]), "stderr": 0.03}
-        normed = {"values": answers(shares[1]), "stderr": 0.04}
-        return {"arc": {"acc,none": scores, "acc_norm,none": normed}}
-
-    base, run = runs(tmp_path, tasks(0.5, 0.4), tasks(0.3, 0.45), samples=False)
-    rows = comparison.compare(base, [run], alpha=alpha).rows
-    assert {row.metric: row.primary for row in rows} == {
-        "acc,none": False,
-        "acc_norm,none": True,
-    }
-    for row, stderr in zip(rows, (0.03, 0.04), strict=True):
-        half = stats.norm.isf(alpha / 2) * stderr * 2**0.5
-        assert (row.low, row.high) == pytest.approx(
-            (row.difference - half, row.difference + half)
-        )
-        z = abs(row.difference) / stderr / 2**0.5
-        assert row.p == pytest.approx(2 * stats.norm.sf(z))
-
-
-def test_nan_is_not_comparable_and_does_not_spoil_the_rest(tmp_path):
-    broken = {"mc2,none": [float("nan"), *answers(0.3)[1:]]}
-    base, run = runs(
-        tmp_path,
-        {"tf": {"mc2,none": answers(0.3)}, "boolq": acc(0.3)},
-        {"tf": broken, "boolq": acc(0.8)},
-    )
-    result = comparison.compare(base, [run])
-    rows = {row.task: row for row in result.rows}
-    assert "the score of 1 is not a finite number" in rows["tf"].method
-    assert [rows[t].verdict for t in ("tf", "boolq")] == ["not comparable", "better"]
-    assert rows["boolq"].q == rows["boolq"].p
-    assert "NaN" not in comparison_table.as_json(result)
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("samples", [True, False])
-def test_a_sweep_is_compared_with_its_baseline(tmp_path, monkeypatch, samples):
-    folder = sweep(tmp_path)
-    for file in folder.glob("units/p40/*/samples_*.jsonl"):
-        file.unlink() if not samples else None
-    for name in ("default_rng", "RandomState", "Generator"):
-        monkeypatch.delattr(np.random, name)
-    result = comparison.compare(*comparison.read_comparands([str(folder)]))
-    assert len(result.rows) == 9
-    pairs = {each.tasks: each for each in result.correlations}
-    one, other = ("mmlu", "acc,none"), ("wikitext", "word_perplexity,none")
-    assert pairs[one, other].pearson == pytest.approx(-1)
-    trends = {each.task: each for each in result.trends}
-    slopes = {task: each.slope for task, each in trends.items()}
-    assert slopes["mmlu"] > 0 > slopes["tf"]
-    assert slopes["wikitext"] == pytest.approx(-20 * slopes["mmlu"])
-    mmlu = trends["mmlu"]
-    assert (mmlu.n, mmlu.series) == (4, "maw")
-    tested = mmlu.p is not None and mmlu.p < mmlu.q < 1e-6
-    assert (tested, "needs logged samples" in mmlu.method) == (
-        samples,
-        not samples,
-    )
 
 
 @pytest.mark.parametrize("margin", [None, Margin("not_worse", "15pt")])
@@ -221,47 +92,13 @@ def test_other_tasks_and_random_controls_are_no_part_of_the_family(tmp_path, mar
         assert one.claim.q == pytest.approx(5 / 3 * other.claim.q)
 
 
-def test_intervals_agree_with_verdicts_after_the_correction(tmp_path):
-    soft = np.random.default_rng(5).random(N)
-    tasks = [
-        {
-            "tf": acc(share),
-            "mc": {"mc2,none": ((soft + share + noise + 1) / 4).tolist()},
-        }
-        for share, noise in zip((0.5, 0.42, 0.48, 0.49, 0.5, 0.5), NOISE, strict=True)
-    ]
-    rows = rows_of(*runs(tmp_path, *tasks)).values()
-    assert "tf" in {row.task for row in rows if row.p < 0.05 <= row.q}
-    for row in rows:
-        assert (row.low > 0 or row.high < 0) == (row.q < 0.05), row
-        assert row.low <= row.difference <= row.high
-
-
-def test_one_metric_stands_for_a_task_in_the_correction(tmp_path):
-    two = {f"{unit}_perplexity,none": perplexity(0) for unit in ("word", "byte")}
-    arc = {**acc(0.6), "acc_norm,none": answers(0.5)}
-    groups = {"groups": {"both": ["arc", "wikitext"]}}
-    scores = {"group_scores": {"both": {"acc,none": 0.5, "acc_norm,none": 0.5}}}
-    tasks = {"arc": arc, "wikitext": two}
-    base, run = runs(tmp_path, tasks, tasks, **groups, **scores)
-    assert {row.task for row in comparison.compare(base, [run]).rows} == {"both"}
-    result = comparison.compare(base, [run], subtasks=True)
-    primary = {(row.task, row.metric) for row in result.rows if row.primary}
-    expected = {("both", "acc_norm,none"), ("arc", "acc_norm,none")}
-    assert primary == expected | {("wikitext", "word_perplexity,none")}
-    for row in result.rows:
-        if not row.primary:
-            assert (row.q, row.verdict) == (None, "restated")
-    assert comparison_table.as_table(result).count("|restated|") == 3
-
-
 @pytest.mark.parametrize("claim", ["equivalent", "not_worse"])
 def test_the_same_and_better_and_worse_and_not_known(tmp_path, claim):
     n = 1200
 
     def nearly(changed: int) -> dict:
         """Return half of the answers right, of which as many changed in each direction."""
-        values = np.array(answers(0.5, n))
+        values = np.array(spread(0.5, n))
         for old in (0.0, 1.0):
             values[np.flatnonzero(values == old)[: changed // 2]] = 1 - old
         return {"acc,none": values.tolist()}
@@ -281,48 +118,12 @@ def test_the_same_and_better_and_worse_and_not_known(tmp_path, claim):
     assert {row.claim.margin for row in rows.values()} == {0.02}
 
 
-def test_margins_of_a_perplexity(tmp_path):
-    tasks = [
-        {"w": {"perplexity,none": perplexity(*by)}}
-        for by in ((0,), (0.2, 1), (-0.2, 2))
-    ]
-    base, *others = runs(tmp_path, *tasks)
-    rows = rows_of(base, *others, margin=Margin("not_worse", "5%"))
-    assert [row.verdict for row in rows.values()] == ["better", "worse"]
-    assert rows["1", "w"].claim.margin == pytest.approx(rows["1", "w"].base_score / 20)
-    result = comparison.compare(base, [base], margin=Margin("equivalent", "1pt"))
-    assert [row.verdict for row in result.rows] == ["undecided"]
-    assert any("1pt is not a margin for w" in note for note in result.notes)
-
-
 @pytest.mark.parametrize(
     "text", ["", "pt", "-1pt", "0", "0pt", "1 point", "nan", "inf%"]
 )
 def test_what_is_no_margin(text):
     with pytest.raises(ValueError, match="is not a margin"):
         Margin("equivalent", text)
-
-
-def test_a_plain_margin_is_below_the_largest_difference_of_the_metric():
-    with pytest.raises(ValueError, match=r"5 allows .* of boolq acc, .* mean 5pt\?"):
-        Margin("not_worse", "5").check("boolq", "acc,none")
-    for text in ("5pt", "5%", "0.5"):
-        Margin("not_worse", text).check("task", "acc,none")
-    for metric in ("word_perplexity,none", "bits_per_byte,none", "bleu,none"):
-        Margin("not_worse", "5").check("task", metric)
-
-
-def test_the_command(tmp_path, capsys):
-    """Formats are golden files; here is what options change."""
-    tasks = [acc(share) | {"acc_norm,none": answers(share)} for share in (0.5, 0.3)]
-    paths = [str(write_run(tmp_path / str(n), {"tf": t})) for n, t in enumerate(tasks)]
-
-    def shown(*options):
-        assert cli.main(["compare", *paths, *options]) == 0
-        return capsys.readouterr().out
-
-    header, *_ = shown("--not_worse", "45pt", "--format", "csv").splitlines()
-    assert header.endswith("verdict,margin,p_margin,q_margin")
 
 
 @pytest.mark.parametrize("form", [Transform(100.0), Transform(2.0, exponential=True)])

@@ -71,10 +71,21 @@ def lm_eval(*words: Any) -> Done:
         return _run(cli_evaluate)
 
 
+def compared(*words: Any) -> dict[str, Any]:
+    """Return what ``lm-eval-pruned compare WORDS --format json`` says."""
+    done = pruned("compare", *words, "--format", "json")
+    assert done.code == 0, done.err
+    return json.loads(done.out, parse_constant=_refuse)
+
+
 def results_in(folder: str | Path) -> dict[str, Any]:
     """Return the only results file below `folder`."""
     (path,) = Path(folder).rglob("results_*.json")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _run(call: Callable[[], Any]) -> Done:

@@ -13,7 +13,7 @@ import torch
 from lm_eval.api.registry import get_model
 
 from lm_eval_pruned import load_pruned, prune_model
-from tests.contract.commands import lm_eval, pruned, results_in
+from tests.contract.commands import compared, lm_eval, pruned, results_in
 from tests.helpers import checkpoints, evaluations
 from tests.helpers.ways_to_load import assert_same_model
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -169,7 +169,7 @@ def test_a_comparison_shows_the_exact_floors_of_the_probes(tiny_llama, limit, tm
     words += ["--tasks", *PROBES, "--include_path", checkpoints.ROOT / "tasks"]
     words += ["--limit", limit] if limit else []
     assert pruned("sweep", *words, "--output_path", tmp_path / "sweep").code == 0
-    told = json.loads(pruned("compare", tmp_path / "sweep", "--format", "json").out)
+    told = compared(tmp_path / "sweep")
     rows = {(row["task"], row["metric"]): row["floor"] for row in told["rows"]}
     floors = {
         key: (floor["floor_name"], floor["floor"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lm_eval_pruned import PrunePlan, load_pruned, prune_model
-from tests.contract.commands import pruned
+from tests.contract.commands import compared, pruned
 from tests.helpers import by_hand, evaluations
 from tests.helpers.checkpoints import ROOT, save_tiny
 from tests.helpers.results_files import write_run, write_sweep
@@ -175,9 +175,8 @@ def test_all_commands_take_the_task_and_a_changed_question_is_evaluated_again(
     changed = swept()
     assert len(changed) == 2
     assert not changed & first
-    compared = pruned("compare", "my_sweep")
-    assert "|my_questions" in compared.out
-    assert "acc" in compared.out
+    table = pruned("compare", "my_sweep").out
+    assert "|my_questions" in table and "acc" in table
     power = pruned("power", "my_questions", "my_sweep", "--margin", "2pt")
     assert power.code == 0
     assert "2" in power.out
@@ -232,7 +231,7 @@ GAINS = {"base": [3.0, 5.0] * 30, "half": [1.5, 2.5] * 30}
 
 def test_the_metric_that_metadata_names_counts_and_its_floor_is_exact(tmp_path):
     paths = declaring(tmp_path, GAINS, primary_metric="gain", floors={"gain": 0})
-    rows = json.loads(pruned("compare", *paths, "--format", "json").out)["rows"]
+    rows = compared(*paths)["rows"]
     by_metric = {row["metric"]: row for row in rows}
     assert by_metric["acc,none"]["verdict"] == "restated"
     assert by_metric["gain,none"]["verdict"] == "worse"
@@ -240,7 +239,7 @@ def test_the_metric_that_metadata_names_counts_and_its_floor_is_exact(tmp_path):
     assert (floor["floor"], floor["floor_name"]) == (0, "exact")
     assert floor["base_above_floor"] and floor["kept"]["share"] == pytest.approx(0.5)
     undeclared = declaring(tmp_path / "undeclared", GAINS)
-    rows = json.loads(pruned("compare", *undeclared, "--format", "json").out)["rows"]
+    rows = compared(*undeclared)["rows"]
     assert [row["floor"] for row in rows] == [None, None]
     assert [row["primary"] for row in rows] == [True, False]
 
@@ -256,7 +255,7 @@ def test_documents_that_share_the_field_that_is_the_cluster_count_as_one(tmp_pat
                 configs={"task": {"metadata": {"cluster": field}}},
             )
         paths = (tmp_path / str(field) / name for name in ("base", "cut"))
-        (row,) = json.loads(pruned("compare", *paths, "--format", "json").out)["rows"]
+        (row,) = compared(*paths)["rows"]
         tested[field] = row["method"]
     assert "clusters" in tested["text_id"] and "documents" in tested[None]
 
@@ -268,7 +267,7 @@ def test_an_exact_floor_is_the_floor_whatever_a_model_that_knows_nothing_scores(
     lucky = {"acc,none": [0.5, 0.25] * 30, "gain,none": [9.0, -3.0] * 30}
     config = {"config": {"model": "constant"}}
     paths.append(write_run(tmp_path / "floor", {"task": lucky}, **config).parent)
-    rows = json.loads(pruned("compare", *paths, "--format", "json").out)["rows"]
+    rows = compared(*paths)["rows"]
     (floor,) = [row["floor"] for row in rows if row["metric"] == "gain,none"]
     assert (floor["floor"], floor["floor_name"]) == (0, "exact")
 
@@ -339,8 +338,7 @@ def test_a_metric_that_is_no_mean_is_compared_by_its_standard_errors(tmp_path):
         # F1 over the corpus, and what the harness logs for each document.
         f1 = {"values": [1.0, 0.0] * 30, "score": score, "stderr": 0.02}
         paths.append(write_run(tmp_path / name, {"task": {"f1,none": f1}}).parent)
-    done = pruned("compare", *paths, "--format", "json")
-    (row,) = json.loads(done.out)["rows"]
+    (row,) = compared(*paths)["rows"]
     assert row["method"].startswith("unpaired z test on stderrs")
     assert row["verdict"] == "worse"
 

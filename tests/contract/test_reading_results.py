@@ -34,6 +34,8 @@ def sweep(tmp_path_factory):
             "free": written([f"{WORD} {end}"] * 2, [1, 1]),
             "unknown": {"acc,none": [*map(float, map(int.__eq__, picks, RIGHT))]},
             "mass": {"acc,none": [0.25 + pick / 8 for pick in picks]},
+            "low": {"toxic,none": {"values": [0, 1], "higher_is_better": False}},
+            "both": {"f1,none": [0.2, 0.5], "em,none": [1.0, float(end == "b")]},
         }
 
     folder = tmp_path_factory.mktemp("sweep")
@@ -93,7 +95,9 @@ def test_a_dash_means_that_the_samples_do_not_show_the_answer(reported):
 def test_tasks_without_right_and_wrong_have_no_flips(reported):
     told = (reported() / "report.md").read_text("utf-8")
     assert "|mass|acc,none|5|" not in told
-    assert "mass" in told
+    assert ": low, mass." in told
+    # Of two metrics, the one that counts each document as 0 or 1 says it.
+    assert "|both|em,none|2|0|1|-|" in told
 
 
 def test_the_page_of_flips_lists_first_what_turned_wrong(reported):
@@ -111,7 +115,7 @@ def test_the_page_of_flips_filters_them_by_words(reported, browser):
     shown = (
         "[...document.querySelectorAll('tbody tr')].filter((row) => !row.hidden).length"
     )
-    every = {"": 8, "QUIZ": 3, "right quiz wrong": 2, "sesame free": 2, "owl": 0}
+    every = {"": 9, "QUIZ": 3, "right quiz wrong": 2, "sesame free": 2, "owl": 0}
     for words, rows in every.items():
         browser.choose("input", words)
         assert browser.run(shown) == rows, words

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from tests.contract.commands import pruned
-from tests.helpers.results_files import answered, pruning, write_run, write_sweep
+from tests.helpers.results_files import (
+    answered,
+    lifts,
+    losses,
+    pruning,
+    spread,
+    write_run,
+    write_sweep,
+)
 
 
 N = 60
@@ -16,8 +24,7 @@ ALPHA = ("--alpha", "0.05")
 
 
 def answers(share: float) -> list[float]:
-    order = np.random.default_rng(3).permutation(N)
-    return (order < share * N).astype(float).tolist()
+    return spread(share, N, 3)
 
 
 def one(values, **more) -> dict:
@@ -25,8 +32,8 @@ def one(values, **more) -> dict:
     return {"tf": {"acc,none": {"values": values, **more}}}
 
 
-LOSSES = np.random.default_rng(1).normal(-3, 0.2, N).tolist()
-PERPLEXITY = {"values": LOSSES, "aggregation": "perplexity", "higher_is_better": False}
+LOSSES = np.random.default_rng(1).normal(-3, 0.2, N)
+PERPLEXITY = losses(LOSSES)
 BEFORE = {**one(answers(0.5)), "lambada": {"perplexity,none": PERPLEXITY}}
 
 
@@ -93,57 +100,15 @@ def test_what_leaves_a_tolerance_for_the_better_passes_and_is_named(gate, rule):
         ("equivalent 1pt", answers(0.5), answers(0.48), 3, "Not decided whether equiv"),
         ("equivalent 1pt", answers(0.5), answers(0.8), 0, "IMPROVED"),
         ("", answers(0.5), answers(0.48), 1, "the rule allows 0."),
+        # Exact to the digits of the file.
+        *[("", [0.5] * N, [0.5 - off] * N, 1, "allows 0.") for off in (1e-8, 1e-4)],
+        ("", [0.5] * N, [0.5] * N, 0, "1 as expected"),
     ],
 )
 def test_rules(gate, rule, before, after, code, words):
     options = f"--{rule}".split() if rule else ()
     found, text = gate(one(before), one(after), rule=options)
     assert (found, words in text) == (code, True), text
-
-
-#: Scores between 0 and 1 that are not right or wrong.
-SOFT = np.linspace(0.3, 0.9, N).tolist()
-
-
-@pytest.mark.parametrize(
-    ("changed", "code", "words"),
-    [
-        (0, 0, "1 as expected"),
-        (59, 3, "takes 1 more independent documents than the 59 that were"),
-        (60, 0, "1 as expected"),
-    ],
-)
-def test_a_margin_of_scores_without_bounds_takes_60_documents_unless_none_changed(
-    gate, changed, code, words
-):
-    size = changed or 5
-    tasks = []
-    for by in (0, 1e-4 * bool(changed)):
-        values = [v + by * (n % 7) for n, v in enumerate(LOSSES[:size])]
-        tasks.append({"w": {"perplexity,none": {**PERPLEXITY, "values": values}}})
-    found, text = gate(*tasks, rule=("--not_worse", "2%"))
-    assert (found, words in text) == (code, True), text
-
-
-@pytest.mark.parametrize(("margin", "code"), [("2pt", 3), ("10pt", 0)])
-def test_a_margin_of_scores_between_0_and_1_takes_as_many_as_could_hide_it(
-    gate, margin, code
-):
-    assert gate(one(SOFT), one(SOFT), rule=("--not_worse", margin))[0] == code
-
-
-def probe(folder, share, noise=0.0):
-    """Write 60 blocks of four prompts, of whose lift a model keeps a share, and 240 choices."""
-    rng = np.random.default_rng(5)
-    lift = rng.normal(5, 4, 240)
-    values = share * lift + rng.normal(0, noise, 240)
-    docs = {n: {"block": n // 4} for n in range(240)}
-    metadata = {"primary_metric": "lift", "floors": {"lift": 0}, "cluster": "block"}
-    tasks = {"facts": {"lift,none": {"values": [*values], "docs": docs}}}
-    rights = [n % 2 for n in range(240)]
-    picks = [r if n % 5 else 1 - r for n, r in enumerate(rights)]
-    tasks["boolq"] = answered(picks, rights)
-    return write_run(folder, tasks, configs={"facts": {"metadata": metadata}}).parent
 
 
 @pytest.mark.parametrize(
@@ -153,17 +118,17 @@ def probe(folder, share, noise=0.0):
 def test_without_a_margin_what_verdict_judges_has_its_usual_one_and_the_same_answer(
     held, tmp_path, share, noise, code
 ):
-    probe(tmp_path / "before", 1)
+    rights = [n % 2 for n in range(240)]
+    picks = [r if n % 5 else 1 - r for n, r in enumerate(rights)]
+    lifts(tmp_path / "before", 1, boolq=answered(picks, rights))
     assert held("before", "--update", "--not_worse")[0] == 0
     of = json.loads((tmp_path / "baseline.json").read_text())["runs"]["run"]
-    lift = of["facts"]["metrics"]["lift,none"]
-    assert (lift["not_worse"], lift["floor"]) == ("5%", 0)
+    facts, boolq = (of[task]["metrics"] for task in ("facts", "boolq"))
+    assert (facts["lift,none"]["not_worse"], facts["lift,none"]["floor"]) == ("5%", 0)
+    assert boolq["choice_prob,none"]["not_worse"] == "2pt"
     # The share of right answers takes more documents, and only a large loss of it counts.
-    rules = {name: record for name, record in of["boolq"]["metrics"].items()}
-    assert (
-        rules["choice_prob,none"]["not_worse"] == rules["acc,none"]["beside"] == "2pt"
-    )
-    probe(tmp_path / "after", share, noise)
+    assert boolq["acc,none"]["beside"] == "2pt"
+    lifts(tmp_path / "after", share, noise, boolq=answered(picks, rights))
     found, text = held("after")
     assert found == code, text
     paths = (tmp_path / name for name in ("before", "after"))
@@ -191,12 +156,6 @@ def test_the_rules_alpha_and_those_with_a_margin_are_families_of_their_own(
     assert (code, "q = 0.0312 < 0.05" in text) == (1, True), text
 
 
-@pytest.mark.parametrize(("away", "code"), [(0, 0), (1e-8, 1), (1e-4, 1)])
-def test_the_exact_score_is_exact_to_the_digits_of_the_file(gate, away, code):
-    after = [0.5 - away] * N
-    assert gate(one([0.5] * N), one(after), rule=())[0] == code
-
-
 def test_a_folder_with_several_models_is_refused(held, tmp_path):
     for n, name in enumerate(("m1", "m2")):
         config = {"model": "hf", "model_args": {"pretrained": name}}
@@ -205,16 +164,6 @@ def test_a_folder_with_several_models_is_refused(held, tmp_path):
     code, text = held("both", "--update")
     assert (code, "of several models" in text, "name one of them" in text) == (2, 1, 1)
     assert held("both/m1", "--update")[0] == 0
-
-
-def test_of_several_results_of_one_model_the_newest_of_each_task_counts(held, tmp_path):
-    for day, share in ((1, 0.9), (3, 0.5), (2, 0.7)):
-        tasks = {**one(answers(share)), f"of_day_{day}": {"acc,none": [share]}}
-        write_run(tmp_path / "m", tasks, date=f"2026-01-0{day}T03-04-05.678901")
-    assert held("m", "--update")[0] == 0
-    scores = json.loads((tmp_path / "baseline.json").read_text())["runs"]["run"]
-    assert [*scores] == ["of_day_1", "of_day_2", "of_day_3", "tf"]
-    assert scores["tf"]["metrics"]["acc,none"]["score"] == 0.5
 
 
 @pytest.mark.parametrize("rule", [ALPHA, ("--absolute", "0.01")])

@@ -48,8 +48,7 @@ SLOW = [
 ]
 #: What a sentence names: a file, or a run, which is called after its folder.
 NAMED = ("/base", "/candidate", "baseline.json", "/sweep", " base", " candidate")
-#: Another version of a task, and a score that is missing, are answers of `check`.
-OTHER_VERSIONS: set[str] = set()
+#: A score that is missing is an answer of `check`.
 MISSING = {"fingerprint", "configurations"}
 #: Scores, where they do not fit the samples: refused once what is reported is compared with them.
 SCORES = {"score"}
@@ -217,7 +216,7 @@ def fault(done: Done, may_fail: bool) -> str:
 def may_fail(place: Place, damage: str) -> bool:
     """Whether what is damaged is a score, an answer, or what tells that a score is there."""
     missing = place[0] == "results" and damage == "removed"
-    return missing or bool({*place} & (OTHER_VERSIONS | MISSING | SCORES | ANSWERS))
+    return missing or bool({*place} & (MISSING | SCORES | ANSWERS))
 
 
 @pytest.mark.parametrize(

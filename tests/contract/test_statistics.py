@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from tests.contract.commands import in_a_terminal, pruned
-from tests.helpers.results_files import answered, write_run
+from tests.contract.commands import compared, in_a_terminal, pruned
+from tests.helpers.results_files import losses, spread, write_run, write_two, yes_or_no
 
 
 N = 80
-
-
-def answers(share):
-    order = np.random.default_rng(7).permutation(N)
-    return (order < share * N).astype(float).tolist()
 
 
 def soft(seed, level=0.0):
@@ -25,33 +20,23 @@ def soft(seed, level=0.0):
     return (0.4 + level + rng.uniform(-0.3, 0.3, size=N)).tolist()
 
 
-def perplexity(values):
-    form = {"aggregation": "perplexity", "higher_is_better": False}
-    return {"values": [*values], **form}
-
-
 @pytest.fixture
-def compared(tmp_path):
+def rows_of(tmp_path):
     """Return the rows that `compare` makes of two runs, by task."""
 
-    def compared(base, run, *words, **about):
-        paths = [
-            write_run(tmp_path / name, tasks, **about).parent
-            for name, tasks in (("base", base), ("run", run))
-        ]
-        done = pruned("compare", *paths, "--format", "json", *words)
-        assert done.code == 0, done.err
-        return {row["task"]: row for row in json.loads(done.out)["rows"]}
+    def rows_of(base, run, *words, **about):
+        paths = write_two(tmp_path, base, run, **about)
+        return {row["task"]: row for row in compared(*paths, *words)["rows"]}
 
-    return compared
+    return rows_of
 
 
 def tasks(share, seed, level=0.0):
-    losses = perplexity(np.random.default_rng(seed).normal(-3 + level, 0.2, size=N))
+    text = losses(np.random.default_rng(seed).normal(-3 + level, 0.2, size=N))
     return {
-        "right": {"acc,none": answers(share)},
+        "right": {"acc,none": spread(share)},
         "soft": {"mc2,none": soft(seed, level)},
-        "text": {"word_perplexity,none": losses},
+        "text": {"word_perplexity,none": text},
     }
 
 
@@ -62,7 +47,7 @@ def test_in_a_terminal_the_table_has_at_most_80_columns_and_all_shows_everything
     paths = [
         write_run(
             tmp_path / f"run_with_a_long_name_{n}",
-            {name: {"acc,none": answers(share), "acc_norm,none": answers(share)}},
+            {name: {"acc,none": spread(share), "acc_norm,none": spread(share)}},
         ).parent
         for n, share in enumerate((0.5, 0.3))
     ]
@@ -78,9 +63,9 @@ def test_in_a_terminal_the_table_has_at_most_80_columns_and_all_shows_everything
     assert re.sub("[ -]", "", whole) == re.sub("[ -]", "", markdown)
 
 
-def test_swapping_two_runs_reverses_every_sign(compared):
+def test_swapping_two_runs_reverses_every_sign(rows_of):
     one, other = tasks(0.5, 1), tasks(0.7, 2, 0.1)
-    there, back = compared(one, other), compared(other, one)
+    there, back = rows_of(one, other), rows_of(other, one)
     for task, row in there.items():
         assert back[task]["difference"] == pytest.approx(-row["difference"])
         assert back[task]["p"] == pytest.approx(row["p"])
@@ -90,26 +75,26 @@ def test_swapping_two_runs_reverses_every_sign(compared):
 
 
 @pytest.mark.parametrize("level", [0, 0.02, 0.05, 0.1])
-def test_p_is_below_5_percent_exactly_if_0_is_outside_the_interval(compared, level):
-    for row in compared(tasks(0.5, 1), tasks(0.5 + level, 2, level)).values():
+def test_p_is_below_5_percent_exactly_if_0_is_outside_the_interval(rows_of, level):
+    for row in rows_of(tasks(0.5, 1), tasks(0.5 + level, 2, level)).values():
         assert (row["p"] < 0.05) == (row["low"] > 0 or row["high"] < 0), row
         assert row["low"] <= row["difference"] <= row["high"]
 
 
-def test_fewer_than_10_documents_that_are_not_right_or_wrong_are_not_tested(compared):
+def test_fewer_than_10_documents_that_are_not_right_or_wrong_are_not_tested(rows_of):
     few = [{"soft": {"mc2,none": soft(n)[:9]}} for n in (1, 2)]
-    row = compared(*few)["soft"]
+    row = rows_of(*few)["soft"]
     assert (row["p"], row["low"], row["verdict"]) == (None, None, "not tested")
 
 
 def test_without_a_spread_a_score_between_0_and_1_is_tested_and_a_perplexity_is_not(
-    compared,
+    rows_of,
 ):
     moved = [
-        {"soft": {"mc2,none": [0.5 + by] * N}, "text": {"p,none": perplexity([by] * N)}}
+        {"soft": {"mc2,none": [0.5 + by] * N}, "text": {"p,none": losses([by] * N)}}
         for by in (0.0, 0.25)
     ]
-    rows = compared(*moved)
+    rows = rows_of(*moved)
     assert (rows["soft"]["verdict"], rows["text"]["verdict"]) == (
         "better",
         "not tested",
@@ -117,53 +102,60 @@ def test_without_a_spread_a_score_between_0_and_1_is_tested_and_a_perplexity_is_
 
 
 @pytest.mark.parametrize("claim", ["--equivalent", "--not_worse"])
-def test_a_perplexity_that_is_the_same_for_all_documents_is_equivalent(compared, claim):
-    text = {"text": {"p,none": perplexity(np.linspace(-4, -2, 5))}}
-    assert compared(text, text, claim, "2%")["text"]["verdict"] == claim[2:].replace(
+def test_a_perplexity_that_is_the_same_for_all_documents_is_equivalent(rows_of, claim):
+    text = {"text": {"p,none": losses(np.linspace(-4, -2, 5))}}
+    assert rows_of(text, text, claim, "2%")["text"]["verdict"] == claim[2:].replace(
         "_", " "
     )
 
 
-def test_149_documents_without_a_change_are_needed_for_a_claim_of_2_points(compared):
+def test_149_documents_without_a_change_are_needed_for_a_claim_of_2_points(rows_of):
     for documents, verdict in ((148, "undecided"), (150, "not worse")):
         run = {"soft": {"mc2,none": np.linspace(0.2, 0.9, documents).tolist()}}
-        assert compared(run, run, "--not_worse", "2pt")["soft"]["verdict"] == verdict
+        assert rows_of(run, run, "--not_worse", "2pt")["soft"]["verdict"] == verdict
 
 
-def test_without_samples_standard_errors_are_tested(compared):
+def test_without_samples_standard_errors_are_tested(rows_of):
     both = [
-        {"t": {"acc,none": {"values": answers(s), "stderr": 0.05}}} for s in (0.3, 0.5)
+        {"t": {"acc,none": {"values": spread(s), "stderr": 0.05}}} for s in (0.3, 0.5)
     ]
-    row = compared(*both, samples=False)["t"]
-    assert "unpaired z test" in row["method"]
-    assert row["p"] == pytest.approx(0.0047, abs=1e-4)
-
-
-RIGHTS = [n % 2 for n in range(200)]
+    row = rows_of(
+        *({**of, "u": {"acc,none": spread(0.5)}} for of in both), samples=False
+    )
+    assert "unpaired z test on stderrs (weaker)" in row["t"]["method"]
+    paired = rows_of(*both)["t"]
+    assert row["t"]["p"] == pytest.approx(0.0047, abs=1e-4)
+    assert paired["p"] < row["t"]["p"]
+    half = stats.norm.isf(0.025) * 0.05 * 2**0.5
+    ends = row["t"]["difference"] - half, row["t"]["difference"] + half
+    assert (row["t"]["low"], row["t"]["high"]) == pytest.approx(ends)
+    assert (row["u"]["p"], row["u"]["q"], row["u"]["verdict"]) == (
+        None,
+        None,
+        "not tested",
+    )
 
 
 def right(share):
-    """Return answers of which a share is right, the same documents first; chance is one half."""
-    picks = [r if n < share * 200 else 1 - r for n, r in enumerate(RIGHTS)]
-    return {"boolq": answered(picks, RIGHTS)}
+    return {"boolq": yes_or_no(share, 200)}
 
 
 @pytest.mark.parametrize(
     ("base", "run", "kept"), [(0.9, 0.9, 1), (0.9, 0.7, 0.5), (0.9, 0.5, 0)]
 )
 def test_kept_is_100_percent_for_all_of_it_and_0_percent_for_the_floor(
-    compared, base, run, kept
+    rows_of, base, run, kept
 ):
-    floor = compared(right(base), right(run))["boolq"]["floor"]
+    floor = rows_of(right(base), right(run))["boolq"]["floor"]
     found = floor["kept"]
     assert found["share"] == pytest.approx(kept)
     assert found["low"] <= found["share"] <= found["high"] < found["low"] + 0.5
 
 
 def test_where_the_unpruned_model_is_at_its_floor_the_task_cannot_show_a_loss(
-    compared, tmp_path
+    rows_of, tmp_path
 ):
-    floor = compared(right(0.52), right(0.5))["boolq"]["floor"]
+    floor = rows_of(right(0.52), right(0.5))["boolq"]["floor"]
     assert (floor["base_above_floor"], floor["kept"]) == (False, None)
     table = pruned("compare", tmp_path / "base", tmp_path / "run").out
     (row,) = (line for line in table.splitlines() if "not shown (at floor)" in line)
@@ -177,8 +169,7 @@ def test_results_after_other_questions_are_a_floor_whatever_else_is_compared(tmp
         write_run(tmp_path / name, right(share), **about).parent
         for name, (share, about) in runs.items()
     ]
-    done = pruned("compare", *paths, "--format", "json")
-    (row,) = json.loads(done.out)["rows"]
+    (row,) = compared(*paths)["rows"]
     assert (row["run"], row["floor"]["floor_name"]) == ("run", "blind")
     assert row["floor"]["floor"] == pytest.approx(0.7)
     assert row["floor"]["kept"]["share"] == pytest.approx(0.5)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 
 import numpy as np
 import pytest
 
-from tests.contract.commands import lm_eval, pruned, results_in
+from tests.contract.commands import compared, lm_eval, pruned, results_in
 from tests.helpers.made_tasks import write_made_tasks
-from tests.helpers.results_files import pruning, write_run, write_sweep
+from tests.helpers.results_files import losses, pruning, write_run, write_sweep
 from tests.sweeps.conftest import quick  # noqa: F401
 
 
@@ -23,12 +22,6 @@ ORDER = np.random.default_rng(7).permutation(N)
 def acc(share, documents=N, metric="acc,none"):
     """Return right-or-wrong answers of which a share is right."""
     return {metric: (ORDER[:documents] < share * N).astype(float).tolist()}
-
-
-def compared(*paths_and_words):
-    done = pruned("compare", *paths_and_words, "--format", "json")
-    assert done.code == 0, done.err
-    return json.loads(done.out)
 
 
 def two(folder, base, run, **about):
@@ -59,6 +52,9 @@ def test_the_newest_result_of_each_task_counts_and_of_several_models_one_is_name
     paths = two(tmp_path, {"tf": acc(0.5)}, {"tf": acc(0.5)}, pruning=pruning(20))
     later = "2026-02-02T03-04-05.678901"
     write_run(paths[1], {"tf": acc(0.25)}, date=later, pruning=pruning(20))
+    # The order in which they were written does not count.
+    first = "2026-01-01T03-04-05.678901"
+    write_run(paths[1], {"tf": acc(0.75)}, date=first, pruning=pruning(20))
     (row,) = compared(*paths)["rows"]
     assert (row["base_score"], row["score"]) == (0.5, 0.25)
     write_run(paths[1], {"tf": acc(0.25)}, date=later, pruning=pruning(40))
@@ -84,6 +80,10 @@ def test_markdown_csv_and_json_have_the_same_rows(tmp_path):
         assert [row[name] for row in found] == [row[name] for row in rows]
     for row in rows:
         assert re.search(rf"\|{row['metric']} *\|.*\|{row['verdict']}", markdown)
+    with_margin = pruned(
+        "compare", *paths, "--format", "csv", "--not_worse", "45pt"
+    ).out
+    assert with_margin.splitlines()[0].endswith("verdict,margin,p_margin,q_margin")
     # acc_norm represents the task.
     verdicts = {row["metric"]: row["verdict"] for row in rows}
     assert verdicts == {"acc,none": "restated", "acc_norm,none": "worse"}
@@ -119,6 +119,7 @@ def test_verdicts_are_those_of_the_table(tmp_path):
         "acc,none": {**unknown["acc,none"], "values": acc(0.7)["acc,none"]}
     }
     rows = compared(*two(tmp_path, base, run))["rows"]
+    assert any("score of run is not a finite number" in row["method"] for row in rows)
     # What is at a floor is said beside the verdict.
     found = {row["task"].replace("_", " "): row["verdict"] for row in rows}
     assert found == {name: name for name in runs}
@@ -153,15 +154,40 @@ def test_intervals_are_widened_so_that_0_is_outside_exactly_if_a_difference_is_s
             assert q == pytest.approx(smallest)
 
 
-def test_three_or_more_ratios_have_trends_and_correlations(sweep):
-    told = compared(sweep)
-    slopes = {each["task"]: each["slope"] for each in told["trends"]}
+@pytest.mark.smoke
+def test_three_or_more_ratios_have_trends_and_correlations(tmp_path, monkeypatch):
+    noise, runs = np.random.default_rng(0).normal(0, 0.1, N), {}
+    shares = {0: (0.8, 0.2), 20: (0.6, 0.3), 40: (0.5, 0.6), 60: (0.3, 0.5)}
+    for percent, (knows, true) in shares.items():
+        # The logarithm of the perplexity falls with the share of right answers.
+        text = {"word_perplexity,none": losses(20 * np.mean(knows * N > ORDER) + noise)}
+        tasks = {"mmlu": acc(knows), "tf": acc(true), "text": text}
+        runs[f"p{percent}"] = percent, tasks
+    folder = write_sweep(tmp_path, runs)
+    # No test draws random numbers.
+    for name in ("default_rng", "RandomState", "Generator"):
+        monkeypatch.delattr(np.random, name)
+    told = compared(folder)
+    trends = {each["task"]: each for each in told["trends"]}
+    mmlu = trends["mmlu"]
     # Over ratios, which fall.
-    assert slopes["mmlu"] > 0 > slopes["tf"]
-    (pair,) = told["correlations"]
-    assert -1 <= pair["pearson"] < -0.8
-    out = pruned("compare", sweep, "--all").out
+    assert mmlu["slope"] > 0 > trends["tf"]["slope"]
+    assert trends["text"]["slope"] == pytest.approx(-20 * mmlu["slope"])
+    assert (mmlu["n"], mmlu["series"]) == (4, "maw")
+    assert mmlu["p"] < mmlu["q"] < 1e-6
+    pairs = {
+        tuple(task for task, _ in each["tasks"]): each["pearson"]
+        for each in told["correlations"]
+    }
+    assert pairs["mmlu", "tf"] == pytest.approx(-0.789, abs=1e-3)
+    assert pairs["mmlu", "text"] == pytest.approx(-1)
+    out = pruned("compare", folder, "--all").out
     assert "trend" in out.lower() and "correlation" in out.lower()
+    # A trend is tested where there are samples of all sizes.
+    for file in folder.glob("units/p40/*/samples_*.jsonl"):
+        file.unlink()
+    (mmlu,) = (each for each in compared(folder)["trends"] if each["task"] == "mmlu")
+    assert (mmlu["p"], "needs logged samples" in mmlu["method"]) == (None, True)
 
 
 @pytest.fixture
@@ -170,10 +196,9 @@ def power(tmp_path):
     rng = np.random.default_rng(1)
     before, soft = (rng.random(300) < 0.5).astype(float), rng.random(300)
     after = np.where(rng.random(300) < 0.1, 1 - before, before)
-    losses = {"aggregation": "perplexity", "higher_is_better": False}
     paths = []
     for right, noise in ((before, 0), (after, rng.normal(0, 0.05, size=300))):
-        wiki = {"perplexity,none": {"values": [*(soft + noise - 3)], **losses}}
+        wiki = {"perplexity,none": losses(soft + noise - 3)}
         sure = np.clip(soft + noise, 0, 1)
         tasks = {"boolq": {"acc,none": [*right]}, "tf": {"mc2,none": [*sure]}}
         paths.append(write_run(tmp_path / str(len(paths)), {**tasks, "wiki": wiki}))
@@ -236,15 +261,19 @@ def test_what_power_cannot_answer_is_refused(power, task, words, said):
 @pytest.mark.slow
 def test_a_report_has_the_files_of_the_page_and_loads_nothing(sweep, tmp_path):
     pytest.importorskip("altair", reason="a report needs the extra `report`")
-    done = pruned("report", sweep, "--output_path", tmp_path)
-    assert done.code == 0, done.err
-    names = {path.name for path in tmp_path.iterdir()}
+    one, again = tmp_path / "one", tmp_path / "again"
+    for folder in (one, again):
+        done = pruned("report", sweep, "--output_path", folder)
+        assert done.code == 0, done.err
+    names = {path.name for path in one.iterdir()}
     assert names == {"report.html", "report.md", "flips.html", "results.csv", "plots"}
-    assert {path.suffix for path in tmp_path.glob("plots/*")} == {".png", ".svg"}
-    with (tmp_path / "results.csv").open() as file:
+    assert {path.suffix for path in one.glob("plots/*")} == {".png", ".svg"}
+    for path in one.rglob("*.*"):
+        assert path.read_bytes() == (again / path.relative_to(one)).read_bytes(), path
+    with (one / "results.csv").open() as file:
         rows = {(row["run"], row["task"]) for row in csv.DictReader(file)}
     assert rows == {(f"p{p}", t) for p in (0, 10, 20, 40) for t in ("mmlu", "tf")}
-    for page in tmp_path.glob("*.html"):
+    for page in one.glob("*.html"):
         text = page.read_text("utf-8")
         assert "default-src 'none'" in text
         assert not re.search(r"<(script|link|img)[^>]*(src|href)=.?(https?:)?//", text)

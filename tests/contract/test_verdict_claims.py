@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from tests.contract.commands import pruned
-from tests.helpers.results_files import answered, write_run, write_sweep
+from tests.contract.commands import compared, pruned
+from tests.helpers.results_files import (
+    answered,
+    losses,
+    write_run,
+    write_sweep,
+    write_two,
+    yes_or_no,
+)
 
 
 CODES = {"ship": 0, "do not ship": 1, "not decided": 3}
@@ -25,10 +31,7 @@ def both(tmp_path):
 
     def both(base, candidate, *words, **about):
         folder = tmp_path / str(next(FOLDERS))
-        paths = [
-            write_run(folder / name, tasks, **about).parent
-            for name, tasks in (("old", base), ("new", candidate))
-        ]
+        paths = write_two(folder, base, candidate, **about)
         done = pruned("verdict", *paths, *words, "--output_path", folder / "out")
         file = folder / "baseline.json"
         margin = [word for word in words if word != "--margin"]
@@ -77,17 +80,8 @@ def test_what_is_kept_has_an_interval_whose_lower_end_holds(both):
     assert low == "?" or int(low) <= 60
 
 
-RIGHTS = [n % 2 for n in range(2000)]
-
-
-def picks(share, documents):
-    """Return choices of which a share is right, spread over both answers."""
-    rights = RIGHTS[:documents]
-    return [r if n < share * documents else 1 - r for n, r in enumerate(rights)], rights
-
-
 def boolq(share, documents):
-    return {"boolq": answered(*picks(share, documents))}
+    return {"boolq": yes_or_no(share, documents)}
 
 
 def test_where_the_base_is_at_its_floor_verdict_and_check_decide_nothing(both):
@@ -184,12 +178,12 @@ def test_documents_that_repeat_count_once(times, tmp_path):
     before = [1.0] * 6 + [0.0] + [1.0] * 53
     after = [0.0] * 6 + [1.0] + [1.0] * 53
     docs = {n: {"question": n % 60} for n in range(60 * times)}
-    paths = []
-    for name, values in (("old", before), ("new", after)):
-        task = {"t": {"acc,none": {"values": times * values, "docs": docs}}}
-        paths.append(write_run(tmp_path / name, task).parent)
-    done = pruned("compare", *paths, "--format", "json")
-    (row,) = json.loads(done.out)["rows"]
+    tasks = (
+        {"t": {"acc,none": {"values": times * values, "docs": docs}}}
+        for values in (before, after)
+    )
+    paths = write_two(tmp_path, *tasks)
+    (row,) = compared(*paths)["rows"]
     assert row["p"] == pytest.approx(2 * sum((1, 7)) / 2**7, rel=1e-4)
 
 
@@ -197,10 +191,8 @@ def grouped(values_by_task):
     """Return tasks of a group, and the sections that declare it."""
     tasks = {name: {"acc,none": values} for name, values in values_by_task.items()}
     score = float(np.mean([v for values in values_by_task.values() for v in values]))
-    return tasks, {
-        "groups": {"g": [*tasks]},
-        "group_scores": {"g": {"acc,none": score}},
-    }
+    scores = {"g": {"acc,none": score}}
+    return tasks, {"groups": {"g": [*tasks]}, "group_scores": scores}
 
 
 def test_a_group_does_not_hide_a_subject_that_fell(tmp_path):
@@ -231,20 +223,17 @@ def test_members_of_a_group_with_few_documents_keep_it_from_being_decided(tmp_pa
     path = write_run(tmp_path / "old", tasks, **group).parent
     done = pruned("verdict", path, path, "--output_path", tmp_path / "out")
     assert done.code == 3
-    assert re.search(
-        r"g: s0 acc: undecided\. It would take about \d+ documents instead of 20",
-        done.out,
-    )
+    more = r"g: s0 acc: undecided\. It would take about \d+ documents instead of 20"
+    assert re.search(more, done.out)
 
 
 def two_measures(rights, probs):
     """Return a task of two choices by which answers are right and how likely the right one is."""
-    task = answered(
-        [r if ok else 1 - r for r, ok in zip(RIGHTS, rights, strict=False)],
-        RIGHTS[: len(rights)],
-    )
+    expected = [n % 2 for n in range(len(rights))]
+    pairs = zip(expected, rights, strict=True)
+    task = answered([r if ok else 1 - r for r, ok in pairs], expected)
     for number, row in task["acc,none"]["rows"].items():
-        of_right, right = probs[number], RIGHTS[number]
+        of_right, right = probs[number], expected[number]
         pair = [np.log(1 - of_right), np.log(of_right)]
         row["filtered_resps"] = [[str(pair[n == right]), "False"] for n in (0, 1)]
     return {"boolq": task}
@@ -280,46 +269,24 @@ def test_a_guess_is_never_a_floor_where_chance_is_known(tmp_path):
     order = rng.permutation(100)
 
     def task(share):
-        return {
-            "boolq": answered(
-                [
-                    r if o < 100 * share else 1 - r
-                    for r, o in zip(rights, order, strict=True)
-                ],
-                rights,
-            )
-        }
+        pairs = zip(rights, order, strict=True)
+        picks = [r if place < 100 * share else 1 - r for r, place in pairs]
+        return {"boolq": answered(picks, rights)}
 
-    write_sweep(
-        tmp_path / "sweep",
-        {
-            "base": (0, task(0.62)),
-            "p20": (20, task(0.6)),
-            "floor-echo-equal": ("echo", task(0.57)),
-        },
-    )
-    (row,) = json.loads(pruned("compare", tmp_path / "sweep", "--format", "json").out)[
-        "rows"
-    ]
+    runs = {"base": (0, task(0.62)), "p20": (20, task(0.6))}
+    runs["floor-echo-equal"] = "echo", task(0.57)
+    (row,) = compared(write_sweep(tmp_path / "sweep", runs))["rows"]
     floor = row["floor"]
-    assert (floor["floor_name"], floor["floor"], floor["base_above_floor"]) == (
-        "chance",
-        0.5,
-        True,
-    )
+    assert (floor["floor_name"], floor["floor"]) == ("chance", 0.5)
+    assert floor["base_above_floor"]
 
 
 def test_what_always_gives_one_answer_is_a_floor_where_it_is_more_than_luck(tmp_path):
     rights = [1] * 70 + [0] * 30
     task = {"boolq": answered([1] * 65 + [0] * 5 + [0] * 25 + [1] * 5, rights)}
     always = {"boolq": answered([1] * 100, rights)}
-    write_sweep(
-        tmp_path / "s",
-        {"base": (0, task), "p20": (20, task), "floor-yes": ("constant", always)},
-    )
-    (row,) = json.loads(pruned("compare", tmp_path / "s", "--format", "json").out)[
-        "rows"
-    ]
+    runs = {"base": (0, task), "p20": (20, task), "floor-yes": ("constant", always)}
+    (row,) = compared(write_sweep(tmp_path / "s", runs))["rows"]
     assert row["floor"]["floor"] == pytest.approx(0.7)
 
 
@@ -327,9 +294,8 @@ def test_few_documents_are_not_called_a_floor(tmp_path):
     """Eight texts: a claim on scores without limits takes 60, and a floor is tested on 10."""
     rng = np.random.default_rng(0)
     values = rng.normal(-3, 0.2, 8)
-    form = {"aggregation": "perplexity", "higher_is_better": False}
     runs = [
-        {"text": {"word_perplexity,none": {"values": [*of], **form}}}
+        {"text": {"word_perplexity,none": losses(of)}}
         for of in (values, values - rng.normal(0, 1e-4, 8), np.full(8, -5.5))
     ]
     write_sweep(tmp_path / "s", {"base": (0, runs[0]), "floor-echo": ("echo", runs[2])})

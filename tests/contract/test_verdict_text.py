@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.contract.commands import pruned
 from tests.helpers.checkpoints import ROOT, save_tiny
-from tests.helpers.results_files import write_run
+from tests.helpers.results_files import losses, write_two
 from tests.sweeps.conftest import quick  # noqa: F401
 
 
@@ -122,10 +122,9 @@ def test_another_candidate_meets_the_probabilities_that_the_base_left(
 
 
 def test_with_finished_results_it_is_not_measured_and_the_page_says_so(tmp_path):
-    losses = {"aggregation": "bits_per_byte", "higher_is_better": False}
-    values = [[-500.0 - n, 300.0] for n in range(64)]
-    task = {"pruned_demo_text": {"bits_per_byte,none": {"values": values, **losses}}}
-    paths = [write_run(tmp_path / name, task).parent for name in ("old", "new")]
+    values = losses(([-500.0 - n, 300.0] for n in range(64)), "bits_per_byte")
+    task = {"pruned_demo_text": {"bits_per_byte,none": values}}
+    paths = write_two(tmp_path, task, task)
     done = pruned("verdict", *paths, "--output_path", tmp_path / "out")
     assert done.code == 0
     why = "(KL) was not measured, because one of the two is finished results"

@@ -57,6 +57,43 @@ def answered(picks, rights, options=(" no", " yes")) -> dict:
     return {"acc,none": {"values": values, "rows": rows}}
 
 
+def spread(share: float, documents: int = 80, seed: int = 7) -> list[float]:
+    """Return zeros and ones in no order; a higher share keeps the ones of a lower one."""
+    order = np.random.default_rng(seed).permutation(documents)
+    return (order < share * documents).astype(float).tolist()
+
+
+def yes_or_no(share: float, documents: int) -> dict:
+    """Return a task of two choices of which a share is right, the same documents first; chance is one half."""
+    rights = [number % 2 for number in range(documents)]
+    picks = [r if n < share * documents else 1 - r for n, r in enumerate(rights)]
+    return answered(picks, rights)
+
+
+def losses(values, aggregation: str = "perplexity") -> dict:
+    """Return a metric of text, of which less is better."""
+    form = {"aggregation": aggregation, "higher_is_better": False}
+    return {"values": [*values], **form}
+
+
+def lifts(folder: Path, share: float, noise: float = 0.0, **more) -> Path:
+    """Write results of a probe in 60 blocks of four, of whose lift a model keeps a share; return the folder."""
+    rng = np.random.default_rng(more.pop("seed", 5))
+    values = share * rng.normal(5, 4, 240) + rng.normal(0, noise, 240)
+    docs = {number: {"block": number // 4} for number in range(240)}
+    known = {"primary_metric": "lift", "floors": {"lift": 0}, "cluster": "block"}
+    known["family"] = "knowledge"
+    lift = {"lift,none": {"values": [*values], "docs": docs}, "acc,none": [1.0] * 240}
+    configs = {"facts": {"metadata": known}}
+    return write_run(folder, {"facts": lift, **more}, configs=configs).parent
+
+
+def write_two(folder: Path, base: dict, run: dict, **about) -> list[Path]:
+    """Write two results with the same sections and return their folders, ``base`` and ``run``."""
+    both = (("base", base), ("run", run))
+    return [write_run(folder / name, tasks, **about).parent for name, tasks in both]
+
+
 def written(texts, rights) -> dict:
     """Return a task of free texts, and whether each is right."""
     rows = {

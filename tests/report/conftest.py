@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers.results_files import offering, write_sweep
+from tests.helpers.results_files import losses, offering, spread, write_sweep
 
 
 N = 80
@@ -26,15 +26,8 @@ CHOICES = {
 }
 
 
-def answers(share: float, seed: int = 11, n: int = N) -> list[float]:
-    """Return which of n documents are answered rightly, the same ones first."""
-    order = np.random.default_rng(seed).permutation(n)
-    return (order < share * n).astype(float).tolist()
-
-
 def perplexity(level: float, seed: int = 2) -> dict:
-    values = np.random.default_rng(seed).normal(-level, 0.1, N).tolist()
-    return {"values": values, "aggregation": "perplexity", "higher_is_better": False}
+    return losses(np.random.default_rng(seed).normal(-level, 0.1, N))
 
 
 def tasks(percent: int) -> dict:
@@ -44,10 +37,10 @@ def tasks(percent: int) -> dict:
         rows = {n: offering([f"{n} {c}" for c in range(choices)]) for n in range(N)}
         if task == "boolq":
             rows = {n: offering([" no", " yes"], int(n % 8 < 5)) for n in range(N)}
-        values = answers(first + (last - first) * done, seed)
+        values = spread(first + (last - first) * done, N, seed)
         made[task] = {"acc,none": {"values": values, "rows": rows, "stderr": 0.05}}
     made["wikitext"] = {"word_perplexity,none": perplexity(2 + 3 * done, percent)}
-    made["gsm8k"] = {"exact_match,strict-match": answers(0.4 * (1 - done))}
+    made["gsm8k"] = {"exact_match,strict-match": spread(0.4 * (1 - done), N, 11)}
     return made
 
 

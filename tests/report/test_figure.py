@@ -87,17 +87,37 @@ def test_the_best_score_without_knowledge_is_drawn_where_it_is_known(
     assert (kept is None) == (task != "mmlu")
 
 
-def test_what_pruning_takes_is_next_to_what_it_leaves(drawn):
-    spec = measure_chart(drawn[drawn["measure"] == "raw"], "raw").to_dict()
+KEPT = MEASURES["kept"][2]
+
+
+@pytest.mark.parametrize(
+    ("measure", "titles"),
+    [
+        (
+            "raw",
+            [
+                ["Knowledge, Commonsense", "score (%)"],
+                ["Language modelling", "word_perplexity"],
+                ["Truthfulness, Multi-step reasoning", "score (%)"],
+                ["The rest", "score (%)"],
+            ],
+        ),
+        (
+            "kept",
+            [
+                ["Knowledge, Commonsense", KEPT],
+                ["Language modelling", NATS],
+                ["The rest", KEPT],
+            ],
+        ),
+    ],
+)
+def test_what_pruning_takes_is_next_to_what_it_leaves(drawn, measure, titles):
+    spec = measure_chart(drawn[drawn["measure"] == measure], measure).to_dict()
     layers = [panel["layer"][-1]["layer"][-1] for panel in spec["concat"]]
     told = {each["field"] for each in layers[0]["encoding"]["tooltip"]}
     assert {"interval", "documents", "q", "verdict"} <= told
-    assert [layer["encoding"]["y"]["title"] for layer in layers] == [
-        ["Knowledge, Commonsense", "score (%)"],
-        ["Language modelling", "word_perplexity"],
-        ["Truthfulness, Multi-step reasoning", "score (%)"],
-        ["The rest", "score (%)"],
-    ]
+    assert [layer["encoding"]["y"]["title"] for layer in layers] == titles
 
 
 def test_an_interval_extends_an_axis_by_as_much_as_the_lines_take_at_most(drawn):
@@ -115,16 +135,6 @@ def test_an_interval_extends_an_axis_by_as_much_as_the_lines_take_at_most(drawn)
         assert [e["mark"]["clip"] for e in layers if e["mark"]["type"] == "area"] == [
             True
         ]
-
-
-def test_what_is_kept_has_a_panel_for_each_side_and_text_is_in_nats(drawn):
-    spec = measure_chart(drawn[drawn["measure"] == "kept"], "kept").to_dict()
-    layers = [panel["layer"][-1]["layer"][-1] for panel in spec["concat"]]
-    assert [layer["encoding"]["y"]["title"] for layer in layers] == [
-        ["Knowledge, Commonsense", MEASURES["kept"][2]],
-        ["Language modelling", NATS],
-        ["The rest", MEASURES["kept"][2]],
-    ]
 
 
 def test_bits_per_byte_are_drawn_as_nats_more_than_unpruned(tmp_path):

@@ -33,23 +33,6 @@ def made_curves(layers=4, width=100, kept=(50, 90)) -> dict:
     }
 
 
-def test_a_file_holds_what_was_measured():
-    curves = Sensitivity.of(made_curves())
-    assert Sensitivity.of(json.loads(curves.as_json())) == curves
-
-
-def test_the_table_has_a_row_for_each_layer_and_a_column_for_each_share():
-    curves = Sensitivity.of(made_curves())
-    table = curves.table()
-    assert [c.title for c in table.columns] == ["layer", "10 % removed", "50 % removed"]
-    assert [cell.text for cell in table.cells[3]] == ["3", "+0.400", "+2.000"]
-    for words in (
-        "criterion=obs, repair=least_squares",
-        "3.000 unpruned, on 2 texts with 1,256 tokens",
-    ):
-        assert words in curves.explanation
-
-
 def test_layers_of_different_widths_have_a_dash_at_the_shares_of_others():
     data, others = made_curves(width=99, kept=(49, 89)), made_curves()["curves"]
     data["curves"] += [{**curve, "layer": curve["layer"] + 4} for curve in others]

@@ -1,61 +1,22 @@
-"""What a report says of sizes that were trained again, and of neurons that were removed at random."""
+"""What a report says of neurons that were removed at random."""
 
 from __future__ import annotations
 
 import json
 
-import pytest
-
 from lm_eval_pruned.compare.comparison import Comparison
 from lm_eval_pruned.report.sections import random_section
 from lm_eval_pruned.results.groups import series_of
 from lm_eval_pruned.results.runs import read_sweep
-from tests.helpers.results_files import pruning, write_sweep
-from tests.report import conftest
+from tests.helpers.results_files import pruning, spread, write_sweep
 
 
-HEALING = {
-    "method": "lora",
-    "teacher": {"weight": 0.5, "temperature": 1.0},
-    "data": {"file": "text.jsonl", "texts": 9},
-    "steps": 200,
-    "tokens_seen": 819200,
-    "seconds": 1234.5,
-    "energy": {
-        "joules": {"total": 51234.0},
-        "sources": {"cpu": "modelled", "gpu": "none", "ram": "constant"},
-        "notes": [],
-    },
-}
 NOTHING = Comparison("base", 0.05, (), (), (), ())
-BY = "lora with teacher 0.5"
-
-
-def answers(share):
-    return conftest.answers(share, n=200)
 
 
 def tasks(knows):
-    made = {"mmlu": answers(knows), "truthfulqa_mc2": answers(0.4)}
+    made = {"mmlu": spread(knows, 200), "truthfulqa_mc2": spread(0.4, 200)}
     return {task: {"acc,none": values} for task, values in made.items()}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    runs = {"base": (0, tasks(0.8))}
-    for percent, before, after in ((20, 0.6, 0.7), (40, 0.3, 0.5), (60, 0.2, 0.4)):
-        runs[f"p{percent}"] = percent, tasks(before)
-        runs[f"p{percent}_healed"] = percent, tasks(after)
-    write_sweep(tmp_path, runs)
-    set_healing(tmp_path, "*_healed", HEALING)
-    return tmp_path
-
-
-def set_healing(folder, names, healing):
-    for file in folder.glob(f"units/{names}/*/results_*.json"):
-        results = json.loads(file.read_text())
-        results["config"]["healing"] = healing
-        file.write_text(json.dumps(results))
 
 
 def set_arguments(folder, name, **arguments):
@@ -71,16 +32,6 @@ def cells(section, *titles):
     return [[row[place].text for place in places] for row in section.table.cells]
 
 
-def test_healed_sizes_are_series_of_their_own(folder):
-    runs = read_sweep(folder).runs
-    series = {name: [run.name for run in of] for name, of in series_of(runs).items()}
-    healed = [f"p{percent}_healed" for percent in (20, 40, 60)]
-    assert series == {
-        "maw": ["base", "p20", "p40", "p60"],
-        f"maw, healed by {BY}": ["base", *healed],
-    }
-
-
 def test_a_recipe_is_called_what_was_typed(tmp_path):
     """Like `sweep --recipes best study --criteria max_abs`, whose records have criteria of their own."""
     ways = (("best", "obs"), ("study", "maw"), (None, "max_abs"))
@@ -93,21 +44,6 @@ def test_a_recipe_is_called_what_was_typed(tmp_path):
     assert [*series_of(others)] == ["recipe=best", "recipe=study", "max_abs"]
     (note,) = random_section(others, NOTHING).notes
     assert "--recipes best study --criteria max_abs random --seeds 0 1 2;" in note
-
-
-def test_what_was_asked_beside_a_recipe_makes_another_series(tmp_path):
-    asked = ({}, {"repair": "none"}, {"criterion": "ppm", "repair": "least_squares"})
-    runs = {"base": (0, tasks(1.0))}
-    runs |= {f"c{n}": (20, tasks(0.9)) for n in range(len(asked))}
-    write_sweep(tmp_path, runs)
-    for n, arguments in enumerate(asked):
-        set_arguments(tmp_path, f"c{n}", recipe="best", **arguments)
-    _, others = read_sweep(tmp_path).split()
-    assert [*series_of(others)] == [
-        "recipe=best",
-        "recipe=best, repair none",
-        "recipe=best, maw, repair least_squares",
-    ]
 
 
 def test_a_criterion_is_tested_against_random_cuts_of_its_size(tmp_path):

@@ -15,16 +15,13 @@ from lm_eval_pruned.report.sections import families_section
 from lm_eval_pruned.results.groups import FAMILIES, family_of
 from lm_eval_pruned.results.runs import read_sweep
 from tests.helpers import checkpoints
-from tests.helpers.results_files import pruning, write_sweep
-from tests.report.conftest import NASTY, answers
+from tests.helpers.results_files import pruning, spread, write_sweep
+from tests.report.conftest import NASTY
 
 
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
 from lm_eval_pruned.report.report import compared, write_report
-
-
-PLOTS = ("kept", "knowledge-truthfulness", "scores")
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +45,6 @@ def written(folder, name="report.md"):
     sweep = read_sweep(folder)
     write_report(sweep, compared(sweep))
     return (folder / "report" / name).read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_the_files_are_those_and_the_same_again(sweep, tmp_path):
-    read = read_sweep(sweep)
-    files = write_report(read, compared(read), tmp_path)
-    files = [file.relative_to(tmp_path) for file in files]
-    assert {*map(str, files)} == {
-        *("report.html", "report.md", "results.csv", "flips.html"),
-        *(f"plots/{name}-maw.{suffix}" for name in PLOTS for suffix in ("png", "svg")),
-    }
-    for file in files:
-        again = sweep / "report" / file
-        assert (tmp_path / file).read_bytes() == again.read_bytes(), file
 
 
 @pytest.mark.parametrize("name", ["report.html", "flips.html"])
@@ -170,12 +153,12 @@ def test_on_a_telephone_no_word_breaks_and_no_table_is_cut(sweep, browser):
     [
         # A baseline that scores nothing, no knowledge task, two sizes.
         (
-            [{"ifeval": [0.0] * 80}, {"ifeval": answers(0.4)}],
+            [{"ifeval": [0.0] * 80}, {"ifeval": spread(0.4)}],
             "plots/scores-maw.png",
             "plots/kept|Knowledge against",
         ),
-        ([{"ifeval": answers(0.4)}], "|ifeval|acc \u2191|0.4000|", "plots/"),
-        ([{"a": answers(0.4)}, {"b": [1.0]}], "p20 shares no task", "plots/"),
+        ([{"ifeval": spread(0.4)}], "|ifeval|acc \u2191|0.4000|", "plots/"),
+        ([{"a": spread(0.4)}, {"b": [1.0]}], "p20 shares no task", "plots/"),
     ],
 )
 def test_small_sweeps(tmp_path, runs, words, not_there):

@@ -40,12 +40,8 @@ def test_each_score_is_a_mean_over_its_documents(both):
                 score, found = run.scores["bbq", name], read[name]
                 assert score.higher_is_better is None
                 assert found.values.mean() == pytest.approx(score.value, abs=1e-9)
-                share = (
-                    2
-                    if name in ("amb_bias_score,none", "disamb_bias_score,none")
-                    else 6
-                )
-                assert len(found.values) == 600 / share
+                overall = name in ("amb_bias_score,none", "disamb_bias_score,none")
+                assert len(found.values) == 600 / (2 if overall else 6)
         # Ten choices say that nobody can know, and each is right.
         assert CHOICE_PROB not in read
         assert read["acc,none"].levels["chance"] == pytest.approx((10 + 1) / 24)
@@ -65,13 +61,13 @@ def test_the_spread_is_that_of_a_paired_bootstrap_and_the_interval_no_shorter(
         rows = [json.loads(line) for line in lines]
         of = [(n, row[name]) for n, row in enumerate(rows)]
         wanted = {("ambig", "disambig")[kind == "disamb"]}
-        logged.append(
+        logged += [
             [
                 (*row[:3], row[3] == "True")
                 for n, row in of
                 if rows[n]["doc"]["context_condition"] in wanted and row[1] == row[1]
             ]
-        )
+        ]
 
     def difference(indices):
         one, other = (AGGREGATIONS[kind]([of[i] for i in indices]) for of in logged)

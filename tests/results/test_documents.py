@@ -63,61 +63,41 @@ def test_repeated_documents_are_told_apart_and_texts_are_clusters(tmp_path):
     assert len(set(found.clusters)) == 4
 
 
+def last(**change):
+    """Return a function that changes the last line of samples."""
+
+    def changed(text):
+        *lines, row = text.splitlines(keepends=True)
+        return b"".join([*lines, json.dumps(json.loads(row) | change).encode()])
+
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda text: text[:-20], "line 3: not complete JSON"),
         (lambda text: b"".join(text.splitlines(True)[:2]), "holds 2 documents.*says 3"),
         (lambda text: b"\xff\xfe", "line 1: not complete JSON"),
+        (lambda text: text * 2, r"line 4, is damaged .an earlier line"),
+        (last(doc_id="7"), "line 3, is damaged .doc_id is '7', not a whole number"),
+        (last(doc_id=None), "doc_id is None, not a whole number"),
+        (last(doc_id=0), "an earlier line has doc_id 0, too"),
+        (last(filter=[1]), r"filter is \[1\], not a text"),
+        (last(doc_hash=3), "doc_hash is 3, not a text"),
+        (last(acc=10**400), "a number of 401 digits"),
+        (last(doc={"mc2_targets": {"choices": ["a", "b"]}}), "labels"),
     ],
 )
-def test_hostile_samples(tmp_path, change, words):
-    run = read_run(write_run(tmp_path, {"tf": {"acc,none": [1.0, 0.0, 1.0]}}))
+def test_damaged_samples_are_refused_in_a_sentence(tmp_path, change, words):
+    rows = dict.fromkeys(range(3), offering("ab"))
+    acc = {"acc,none": {"values": [1.0, 0.0, 1.0], "rows": rows}}
+    run = read_run(write_run(tmp_path, {"tf": acc}))
     file = run.samples["tf"]
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(ResultsError, match=words) as caught:
         documents_of(run, "tf", "acc,none")
     assert str(file) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"doc_id": "7"}, "line 3, is damaged .doc_id is '7', not a whole number"),
-        ({"doc_id": None}, "doc_id is None, not a whole number"),
-        ({"doc_id": 0}, "an earlier line has doc_id 0, too"),
-        ({"filter": [1]}, r"filter is \[1\], not a text"),
-        ({"doc_hash": 3}, "doc_hash is 3, not a text"),
-        ({"acc": 10**400}, "a number of 401 digits"),
-        ({"doc": {"mc2_targets": {"choices": ["a", "b"]}}}, "labels"),
-    ],
-)
-def test_a_damaged_line_is_refused_in_a_sentence(tmp_path, change, words):
-    rows = dict.fromkeys(range(3), offering("ab"))
-    acc = {"acc,none": {"values": [1.0, 0.0, 1.0], "rows": rows}}
-    run = read_run(write_run(tmp_path, {"tf": acc}))
-    file = run.samples["tf"]
-    *lines, last = file.read_text().splitlines(keepends=True)
-    file.write_text("".join([*lines, json.dumps(json.loads(last) | change)]))
-    with pytest.raises(ResultsError, match=words) as caught:
-        documents_of(run, "tf", "acc,none")
-    assert str(file) in str(caught.value)
-
-
-def test_a_file_whose_lines_are_doubled_is_damaged(tmp_path):
-    run = read_run(write_run(tmp_path, {"tf": {"acc,none": [1.0, 0.0, 1.0]}}))
-    run.samples["tf"].write_text(run.samples["tf"].read_text() * 2)
-    with pytest.raises(ResultsError, match=r"line 4, is damaged .an earlier line"):
-        documents_of(run, "tf", "acc,none")
-
-
-def test_copies_of_a_document_are_one_cluster(tmp_path):
-    docs = {n: {"question": n // 2} for n in range(6)}
-    (found,) = written(
-        tmp_path, {"acc,none": {"values": [1, 1, 0, 0, 1, 0], "docs": docs}}
-    )
-    assert (len({*found.keys}), len({*found.clusters})) == (6, 3)
-    assert found.clusters == tuple(np.repeat(found.clusters[::2], 2))
 
 
 @pytest.mark.parametrize("weighted", [True, False])

@@ -82,20 +82,7 @@ def test_results_of_one_model_are_joined_and_of_two_are_not(tmp_path, folders):
         (b"[1, 2]", "holds a list"),
         (b'{"results": {}}', "not a results file"),
         (b'{"results": {"tf": {"acc,none": [1]}}}', "not a results file"),
-    ],
-)
-def test_hostile_results_files(tmp_path, content, words):
-    file = tmp_path / f"results_{DATE}.json"
-    file.write_bytes(content)
-    with pytest.raises(ResultsError, match=words) as caught:
-        read_run(file)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("sections", "words"),
-    [
+        # Other sections in place of those of a good file.
         ({"n-samples": {"tf": {"effective": None}}}, "n-samples of tf are"),
         ({"n-samples": {"tf": {"effective": "many"}}}, "n-samples of tf are"),
         ({"n-samples": {"tf": {}}}, "it lacks 'effective'"),
@@ -112,11 +99,14 @@ def test_hostile_results_files(tmp_path, content, words):
         ({"config": {"pruning": "none"}}, "pruning is 'none', not an object"),
     ],
 )
-def test_a_damaged_results_file_is_refused_in_a_sentence(tmp_path, sections, words):
-    file = write_run(tmp_path, TASKS, **sections)
+def test_a_damaged_results_file_is_refused_in_a_sentence(tmp_path, content, words):
+    file = write_run(tmp_path, TASKS, **content if isinstance(content, dict) else {})
+    if isinstance(content, bytes):
+        file.write_bytes(content)
     with pytest.raises(ResultsError, match=words) as caught:
         read_run(file)
     assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_changes_no_score_may_be_missing(tmp_path):
@@ -180,11 +170,16 @@ def test_a_sweep_folder(tmp_path):
         ({"schema_version": 2}, "upgrade lm-eval-pruned"),
         ({}, "has schema version None"),
         ({"schema_version": 1}, "no finished unit yet"),
+        # One that was edited by hand.
+        *(
+            ({"schema_version": 1, "configurations": these}, r"json does not list")
+            for these in (None, [{"name": "c"}], ["c"])
+        ),
     ],
 )
 def test_hostile_sweep_folders(tmp_path, definition, words):
     if definition is not None:
-        definition["configurations"] = [{"id": "a", "units": {}}]
+        definition.setdefault("configurations", [{"id": "a", "units": {}}])
         (tmp_path / "sweep.json").write_text(json.dumps(definition))
     with pytest.raises(ResultsError, match=words):
         runs.read_sweep(tmp_path)
@@ -203,9 +198,22 @@ def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
         pruning(20) | {"layers_pruned": "1-29"},
         pruning(20) | {"repair": "least_squares"},
     ]
+    healing = {"method": "lora", "teacher": {"weight": 0.5, "temperature": 1.0}}
+    configs = [
+        *({"pruning": each} for each in described),
+        *({"pruning": pruning(each), "healing": healing} for each in (20, 40)),
+        *(
+            {"pruning": pruning(20), "model_args": {"recipe": "best", **asked}}
+            for asked in (
+                {},
+                {"repair": "none"},
+                {"criterion": "ppm", "repair": "least_squares"},
+            )
+        ),
+    ]
     members = [
-        read_run(write_run(tmp_path / str(number), TASKS, pruning=each))
-        for number, each in enumerate(described)
+        read_run(write_run(tmp_path / str(n), TASKS, config={"model": "hf", **each}))
+        for n, each in enumerate(configs)
     ]
     series = series_of(members)
     ratios = {name: [run.expansion_ratio for run in of] for name, of in series.items()}
@@ -217,6 +225,11 @@ def test_runs_that_differ_in_the_ratio_alone_are_a_series(tmp_path):
         "maw, allocation sensitivity": [4.0, 3.2, 2.8],
         "maw, layers 1-29": [4.0, 3.2],
         "maw, repair least_squares": [4.0, 3.2],
+        "maw, healed by lora with teacher 0.5": [4.0, 3.2, 2.4],
+        # What was asked beside a recipe makes another series.
+        "recipe=best": [4.0, 3.2],
+        "recipe=best, repair none": [4.0, 3.2],
+        "recipe=best, maw, repair least_squares": [4.0, 3.2],
     }
 
 
@@ -245,11 +258,3 @@ def test_what_the_harness_writes(tmp_path):
         documents = documents_of(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
         assert run.scores[task, metric].higher_is_better
-
-
-@pytest.mark.parametrize("configurations", [None, [{"name": "c"}], ["c"]])
-def test_a_sweep_that_was_edited_by_hand_is_named(tmp_path, configurations):
-    edited = {"schema_version": 1, "configurations": configurations}
-    (tmp_path / "sweep.json").write_text(json.dumps(edited))
-    with pytest.raises(ResultsError, match=r"sweep\.json does not list"):
-        read_sweep(tmp_path)

@@ -68,10 +68,3 @@ def test_runs_that_only_their_repair_tells_apart_have_other_settings(tmp_path):
         found.append(run.settings["tf"])
     assert found[0]["kept_digest"] == found[1]["kept_digest"] == found[2]["kept_digest"]
     assert found[0] != found[1] != found[2]
-
-
-def test_without_samples_other_numbers_of_documents_are_named(tmp_path):
-    spec = [{"values": [1.0, 0.0] * n, "stderr": 0.1} for n in (1, 9)]
-    tasks = [{"tf": {"acc,none": each}} for each in spec]
-    without = {"samples": False}
-    assert "(documents)" in noted(tmp_path, without, without, tasks)

@@ -15,15 +15,17 @@ from tests.helpers.results_files import pruning, write_sweep
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
 from lm_eval_pruned.compare.margins import Margin
-from lm_eval_pruned.report.report import compared
+from lm_eval_pruned.report.report import compared, write_report
 from lm_eval_pruned.results.groups import SIDES
 from lm_eval_pruned.results.runs import read_sweep
 from lm_eval_pruned.study.findings import read_findings
+from lm_eval_pruned.study.run import checked_families
 from lm_eval_pruned.study.sections import (
     claims_of,
     open_questions,
     sentences,
     states_text,
+    study_sections,
 )
 
 
@@ -92,29 +94,15 @@ def only(found, *names):
     return replace(found, tasks=[each for each in found.tasks if each.task in names])
 
 
-HOLDS = {("falls", "falls", "keeps"), ("falls", "falls", "rises")}
-HOLDS_IN_PART = {
-    ("falls", "keeps", "keeps"),
-    ("falls", "keeps", "rises"),
-    ("falls", "rises", "keeps"),
-    ("falls", "rises", "rises"),
-    ("keeps", "falls", "keeps"),
-    ("keeps", "falls", "rises"),
-    ("rises", "falls", "keeps"),
-    ("rises", "falls", "rises"),
-}
-
-
 @pytest.mark.parametrize("states", [*itertools.product(STATES, repeat=3)], ids="-".join)
 def test_the_verdict_of_each_combination(states, every):
     names = [f"{kind} {state}" for kind, state in zip(FAMILIES, states, strict=True)]
     verdict = "does not hold"
     if "cannot tell" in states:
         verdict = "cannot be decided"
-    elif states in HOLDS:
-        verdict = "holds"
-    elif states in HOLDS_IN_PART:
-        verdict = "holds in part"
+    elif states[2] != "falls":
+        of_falls = ["does not hold", "holds in part", "holds"]
+        verdict = of_falls[states[:2].count("falls")]
     facts, prose, chat = (
         f"{state} in {name.replace(' ', '_')}"
         for state, name in zip(states, names, strict=True)
@@ -255,41 +243,32 @@ def test_each_claim_of_the_paper_is_named_with_what_is_shown(tmp_path):
     assert table["less energy per token"][2].endswith("not measured")
 
 
+TRUTH = "truthfulness improves as knowledge falls"
+ROBUST = "multi-step reasoning (MUSR) is robust"
+
+
 @pytest.mark.parametrize(
-    ("knowledge", "truth", "shown"),
+    ("claim", "tasks", "shown"),
     [
-        ("falls", "rises", "yes"),
-        ("falls", "keeps", "no"),
-        ("falls", "falls", "no"),
-        ("falls", "cannot tell", "cannot tell"),
-        ("keeps", "rises", "cannot tell"),
+        (TRUTH, {"facts": "falls", "truth": "rises"}, "yes"),
+        (TRUTH, {"facts": "falls", "truth": "keeps"}, "no"),
+        (TRUTH, {"facts": "falls", "truth": "falls"}, "no"),
+        (TRUTH, {"facts": "falls", "truth": "cannot tell"}, "cannot tell"),
+        (TRUTH, {"facts": "keeps", "truth": "rises"}, "cannot tell"),
+        # Within the margin, and above the floor.
+        (ROBUST, {"musr": "falls"}, "no"),
+        (ROBUST, {"musr": "rises"}, "yes"),
+        (ROBUST, {"musr": "cannot tell"}, "cannot tell"),
+        (ROBUST, {"musr": "at the floor"}, "cannot tell"),
     ],
 )
-def test_truthfulness_that_improves_as_knowledge_falls(
-    knowledge, truth, shown, tmp_path
-):
-    found = made(tmp_path, {"facts": knowledge, "truth": truth}, families=CLAIMS)
-    answer, evidence = claimed(found)["truthfulness improves as knowledge falls"][1:]
+def test_claims_on_truthfulness_and_reasoning(claim, tasks, shown, tmp_path):
+    answer, evidence = claimed(made(tmp_path, tasks, families=CLAIMS))[claim][1:]
     assert answer == shown
-    assert evidence.startswith(f"truthfulness: {truth} in truth")
-    if (knowledge, truth) == ("falls", "rises"):
-        assert evidence.endswith("facts and truth: r = -1.000 over 3 sizes")
-
-
-@pytest.mark.parametrize(
-    ("change", "shown"),
-    [
-        ("falls", "no"),
-        ("rises", "yes"),
-        ("cannot tell", "cannot tell"),
-        ("at the floor", "cannot tell"),
-    ],
-)
-def test_reasoning_is_robust_within_the_margin_and_above_the_floor(
-    change, shown, tmp_path
-):
-    found = made(tmp_path, {"musr": change}, families=CLAIMS)
-    assert claimed(found)["multi-step reasoning (MUSR) is robust"][1] == shown
+    if claim == TRUTH:
+        assert evidence.startswith(f"truthfulness: {tasks['truth']} in truth")
+        both = "facts and truth: r = -1.000 over 3 sizes"
+        assert evidence.endswith(both) or answer != "yes"
 
 
 @pytest.mark.parametrize(
@@ -324,3 +303,32 @@ def test_energy_and_latency_are_claims_beside_the_others(tmp_path):
     assert table["less energy per token"][1] == "yes"
     assert table["less energy per token"][2].endswith("-7.5 % at 2.40 [-9.0, -6.0]")
     assert table["a single request takes longer"][1] == "no"
+
+
+@pytest.mark.slow
+def test_the_report_begins_with_the_study_and_shows_what_was_published(tmp_path):
+    tasks = {"mmlu": "falls", "piqa": "falls", "truthfulqa_mc2": "rises"}
+    tasks |= {"ifeval": "at the floor", "leaderboard_musr": "keeps"}
+    sizes = (10, 20, 30, 40, 50, 60)
+    random = [(f"r{p}", pruning(p, criterion="random", seed=0), {}) for p in sizes]
+    families = checked_families({})
+    found = made(tmp_path, tasks, sizes=sizes, cuts=random, families=families)
+    opening = study_sections("Llama-3.2-1B", found)
+    sweep = read_sweep(tmp_path)
+    comparison = compared(sweep, margin=Margin("equivalent", "5%"))
+    files = write_report(sweep, comparison, opening=opening)
+    text = files[1].read_text("utf-8")
+    headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert headings[:4] == [
+        "Verdict of the study",
+        "Claims of the paper",
+        "Scores that the study published",
+        "Limits of the study",
+    ]
+    assert "scores-maw" in {file.stem for file in files}
+    assert "|task|metric|0 %|10 %|" in text
+    assert "|mmlu|acc,none|0.311|0.251|" in text
+    # Its score is at the floor of a model that answers the same to everything.
+    assert "ifeval cannot show a loss" in text
+    assert "|knowledge falls|v1, v3|yes|knowledge: falls in" in text
+    assert "= shown to lie within 5% of the unpruned model's score." in text

@@ -70,13 +70,6 @@ def test_a_model_in_place_of_itself_is_shipped_and_nothing_is_evaluated_twice(
         assert {*out.rglob("results_*.json")} == units
 
 
-def test_without_texts_changed_answers_are_named_by_their_documents(answer, tmp_path):
-    code, _ = answer(right(0.8), right(0.6), "--no_texts")
-    page = (tmp_path / "out" / "verdict.md").read_text("utf-8")
-    assert code == 1
-    assert re.search(r"^\|boolq\|240\|$", page, re.MULTILINE)
-
-
 def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
     # What lm_eval adds to a folder later is of another task, at another speed.
     more = "2026-01-03T03-04-05.678901"
