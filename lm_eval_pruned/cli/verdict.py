@@ -39,14 +39,17 @@ OPTIONS = (
 
 def run(arguments) -> int:
     """Evaluate what is not evaluated yet, write the pages and return the exit code."""
+    from lm_eval_pruned.verdict.decision import decide, read_margins
+
+    margins, measure = read_margins(arguments.margin), arguments.measure
+    _check_margins_of_demo(arguments, margins)
+
     from lm_eval.utils import setup_logging
 
-    from lm_eval_pruned.verdict.decision import decide, read_margins
     from lm_eval_pruned.verdict.hub import check_repository, push_verdict
     from lm_eval_pruned.verdict.models import both_runs
     from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 
-    margins, measure = read_margins(arguments.margin), arguments.measure
     chosen = SweepOptions.parsed(arguments)
     read = SweepOptions.of(chosen, "verdict")
     if repository := arguments.push_to_hub:
@@ -71,3 +74,16 @@ def run(arguments) -> int:
         }
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code
+
+
+def _check_margins_of_demo(arguments, margins) -> None:
+    """Raise ValueError for a margin that scores from 0 to 1 cannot have, where the tasks are the demo's.
+
+    They have such scores. It takes seconds to import the harness, and more to read its tasks.
+    """
+    from lm_eval_pruned.compare.margins import Margin
+
+    paths = map(Path, (arguments.base, arguments.candidate))
+    if arguments.tasks is None and not any(path.exists() for path in paths):
+        for name, text in margins.items():
+            Margin("margin", text).check("pruned_demo", name or "acc")

@@ -25,7 +25,12 @@ from lm_eval_pruned.results.runs import (
 )
 from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import SweepOptions, read_mapping
-from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
+from lm_eval_pruned.sweeps.plan import (
+    FLOORS,
+    OF_MODEL,
+    Configuration,
+    harness_settings,
+)
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.verdict.decision import check_margins
@@ -71,7 +76,13 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         # HFLM passes what its config says under this name, and would pass ours beside it.
         model = "pruned-hf"
     # Refused here, not once the base has been evaluated.
-    check_model(model, model_args, f"The {name} {text}")
+    where = f"The {name} {text}"
+    for option in model_args.keys() & {*OF_MODEL}:
+        raise ValueError(
+            f"{where} has {option}={model_args[option]}, which is asked of both models: pass "
+            f"--{option} {model_args[option]} instead."
+        )
+    check_model(model, model_args, where, options.get("device"))
     which = {"model": model, "model_args": model_args, "log_samples": True}
     # The base's tell what knowing nothing gives; the candidate answers the same documents.
     has_floors = name == "base" and options.get("floors", True)
@@ -138,18 +149,18 @@ def both_runs(
         if Path(path).exists()
     }
     options = _asked(options, finished, text, output_path)
-    # Both are planned first, so that a mistake in one is told before the other is evaluated.
-    planned = {
-        name: plan_model(
-            name, model, {**options, "output_path": str(output_path / name)}
-        )
-        for name, model in models.items()
-        if name not in finished
-    }
+    # Both are planned first, so that a mistake in one is told before the other is evaluated; the base
+    # before the other, because it knows the tasks.
+    planned: dict[str, WatchingSweep] = {}
+    for name, model in models.items():
+        if name not in finished:
+            where = {"output_path": str(output_path / name)}
+            planned[name] = plan_model(name, model, {**options, **where})
+        if name == "base":
+            of_base = planned[name] if name in planned else finished[name][0]
+            _check_claims(margins, measure, of_base)
     if not finished:
         planned["candidate"].base = planned["base"]
-    of_base = planned["base"] if "base" in planned else finished["base"][0]
-    _check_claims(margins, measure, of_base)
     results = dict(finished)
     for name, sweep in planned.items():
         print(f"The {name}: {models[name]}", flush=True)

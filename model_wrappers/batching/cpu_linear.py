@@ -15,7 +15,7 @@ import re
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,18 +34,21 @@ def faster_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
     """
     if faster_library() != "onednn":
         return []
-    return [layer for layer in model.modules() if _is_plain(layer)]
+    return [
+        layer
+        for layer in model.modules()
+        if type(layer) is torch.nn.Linear and _is_plain(layer)
+    ]
 
 
-def _is_plain(layer: torch.nn.Module) -> bool:
-    # A forward in the instance is somebody else's, such as accelerate's hook.
-    if type(layer) is not torch.nn.Linear or "forward" in vars(layer):
-        return False
+def _is_plain(layer: torch.nn.Linear) -> bool:
     # Packed layers have none: those of compressed-tensors until they run for the first time.
-    weight = getattr(layer, "weight", None)
-    # Quantised and distributed tensors call themselves float32 as well.
+    weight: Any = getattr(layer, "weight", None)
     return (
-        type(weight) in (torch.nn.Parameter, torch.Tensor)
+        # A forward in the instance is somebody else's, such as accelerate's hook.
+        "forward" not in vars(layer)
+        # Quantised and distributed tensors call themselves float32 as well.
+        and type(weight) in (torch.nn.Parameter, torch.Tensor)
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
     )

@@ -1,0 +1,116 @@
+"""What docs/verdict.md promises of BASE and CANDIDATE: what they can be, and which mistakes are told before the work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.contract.commands import pruned
+from tests.helpers.results_files import answered, write_run
+from tests.helpers.sweeping import write_tasks
+from tests.sweeps.conftest import quick  # noqa: F401
+
+
+@pytest.fixture
+def refused(tiny_llama, tmp_path):
+    """Return the sentence with which the command refuses two models, `{tiny}` among them, before any work."""
+    made = write_tasks(tmp_path / "tasks")
+
+    def refused(base, candidate, *words):
+        places = {"tiny": f"hf,pretrained={tiny_llama}", "folder": str(tiny_llama)}
+        given = [word.replace("{folder}", places["folder"]) for word in words]
+        models = [
+            one.replace("{tiny}", places["tiny"]).replace("{folder}", places["folder"])
+            for one in (base, candidate)
+        ]
+        where = "--tasks", "tiny_choice", "--include_path", made, "--device", "cpu"
+        done = pruned(
+            "verdict", *models, *where, *given, "--output_path", tmp_path / "out"
+        )
+        assert not [*tmp_path.rglob("unit.json")]
+        assert done.err.count("\n") == 1, done.err
+        return done.sentence
+
+    return refused
+
+
+@pytest.mark.parametrize("option", ["device=cpu", "batch_size=4", "max_batch_size=8"])
+def test_what_both_models_are_run_with_is_an_option_and_no_argument_of_one(
+    option, refused
+):
+    name, _, value = option.partition("=")
+    said = refused("{tiny}", f"{{tiny}},{option}")
+    assert "The candidate hf,pretrained=" in said
+    assert f"has {option}, which is asked of both models: pass --{name} {value}" in said
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("kind", ["", "pruned-"])
+def test_a_dtype_in_which_nothing_is_computed_is_refused(kind, dtype, refused):
+    said = refused("{tiny}", f"{kind}{{tiny}},dtype={dtype}")
+    assert f"dtype={dtype} only stores numbers" in said and "bfloat16" in said
+
+
+def torchao(kind, **data):
+    settings = {"_type": kind, "_version": 2, "_data": data}
+    settings = str({"default": settings}).replace("'", '"')
+    return (
+        f'quantization_config={{"quant_method": "torchao", "quant_type": {settings}}}'
+    )
+
+
+FP8 = torchao("Float8DynamicActivationFloat8WeightConfig")
+
+
+def test_a_quantiser_that_this_machine_cannot_run_is_tried_before_the_base_is_evaluated(
+    refused,
+):
+    pytest.importorskip("torchao", reason="torchao is not installed (extra 'test')")
+    said = refused("{tiny}", f"{{tiny}},{FP8}")
+    assert "The candidate hf,pretrained=" in said
+    assert "cannot be quantised on cpu" in said
+    # Why, in the words of torchao.
+    assert "CUDA" in said
+
+
+def test_values_in_braces_are_json(refused):
+    """Not those of Python alone: ``true``, ``false`` and ``null`` were text."""
+    said = refused(
+        "{tiny}",
+        '{tiny},quantization_config={"quant_method": "nosuch", "x": false, "y": null, "z": true}',
+    )
+    assert "nosuch" in said
+    for value in ("null", "false", '{"a": tru}'):
+        said = refused("{tiny}", f"{{tiny}},quantization_config={value}")
+        assert "quantization_config=" in said and "pass a dict" in said
+
+
+@pytest.mark.parametrize("margin", ["1", "5", "acc=1", "choice_prob=2"])
+def test_a_margin_without_a_unit_is_refused_before_anything_is_loaded(margin):
+    """Neither the models, which are not there, nor torch or the harness."""
+    code = (
+        "import sys\nfrom lm_eval_pruned.cli import main\n"
+        f"code = main(['verdict', 'hf,pretrained=a/b', 'hf,pretrained=c/d', '--margin', {margin!r}])\n"
+        "print(code, sorted({'torch', 'lm_eval', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2 []\n"
+    assert f"did you mean {margin.rpartition('=')[2]}pt?" in done.stderr
+
+
+def test_a_margin_without_a_unit_is_refused_before_the_models_where_tasks_are_named(
+    refused, tmp_path
+):
+    """The base is known by then, and the candidate was not looked for."""
+    assert "did you mean 1pt?" in refused(
+        "{tiny}", "hf,pretrained=./nosuch", "--margin", "1"
+    )
+    rights = [n % 2 for n in range(60)]
+    old = write_run(tmp_path / "old", {"boolq": answered(rights, rights)}).parent
+    assert "did you mean 1pt?" in refused(
+        str(old), "hf,pretrained=./nosuch", "--margin", "1"
+    )
