@@ -46,7 +46,7 @@ def run(arguments) -> int:
 
     from lm_eval.utils import setup_logging
 
-    from lm_eval_pruned.verdict.hub import check_repository, push_verdict
+    from lm_eval_pruned.verdict.hub import check_repository, push_verdict, without_paths
     from lm_eval_pruned.verdict.models import both_runs
     from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 
@@ -57,6 +57,8 @@ def run(arguments) -> int:
     options = {name: getattr(read, name) for name in chosen}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
+    # A folder is known as one while it is there.
+    published = without_paths(models[0])
     base, candidate, floors = both_runs(
         *models, options, folder, margins, measure, arguments.text
     )
@@ -66,7 +68,7 @@ def run(arguments) -> int:
     print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
-        section = card_section(verdict, models[0])
+        section = card_section(verdict, published)
         kept = {
             row.case.key: row.floor.kept_text
             for row in verdict.rows

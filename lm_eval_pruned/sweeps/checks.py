@@ -106,7 +106,8 @@ def check_quantiser(
             quantiser.validate_environment(device_map=None, pre_quantized=not requested)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{where} cannot be loaded: {error}") from None
-    if requested:
+    # A method that reads text for it takes minutes.
+    if requested and not getattr(requested, "dataset", None):
         dtype = arguments.get("dtype") or "auto"
         if dtype == "auto":
             dtype = stored.get("dtype") or stored.get("torch_dtype") or "float32"

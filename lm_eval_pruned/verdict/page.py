@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lm_eval_pruned.compare.answer import DO_NOT_SHIP, NO_LOSS, REFUTED, SHIP
@@ -25,9 +24,12 @@ from lm_eval_pruned.results.groups import family_of, primary_metrics
 from lm_eval_pruned.results.metrics import SHARE, is_bias, is_loss, is_perplexity
 from lm_eval_pruned.util.tables import Cell, Column, csv_table
 from lm_eval_pruned.verdict.decision import what_decides
+from lm_eval_pruned.verdict.hub import without_paths
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Claim, Difference
     from lm_eval_pruned.verdict.decision import Verdict
@@ -100,14 +102,13 @@ def _with_floor(verdict: Verdict, claim: Claim) -> Difference:
 def card_section(verdict: Verdict, base: str) -> str:
     """Return the tables for the card of the candidate, compared with what `base` names.
 
-    A card is published: it has no texts of documents, and no folders of this machine.
+    A card is published: it has no texts of documents, and no folders of this machine. So it has no notes,
+    which quote errors, and both runs go by other names than those of their files.
     """
-    named = re.sub(
-        "[^,=]+", lambda m: Path(m[0]).name if Path(m[0]).exists() else m[0], base
-    )
-    subtitle = f"Compared with {named}, by `lm-eval-pruned verdict`."
-    answer, *tables = _tables(verdict)
-    sections = [replace(answer, notes=()), *tables]
+    subtitle = f"Compared with {without_paths(base)}, by `lm-eval-pruned verdict`."
+    runs = {"base": verdict.base, "candidate": verdict.candidate}
+    named = {name: replace(run, name=name) for name, run in runs.items()}
+    sections = [replace(s, notes=()) for s in _tables(verdict._replace(**named))]
     return re.sub(r"(?m)^#", "##", as_markdown(title_of(verdict), subtitle, sections))
 
 
