@@ -30,9 +30,11 @@ _CPUINFO = Path("/proc/cpuinfo")
 def faster_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
     """Return the linear layers of `model` that oneDNN computes faster here: in float32, on such a CPU.
 
-    None of a model that lies elsewhere, whatever the processor beside it is.
+    None of a model that lies elsewhere, whatever the processor beside it is, or that compressed-tensors
+    made: it unpacks itself in its first pass, and puts functions of its own in place of all forwards.
     """
-    if faster_library() != "onednn":
+    packs = any(hasattr(layer, "quantization_scheme") for layer in model.modules())
+    if faster_library() != "onednn" or packs:
         return []
     return [
         layer
@@ -63,13 +65,15 @@ def fast_cpu_linears(model: torch.nn.Module) -> Iterator[None]:
     faster, stay as they are. On exit all is as before.
     """
     layers = faster_layers(model)
-    for layer in layers:
-        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+    forwards = [partial(_linear, layer) for layer in layers]
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in zip(layers, forwards, strict=True):
+            if layer.forward is forward:
+                del layer.forward
 
 
 def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:

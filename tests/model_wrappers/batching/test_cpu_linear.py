@@ -106,6 +106,21 @@ def test_a_layer_without_a_plain_weight_is_left_alone(calls, layer):
     assert linear_backend(model[:1]) == "torch"
 
 
+def test_a_model_that_unpacks_itself_when_it_runs_is_left_alone(calls):
+    """As of compressed-tensors, whose first pass puts functions of its own in place of all forwards."""
+    model = torch.nn.Sequential(Linear(8, 5), Linear(5, 5))
+    model[0].quantization_scheme = "W8A8"
+    with fast_cpu_linears(model):
+        assert not any("forward" in vars(m) for m in model)
+
+
+def test_a_forward_that_is_replaced_meanwhile_stays(calls):
+    layer, other = Linear(8, 5), lambda x: x
+    with fast_cpu_linears(layer):
+        layer.forward = other
+    assert layer.forward is other
+
+
 def test_a_model_that_lies_elsewhere_is_not_touched_on_a_host_with_such_a_processor(
     calls,
 ):
