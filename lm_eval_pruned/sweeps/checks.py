@@ -186,6 +186,14 @@ def check_files(model: str, arguments: dict[str, Any], where: str) -> None:
         ValueError: One of `lm_eval_pruned.sweeps.plan.SOURCES` cannot be found; the message begins
             with `where`.
     """
+    given = str(arguments["pretrained"])
+    # vLLM takes the path of a file.
+    if given.endswith(".gguf") and "vllm" not in model:
+        folder, _, name = given.rpartition("/")
+        raise ValueError(
+            f"{where} has pretrained={given}, which is a GGUF file: pass "
+            f"pretrained={folder or '.'},gguf_file={name} instead."
+        )
     for argument, file in SOURCES.items():
         name, of_model = arguments.get(argument), argument == "pretrained"
         # Tokenizers have files of several names, and so has what only vLLM reads.

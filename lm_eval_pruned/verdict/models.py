@@ -9,13 +9,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.registry import model_registry
+
 from lm_eval_pruned.compare.margins import (
     check_measure,
     judged_keys,
     with_choice_prob,
 )
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import ResultsError, Run, newest_first
 from lm_eval_pruned.results.runs import (
     is_sweep,
     read_failures,
@@ -65,6 +67,11 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         ValueError: The model, an option or a task cannot be used.
     """
     kind, _, arguments = text.partition(",")
+    if kind not in TYPES and kind in model_registry:
+        raise ValueError(
+            f"The {name} {text} is of a model type that verdict does not run: pass one of {', '.join(TYPES)}, "
+            f"or run `lm_eval --model {kind} ... --log_samples` there and pass that folder."
+        )
     if kind not in TYPES:
         raise ValueError(
             f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
@@ -96,6 +103,15 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         # The last line of a verdict gives the reason.
         shows_tracebacks=False,
     )
+
+
+def _model_of(text: str) -> str:
+    """Return the specification of the model in a folder, if it is a checkpoint and no results; else the text."""
+    path = Path(text)
+    if not (path / "config.json").is_file() or is_sweep(path) or newest_first(path):
+        return text
+    # JSON, because the path may hold a comma.
+    return f"hf,{json.dumps({'pretrained': text})}"
 
 
 def text_task(file: str, folder: Path) -> str:
@@ -138,11 +154,13 @@ def both_runs(
     `margins` and the `measure` are known to suit the tasks. The text of the file `text` takes the
     place of the demo's.
 
+    A folder with a checkpoint is the model ``hf,pretrained=FOLDER``.
+
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
-    models = {"base": base, "candidate": candidate}
+    models = {"base": _model_of(base), "candidate": _model_of(candidate)}
     finished = {
         name: _results_of(path, name)
         for name, path in models.items()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.contract.commands import pruned
-from tests.helpers.results_files import answered, write_run
+from tests.contract.commands import pruned, results_in
+from tests.helpers.results_files import answered, offering, write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -113,4 +114,105 @@ def test_a_margin_without_a_unit_is_refused_before_the_models_where_tasks_are_na
     old = write_run(tmp_path / "old", {"boolq": answered(rights, rights)}).parent
     assert "did you mean 1pt?" in refused(
         str(old), "hf,pretrained=./nosuch", "--margin", "1"
+    )
+
+
+def test_a_gguf_file_is_passed_as_gguf_file(refused, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    for name, folder in (
+        (f"{tmp_path}/m.gguf", f"{tmp_path}"),
+        ("org/x/m.gguf", "org/x"),
+    ):
+        said = refused("{tiny}", f"hf,pretrained={name}")
+        assert f"pass pretrained={folder},gguf_file=m.gguf" in said
+
+
+def test_two_folders_of_checkpoints_are_two_models_of_hf(tiny_llama, tmp_path):
+    made = write_tasks(tmp_path / "tasks", documents=12)
+    comma = tmp_path / "a,b=c"
+    shutil.copytree(tiny_llama, comma)
+    words = "--tasks", "tiny_choice", "--include_path", made, "--device", "cpu"
+    words = *words, "--margin", "10pt", "--output_path", tmp_path / "out"
+    done = pruned("verdict", tiny_llama, comma, *words)
+    assert done.code == 3, done.err
+    for name, folder in (("base", tiny_llama), ("candidate", comma)):
+        told = results_in(tmp_path / "out" / name / "units" / name)["config"]
+        assert told["model"] == "hf-prefix"
+        assert told["model_args"]["pretrained"] == str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind", ["local-chat-completions", "openai-chat-completions", "gguf"]
+)
+def test_model_types_that_do_not_run_here_are_evaluated_by_lm_eval_first(kind, refused):
+    said = refused("{tiny}", f"{kind},model=x")
+    assert (
+        f"The candidate {kind},model=x is of a model type that verdict does not run"
+        in said
+    )
+    assert (
+        f"or run `lm_eval --model {kind} ... --log_samples` there and pass that folder"
+        in said
+    )
+    assert "neither a path of results nor a model" in refused(
+        "{tiny}", "nosuch,model=x"
+    )
+
+
+def zeros(task):
+    """Return a task whose likelihoods are 0, as a server answers that has none."""
+    for row in task["acc,none"]["rows"].values():
+        row["filtered_resps"] = [["0.0", "False"] for _ in row["filtered_resps"]]
+    return task
+
+
+RIGHTS = [n % 2 for n in range(60)]
+LOST = {"aggregation": "perplexity", "higher_is_better": False}
+SERVED = {
+    "choices": lambda: zeros(answered(RIGHTS, RIGHTS)),
+    # One continuation, such as the last word of LAMBADA.
+    "word": lambda: {
+        "perplexity,none": {
+            "values": [0.0] * 60,
+            "rows": {n: offering([" word"], likelihoods=[0]) for n in range(60)},
+            **LOST,
+        }
+    },
+    "text": lambda: {
+        "perplexity,none": {
+            "values": [0.0] * 60,
+            "rows": {
+                n: {"arguments": {"gen_args_0": {"arg_0": "A text."}}, "filtered_resps": ["0.0"]}
+                for n in range(60)
+            },
+            **LOST,
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.parametrize("which", ["base", "candidate"])
+def test_likelihoods_that_are_all_0_are_refused_and_not_scored(kind, which, tmp_path):
+    """llama.cpp's server answers so, its issue 27174."""
+    tasks = {"base": answered(RIGHTS, RIGHTS), "candidate": answered(RIGHTS, RIGHTS)}
+    if kind != "choices":
+        good = [offering([" word"], likelihoods=[-1.5]) for _ in RIGHTS]
+        good = {"values": [-1.5] * 60, "rows": dict(enumerate(good)), **LOST}
+        tasks = dict.fromkeys(tasks, {"perplexity,none": good})
+    tasks[which] = SERVED[kind]()
+    paths = [write_run(tmp_path / n, {"t": of}).parent for n, of in tasks.items()]
+    said = pruned("verdict", *paths, "--output_path", tmp_path / "out").sentence
+    assert f"{tmp_path / which}" in said and "every log-likelihood of t is 0" in said
+    assert "evaluate t again" in said
+
+
+def test_some_likelihoods_may_be_0(tmp_path):
+    """A model may be certain of one answer."""
+    task = answered(RIGHTS, RIGHTS)
+    task["acc,none"]["rows"][3]["filtered_resps"] = [["0.0", "True"], ["0.0", "True"]]
+    path = write_run(tmp_path / "old", {"t": task}).parent
+    assert pruned("verdict", path, path, "--output_path", tmp_path / "out").code in (
+        0,
+        3,
     )
