@@ -25,6 +25,7 @@ from lm_eval_pruned.results.metrics import SHARE, is_bias, is_loss, is_perplexit
 from lm_eval_pruned.util.tables import Cell, Column, csv_table
 from lm_eval_pruned.verdict.decision import what_decides
 from lm_eval_pruned.verdict.hub import without_paths
+from lm_eval_pruned.verdict.sizes import bytes_on_disk
 
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ _ON_BIAS = (
 _ON_KL = (
     "kl is the divergence of the candidate's predictions from the base's on each text, over the whole "
     "vocabulary, in nats per token."
+)
+_ON_SIZE = (
+    "Bytes in memory are those of the weights after the evaluation, bytes on disk those of the files they were "
+    "loaded from: what prunes or quantises while it loads shows only in memory, and what is unpacked for it, such "
+    "as GGUF, only on disk."
 )
 _ON_TIME = (
     "Time is the wall time of the evaluation, over all documents, on the machine that made the "
@@ -184,7 +190,7 @@ def _tables(verdict: Verdict) -> list[Section]:
         table_section("Scores", about, _SCORES, scores),
         table_section("Agreement with the base", [AGREEMENT], _AGREEMENT, answered),
         table_section("Bias", [_ON_BIAS], _SCORES, on_bias),
-        table_section("Size and time", [_ON_TIME], _SIZE, size),
+        table_section("Size and time", [_ON_SIZE, _ON_TIME], _SIZE, size),
         energy_section([verdict.base, verdict.candidate]),
     ]
     return [section for section in sections if section is not None]
@@ -307,6 +313,7 @@ _SIZE = (
     Column("model", lambda row: row[0]),
     Column("parameters", lambda row: row[1].config.get("model_num_parameters"), ","),
     Column("bytes in memory", lambda row: row[1].config.get("weight_bytes"), ","),
+    Column("bytes on disk", lambda row: bytes_on_disk(row[1]), ","),
     Column(
         "s / document",
         lambda row: row[1].seconds_per_document(row[1].evaluated),

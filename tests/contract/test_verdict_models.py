@@ -144,6 +144,50 @@ def test_two_folders_of_checkpoints_are_two_models_of_hf(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["local-chat-completions", "openai-chat-completions", "gguf"]
 )
+def sizes_in(out):
+    """Return the bytes on disk of both models, as the table shows them."""
+    table = out.partition("## Size and time")[2].partition("\n## ")[0]
+    rows = [[c.strip() for c in row.split("|")[1:-1]] for row in table.splitlines()]
+    (head,) = [row for row in rows if row[:1] == ["model"]]
+    return {
+        row[0]: row[head.index("bytes on disk")]
+        for row in rows
+        if row[:1] in (["base"], ["candidate"])
+    }
+
+
+def test_the_page_has_the_bytes_on_disk_of_what_was_loaded(tiny_llama, tmp_path):
+    """Of a folder, its weights and those of an adapter; of a GGUF file, the file."""
+    folder = tmp_path / "folder"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "optimizer.pt").write_bytes(b"0" * 999)
+    (folder / "m.gguf").write_bytes(b"0" * 777)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(b"0" * 555)
+    weights = (folder / "model.safetensors").stat().st_size
+    task = {"t": answered(RIGHTS, RIGHTS)}
+    for model_args, size in (
+        ({"pretrained": str(folder)}, f"{weights:,}"),
+        (f"pretrained={folder},dtype=float32", f"{weights:,}"),
+        (
+            {"pretrained": str(folder), "peft": str(tmp_path / "lora")},
+            f"{weights + 555:,}",
+        ),
+        ({"pretrained": str(folder), "gguf_file": "m.gguf"}, "777"),
+        ({"pretrained": str(tmp_path / "gone")}, "-"),
+        ({"pretrained": "org/not-here"}, "-"),
+        ({"model": "served"}, "-"),
+        ({}, "-"),
+    ):
+        config = {"model": "hf", "model_args": model_args}
+        paths = [
+            write_run(tmp_path / name, task, config=config).parent
+            for name in ("old", "new")
+        ]
+        done = pruned("verdict", *paths, "--output_path", tmp_path / "out")
+        assert sizes_in(done.out) == dict.fromkeys(("base", "candidate"), size)
+
+
 def test_model_types_that_do_not_run_here_are_evaluated_by_lm_eval_first(kind, refused):
     said = refused("{tiny}", f"{kind},model=x")
     assert (
@@ -199,7 +243,7 @@ def test_likelihoods_that_are_all_0_are_refused_and_not_scored(kind, which, tmp_
     if kind != "choices":
         good = [offering([" word"], likelihoods=[-1.5]) for _ in RIGHTS]
         good = {"values": [-1.5] * 60, "rows": dict(enumerate(good)), **LOST}
-        tasks = dict.fromkeys(tasks, {"perplexity,none": good})
+        tasks = {name: {"perplexity,none": good} for name in tasks}
     tasks[which] = SERVED[kind]()
     paths = [write_run(tmp_path / n, {"t": of}).parent for n, of in tasks.items()]
     said = pruned("verdict", *paths, "--output_path", tmp_path / "out").sentence

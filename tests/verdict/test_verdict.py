@@ -100,7 +100,7 @@ def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
     assert int(minutes) == round((int(needed.replace(",", "")) - 60) * 2 * 1.5 / 60)
     (row,) = [row for row in said.splitlines() if row.startswith("|candidate")]
     # 90 s on 60 documents, and none known of the 400 of the other task.
-    assert row.split("|")[4].strip() == "1.5"
+    assert row.split("|")[5].strip() == "1.5"
 
 
 def test_it_says_where_one_test_alone_or_more_documents_would_not_help(answer):
