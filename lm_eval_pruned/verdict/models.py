@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
+#: Arguments that quantise a model while it loads, which `pruned-hf` takes and the harness's ``hf`` does not.
+QUANTISING = {"quantization_config", "load_in_8bit", "load_in_4bit"}
 #: Where neither the user nor finished results name tasks.
 TASKS = ["pruned_demo", "pruned_demo_bias"]
 #: What results record a seed of, in the order of ``--seed``.
@@ -79,8 +81,9 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         )
     model = TYPES[kind]
     model_args = read_mapping(arguments, f"The {name} {text}") if arguments else {}
-    if model == "hf-prefix" and "quantization_config" in model_args:
-        # HFLM passes what its config says under this name, and would pass ours beside it.
+    if model == "hf-prefix" and {*model_args} & QUANTISING:
+        # HFLM passes what its config says under the first name, and would pass ours beside it; transformers
+        # takes the others no longer.
         model = "pruned-hf"
     # Refused here, not once the base has been evaluated.
     where = f"The {name} {text}"
