@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from tests.contract.commands import pruned, results_in
+from tests.helpers import evaluations
+from tests.helpers.hub import running_hub, uploaded
 from tests.helpers.results_files import answered, offering, write_run
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -260,3 +262,36 @@ def test_some_likelihoods_may_be_0(tmp_path):
         0,
         3,
     )
+
+
+@pytest.mark.slow
+def test_what_is_pushed_names_no_path_of_this_machine(tmp_path):
+    """Neither of a folder whose name has a comma, nor in a table, nor as a data set."""
+    folder = tmp_path / "secret,project"
+    task = answered(RIGHTS, RIGHTS)
+    energy = {"request_types": {"loglikelihood": {"seconds": 2.0}}, "sources": {}}
+    energy["notes"] = [f"the meter did not start: {folder} is full"]
+    about = {"config": {"model": "hf", "energy": energy}}
+    about["configs"] = {
+        "t": {"dataset_path": "secret/data", "metric_list": [{"metric": "acc"}]}
+    }
+    paths = [
+        write_run(folder / name, {"t": task}, **about).parent for name in ("old", "new")
+    ]
+    words = [
+        "verdict",
+        *paths,
+        "--push_to_hub",
+        "me/small",
+        "--output_path",
+        tmp_path / "out",
+    ]
+    command = [sys.executable, "-m", "lm_eval_pruned.cli", *map(str, words)]
+    with running_hub("me/small") as (variables, sent):
+        done = evaluations.run(command, check=False, **variables)
+    assert done.returncode in (0, 3), done.stderr
+    files = uploaded(sent, "me/small")
+    assert files.keys() == {"README.md"}
+    card = files["README.md"].decode()
+    assert "Compared with old, by" in card and "Energy" in card
+    assert "secret" not in card and str(tmp_path) not in card
