@@ -189,10 +189,10 @@ def check_files(model: str, arguments: dict[str, Any], where: str) -> None:
     given = str(arguments["pretrained"])
     # vLLM takes the path of a file.
     if given.endswith(".gguf") and "vllm" not in model:
-        folder, _, name = given.rpartition("/")
+        folder, _, gguf = given.rpartition("/")
         raise ValueError(
             f"{where} has pretrained={given}, which is a GGUF file: pass "
-            f"pretrained={folder or '.'},gguf_file={name} instead."
+            f"pretrained={folder or '.'},gguf_file={gguf} instead."
         )
     for argument, file in SOURCES.items():
         name, of_model = arguments.get(argument), argument == "pretrained"

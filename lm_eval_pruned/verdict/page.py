@@ -112,9 +112,11 @@ def card_section(verdict: Verdict, base: str) -> str:
     which quote errors, and both runs go by other names than those of their files.
     """
     subtitle = f"Compared with {without_paths(base)}, by `lm-eval-pruned verdict`."
-    runs = {"base": verdict.base, "candidate": verdict.candidate}
-    named = {name: replace(run, name=name) for name, run in runs.items()}
-    sections = [replace(s, notes=()) for s in _tables(verdict._replace(**named))]
+    named = verdict._replace(
+        base=replace(verdict.base, name="base"),
+        candidate=replace(verdict.candidate, name="candidate"),
+    )
+    sections = [replace(section, notes=()) for section in _tables(named)]
     return re.sub(r"(?m)^#", "##", as_markdown(title_of(verdict), subtitle, sections))
 
 

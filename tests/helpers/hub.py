@@ -22,7 +22,9 @@ class _Hub(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.sent[self.path] = body
-        answer: dict = {"url": f"http://{self.headers['Host']}/{self.server.repository}"}
+        answer: dict = {
+            "url": f"http://{self.headers['Host']}/{self.server.repository}"
+        }
         answer |= {"commitUrl": f"{answer['url']}/commit/0", "commitOid": "0"}
         if "/preupload/" in self.path:
             how = {"uploadMode": "regular", "shouldIgnore": False}
