@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,24 +141,26 @@ ENGINES = {
 }
 
 
+@pytest.mark.parametrize("model", ["tiny", "real_model"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_candidate_of_each_engine_is_evaluated_with_its_bytes_in_memory_and_on_disk(
-    engine, tiny, tmp_path
+    engine, model, tmp_path, request
 ):
+    source = Path(request.getfixturevalue(model))
     write, least, most = ENGINES[engine]
-    candidate, size = write(tiny, tmp_path / "candidate")
+    candidate, size = write(source, tmp_path / "candidate")
     made = write_tasks(tmp_path / "tasks", documents=12)
     words = "--tasks", "tiny_choice", "--include_path", made, "--device", "cpu"
     words = *words, "--margin", "10pt", "--output_path", tmp_path / "out"
-    base = f"hf,pretrained={tiny},dtype=float32"
+    base = f"hf,pretrained={source},dtype=float32"
     done = pruned("verdict", base, f"hf,{candidate}", *words)
-    # Weights nobody trained are at the floor.
-    assert done.code == 3, done.err
+    # Twelve documents decide nothing, and weights nobody trained are at the floor.
+    assert done.code in (1, 3), done.err
     rows = re.findall(
         r"\|(base|candidate) *\| *[\d,]+\| *([\d,]+)\| *([\d,]+)\|", done.out
     )
     (memory, disk), (of_memory, on_disk) = (
         [int(number.replace(",", "")) for number in row[1:]] for row in rows
     )
-    assert (disk, on_disk) == (stored(tiny), size)
+    assert (disk, on_disk) == (stored(source), size)
     assert least <= of_memory / memory <= most
