@@ -56,11 +56,10 @@ def check_model(
     check_files(model, {**arguments, "pretrained": pretrained}, where)
     check_names(arguments, model, where, DECLARED if prunes else ())
     check_installed(model, where)
+    # A model type of the harness checks nothing.
+    of_dtype = lambda given: check_dtype("dtype", given.get("dtype"))
     try:
-        get_model(model).check_values(arguments)
-    except AttributeError:
-        # A model type of the harness.
-        check_dtype("dtype", arguments.get("dtype"))
+        getattr(get_model(model), "check_values", of_dtype)(arguments)
     except ValueError as error:
         raise ValueError(f"{where} cannot be used: {error}") from error
     if "vllm" not in model:

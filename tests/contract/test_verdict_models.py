@@ -143,9 +143,6 @@ def test_two_folders_of_checkpoints_are_two_models_of_hf(tiny_llama, tmp_path):
         assert told["model_args"]["pretrained"] == str(folder)
 
 
-@pytest.mark.parametrize(
-    "kind", ["local-chat-completions", "openai-chat-completions", "gguf"]
-)
 def sizes_in(out):
     """Return the bytes on disk of both models, as the table shows them."""
     table = out.partition("## Size and time")[2].partition("\n## ")[0]
@@ -190,6 +187,9 @@ def test_the_page_has_the_bytes_on_disk_of_what_was_loaded(tiny_llama, tmp_path)
         assert sizes_in(done.out) == dict.fromkeys(("base", "candidate"), size)
 
 
+@pytest.mark.parametrize(
+    "kind", ["local-chat-completions", "openai-chat-completions", "gguf"]
+)
 def test_model_types_that_do_not_run_here_are_evaluated_by_lm_eval_first(kind, refused):
     said = refused("{tiny}", f"{kind},model=x")
     assert (
