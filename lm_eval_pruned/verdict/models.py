@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.registry import model_registry
 from transformers import PretrainedConfig
 
 from lm_eval_pruned.compare.margins import (
@@ -18,7 +19,7 @@ from lm_eval_pruned.compare.margins import (
     with_choice_prob,
 )
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import ResultsError, Run, newest_first
 from lm_eval_pruned.results.runs import (
     is_sweep,
     read_failures,
@@ -30,6 +31,7 @@ from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import SweepOptions, read_mapping
 from lm_eval_pruned.sweeps.plan import (
     FLOORS,
+    OF_MODEL,
     Configuration,
     harness_settings,
     model_source,
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
+#: Arguments that quantise a model while it loads, which `pruned-hf` takes and the harness's ``hf`` does not.
+QUANTISING = {"quantization_config", "load_in_8bit", "load_in_4bit"}
 #: Where neither the user nor finished results name tasks.
 TASKS = ["pruned_demo", "pruned_demo_bias", WRITTEN, KINDS, LONG_TEXT]
 #: Tokens of each long text, unless ``--context`` or the config of a model says fewer.
@@ -73,6 +77,11 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         ValueError: The model, an option or a task cannot be used.
     """
     kind, _, arguments = text.partition(",")
+    if kind not in TYPES and kind in model_registry:
+        raise ValueError(
+            f"The {name} {text} is of a model type that verdict does not run: pass one of {', '.join(TYPES)}, "
+            f"or run `lm_eval --model {kind} ... --log_samples` there and pass that folder."
+        )
     if kind not in TYPES:
         raise ValueError(
             f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
@@ -80,11 +89,18 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         )
     model = TYPES[kind]
     model_args = read_mapping(arguments, f"The {name} {text}") if arguments else {}
-    if model == "hf-prefix" and "quantization_config" in model_args:
-        # HFLM passes what its config says under this name, and would pass ours beside it.
+    if model == "hf-prefix" and {*model_args} & QUANTISING:
+        # HFLM passes what its config says under the first name, and would pass ours beside it; transformers
+        # takes the others no longer.
         model = "pruned-hf"
     # Refused here, not once the base has been evaluated.
-    check_model(model, model_args, f"The {name} {text}")
+    where = f"The {name} {text}"
+    for option in model_args.keys() & {*OF_MODEL}:
+        raise ValueError(
+            f"{where} has {option}={model_args[option]}, which is asked of both models: pass "
+            f"--{option} {model_args[option]} instead."
+        )
+    check_model(model, model_args, where, options.get("device"))
     which = {"model": model, "model_args": model_args, "log_samples": True}
     # The base's tell what knowing nothing gives; the candidate answers the same documents.
     has_floors = name == "base" and options.get("floors", True)
@@ -98,6 +114,15 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         # The last line of a verdict gives the reason.
         shows_tracebacks=False,
     )
+
+
+def _model_of(text: str) -> str:
+    """Return the specification of the model in a folder, if it is a checkpoint and no results; else the text."""
+    path = Path(text)
+    if not (path / "config.json").is_file() or is_sweep(path) or newest_first(path):
+        return text
+    # JSON, because the path may hold a comma.
+    return f"hf,{json.dumps({'pretrained': text})}"
 
 
 def text_task(file: str, folder: Path) -> str:
@@ -141,11 +166,13 @@ def both_runs(
     `margins` and the `measure` are known to suit the tasks. The text of the file `text` takes the
     place of the demo's. Long texts have `context` tokens, fewer where the config of the base allows no more.
 
+    A folder with a checkpoint is the model ``hf,pretrained=FOLDER``.
+
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
-    models = {"base": base, "candidate": candidate}
+    models = {"base": _model_of(base), "candidate": _model_of(candidate)}
     finished = {
         name: _results_of(path, name)
         for name, path in models.items()
@@ -154,20 +181,20 @@ def both_runs(
     context = context or CONTEXT
     if "base" not in finished:
         # What the candidate's config allows is among what is tested.
-        context = _context(base, context)
+        context = _context(models["base"], context)
     options = _asked(options, finished, text, output_path, context)
-    # Both are planned first, so that a mistake in one is told before the other is evaluated.
-    planned = {
-        name: plan_model(
-            name, model, {**options, "output_path": str(output_path / name)}
-        )
-        for name, model in models.items()
-        if name not in finished
-    }
+    # Both are planned first, so that a mistake in one is told before the other is evaluated; the base
+    # before the other, because it knows the tasks.
+    planned: dict[str, WatchingSweep] = {}
+    for name, model in models.items():
+        if name not in finished:
+            where = {"output_path": str(output_path / name)}
+            planned[name] = plan_model(name, model, {**options, **where})
+        if name == "base":
+            of_base = planned[name] if name in planned else finished[name][0]
+            _check_claims(margins, measure, of_base)
     if not finished:
         planned["candidate"].base = planned["base"]
-    of_base = planned["base"] if "base" in planned else finished["base"][0]
-    _check_claims(margins, measure, of_base)
     results = dict(finished)
     for name, sweep in planned.items():
         print(f"The {name}: {models[name]}", flush=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +27,15 @@ from lm_eval_pruned.results.metrics import SHARE, is_bias, is_loss, is_perplexit
 from lm_eval_pruned.util.tables import Cell, Column, csv_table
 from lm_eval_pruned.verdict.decision import what_decides
 from lm_eval_pruned.verdict.divergence import KINDS, LONG_TEXT, TEXTS, divergences_of
+from lm_eval_pruned.verdict.hub import without_paths
 from lm_eval_pruned.verdict.models import CONTEXT
+from lm_eval_pruned.verdict.sizes import bytes_on_disk
 from lm_eval_pruned.verdict.written import ENDINGS, WRITTEN
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Claim, Difference
     from lm_eval_pruned.verdict.decision import Verdict
@@ -63,6 +66,11 @@ _ON_DIVERGENCE = (
     "In nats, over all positions that are compared; `same top` is the share of positions with the same likeliest "
     "token, `change of right` the root mean square of the change in the probability of the right one. Close to "
     "the base, a mean divergence does not rank candidates (arXiv 2606.19558)."
+)
+_ON_SIZE = (
+    "Bytes in memory are those of the weights after the evaluation, bytes on disk those of the files they were "
+    "loaded from: what prunes or quantises while it loads shows only in memory, and what is unpacked for it, such "
+    "as GGUF, only on disk."
 )
 _ON_TIME = (
     "Time is the wall time of the evaluation, over all documents, on the machine that made the "
@@ -114,14 +122,15 @@ def _with_floor(verdict: Verdict, claim: Claim) -> Difference:
 def card_section(verdict: Verdict, base: str) -> str:
     """Return the tables for the card of the candidate, compared with what `base` names.
 
-    A card is published: it has no texts of documents, and no folders of this machine.
+    A card is published: it has no texts of documents, and no folders of this machine. So it has no notes,
+    which quote errors, and both runs go by other names than those of their files.
     """
-    named = re.sub(
-        "[^,=]+", lambda m: Path(m[0]).name if Path(m[0]).exists() else m[0], base
+    subtitle = f"Compared with {without_paths(base)}, by `lm-eval-pruned verdict`."
+    named = verdict._replace(
+        base=replace(verdict.base, name="base"),
+        candidate=replace(verdict.candidate, name="candidate"),
     )
-    subtitle = f"Compared with {named}, by `lm-eval-pruned verdict`."
-    answer, *tables = _tables(verdict)
-    sections = [replace(answer, notes=()), *tables]
+    sections = [replace(section, notes=()) for section in _tables(named)]
     return re.sub(r"(?m)^#", "##", as_markdown(title_of(verdict), subtitle, sections))
 
 
@@ -205,7 +214,7 @@ def _tables(verdict: Verdict) -> list[Section]:
         table_section("Agreement with the base", [AGREEMENT], _AGREEMENT, answered),
         table_section("Divergence from the base", [_ON_DIVERGENCE], _DIVERGENCE, apart),
         table_section("Bias", [_ON_BIAS], _SCORES, on_bias),
-        table_section("Size and time", [_ON_TIME], _SIZE, size),
+        table_section("Size and time", [_ON_SIZE, _ON_TIME], _SIZE, size),
         energy_section([verdict.base, verdict.candidate]),
     ]
     return [section for section in sections if section is not None]
@@ -372,6 +381,7 @@ _SIZE = (
     Column("model", lambda row: row[0]),
     Column("parameters", lambda row: row[1].config.get("model_num_parameters"), ","),
     Column("bytes in memory", lambda row: row[1].config.get("weight_bytes"), ","),
+    Column("bytes on disk", lambda row: bytes_on_disk(row[1]), ","),
     Column(
         "s / document",
         lambda row: row[1].seconds_per_document(row[1].evaluated),
