@@ -98,8 +98,9 @@ def load_kinds(**_: Any) -> dict[str, datasets.Dataset]:
     spans = []
     for number, row in enumerate(_rows(FOLDER / "kinds.jsonl")):
         text = row["text"]
-        edges = [_space_before(text, len(text) * n // 4) for n in range(5)]
-        spans += _spans(text, edges, number=number, kind=row["kind"])
+        spaces = _spaces(text)
+        edges = [spaces[len(spaces) * n // 4] for n in range(4)]
+        spans += _spans(text, [*edges, len(text)], number=number, kind=row["kind"])
     return {"test": datasets.Dataset.from_list(spans)}
 
 
@@ -117,15 +118,17 @@ def load_long_text(context: int = 2048, **_: Any) -> dict[str, datasets.Dataset]
     # A long paragraph before a short one.
     pairs = zip(held, _rows(FOLDER / "text.jsonl"), strict=True)
     paragraphs = [row["text"] for pair in pairs for row in pair]
-    ends = [end for end in POSITIONS if end < context]
-    parts = [*itertools.pairwise([0, *ends, context])]
+    below = [end for end in POSITIONS if end < context]
+    parts = [*itertools.pairwise([0, *below, context])]
     spans = []
     for number in range(LONG_TEXTS):
         text = _there_and_back(paragraphs[number::LONG_TEXTS], CHARACTERS * context)
+        ends = np.array([*_spaces(text), len(text)])
         for first, last in parts:
-            steps = np.linspace(first, last, SPANS + 1)
-            # A span begins with the space in front of a word.
-            edges = [_space_before(text, int(CHARACTERS * step)) for step in steps]
+            places = CHARACTERS * np.linspace(first, last, SPANS + 1)
+            # The first place of a word from there on.
+            found = np.searchsorted(ends, places.clip(max=len(text)))
+            edges = ends[found].tolist()
             spans += _spans(text, edges, number=number, position=f"{first}-{last}")
     return {"test": datasets.Dataset.from_list(spans)}
 
@@ -153,12 +156,9 @@ def _there_and_back(paragraphs: list[str], length: int) -> str:
     return text[:length].rstrip()
 
 
-def _space_before(text: str, place: int) -> int:
-    """Return where a span may begin: before a word, but the first, which has no context."""
-    spaces = [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
-    if place >= len(text):
-        return len(text)
-    return max([spaces[0], *(space for space in spaces if space <= place)])
+def _spaces(text: str) -> list[int]:
+    """Return where a span may begin: before each word but the first, which has no context."""
+    return [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
 
 
 def score_span(
