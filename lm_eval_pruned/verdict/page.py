@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 #: How many of the answers that changed for the worse are shown.
 SHOWN = 20
+#: What the first line calls the losses on other texts than the first.
+_LOSSES = {KINDS: " on other kinds of text", LONG_TEXT: " on long text"}
 #: How many members of groups or other measures the first line names.
 NAMED = 3
 _HOW_TO_READ = (
@@ -148,7 +150,8 @@ def headline(verdict: Verdict) -> str:
             margins += [f"{1 - share:.0%}".replace("%", " %")] if share else []
         elif is_loss(row.metric) and row.relative is not None:
             name = "perplexity" if is_perplexity(row.metric) else "loss"
-            parts.append(f"{name} {row.relative:+.1%}".replace("%", " %"))
+            about = _LOSSES.get(row.task, "")
+            parts.append(f"{name}{about} {row.relative:+.1%}".replace("%", " %"))
         elif claim in verdict.open:
             parts.append(f"{claim.name} {claim.word}")
     fallen = verdict.fallen
@@ -207,11 +210,13 @@ def _tables(verdict: Verdict) -> list[Section]:
     # Of a task with two measures, the answers are the same.
     rows = {row.task: row for _, row in judged}
     answered = [row for row in rows.values() if row.answers]
+    wrote = any(row.answers and row.answers.same_tokens is not None for row in answered)
+    agreement = _AGREEMENT if wrote else _AGREEMENT[:-1]
     sections = [
         _answer_section(verdict),
         _files_section(verdict),
         table_section("Scores", about, _SCORES, scores),
-        table_section("Agreement with the base", [AGREEMENT], _AGREEMENT, answered),
+        table_section("Agreement with the base", [AGREEMENT], agreement, answered),
         table_section("Divergence from the base", [_ON_DIVERGENCE], _DIVERGENCE, apart),
         table_section("Bias", [_ON_BIAS], _SCORES, on_bias),
         table_section("Size and time", [_ON_SIZE, _ON_TIME], _SIZE, size),
