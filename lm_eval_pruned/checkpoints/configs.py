@@ -227,16 +227,22 @@ def config_and_rest(
 
 
 def check_dtype(name: str, value: Any) -> None:
-    """Refuse what is neither a floating-point dtype of torch, nor its name, ``auto`` or None.
+    """Refuse what is neither a floating-point dtype that torch computes in, nor its name, ``auto`` or None.
 
     Raises:
         ValueError: It is something else.
     """
-    dtype = getattr(torch, value, value) if isinstance(value, str) else value
+    dtype: Any = getattr(torch, value, value) if isinstance(value, str) else value
     is_floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     if not (is_floating or dtype in (None, "auto")):
         raise ValueError(
             f"{name}={value} is not understood: pass a dtype such as bfloat16."
+        )
+    # Of 8 bits and fewer.
+    if is_floating and dtype.itemsize < 2:
+        raise ValueError(
+            f"{name}={value} only stores numbers, and torch runs no model in it: pass a dtype such as "
+            "bfloat16, and say how to quantise with quantization_config."
         )
 
 

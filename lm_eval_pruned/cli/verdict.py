@@ -28,6 +28,7 @@ OPTIONS = (
         "the probability of the right answer, mc2 or choice_prob, else the score that counts)"),
     row("--text", "FILE", "plain text on which loss and divergence from the base are measured, in place of the "
         "demo's or beside --tasks"),
+    row("--context", "N", "tokens of each long text of the demo (default: 2048, or what the config of BASE allows)", type=int),
     row("--output_path", "DIR", "folder of results and pages (default: verdict)", default="verdict"),
     row("--no_texts", "", "leave the texts of documents and answers out of the pages"),
     row("--push_to_hub", "REPO", "the candidate's repository on the Hub: write the verdict into its model card, "
@@ -39,14 +40,17 @@ OPTIONS = (
 
 def run(arguments) -> int:
     """Evaluate what is not evaluated yet, write the pages and return the exit code."""
+    from lm_eval_pruned.verdict.decision import decide, read_margins
+
+    margins, measure = read_margins(arguments.margin), arguments.measure
+    _check_margins_of_demo(arguments, margins)
+
     from lm_eval.utils import setup_logging
 
-    from lm_eval_pruned.verdict.decision import decide, read_margins
-    from lm_eval_pruned.verdict.hub import check_repository, push_verdict
+    from lm_eval_pruned.verdict.hub import check_repository, push_verdict, without_paths
     from lm_eval_pruned.verdict.models import both_runs
     from lm_eval_pruned.verdict.page import card_section, headline, write_pages
 
-    margins, measure = read_margins(arguments.margin), arguments.measure
     chosen = SweepOptions.parsed(arguments)
     read = SweepOptions.of(chosen, "verdict")
     if repository := arguments.push_to_hub:
@@ -54,8 +58,10 @@ def run(arguments) -> int:
     options = {name: getattr(read, name) for name in chosen}
     setup_logging()
     models, folder = (arguments.base, arguments.candidate), Path(arguments.output_path)
+    # A folder is known as one while it is there.
+    published = without_paths(models[0])
     base, candidate, floors = both_runs(
-        *models, options, folder, margins, measure, arguments.text
+        *models, options, folder, margins, measure, arguments.text, arguments.context
     )
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
     verdict = decide(base, candidate, margins, floors, measure=measure)
@@ -63,7 +69,7 @@ def run(arguments) -> int:
     print(write_pages(verdict, folder, subtitle, texts=texts))
     print(f"The page is {folder / 'verdict.html'}.")
     if repository:
-        section = card_section(verdict, models[0])
+        section = card_section(verdict, published)
         kept = {
             row.case.key: row.floor.kept_text
             for row in verdict.rows
@@ -71,3 +77,16 @@ def run(arguments) -> int:
         }
         print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code
+
+
+def _check_margins_of_demo(arguments, margins) -> None:
+    """Raise ValueError for a margin that scores from 0 to 1 cannot have, where the tasks are the demo's.
+
+    They have such scores. It takes seconds to import the harness, and more to read its tasks.
+    """
+    from lm_eval_pruned.compare.margins import Margin
+
+    paths = map(Path, (arguments.base, arguments.candidate))
+    if arguments.tasks is None and not any(path.exists() for path in paths):
+        for name, text in margins.items():
+            Margin("margin", text).check("pruned_demo", name or "acc")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 from lm_eval_pruned.compare.margins import CLAIMS, Margin
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
 from lm_eval_pruned.results.files import MODEL, Run, Score
-from lm_eval_pruned.results.metrics import BOUNDS
+from lm_eval_pruned.results.metrics import BOUNDS, is_loss
 from lm_eval_pruned.results.parts import (
     ResultsError,
     as_mapping,
@@ -115,7 +115,8 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
         ):
             record["at_floor"] = at_floor
         if rule.kind in OF_DOCUMENTS and (documents := documents_of(run, task, metric)):
-            record["documents"] = _as_dict(documents)
+            kept = documents if is_loss(metric) else replace(documents, level=())
+            record["documents"] = _as_dict(kept)
         runs.setdefault(name, {}).setdefault(task, about)["metrics"][metric] = record
     text = json.dumps({"schema_version": SCHEMA, "runs": runs}, allow_nan=False)
     # The last digits depend on the processor.
@@ -194,6 +195,8 @@ def _as_dict(documents: Documents) -> dict[str, Any]:
     table = pd.DataFrame({"values": documents.values}, index=names)
     if (documents.weights != 1).any():
         table["weights"] = documents.weights
+    if documents.level:
+        table["level"] = documents.level
     if documents.clusters is not None:
         codes, _ = pd.factorize(pd.Series(documents.clusters), sort=True)
         table["clusters"] = codes.astype(str)
@@ -209,4 +212,5 @@ def _from_dict(transform: str, **columns: Mapping[str, Any]) -> Documents:
     numbers = table.reindex(columns=["values", "weights"], fill_value=1).astype(float)
     clusters = tuple(table["clusters"]) if "clusters" in table else None
     values, weights = numbers.to_numpy().T
-    return Documents(keys, values, weights, clusters, transform)
+    level = tuple(map(str, table["level"])) if "level" in table else ()
+    return Documents(keys, values, weights, clusters, transform, level)

@@ -32,7 +32,7 @@ class Case:
 
     The tests of one `family` are corrected together. Only a `primary` score counts as tested; others are
     further metrics of the same answers. A `margin` is what may be claimed of the difference. `member` is
-    the task of a group whose documents these are, where they are not those of all.
+    the task of a group, or the kind of text, whose documents these are, where they are not those of all.
     """
 
     base: Run
@@ -128,15 +128,27 @@ def guarded(case: Case) -> Case:
 
 
 def members_of(case: Case) -> list[Case]:
-    """Return the cases of the members of a group, guarded; none where documents do not say which they are."""
-    names = dict.fromkeys(task for task, *_ in case.pair[0].keys) if case.pair else ()
-    return [guarded(_only(case, name)) for name in names] if len(names) > 1 else []
+    """Return the cases of the members of a group, or of a loss those of each kind of text, guarded.
+
+    None where documents do not say which they are.
+    """
+    if case.pair is None:
+        return []
+    documents = case.pair[0]
+    names = [task for task, *_ in documents.keys]
+    if case.metric.loss and documents.level:
+        names = [*documents.level]
+    parts: dict[str, list[tuple[str, str, int]]] = {}
+    for name, key in zip(names, documents.keys, strict=True):
+        parts.setdefault(name, []).append(key)
+    if len(parts) == 1:
+        return []
+    return [guarded(_only(case, name, tuple(keys))) for name, keys in parts.items()]
 
 
-def _only(case: Case, member: str) -> Case:
-    """Return the case of one member's documents."""
+def _only(case: Case, member: str, keys: tuple[tuple[str, str, int], ...]) -> Case:
+    """Return the case of some of the documents."""
     assert case.pair
-    keys = tuple(key for key in case.pair[0].keys if key[0] == member)
     base, run = (
         scored_on(run, case.key, documents.taken(keys))
         for run, documents in zip((case.base, case.run), case.pair, strict=True)

@@ -34,10 +34,11 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import another_test
+from lm_eval_pruned.compare.pairing import another_test, served_otherwise
 from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.documents import CHOICE_PROB, check_score, documents_of
 from lm_eval_pruned.results.files import (
+    CHANGES_ANSWERS,
     ResultsError,
     Run,
     Score,
@@ -210,7 +211,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     ]
     for name in runs:
         of_run = {key: c for key, c in cases.items() if key[0] == name and c.margin}
-        found += _on_claims(name, of_run, baseline)
+        found += _on_claims(name, runs, of_run, baseline)
     return sorted(
         found, key=lambda finding: (finding.run, finding.task, finding.metric)
     )
@@ -221,7 +222,7 @@ _CODE_OF = {"fail": 1, "undecided": 3, "refused": 2}
 
 
 def _on_claims(
-    name: str, cases: Mapping[Key, Case], baseline: Baseline
+    name: str, runs: Mapping[str, Run], cases: Mapping[Key, Case], baseline: Baseline
 ) -> list[Finding]:
     """Return what the claims on one run are found to be, as `verdict` decides them."""
     beside = [key for key in cases if baseline.rules[key].kind == BESIDE]
@@ -229,8 +230,13 @@ def _on_claims(
     judged = [case for key, case in cases.items() if key not in beside]
     blind = baseline.blind.get(name, set())
     claims = claims_on(judged, others, blind)
-    code = CODES[answer_of(claims)] if judged else 0
-    return [
+    served = {*served_otherwise(baseline.runs[name], runs[name])}
+    otherwise = [what for what in CHANGES_ANSWERS if what in served]
+    alike = not (judged and otherwise)
+    code = CODES[answer_of(claims, served_alike=alike)] if judged else 0
+    message = f"Served otherwise than the baseline: {', '.join(otherwise)}."
+    files = Finding(name, "files", "", "undecided", None, None, message, code)
+    found = [
         Finding(
             name,
             claim.row.task,
@@ -244,6 +250,7 @@ def _on_claims(
         for claim in claims
         if claim.about not in (PART, MEAN) or _counts(claim)
     ]
+    return found if alike else [files, *found]
 
 
 def _counts(claim: Claim) -> bool:

@@ -311,9 +311,14 @@ def _is_shown(p: float | None) -> bool:
     return p is not None and p < CLAIM_LEVEL
 
 
-def answer_of(claims: Sequence[Claim]) -> str:
-    """Return the answer on all claims of a run."""
-    return answer((claim.word, claim.is_taken) for claim in claims)
+def answer_of(claims: Sequence[Claim], *, served_alike: bool = True) -> str:
+    """Return the answer on all claims of a run.
+
+    A model that is not `served_alike` answers in another way than its base, whatever its weights: nothing
+    is shown of it.
+    """
+    words = [(claim.word, claim.is_taken) for claim in claims]
+    return answer([*words, *[("asked otherwise", True)] * (not served_alike)])
 
 
 def _rows(cases: Sequence[Case]) -> list[Difference]:

@@ -15,6 +15,7 @@ from lm_eval_pruned.results.documents import (
 )
 from lm_eval_pruned.results.groups import primary_metrics
 from lm_eval_pruned.results.metrics import is_bias, is_share, metric_of
+from lm_eval_pruned.results.parts import as_mapping
 
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     Key = tuple[str, str]
 
+#: Key of a task's metadata: by metric that is judged, how much worse it may be.
+MARGINS = "margins"
 #: What may be claimed with a margin, by the option that asks for it.
 CLAIMS = ("equivalent", "not_worse")
 #: Metrics that are the probability of the right answers, which needs fewer documents than their share.
@@ -129,7 +132,8 @@ def judged_keys(
     """Yield what is judged of each task: `measure` where it has it, else what decides soonest.
 
     That is a score with an exact floor, the probability of the right answer, or the score that counts;
-    beside it, how far a model is biased, and the divergence from the base if it is among the `named`.
+    beside it, how far a model is biased, and the divergence from the base if it is among the `named`. Of a
+    task that declares ``margins``, these metrics are judged.
     """
     for task, primary in primary_metrics([base], subtasks=subtasks):
         metrics = {
@@ -137,6 +141,10 @@ def judged_keys(
             for scored, metric in base.scores
             if scored == task and math.isfinite(base.scores[scored, metric].value)
         }
+        declared = as_mapping(base.metadata.get(task, {}).get(MARGINS))
+        if measure not in metrics and declared:
+            yield from ((task, metrics[name]) for name in declared if name in metrics)
+            continue
         beside = [
             name for name in metrics.values() if is_bias(name) and name != primary
         ]
@@ -170,10 +178,13 @@ def further_measures(base: Run, keys: Collection[Key]) -> list[Key]:
 
 
 def usual_margin(run: Run, key: Key) -> str:
-    """Return how much worse a score may be by default: of one with an exact floor, 95 % are kept.
+    """Return how much worse a score may be by default: what the task declares; with an exact floor, 95 % are kept.
 
     Less than 15 points of a bias take more than the 40 questions of the demo, once one answer changes.
     """
+    declared = as_mapping(run.metadata.get(key[0], {}).get(MARGINS))
+    if text := declared.get(key[1].partition(",")[0]):
+        return str(text)
     if run.exact_floor(*key) is not None:
         return "5%"
     if is_bias(key[1]):

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import special
 
 from lm_eval_pruned.compare.claims import Paired, paired
 from lm_eval_pruned.results.documents import Documents, documents_of
-from lm_eval_pruned.results.files import ResultsError, Run, asked_differently
+from lm_eval_pruned.results.files import (
+    ResultsError,
+    Run,
+    asked_differently,
+    served_differently,
+)
 from lm_eval_pruned.results.metrics import metric_of
 
 
@@ -35,6 +40,14 @@ def another_test(base: Run, run: Run, task: str, more: Iterable[str] = ()) -> st
         return why
     one, other = base.settings.get(task, {}), run.settings.get(task, {})
     return asked_differently(one, other, f"in {base.name}", more)
+
+
+def served_otherwise(base: Run, run: Run) -> dict[str, tuple[Any, Any]]:
+    """Return what two models are served with that differs, by its name; both values, of the base first."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for task, settings in base.settings.items():
+        found |= served_differently(settings, run.settings.get(task, {}))
+    return found
 
 
 def _other_version(base: Run, run: Run, task: str) -> str:
@@ -112,7 +125,8 @@ class Agreement:
     `equal_answers` is a share of documents; an answer is a choice, or the text after the task's
     filter. `kl` is the mean divergence, in nats, of the run's distribution over the choices from
     that of the base, None for texts; `beginning` the mean share of the base's text, in words, before
-    the first difference, None for choices. The shares of the commonest answers follow.
+    the first difference, None for choices; `same_tokens` the share of texts that begin with the same 8
+    tokens, None where the tokens are not known. The shares of the commonest answers follow.
 
     Source: Dutta et al. 2024, arXiv 2407.09141.
     """
@@ -120,6 +134,7 @@ class Agreement:
     equal_answers: float
     kl: float | None
     beginning: float | None
+    same_tokens: float | None
     base_commonest: float
     commonest: float
 
@@ -139,11 +154,15 @@ def agreement(pair: Pair | None, metric: str) -> Agreement | None:
     beginning = float(np.mean([*map(_beginning, before, after)]))
     same = [one == other for one, other in zip(before, after, strict=True)]
     commonest = (max(Counter(texts).values()) for texts in answers)
+    starts = [[sample.tokens[:8] for sample in run.samples] for run in pair]
+    known = all(starts[0])
+    same_tokens = float(np.mean([*map(tuple.__eq__, *starts)])) if known else None
     base_share, share = (count / len(before) for count in commonest)
     return Agreement(
         equal_answers=float(np.mean(same)),
         kl=None if no_choices else kl,
         beginning=beginning if no_choices else None,
+        same_tokens=same_tokens,
         base_commonest=base_share,
         commonest=share,
     )

@@ -94,7 +94,8 @@ class Pilot:
         one, other = self.pair
         values = one.values[chosen], other.values[chosen]
         labels = tuple(clusters.tolist()) if one.clusters else None
-        groups = one.weights[chosen], labels, one.transform
+        level = tuple(np.array(one.level)[chosen].tolist()) if one.level else ()
+        groups = one.weights[chosen], labels, one.transform, level
         before, after = (
             Documents(keys, np.where(exchanged, theirs, ours), *groups)
             for ours, theirs in (values, values[::-1])

@@ -64,6 +64,7 @@ class Documents:
         weights: Shape (n,), float64; ones for a plain mean.
         clusters: Cluster of each document, length n, or None if documents are independent.
         transform: Name in `TRANSFORMS`.
+        level: Level of each document, length n, such as the kind of a text; empty where the task declares none.
         levels: Scores without knowledge, where the documents tell: of a model that finds all choices alike
             (``chance``), and of always giving the ``commonest answer``, where one is right more often than chance
             makes it.
@@ -75,6 +76,7 @@ class Documents:
     weights: np.ndarray
     clusters: tuple[str, ...] | None
     transform: str
+    level: tuple[str, ...] = ()
     levels: Mapping[str, float] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
 
@@ -87,12 +89,6 @@ class Documents:
     def answers(self, metric: str) -> list[str | None]:
         """Return `Sample.answer` of each document, length n; empty where the lines are not known."""
         return [sample.answer(metric) for sample in self.samples]
-
-    @property
-    def level(self) -> tuple[str, ...]:
-        """Level of each document, length n; empty where the task declares no field for it."""
-        levels = tuple(sample.level for sample in self.samples)
-        return levels if all(levels) else ()
 
     def at(self, level: str) -> Documents:
         """Return the documents of a level, of which no score without knowledge is known."""
@@ -110,6 +106,7 @@ class Documents:
             values=self.values[order],
             weights=self.weights[order],
             clusters=self.clusters and tuple(self.clusters[n] for n in order),
+            level=self.level and tuple(self.level[n] for n in order),
             samples=self.samples and tuple(self.samples[n] for n in order),
         )
 
@@ -216,8 +213,9 @@ def _documents(
         if np.isclose(score, expected, rtol=1e-6, atol=1e-9, equal_nan=True):
             clusters = tuple(sample.cluster for sample in samples)
             grouped = clusters if len({*clusters}) < len(keys) else None
-            levels = levels_of(samples, weights, metric)
-            return Documents(keys, values, weights, grouped, transform, levels, samples)
+            level = tuple(sample.level for sample in samples)
+            about = level if all(level) else (), levels_of(samples, weights, metric)
+            return Documents(keys, values, weights, grouped, transform, *about, samples)
     return None
 
 

@@ -47,7 +47,7 @@ METRICS = (
     Metric("(.*_)?perplexity|bits_per_byte|bpb|kl", loss=True),
     Metric("(.*_)?acc(uracy)?(_norm|_bytes|_mutual_info|_all)?", SHARE),
     Metric("(quasi_)?(prefix_)?exact_match|em|f1|mc[12]|choice_prob(_norm)?", SHARE),
-    Metric("pass(@|_at_)[0-9]+|sibling", SHARE),
+    Metric("pass(@|_at_)[0-9]+|sibling|ended|repeated", SHARE),
     Metric("mcc", (-1, 1)),
     Metric(".*"),
 )

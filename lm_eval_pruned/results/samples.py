@@ -50,7 +50,8 @@ class Sample(NamedTuple):
     empty where the task declares none.
 
     The model's answer is in the `likelihoods` of the choices, natural logarithms, or is what it wrote:
-    `written` after the task's filter, `text` before. None or empty where the line does not tell.
+    `written` after the task's filter, `text` before, and its `tokens` where a verdict had it written. None
+    or empty where the line does not tell.
     """
 
     number: str
@@ -66,6 +67,7 @@ class Sample(NamedTuple):
     likelihoods: tuple[float, ...]
     written: str | None
     text: str
+    tokens: tuple[int, ...] = ()
 
     @property
     def choice_prob(self) -> float | None:
@@ -100,8 +102,9 @@ def read_samples(
 
     Returns by metric the key of each document that has it, as in `Documents`, the value and the sample.
     ResultsError if the file cannot be read, holds a document twice, or another number of documents
-    than the results file says.
+    than the results file says, or if all log-likelihoods are 0.
     """
+    answers_0: set[bool] = set()
     file, numbers = run.samples[task], defaultdict[str, set[int]](set)
     metadata = run.metadata.get(task, {})
     rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in metrics}
@@ -124,6 +127,7 @@ def read_samples(
                     raise ValueError(f"an earlier line has doc_id {number}, too")
                 numbers[of_filter].add(number)
                 sample = read_sample(row, task, metadata)
+            answers_0.add(_has_only_0(row))
             for metric, values in rows.items():
                 name, _, filter_name = metric.rpartition(",")
                 value = sample.choice_prob if metric == CHOICE_PROB else row.get(name)
@@ -131,6 +135,13 @@ def read_samples(
                     value is not None or metric == CHOICE_PROB
                 ):
                     values.append((number, digest, value, sample))
+    # Each model that knows nothing may say so of single continuations.
+    if answers_0 == {True} and not run.is_floor:
+        raise ResultsError(
+            f"{file}: every log-likelihood of {task} is 0, which is what a server answers that computes none, such "
+            f"as llama.cpp's (its issue 27174): evaluate {task} again with a model type or a server that does, "
+            "such as hf, vllm or vLLM's server."
+        )
     for metric, values in rows.items():
         name, score = metric.rpartition(",")[2], run.scores.get((task, metric))
         logged = len(numbers[name])
@@ -145,6 +156,20 @@ def read_samples(
             for _, digest, value, sample in sorted(values, key=lambda row: row[0])
         ]
     return rows
+
+
+def _has_only_0(row: Mapping[str, Any]) -> bool:
+    """Whether a line has log-likelihoods, of continuations or of a whole text, and all are 0."""
+    requests = [*map(as_mapping, as_mapping(row.get("arguments")).values())]
+    answers = row.get("filtered_resps")
+    wrote = any(not isinstance(each.get("arg_1", ""), str) for each in requests)
+    if not requests or wrote or not isinstance(answers, list) or not answers:
+        return False
+    try:
+        # Beside it, whether the continuation is the likeliest.
+        return not any(float(a[0] if isinstance(a, list) else a) for a in answers)
+    except (TypeError, ValueError, LookupError):
+        return False
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[int, str, str]:
@@ -199,7 +224,8 @@ def read_sample(
     prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
     asked = number, digest, cluster, prompt, target, choices, right, chance, rivals
     level = str(document.get(metadata.get("level", ""), ""))
-    return Sample(*asked, level, *_answered(row, endings))
+    tokens = row.get("tokens") or ()
+    return Sample(*asked, level, *_answered(row, endings), tuple(map(int, tokens)))
 
 
 def _labels(targets: Mapping[str, Any]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lm_eval_pruned.compare.answer import CODES, REFUTED, WORDS
 from lm_eval_pruned.compare.cases import Case
@@ -28,10 +28,10 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import another_test
+from lm_eval_pruned.compare.pairing import another_test, served_otherwise
 from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
 from lm_eval_pruned.results.documents import check_score
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import CHANGES_ANSWERS, ResultsError, Run
 from lm_eval_pruned.results.metrics import is_share
 
 
@@ -48,7 +48,7 @@ class Verdict(NamedTuple):
     """The answer on two runs, by their claims.
 
     `rows` are all differences between the two, those of scores that are not judged among them; `floors` say
-    where the base stands.
+    where the base stands; `served` says what the two are served with that differs, by its name.
     """
 
     base: Run
@@ -58,6 +58,7 @@ class Verdict(NamedTuple):
     notes: Sequence[str]
     rows: Sequence[Difference]
     floors: Sequence[Standing]
+    served: Mapping[str, tuple[Any, Any]]
 
     @property
     def code(self) -> int:
@@ -143,8 +144,10 @@ def decide(
     ]
     blind = blind_scores(base, floors, keys)
     claims = claims_on(cases[: len(keys)], others, blind, margins)
-    known = compared.notes, compared.rows, compared.floors
-    return Verdict(base, candidate, answer_of(claims), claims, *known)
+    served = served_otherwise(base, candidate)
+    word = answer_of(claims, served_alike=not {*served} & {*CHANGES_ANSWERS})
+    known = compared.notes, compared.rows, compared.floors, served
+    return Verdict(base, candidate, word, claims, *known)
 
 
 def _within(base: Run, key: Key, margins: Mapping[str, str]) -> Margin:

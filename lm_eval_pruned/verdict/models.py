@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import replace
@@ -9,13 +10,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_eval.api.registry import model_registry
+from transformers import PretrainedConfig
+
 from lm_eval_pruned.compare.margins import (
     check_measure,
     judged_keys,
     with_choice_prob,
 )
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
-from lm_eval_pruned.results.files import ResultsError, Run
+from lm_eval_pruned.results.files import ResultsError, Run, newest_first
 from lm_eval_pruned.results.runs import (
     is_sweep,
     read_failures,
@@ -25,17 +29,26 @@ from lm_eval_pruned.results.runs import (
 )
 from lm_eval_pruned.sweeps.checks import check_model
 from lm_eval_pruned.sweeps.options import SweepOptions, read_mapping
-from lm_eval_pruned.sweeps.plan import FLOORS, Configuration, harness_settings
+from lm_eval_pruned.sweeps.plan import (
+    FLOORS,
+    OF_MODEL,
+    Configuration,
+    harness_settings,
+    model_source,
+)
 from lm_eval_pruned.sweeps.run import run_sweep
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.verdict.decision import check_margins
 from lm_eval_pruned.verdict.divergence import (
     DEMO_TEXT,
+    KINDS,
+    LONG_TEXT,
     NOT_MEASURED,
     OF_FILE,
     TEXTS,
-    WatchingSweep,
 )
+from lm_eval_pruned.verdict.watching import WatchingSweep
+from lm_eval_pruned.verdict.written import ENDINGS, WRITTEN
 
 
 if TYPE_CHECKING:
@@ -47,8 +60,12 @@ if TYPE_CHECKING:
 #: What evaluates each model type: ``hf-prefix`` is ``hf`` that computes shared prefixes once.
 TYPES = {"hf": "hf-prefix"}
 TYPES |= {name: name for name in ("hf-prefix", "pruned-hf", "vllm", "pruned-vllm")}
+#: Arguments that quantise a model while it loads, which `pruned-hf` takes and the harness's ``hf`` does not.
+QUANTISING = {"quantization_config", "load_in_8bit", "load_in_4bit"}
 #: Where neither the user nor finished results name tasks.
-TASKS = ["pruned_demo", "pruned_demo_bias"]
+TASKS = ["pruned_demo", "pruned_demo_bias", WRITTEN, KINDS, LONG_TEXT]
+#: Tokens of each long text, unless ``--context`` or the config of a model says fewer.
+CONTEXT = 2048
 #: What results record a seed of, in the order of ``--seed``.
 SEEDS = ("random", "numpy", "torch", "fewshot")
 
@@ -60,6 +77,11 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         ValueError: The model, an option or a task cannot be used.
     """
     kind, _, arguments = text.partition(",")
+    if kind not in TYPES and kind in model_registry:
+        raise ValueError(
+            f"The {name} {text} is of a model type that verdict does not run: pass one of {', '.join(TYPES)}, "
+            f"or run `lm_eval --model {kind} ... --log_samples` there and pass that folder."
+        )
     if kind not in TYPES:
         raise ValueError(
             f"The {name} {text} is neither a path of results nor a model: pass a folder, or a "
@@ -67,11 +89,18 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         )
     model = TYPES[kind]
     model_args = read_mapping(arguments, f"The {name} {text}") if arguments else {}
-    if model == "hf-prefix" and "quantization_config" in model_args:
-        # HFLM passes what its config says under this name, and would pass ours beside it.
+    if model == "hf-prefix" and {*model_args} & QUANTISING:
+        # HFLM passes what its config says under the first name, and would pass ours beside it; transformers
+        # takes the others no longer.
         model = "pruned-hf"
     # Refused here, not once the base has been evaluated.
-    check_model(model, model_args, f"The {name} {text}")
+    where = f"The {name} {text}"
+    for option in model_args.keys() & {*OF_MODEL}:
+        raise ValueError(
+            f"{where} has {option}={model_args[option]}, which is asked of both models: pass "
+            f"--{option} {model_args[option]} instead."
+        )
+    check_model(model, model_args, where, options.get("device"))
     which = {"model": model, "model_args": model_args, "log_samples": True}
     # The base's tell what knowing nothing gives; the candidate answers the same documents.
     has_floors = name == "base" and options.get("floors", True)
@@ -85,6 +114,15 @@ def plan_model(name: str, text: str, options: Mapping[str, Any]) -> WatchingSwee
         # The last line of a verdict gives the reason.
         shows_tracebacks=False,
     )
+
+
+def _model_of(text: str) -> str:
+    """Return the specification of the model in a folder, if it is a checkpoint and no results; else the text."""
+    path = Path(text)
+    if not (path / "config.json").is_file() or is_sweep(path) or newest_first(path):
+        return text
+    # JSON, because the path may hold a comma.
+    return f"hf,{json.dumps({'pretrained': text})}"
 
 
 def text_task(file: str, folder: Path) -> str:
@@ -120,36 +158,43 @@ def both_runs(
     margins: Mapping[str, str],
     measure: str | None = None,
     text: str | None = None,
+    context: int | None = None,
 ) -> tuple[Run, Run, Sequence[Run]]:
     """Return the results of both models and of models that know nothing, each a path of results or as `plan_model` takes it.
 
     What is not finished is evaluated, each model into a sweep folder of `output_path`, once the
     `margins` and the `measure` are known to suit the tasks. The text of the file `text` takes the
-    place of the demo's.
+    place of the demo's. Long texts have `context` tokens, fewer where the config of the base allows no more.
+
+    A folder with a checkpoint is the model ``hf,pretrained=FOLDER``.
 
     Raises:
         ValueError: A model, an option, a margin or a task cannot be used, or results cannot be read.
         KeyboardInterrupt: Someone stopped the evaluation.
     """
-    models = {"base": base, "candidate": candidate}
+    models = {"base": _model_of(base), "candidate": _model_of(candidate)}
     finished = {
         name: _results_of(path, name)
         for name, path in models.items()
         if Path(path).exists()
     }
-    options = _asked(options, finished, text, output_path)
-    # Both are planned first, so that a mistake in one is told before the other is evaluated.
-    planned = {
-        name: plan_model(
-            name, model, {**options, "output_path": str(output_path / name)}
-        )
-        for name, model in models.items()
-        if name not in finished
-    }
+    context = context or CONTEXT
+    if "base" not in finished:
+        # What the candidate's config allows is among what is tested.
+        context = _context(models["base"], context)
+    options = _asked(options, finished, text, output_path, context)
+    # Both are planned first, so that a mistake in one is told before the other is evaluated; the base
+    # before the other, because it knows the tasks.
+    planned: dict[str, WatchingSweep] = {}
+    for name, model in models.items():
+        if name not in finished:
+            where = {"output_path": str(output_path / name)}
+            planned[name] = plan_model(name, model, {**options, **where})
+        if name == "base":
+            of_base = planned[name] if name in planned else finished[name][0]
+            _check_claims(margins, measure, of_base)
     if not finished:
         planned["candidate"].base = planned["base"]
-    of_base = planned["base"] if "base" in planned else finished["base"][0]
-    _check_claims(margins, measure, of_base)
     results = dict(finished)
     for name, sweep in planned.items():
         print(f"The {name}: {models[name]}", flush=True)
@@ -170,6 +215,7 @@ def _asked(
     finished: Mapping[str, tuple[Run, Sequence[Run]]],
     text: str | None,
     folder: Path,
+    context: int,
 ) -> dict[str, Any]:
     """Return the options of the models that are not finished.
 
@@ -185,9 +231,35 @@ def _asked(
         )
     if text is not None:
         tasks = [*options.get("tasks", TASKS), text_task(text, folder)]
-        return {**options, "tasks": tasks}
+    else:
+        tasks = [*TASKS, DEMO_TEXT]
     recorded = asked_of(runs[0], options) if len(runs) == 1 else {}
-    return {"tasks": [*TASKS, DEMO_TEXT], **recorded, **options}
+    asked = {
+        "tasks": tasks,
+        **recorded,
+        **options,
+        **({"tasks": tasks} if text else {}),
+    }
+    if LONG_TEXT in asked["tasks"]:
+        metadata = {"context": context, **recorded.get("metadata", {})}
+        asked["metadata"] = metadata | options.get("metadata", {})
+    return asked
+
+
+def _context(model: str, most: int) -> int:
+    """Return how many tokens the config of a specified model allows, at most so many."""
+    arguments = model.partition(",")[2]
+    # What is wrong with a model is said where it is planned.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        given = read_mapping(arguments, model) if arguments else {}
+        source = {**model_source(given), **given}
+        names = ("revision", "subfolder", "gguf_file")
+        how = {name: source[name] for name in names if source.get(name)}
+        stored, _ = PretrainedConfig.get_config_dict(source["pretrained"], **how)
+        stored = stored.get("text_config") or stored
+        for limit in (given.get("max_length"), stored.get("max_position_embeddings")):
+            most = min(most, int(limit or most))
+    return most
 
 
 def asked_of(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,6 +285,8 @@ def asked_of(run: Run, given: Mapping[str, Any]) -> dict[str, Any]:
     if chat and "apply_chat_template" not in given:
         found["apply_chat_template"] = True
         found["fewshot_as_multiturn"] = bool(setting_of(run, "fewshot_as_multiturn"))
+    if context := run.metadata.get(LONG_TEXT, {}).get("context"):
+        found["metadata"] = {"context": context}
     recorded = {name: value for name, value in found.items() if value is not None}
     read = SweepOptions.of(recorded, str(run.path))
     return {name: getattr(read, name) for name in recorded}
@@ -253,7 +327,8 @@ def _evaluated(
 def _metrics_of(task: SweepTask) -> list[str]:
     """Return the metrics that a task of a sweep will have; empty ones where only its code knows them."""
     choices = [CHOICE_PROB] if task.metrics else [""]
-    return [*task.metrics, *choices, *[KL] * (task.name in TEXTS)]
+    seen = [KL] * (task.name in TEXTS) + [*ENDINGS] * (task.name == WRITTEN)
+    return [*task.metrics, *choices, *seen]
 
 
 def _not_measured(base: Run, candidate: Run, finished: bool) -> str:

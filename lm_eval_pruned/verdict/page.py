@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.compare.answer import DO_NOT_SHIP, NO_LOSS, REFUTED, SHIP
 from lm_eval_pruned.compare.claims import LEAST_UNITS_OF_MARGIN
@@ -20,20 +21,29 @@ from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, table_section, write_page
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.files import listed
+from lm_eval_pruned.results.files import CHANGES_ANSWERS, listed
 from lm_eval_pruned.results.groups import family_of, primary_metrics
 from lm_eval_pruned.results.metrics import SHARE, is_bias, is_loss, is_perplexity
 from lm_eval_pruned.util.tables import Cell, Column, csv_table
 from lm_eval_pruned.verdict.decision import what_decides
+from lm_eval_pruned.verdict.divergence import KINDS, LONG_TEXT, TEXTS, divergences_of
+from lm_eval_pruned.verdict.hub import without_paths
+from lm_eval_pruned.verdict.models import CONTEXT
+from lm_eval_pruned.verdict.sizes import bytes_on_disk
+from lm_eval_pruned.verdict.written import ENDINGS, WRITTEN
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lm_eval_pruned.compare.floors import Standing
     from lm_eval_pruned.compare.judge import Claim, Difference
     from lm_eval_pruned.verdict.decision import Verdict
 
 #: How many of the answers that changed for the worse are shown.
 SHOWN = 20
+#: What the first line calls the losses on other texts than the first.
+_LOSSES = {KINDS: " on other kinds of text", LONG_TEXT: " on long text"}
 #: How many members of groups or other measures the first line names.
 NAMED = 3
 _HOW_TO_READ = (
@@ -49,6 +59,20 @@ _ON_BIAS = (
 _ON_KL = (
     "kl is the divergence of the candidate's predictions from the base's on each text, over the whole "
     "vocabulary, in nats per token."
+)
+_ON_WRITING = (
+    "Of written answers, `ended` is the share that ends by itself, and `repeated` the share of tokens that are "
+    "among the four before them."
+)
+_ON_DIVERGENCE = (
+    "In nats, over all positions that are compared; `same top` is the share of positions with the same likeliest "
+    "token, `change of right` the root mean square of the change in the probability of the right one. Close to "
+    "the base, a mean divergence does not rank candidates (arXiv 2606.19558)."
+)
+_ON_SIZE = (
+    "Bytes in memory are those of the weights after the evaluation, bytes on disk those of the files they were "
+    "loaded from: what prunes or quantises while it loads shows only in memory, and what is unpacked for it, such "
+    "as GGUF, only on disk."
 )
 _ON_TIME = (
     "Time is the wall time of the evaluation, over all documents, on the machine that made the "
@@ -100,14 +124,15 @@ def _with_floor(verdict: Verdict, claim: Claim) -> Difference:
 def card_section(verdict: Verdict, base: str) -> str:
     """Return the tables for the card of the candidate, compared with what `base` names.
 
-    A card is published: it has no texts of documents, and no folders of this machine.
+    A card is published: it has no texts of documents, and no folders of this machine. So it has no notes,
+    which quote errors, and both runs go by other names than those of their files.
     """
-    named = re.sub(
-        "[^,=]+", lambda m: Path(m[0]).name if Path(m[0]).exists() else m[0], base
+    subtitle = f"Compared with {without_paths(base)}, by `lm-eval-pruned verdict`."
+    named = verdict._replace(
+        base=replace(verdict.base, name="base"),
+        candidate=replace(verdict.candidate, name="candidate"),
     )
-    subtitle = f"Compared with {named}, by `lm-eval-pruned verdict`."
-    answer, *tables = _tables(verdict)
-    sections = [replace(answer, notes=()), *tables]
+    sections = [replace(section, notes=()) for section in _tables(named)]
     return re.sub(r"(?m)^#", "##", as_markdown(title_of(verdict), subtitle, sections))
 
 
@@ -125,7 +150,8 @@ def headline(verdict: Verdict) -> str:
             margins += [f"{1 - share:.0%}".replace("%", " %")] if share else []
         elif is_loss(row.metric) and row.relative is not None:
             name = "perplexity" if is_perplexity(row.metric) else "loss"
-            parts.append(f"{name} {row.relative:+.1%}".replace("%", " %"))
+            about = _LOSSES.get(row.task, "")
+            parts.append(f"{name}{about} {row.relative:+.1%}".replace("%", " %"))
         elif claim in verdict.open:
             parts.append(f"{claim.name} {claim.word}")
     fallen = verdict.fallen
@@ -141,6 +167,9 @@ def headline(verdict: Verdict) -> str:
         texts += [f"{len(fallen) - NAMED} more"] * (len(fallen) > NAMED)
         joint = ", although " if verdict.answer == SHIP else "; " if parts else ": "
         line += f"{joint}{', '.join(texts)}"
+    changes = [name for name in CHANGES_ANSWERS if name in verdict.served]
+    if changes:
+        line += f"; {' and '.join(changes)} not as in the base"
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
 
 
@@ -174,16 +203,23 @@ def _tables(verdict: Verdict) -> list[Section]:
     left = [row for row in verdict.rows if row.case.key in [*counted, *_kl(verdict)]]
     scores += [(None, row) for row in left if row.case.key not in keys]
     about = [_HOW_TO_READ, *[_ON_KL] * any(row.metric == KL for _, row in scores)]
+    about += [_ON_WRITING] * any(row.metric in ENDINGS for _, row in scores)
+    fields = {t: about.get("level", "") for t, about in verdict.base.metadata.items()}
+    apart = divergences_of(verdict.candidate, fields)
     size = [("base", verdict.base), ("candidate", verdict.candidate)]
     # Of a task with two measures, the answers are the same.
     rows = {row.task: row for _, row in judged}
     answered = [row for row in rows.values() if row.answers]
+    wrote = any(row.answers and row.answers.same_tokens is not None for row in answered)
+    agreement = _AGREEMENT if wrote else _AGREEMENT[:-1]
     sections = [
         _answer_section(verdict),
+        _files_section(verdict),
         table_section("Scores", about, _SCORES, scores),
-        table_section("Agreement with the base", [AGREEMENT], _AGREEMENT, answered),
+        table_section("Agreement with the base", [AGREEMENT], agreement, answered),
+        table_section("Divergence from the base", [_ON_DIVERGENCE], _DIVERGENCE, apart),
         table_section("Bias", [_ON_BIAS], _SCORES, on_bias),
-        table_section("Size and time", [_ON_TIME], _SIZE, size),
+        table_section("Size and time", [_ON_SIZE, _ON_TIME], _SIZE, size),
         energy_section([verdict.base, verdict.candidate]),
     ]
     return [section for section in sections if section is not None]
@@ -237,9 +273,39 @@ def _answer_section(verdict: Verdict) -> Section:
             f"{line[:1].upper()}{line[1:]}. {able}".rstrip(),
             reason,
             *(m.sentence for m in means),
+            *[_untested(verdict)] * any(t in verdict.base.tasks() for t in TEXTS),
         ],
         notes=notes,
     )
+
+
+def _files_section(verdict: Verdict) -> Section | None:
+    """Return what differs beside the weights between the folders of the two models."""
+    notes = [
+        f"{name}: {_short(before)} in the base, {_short(after)} in the candidate"
+        for name, (before, after) in verdict.served.items()
+    ]
+    return Section("Files that differ", notes=notes) if notes else None
+
+
+def _short(value: Any) -> str:
+    """Return what a model is served with in a few words."""
+    text = json.dumps(value, ensure_ascii=False)
+    return f"`{shorten(text, 160, placeholder=' ...')}`"
+
+
+def _untested(verdict: Verdict) -> str:
+    """Say in a sentence what no task of a verdict has tested."""
+    tasks = {*verdict.base.tasks(), *verdict.candidate.tasks()}
+    about = verdict.base.metadata.get(LONG_TEXT, {})
+    longest = f"context beyond {int(about.get('context', CONTEXT)):,} tokens"
+    missing = [
+        "tools", "images",
+        longest if LONG_TEXT in tasks else "long context",
+        *["written answers"] * (WRITTEN not in tasks),
+        "languages other than English, German and Spanish" if KINDS in tasks else "other languages",
+    ]  # fmt: skip
+    return f"Not tested: {', '.join(missing)}."
 
 
 def _why(claim: Claim) -> str:
@@ -300,12 +366,27 @@ _AGREEMENT = (
     Column("equal answers", lambda row: row.answers.equal_answers, ".1%"),
     Column("KL", lambda row: row.answers.kl, ".4f"),
     Column("same beginning", lambda row: row.answers.beginning, ".1%"),
+    Column("same 8 tokens", lambda row: row.answers.same_tokens, ".1%"),
+)
+#: Of `Divergence`.
+_DIVERGENCE = (
+    Column("task", lambda row: row.task),
+    Column("part", lambda row: row.level),
+    Column("positions", lambda row: row.positions, ",d"),
+    Column("mean", lambda row: row.mean, ".4f"),
+    Column("median", lambda row: row.median, ".4f"),
+    Column("90 %", lambda row: row.at_90, ".4f"),
+    Column("99 %", lambda row: row.at_99, ".4f"),
+    Column("99.9 %", lambda row: row.at_999, ".4f"),
+    Column("same top", lambda row: row.same_top, ".1%"),
+    Column("change of right", lambda row: row.change_of_right, ".2%"),
 )
 #: Of a name and a run.
 _SIZE = (
     Column("model", lambda row: row[0]),
     Column("parameters", lambda row: row[1].config.get("model_num_parameters"), ","),
     Column("bytes in memory", lambda row: row[1].config.get("weight_bytes"), ","),
+    Column("bytes on disk", lambda row: bytes_on_disk(row[1]), ","),
     Column(
         "s / document",
         lambda row: row[1].seconds_per_document(row[1].evaluated),

@@ -15,7 +15,7 @@ import re
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,33 @@ if TYPE_CHECKING:
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def float32_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Return the linear layers of `model` that lie on a CPU in float32."""
+def faster_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Return the linear layers of `model` that oneDNN computes faster here: in float32, on such a CPU.
+
+    None of a model that lies elsewhere, whatever the processor beside it is, or that compressed-tensors
+    made: it unpacks itself in its first pass, and puts functions of its own in place of all forwards.
+    """
+    packs = any(hasattr(layer, "quantization_scheme") for layer in model.modules())
+    if faster_library() != "onednn" or packs:
+        return []
     return [
         layer
         for layer in model.modules()
-        if type(layer) is torch.nn.Linear
-        # Quantised and distributed tensors call themselves float32 as well.
-        and type(layer.weight) in (torch.nn.Parameter, torch.Tensor)
-        and layer.weight.device.type == "cpu"
-        and layer.weight.dtype == torch.float32
+        if type(layer) is torch.nn.Linear and _is_plain(layer)
     ]
+
+
+def _is_plain(layer: torch.nn.Linear) -> bool:
+    # Packed layers have none: those of compressed-tensors until they run for the first time.
+    weight: Any = getattr(layer, "weight", None)
+    return (
+        # A forward in the instance is somebody else's, such as accelerate's hook.
+        "forward" not in vars(layer)
+        # Quantised and distributed tensors call themselves float32 as well.
+        and type(weight) in (torch.nn.Parameter, torch.Tensor)
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+    )
 
 
 @contextmanager
@@ -48,16 +64,16 @@ def fast_cpu_linears(model: torch.nn.Module) -> Iterator[None]:
     of other classes than `torch.nn.Linear`, and models on a CPU where nothing is
     faster, stay as they are. On exit all is as before.
     """
-    layers = float32_layers(model) if linear_backend() == "onednn" else []
-    # A forward in the instance is somebody else's, such as accelerate's hook.
-    layers = [layer for layer in layers if "forward" not in vars(layer)]
-    for layer in layers:
-        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+    layers = faster_layers(model)
+    forwards = [partial(_linear, layer) for layer in layers]
+    for layer, forward in zip(layers, forwards, strict=True):
+        layer.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in zip(layers, forwards, strict=True):
+            if layer.forward is forward:
+                del layer.forward
 
 
 def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -68,12 +84,17 @@ def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x.to_mkldnn(), layer.weight, layer.bias).to_dense()
 
 
-@cache
-def linear_backend() -> str:
-    """Return what computes float32 linear layers on this CPU: ``onednn`` or ``torch``.
+def linear_backend(model: torch.nn.Module) -> str:
+    """Return what computes the linear layers of a model in a fast path: ``onednn`` or ``torch``.
 
     ``torch`` is `torch.nn.functional.linear` with whatever library it was built with.
     """
+    return "onednn" if faster_layers(model) else "torch"
+
+
+@cache
+def faster_library() -> str:
+    """Return what computes float32 linear layers faster on this CPU, as `linear_backend` names it."""
     vendor, family = processor()
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if vendor == "AuthenticAMD" and family >= 25 and wide:

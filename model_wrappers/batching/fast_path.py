@@ -12,7 +12,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .attention_support import base_model, is_encoder_decoder, unsupported_reason
-from .cpu_linear import float32_layers, linear_backend
+from .cpu_linear import linear_backend
 
 
 if TYPE_CHECKING:
@@ -161,8 +161,7 @@ class FastPathMixin(_Neighbour):
         """Return `HFLM`'s model information and what answered since the last call."""
         ways = {way for path in self.answer_paths.values() for way in path.requests}
         # Only fast paths have float32 layers on a CPU computed otherwise.
-        faster = ways - {"plain"} and float32_layers(self.model)
-        linear = linear_backend() if faster else "torch"
+        linear = linear_backend(self.model) if ways - {"plain"} else "torch"
         record = {**self.answer_paths.take(), "linear": linear}
         return {**super().get_model_info(), "answer_paths": record}
 

@@ -9,6 +9,7 @@ It passes the task's metadata to what loads data, as keyword arguments.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import re
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FOLDER = Path(__file__).parent
+#: Long texts, where their parts end, in tokens, how many spans each part has, and characters of a token.
+LONG_TEXTS, POSITIONS, SPANS, CHARACTERS = 4, (128, 512, 2048), 16, 4
 
 
 def load_misconceptions(**_: Any) -> dict[str, datasets.Dataset]:
@@ -85,6 +88,84 @@ def load_held_text(
         texts = [*_rows(held), *_rows(FOLDER / "text.jsonl")]
         rows = [{**row, "text": beginning_of(row["text"])} for row in texts]
     return {"test": datasets.Dataset.from_list(rows)}
+
+
+def load_kinds(**_: Any) -> dict[str, datasets.Dataset]:
+    """Return short texts that are no English prose, each in four spans, as `load_long_text` makes them.
+
+    ``kind`` is code, numbers, german or spanish, of which there are 16 texts each.
+    """
+    spans = []
+    for number, row in enumerate(_rows(FOLDER / "kinds.jsonl")):
+        text = row["text"]
+        spaces = _spaces(text)
+        edges = [spaces[len(spaces) * n // 4] for n in range(4)]
+        spans += _spans(text, [*edges, len(text)], number=number, kind=row["kind"])
+    return {"test": datasets.Dataset.from_list(spans)}
+
+
+def load_long_text(context: int = 2048, **_: Any) -> dict[str, datasets.Dataset]:
+    """Return long texts in spans, as ``test``: each ``span`` with the ``context`` before it.
+
+    Args:
+        context: Tokens of each text, at about `CHARACTERS` a token.
+
+    The second half of a text repeats the paragraphs of the first in reverse order, so that who looks
+    back far enough knows what comes. ``position`` is the part of the text that a span lies in, such
+    as ``128-512``, in tokens; each part of a text has `SPANS`.
+    """
+    held = _rows(files("lm_eval_pruned") / "checkpoints" / "held_text.jsonl")
+    # A long paragraph before a short one.
+    pairs = zip(held, _rows(FOLDER / "text.jsonl"), strict=True)
+    paragraphs = [row["text"] for pair in pairs for row in pair]
+    below = [end for end in POSITIONS if end < context]
+    parts = [*itertools.pairwise([0, *below, context])]
+    spans = []
+    for number in range(LONG_TEXTS):
+        text = _there_and_back(paragraphs[number::LONG_TEXTS], CHARACTERS * context)
+        ends = np.array([*_spaces(text), len(text)])
+        for first, last in parts:
+            places = CHARACTERS * np.linspace(first, last, SPANS + 1)
+            # The first place of a word from there on.
+            found = np.searchsorted(ends, places.clip(max=len(text)))
+            edges = ends[found].tolist()
+            spans += _spans(text, edges, number=number, position=f"{first}-{last}")
+    return {"test": datasets.Dataset.from_list(spans)}
+
+
+def _spans(text: str, edges: Sequence[int], **about: Any) -> list[dict[str, Any]]:
+    """Return what lies between two neighbouring places of a text, each with what is before it."""
+    return [
+        {**about, "context": text[:start], "span": text[start:end]}
+        for start, end in itertools.pairwise(edges)
+        if start < end
+    ]
+
+
+def _there_and_back(paragraphs: list[str], length: int) -> str:
+    """Return paragraphs, then the same in reverse order, and so on, in so many characters."""
+    half: list[str] = []
+    for paragraph in itertools.cycle(paragraphs):
+        if sum(map(len, half)) >= length / 2 or len(half) == len(paragraphs):
+            break
+        half.append(paragraph)
+    whole = itertools.cycle([*half, *reversed(half)])
+    text = ""
+    while len(text) < length:
+        text += f"{next(whole)} "
+    return text[:length].rstrip()
+
+
+def _spaces(text: str) -> list[int]:
+    """Return where a span may begin: before each word but the first, which has no context."""
+    return [match.start() for match in re.finditer(r"(?<=\S)\s", text)]
+
+
+def score_span(
+    doc: dict[str, Any], results: Sequence[tuple[float, bool]]
+) -> dict[str, tuple[float, int]]:
+    """Score a span by its log-likelihood in nats and its bytes, of which ``bits_per_byte`` is made."""
+    return {"bits_per_byte": (results[0][0], len(doc["span"].encode()))}
 
 
 def beginning_of(text: str, longest: int = 400) -> str:

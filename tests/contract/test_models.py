@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import resource
 import shutil
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
 import torch
@@ -29,6 +26,7 @@ from tests.helpers.checkpoints import (
     tiny_config,
     tiny_model,
 )
+from tests.helpers.hub import running_hub, uploaded
 from tests.helpers.made_tasks import write_made_tasks
 
 
@@ -111,52 +109,17 @@ def test_a_disk_that_is_too_full_is_refused_before_the_load_with_bytes_needed_an
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
-class Hub(BaseHTTPRequestHandler):
-    """A Hub that takes every file in the commit, and notes what it was sent."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.sent[self.path] = body
-        answer: dict = {"url": f"http://{self.headers['Host']}/me/model-40"}
-        answer |= {"commitUrl": f"{answer['url']}/commit/0", "commitOid": "0"}
-        if "/preupload/" in self.path:
-            how = {"uploadMode": "regular", "shouldIgnore": False}
-            answer["files"] = [file | how for file in json.loads(body)["files"]]
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.mark.slow
 def test_push_to_hub_uploads_what_was_written(tiny_llama, tmp_path):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.sent = {}
-    Thread(target=server.serve_forever, daemon=True).start()
     out = tmp_path / "out"
     words = ["prune", "--model_args", f"pretrained={tiny_llama}", *STUDY]
     words += ["--output_path", out, "--push_to_hub", "me/model-40"]
-    evaluations.run(
-        [sys.executable, "-m", "lm_eval_pruned.cli", *map(str, words)],
-        check=True,
-        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
-        HF_HUB_OFFLINE=0,
-        HF_TOKEN="hf_made",
-    )
-    server.shutdown()
-    server.server_close()
-    lines = server.sent["/api/models/me/model-40/commit/main"].splitlines()
-    uploaded = {
-        row["value"]["path"]: base64.b64decode(row["value"]["content"])
-        for row in map(json.loads, lines)
-        if row["key"] == "file"
-    }
+    command = [sys.executable, "-m", "lm_eval_pruned.cli", *map(str, words)]
+    with running_hub("me/model-40") as (variables, sent):
+        evaluations.run(command, check=True, **variables)
     files = {path for path in out.rglob("*") if path.is_file()}
-    assert uploaded == {str(f.relative_to(out)): f.read_bytes() for f in files}
+    written = {str(file.relative_to(out)): file.read_bytes() for file in files}
+    assert uploaded(sent, "me/model-40") == written
 
 
 #: What each command that writes to a folder needs beside it, with a model that does not exist.

@@ -22,6 +22,7 @@ from tests.helpers.checkpoints import (
     tiny_model,
 )
 from tests.helpers.evaluations import TWO_PROCESSES, exact, near
+from tests.helpers.gguf_files import write_gguf
 from tests.helpers.layouts import logits, save_family
 from tests.helpers.made_tasks import write_made_tasks
 from tests.helpers.ways_to_load import assert_same_model, assert_state
@@ -143,39 +144,11 @@ def test_an_export_is_quantised_saved_and_evaluated(exported, tmp_path):
         assert torch.equal(logits(lm.model), logits(model))
 
 
-def write_gguf(model, file):
-    """Write a Llama as llama.cpp's converter does, which reorders the rows of q and k."""
-    gguf = pytest.importorskip("gguf", reason="gguf is not installed (extra 'test')")
-    config, writer = model.config, gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    arch = gguf.MODEL_ARCH.LLAMA
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        if count := heads.get(name.split(".")[-2]):
-            rows = tensor.reshape(count, 2, -1, tensor.shape[1]).swapaxes(1, 2)
-            tensor = rows.reshape(tensor.shape)
-        new = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(new, tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.slow
 def test_transformers_reads_an_export_back_from_gguf_with_the_same_weights(
     exported, tmp_path
 ):
+    pytest.importorskip("gguf", reason="gguf is not installed (extra 'test')")
     plain = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     write_gguf(plain, tmp_path / "pruned.gguf")
     given = {"gguf_file": "pruned.gguf", "dtype": torch.float32}

@@ -34,6 +34,7 @@ def step(tmp_path):
         bash = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
         places = {"GITHUB_OUTPUT": "outputs", "GITHUB_STEP_SUMMARY": "summary"}
         given = {**dict.fromkeys(STEPS[name]["env"], ""), "FOLDER": "out", **places}
+        given |= {"NAME": ACTION["inputs"]["name"]["default"]}
         given |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | values
         command = [*bash, STEPS[name]["run"]]
         done = subprocess.run(command, cwd=tmp_path, env=given, check=False)
@@ -74,9 +75,39 @@ def test_without_a_page_the_log_is_commented(step):
         ("5\n6\n", "<-X><PATCH><repos/me/it/issues/comments/5>"),
     ],
 )
-def test_one_comment_is_kept_up_to_date(step, old, place):
-    _, calls, _ = step("comment", REPOSITORY="me/it", NUMBER="7", OLD=old)
+@pytest.mark.parametrize("name", ["lm-eval-pruned", "int 4"])
+def test_one_comment_of_each_name_is_kept_up_to_date(step, tmp_path, old, place, name):
+    given = {"REPOSITORY": "me/it", "NUMBER": "7", "OLD": old, "NAME": name}
+    _, calls, _ = step("comment", **given)
     assert calls.endswith(f"<api>{place}<-F><body=@out/comment.md>")
+    # It is looked for as it begins.
+    step("answer", COMMAND="verdict", NAME=name)
+    first = (tmp_path / "out" / "comment.md").read_text().partition("\n")[0]
+    assert first == f"<!-- {name} -->"
+    assert f'startswith("{first}")' in calls
+
+
+def test_the_pages_of_another_candidate_in_the_folder_do_not_stay(step, tmp_path):
+    (tmp_path / "out").mkdir()
+    for kind in ("md", "html", "csv"):
+        (tmp_path / "out" / f"verdict.{kind}").touch()
+    step("answer", COMMAND="rm")
+    assert not [*(tmp_path / "out").glob("verdict.*")]
+
+
+def test_two_candidates_have_artefacts_of_their_own():
+    """A second artefact of one name is refused with the status 409."""
+    assert STEPS["upload"]["with"]["name"] == "${{ inputs.name }}"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", 'a" or true', "a-->b", "$(touch ran)"])
+def test_a_name_that_no_artefact_can_have_is_refused_before_the_work(
+    step, tmp_path, name
+):
+    status, calls, _ = step("answer", COMMAND="verdict", NAME=name)
+    assert (status, calls) == (2, "")
+    assert (tmp_path / "outputs").read_text() == "code=2\n"
+    assert not (tmp_path / "ran").exists()
 
 
 def test_no_input_is_put_into_a_script():

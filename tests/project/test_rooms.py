@@ -26,7 +26,7 @@ MAY_IMPORT = {
         "tasks": "",
         "healing": "checkpoints pruning results util",
         "sweeps": "checkpoints pruning results util",
-        "verdict": "compare report results sweeps util",
+        "verdict": "batching compare report results sweeps util",
         "profiling": "batching checkpoints energy pruning tasks util",
         "study": "checkpoints compare pruning report results sweeps util",
         "_autoload": "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 
 from lm_eval_pruned import cli, tasks
+from lm_eval_pruned.results.runs import read_run
 from lm_eval_pruned.sweeps.plan import FLOORS
 from lm_eval_pruned.util.atomic import write_atomically
-from lm_eval_pruned.verdict.hub import eval_results
+from lm_eval_pruned.verdict.decision import decide
+from lm_eval_pruned.verdict.hub import eval_results, without_paths
+from lm_eval_pruned.verdict.page import card_section
 from tests.helpers.results_files import write_run, write_sweep
 from tests.helpers.sweeping import write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
@@ -89,7 +93,7 @@ def test_what_it_would_take_is_documents_and_minutes(answer, tmp_path):
     assert int(minutes) == round((int(needed.replace(",", "")) - 60) * 2 * 1.5 / 60)
     (row,) = [row for row in said.splitlines() if row.startswith("|candidate")]
     # 90 s on 60 documents, and none known of the 400 of the other task.
-    assert row.split("|")[4].strip() == "1.5"
+    assert row.split("|")[5].strip() == "1.5"
 
 
 def test_it_says_where_one_test_alone_or_more_documents_would_not_help(answer):
@@ -151,6 +155,9 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
         def hf_hub_download(self, repo_id, filename):
             return str(hub / filename)
 
+        def repo_exists(self, repo_id, repo_type):
+            return (repo_id, repo_type) == ("google/boolq", "dataset")
+
         def upload_folder(self, *, repo_id, folder_path, commit_message):
             shutil.copytree(folder_path, hub, dirs_exist_ok=True)
 
@@ -175,6 +182,67 @@ def test_a_verdict_is_pushed_as_a_section_of_the_card_and_scores(
     assert (entry.dataset_id, entry.value) == ("google/boolq", 0.8)
     assert "; kept of the score above the floor: 100 % [" in entry.notes
     assert answer(*given, "me/wrong") == (2, "")
+    # Of the same form as a name on the Hub, a folder of another machine.
+    local = of | {"dataset_path": "secret/boolq"}
+    said = answer(*given, "me/small", configs={"boolq": local})[1]
+    assert "no score over all documents of a data set on the Hub" in said
+
+
+@pytest.mark.parametrize(
+    ("named", "published"),
+    [
+        ("hf,pretrained=org/model,dtype=float32", "hf,pretrained=org/model,dtype=float32"),
+        ("hf,pretrained=/a/secret/model,revision=main", "hf,pretrained=model,revision=main"),
+        ("/a/secret,project/model", "model"),
+        ("secret/results", "results"),
+        ("hf,pretrained=/a/secret,project/model", "hf"),
+        ('hf,{"pretrained": "/a/secret,project/model"}', "hf,pretrained=model"),
+        ("hf,pretrained='/a/secret,project/model',dtype=auto", "hf,pretrained=model,dtype=auto"),
+        ("hf,pretrained=../secret/model", "hf,pretrained=model"),
+        ("hf,pretrained=./model", "hf,pretrained=model"),
+        ("hf,pretrained=~/model", "hf,pretrained=model"),
+        ("hf,pretrained=secret/project/model", "hf,pretrained=model"),
+        (r"hf,pretrained=C:\secret\model", "hf,pretrained=model"),
+        ("hf,pretrained=org/model,peft=/secret", "hf,pretrained=org/model,peft=secret"),
+        ("hf,pretrained=org/model,download_dir=secret/cache", "hf,pretrained=org/model,download_dir=cache"),
+        (
+            'hf,pretrained=org/model,quantization_config={"a": true, "file": ["/secret/x"]}',
+            'hf,pretrained=org/model,quantization_config={"a": true, "file": ["x"]}',
+        ),
+        ("pruned-hf,ratio=2.0", "pruned-hf,ratio=2.0"),
+    ],
+)  # fmt: skip
+def test_what_is_published_of_a_model_has_no_folders_of_this_machine(named, published):
+    """Whether or not they are still there."""
+    assert without_paths(named) == published
+    assert without_paths(published) == published
+
+
+def test_a_folder_here_that_is_named_like_a_model_of_the_hub_is_none(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret" / "model").mkdir(parents=True)
+    assert without_paths("hf,pretrained=secret/model") == "hf,pretrained=model"
+
+
+def test_a_card_has_no_path_where_both_results_have_one_name_or_the_meter_failed(
+    tmp_path,
+):
+    """The table of energy names both runs, and its notes say what the meter met."""
+    record = {"seconds": 20.0, "joules": {"total": 300.0}}
+    energy = {"request_types": {"loglikelihood": record}, "sources": {"cpu": None}}
+    energy["notes"] = [f"the meter did not start: {tmp_path} is full"]
+    runs = []
+    for name in ("a", "b"):
+        config = {"model": "hf", "energy": energy}
+        tasks = {"boolq": {"acc,none": right(0.8)}}
+        runs.append(read_run(write_run(tmp_path / name, tasks, config=config).parent))
+    runs[1] = replace(runs[1], name=str(runs[1].path))
+    section = card_section(decide(*runs), str(tmp_path / "a"))
+    assert "## Energy and latency" in section.replace("###", "##")
+    assert "Compared with a, by" in section
+    assert str(tmp_path) not in section and tmp_path.name not in section
 
 
 def test_scores_for_the_hub_are_those_that_count_in_their_sweep(tmp_path):

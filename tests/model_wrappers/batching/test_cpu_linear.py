@@ -8,6 +8,7 @@ import torch
 from lm_eval_pruned.model_wrappers.batching import cpu_linear
 from lm_eval_pruned.model_wrappers.batching.cpu_linear import (
     fast_cpu_linears,
+    faster_library,
     linear_backend,
 )
 from tests.helpers.checkpoints import tiny_config, tiny_model
@@ -22,7 +23,7 @@ Linear = torch.nn.Linear
 @pytest.fixture
 def calls(monkeypatch):
     """What went through oneDNN, on a machine where that is faster."""
-    monkeypatch.setattr(cpu_linear, "linear_backend", lambda: "onednn")
+    monkeypatch.setattr(cpu_linear, "faster_library", lambda: "onednn")
     seen, to_mkldnn = [], torch.Tensor.to_mkldnn
     monkeypatch.setattr(
         torch.Tensor, "to_mkldnn", lambda x: seen.append(x) or to_mkldnn(x)
@@ -85,6 +86,50 @@ def test_products_are_those_of_a_linear_layer(calls, layer, shape, autocast, goe
         assert torch.equal(got, expected)
 
 
+def packed():
+    """A layer as compressed-tensors holds it until its first forward: it has no weight."""
+    layer = Linear(8, 5)
+    layer.weight_packed = torch.nn.Parameter(torch.ones(5, 1).int(), False)
+    del layer.weight
+    return layer
+
+
+INT8 = torch.nn.Parameter(torch.ones(5, 8, dtype=torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("layer", [packed(), changed(weight=INT8)])
+def test_a_layer_without_a_plain_weight_is_left_alone(calls, layer):
+    model = torch.nn.Sequential(layer, Linear(5, 5))
+    with fast_cpu_linears(model):
+        assert ["forward" in vars(m) for m in model] == [False, True]
+    assert linear_backend(model) == "onednn"
+    assert linear_backend(model[:1]) == "torch"
+
+
+def test_a_model_that_unpacks_itself_when_it_runs_is_left_alone(calls):
+    """As of compressed-tensors, whose first pass puts functions of its own in place of all forwards."""
+    model = torch.nn.Sequential(Linear(8, 5), Linear(5, 5))
+    model[0].quantization_scheme = "W8A8"
+    with fast_cpu_linears(model):
+        assert not any("forward" in vars(m) for m in model)
+
+
+def test_a_forward_that_is_replaced_meanwhile_stays(calls):
+    layer, other = Linear(8, 5), lambda x: x
+    with fast_cpu_linears(layer):
+        layer.forward = other
+    assert layer.forward is other
+
+
+def test_a_model_that_lies_elsewhere_is_not_touched_on_a_host_with_such_a_processor(
+    calls,
+):
+    model = tiny_model(tiny_config("llama")).to("meta")
+    with fast_cpu_linears(model):
+        assert not any("forward" in vars(m) for m in model.modules())
+    assert linear_backend(model) == "torch"
+
+
 @pytest.mark.parametrize(
     ("processor", "capability", "backend"),
     [
@@ -105,4 +150,4 @@ def test_the_processor_decides(processor, capability, backend, monkeypatch, tmp_
     monkeypatch.setattr(cpu_linear, "_CPUINFO", file)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert cpu_linear.processor() == processor
-    assert linear_backend.__wrapped__() == backend
+    assert faster_library.__wrapped__() == backend

@@ -217,8 +217,7 @@ def test_what_answered_is_recorded_for_one_evaluation(fast):
     ("dtype", "linear"), [(torch.float32, "onednn"), (torch.float64, "torch")]
 )
 def test_the_results_say_what_computed_linear_layers(dtype, linear, monkeypatch):
-    for module in (cpu_linear, fast_path):
-        monkeypatch.setattr(module, "linear_backend", lambda: "onednn")
+    monkeypatch.setattr(cpu_linear, "faster_library", lambda: "onednn")
     lm = ours(tiny(dtype=dtype))
     SCORED.ask(lm)
     assert lm.get_model_info()["answer_paths"]["linear"] == linear
