@@ -202,6 +202,13 @@ def both_runs(
     (before, floors), (run, _) = results["base"], results["candidate"]
     if run.name == before.name:
         run = replace(run, name=str(run.path))
+    for each in (before, run):
+        if WRITTEN in each.tasks() and not each.settings[WRITTEN].get("served_with"):
+            note = (
+                f"{each.name} answered {WRITTEN} without its own chat template, and nothing is known of its "
+                "files: only a verdict on hf or pruned-hf has a model write as it is served."
+            )
+            run = replace(run, notes=(*run.notes, note))
     if why := _not_measured(before, run, bool(finished)):
         note = f"The divergence from the base (KL) was not measured, because {why}."
         if KL.partition(",")[0] in margins:
