@@ -15,9 +15,7 @@ from tests.sweeps.conftest import quick  # noqa: F401
 
 
 TASKS = "pruned_probe_written", "pruned_demo_kinds", "pruned_demo_long_text"
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
-)
+TEMPLATE = "{{ strftime_now('%H:%M:%S.%f') }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,8 @@ def said(base, tmp_path_factory):
 
 def rows_of(said, name, task):
     (file,) = (said.out / name / "units" / name / task).glob("samples_*")
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:
+        return [*map(json.loads, lines)]
 
 
 @pytest.fixture(scope="module")
