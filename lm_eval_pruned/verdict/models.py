@@ -178,11 +178,14 @@ def both_runs(
         for name, path in models.items()
         if Path(path).exists()
     }
-    context = context or CONTEXT
-    if "base" not in finished:
+    options = _asked(options, finished, text, output_path)
+    metadata = options.get("metadata", {})
+    if LONG_TEXT in options["tasks"] and (context or "context" not in metadata):
+        tokens = context or CONTEXT
         # What the candidate's config allows is among what is tested.
-        context = _context(models["base"], context)
-    options = _asked(options, finished, text, output_path, context)
+        if "base" not in finished:
+            tokens = _context(models["base"], tokens)
+        options["metadata"] = {**metadata, "context": tokens}
     # Both are planned first, so that a mistake in one is told before the other is evaluated; the base
     # before the other, because it knows the tasks.
     planned: dict[str, WatchingSweep] = {}
@@ -202,6 +205,13 @@ def both_runs(
     (before, floors), (run, _) = results["base"], results["candidate"]
     if run.name == before.name:
         run = replace(run, name=str(run.path))
+    for each in (before, run):
+        if WRITTEN in each.tasks() and not each.settings[WRITTEN].get("served_with"):
+            note = (
+                f"{each.name} answered {WRITTEN} without its own chat template, and nothing is known of its "
+                "files: only a verdict on hf or pruned-hf has a model write as it is served."
+            )
+            run = replace(run, notes=(*run.notes, note))
     if why := _not_measured(before, run, bool(finished)):
         note = f"The divergence from the base (KL) was not measured, because {why}."
         if KL.partition(",")[0] in margins:
@@ -215,7 +225,6 @@ def _asked(
     finished: Mapping[str, tuple[Run, Sequence[Run]]],
     text: str | None,
     folder: Path,
-    context: int,
 ) -> dict[str, Any]:
     """Return the options of the models that are not finished.
 
@@ -231,25 +240,17 @@ def _asked(
         )
     if text is not None:
         tasks = [*options.get("tasks", TASKS), text_task(text, folder)]
-    else:
-        tasks = [*TASKS, DEMO_TEXT]
+        return {**options, "tasks": tasks}
     recorded = asked_of(runs[0], options) if len(runs) == 1 else {}
-    asked = {
-        "tasks": tasks,
-        **recorded,
-        **options,
-        **({"tasks": tasks} if text else {}),
-    }
-    if LONG_TEXT in asked["tasks"]:
-        metadata = {"context": context, **recorded.get("metadata", {})}
-        asked["metadata"] = metadata | options.get("metadata", {})
-    return asked
+    return {"tasks": [*TASKS, DEMO_TEXT], **recorded, **options}
 
 
 def _context(model: str, most: int) -> int:
     """Return how many tokens the config of a specified model allows, at most so many."""
-    arguments = model.partition(",")[2]
+    kind, _, arguments = model.partition(",")
     # What is wrong with a model is said where it is planned.
+    if kind not in TYPES:
+        return most
     with contextlib.suppress(OSError, ValueError, KeyError):
         given = read_mapping(arguments, model) if arguments else {}
         source = {**model_source(given), **given}

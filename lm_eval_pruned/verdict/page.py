@@ -161,15 +161,14 @@ def headline(verdict: Verdict) -> str:
         for claim in [*verdict.about(MEAN), *named[:NAMED]]
         if claim in verdict.open
     ]
+    if changes := [name for name in CHANGES_ANSWERS if name in verdict.served]:
+        parts.insert(0, f"{' and '.join(changes)} not as in the base")
     line = f"{verdict.answer}: {', '.join(parts)}" if parts else verdict.answer
     if fallen:
         texts = [*map(_fall, fallen[:NAMED])]
         texts += [f"{len(fallen) - NAMED} more"] * (len(fallen) > NAMED)
         joint = ", although " if verdict.answer == SHIP else "; " if parts else ": "
         line += f"{joint}{', '.join(texts)}"
-    changes = [name for name in CHANGES_ANSWERS if name in verdict.served]
-    if changes:
-        line += f"; {' and '.join(changes)} not as in the base"
     return f"{line}; margin {', '.join(dict.fromkeys(margins))}" if margins else line
 
 
@@ -256,6 +255,8 @@ def _answer_section(verdict: Verdict) -> Section:
         )
     elif verdict.answer == DO_NOT_SHIP:
         reason = f"{len(lost)} of {len(verdict.claims)} claims are shown to be wrong."
+    elif {*verdict.served} & {*CHANGES_ANSWERS} and not undecided:
+        reason = "The two are served otherwise, so that their answers say nothing of the weights."
     elif undecided:
         reason = f"{len(undecided)} of {len(verdict.claims)} claims are not shown."
     else:

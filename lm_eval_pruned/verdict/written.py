@@ -36,6 +36,8 @@ _SAYS_NOTHING = {
     "_from_model_config", "bos_token_id", "cache_implementation", "eos_token_id", "pad_token_id",
     "transformers_version", "use_cache",
 }  # fmt: skip
+#: What templates that put the date into each prompt are told, so that two days ask alike.
+_ONE_DAY = "{% macro strftime_now(format) %}1 January 2026{% endmacro %}"
 #: What two tokenizers have to split alike.
 _TEXTS = (
     "The capital of France is Paris.\n\n  Is it?", "0123456789 3.14 1,000,000", "def f(x):\n\treturn {x: [1]}",
@@ -61,7 +63,10 @@ def asked(tokenizer: Any, prompt: str) -> list[int]:
 
 def _tokens(tokenizer: Any, conversation: list[dict[str, str]]) -> list[int]:
     text = tokenizer.apply_chat_template(
-        conversation, tokenize=False, add_generation_prompt=True
+        conversation,
+        chat_template=_ONE_DAY + tokenizer.get_chat_template(),
+        tokenize=False,
+        add_generation_prompt=True,
     )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

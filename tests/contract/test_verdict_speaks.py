@@ -10,13 +10,12 @@ import pytest
 
 from tests.contract.commands import pruned
 from tests.helpers.checkpoints import ROOT, save_tiny
+from tests.helpers.results_files import write_run
 from tests.sweeps.conftest import quick  # noqa: F401
 
 
 TASKS = "pruned_probe_written", "pruned_demo_kinds", "pruned_demo_long_text"
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
-)
+TEMPLATE = "{{ strftime_now('%H:%M:%S.%f') }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,8 @@ def said(base, tmp_path_factory):
 
 def rows_of(said, name, task):
     (file,) = (said.out / name / "units" / name / task).glob("samples_*")
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:
+        return [*map(json.loads, lines)]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,27 @@ def test_a_file_that_changes_answers_is_named_in_the_first_line_and_never_ships(
     assert f"{name} not as in the base" in first
     assert done.code in (1, 3)
     assert f"- {name}: " in done.out
+
+
+def test_check_says_of_files_what_verdict_says(tmp_path):
+    right = {"acc,none": [1.0] * 300 + [0.0] * 100}
+    paths = []
+    for name, ends in (("old", [2]), ("new", [7])):
+        config = {"model": "hf", "served_with": {"ends of an answer": ends}}
+        run = write_run(tmp_path / name, {"task": right}, config=config)
+        paths.append(run.parent)
+    judged = "--margin", "5pt", "--output_path", tmp_path / "out"
+    old, new = paths
+    assert pruned("verdict", old, old, *judged).code == 0
+    done = pruned("verdict", old, new, *judged)
+    assert done.code == 3
+    assert "not decided: ends of an answer not as in the base" in done.out
+    baseline = "--baseline", tmp_path / "baseline.json"
+    pruned("check", old, *baseline, "--update", "--not_worse", "5pt")
+    assert pruned("check", old, *baseline).code == 0
+    done = pruned("check", new, *baseline)
+    assert done.code == 3
+    assert "Served otherwise than the baseline: ends of an answer." in done.out
 
 
 def test_text_that_one_long_pass_answers_has_the_harness_s_scores(said, alike, base):
