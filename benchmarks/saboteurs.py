@@ -221,10 +221,8 @@ HONEST: dict[str, Callable[[Path], str | None]] = {
 
 def judged(name: str, out: Path, words: Iterable[str] = ()) -> tuple[int, str]:
     """Return the exit code and the first line of the verdict on one changed copy."""
-    source, folder = (
-        Path(find_default_model()),
-        out / name.replace("/", "").replace(" ", "_"),
-    )
+    source = Path(find_default_model())
+    folder = out / re.sub(r"\W", "_", name)
     if not folder.exists():
         shutil.copytree(source, folder)
         change = (BROKEN | HONEST)[name]
