@@ -34,11 +34,14 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import another_test, served_otherwise
+from lm_eval_pruned.compare.pairing import (
+    another_test,
+    answers_changed_by,
+    served_otherwise,
+)
 from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.documents import CHOICE_PROB, check_score, documents_of
 from lm_eval_pruned.results.files import (
-    CHANGES_ANSWERS,
     ResultsError,
     Run,
     Score,
@@ -230,12 +233,8 @@ def _on_claims(
     judged = [case for key, case in cases.items() if key not in beside]
     blind = baseline.blind.get(name, set())
     claims = claims_on(judged, others, blind)
-    served = {*served_otherwise(baseline.runs[name], runs[name])}
-    otherwise = [what for what in CHANGES_ANSWERS if what in served]
-    alike = not (judged and otherwise)
-    code = CODES[answer_of(claims, served_alike=alike)] if judged else 0
-    message = f"Served otherwise than the baseline: {', '.join(otherwise)}."
-    files = Finding(name, "files", "", "undecided", None, None, message, code)
+    changed = answers_changed_by(served_otherwise(baseline.runs[name], runs[name]))
+    code = CODES[answer_of(claims, changed)] if judged else 0
     found = [
         Finding(
             name,
@@ -250,7 +249,10 @@ def _on_claims(
         for claim in claims
         if claim.about not in (PART, MEAN) or _counts(claim)
     ]
-    return found if alike else [files, *found]
+    if judged and changed:
+        message = f"Served otherwise than the baseline: {', '.join(changed)}."
+        found.append(Finding(name, "files", "", "undecided", None, None, message, code))
+    return found
 
 
 def _counts(claim: Claim) -> bool:

@@ -41,7 +41,8 @@ class Standing:
     task, without the base and random controls. Whether a model is above is None where its score is
     above the floor and was not tested.
     `kept` is the share of what the base has above the floor, with the interval of a single test; None
-    for the base, and where the base is not shown to be above. `needed` documents would show a base to be above in 80 % of cases, if it scored as it does now; None where it is not higher.
+    for the base, and where the base is not shown to be above. `needed` documents would
+    show a base to be above in 80 % of cases, if it scored as it does now; None where it is not higher.
     """
 
     task: str

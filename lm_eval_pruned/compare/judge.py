@@ -311,14 +311,14 @@ def _is_shown(p: float | None) -> bool:
     return p is not None and p < CLAIM_LEVEL
 
 
-def answer_of(claims: Sequence[Claim], *, served_alike: bool = True) -> str:
+def answer_of(claims: Sequence[Claim], changed: Sequence[str] = ()) -> str:
     """Return the answer on all claims of a run.
 
-    A model that is not `served_alike` answers in another way than its base, whatever its weights: nothing
-    is shown of it.
+    `changed` are settings that change its answers, whatever the weights, as `answers_changed_by` returns
+    them: where there are any, nothing is shown.
     """
     words = [(claim.word, claim.is_taken) for claim in claims]
-    return answer([*words, *[("asked otherwise", True)] * (not served_alike)])
+    return answer([*words, *(("asked otherwise", True) for _ in changed)])
 
 
 def _rows(cases: Sequence[Case]) -> list[Difference]:

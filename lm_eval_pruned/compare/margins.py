@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.results.documents import (
     CHOICE_PROB,
@@ -19,7 +19,7 @@ from lm_eval_pruned.results.parts import as_mapping
 
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.metrics import Limits
@@ -141,7 +141,7 @@ def judged_keys(
             for scored, metric in base.scores
             if scored == task and math.isfinite(base.scores[scored, metric].value)
         }
-        declared = as_mapping(base.metadata.get(task, {}).get(MARGINS))
+        declared = _declared(base, task)
         if measure not in metrics and declared:
             yield from ((task, metrics[name]) for name in declared if name in metrics)
             continue
@@ -182,14 +182,18 @@ def usual_margin(run: Run, key: Key) -> str:
 
     Less than 15 points of a bias take more than the 40 questions of the demo, once one answer changes.
     """
-    declared = as_mapping(run.metadata.get(key[0], {}).get(MARGINS))
-    if text := declared.get(key[1].partition(",")[0]):
+    if text := _declared(run, key[0]).get(key[1].partition(",")[0]):
         return str(text)
     if run.exact_floor(*key) is not None:
         return "5%"
     if is_bias(key[1]):
         return "15pt"
     return "2pt" if is_share(*key, run.metadata.get(key[0])) else "2%"
+
+
+def _declared(run: Run, task: str) -> Mapping[str, Any]:
+    """Return the margins that a task declares, by the name of the metric."""
+    return as_mapping(run.metadata.get(task, {}).get(MARGINS))
 
 
 def check_measure(measure: str | None, metrics: Iterable[str]) -> None:

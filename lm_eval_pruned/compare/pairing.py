@@ -13,10 +13,11 @@ from scipy import special
 from lm_eval_pruned.compare.claims import Paired, paired
 from lm_eval_pruned.results.documents import Documents, documents_of
 from lm_eval_pruned.results.files import (
+    CHANGES_ANSWERS,
+    SERVED_WITH,
     ResultsError,
     Run,
     asked_differently,
-    served_differently,
 )
 from lm_eval_pruned.results.metrics import metric_of
 
@@ -43,11 +44,24 @@ def another_test(base: Run, run: Run, task: str, more: Iterable[str] = ()) -> st
 
 
 def served_otherwise(base: Run, run: Run) -> dict[str, tuple[Any, Any]]:
-    """Return what two models are served with that differs, by its name; both values, of the base first."""
+    """Return the settings, apart from the weights, with which two models are served and that differ.
+
+    By name, the value of the base and that of the run; empty where no task had both models write.
+    """
     found: dict[str, tuple[Any, Any]] = {}
     for task, settings in base.settings.items():
-        found |= served_differently(settings, run.settings.get(task, {}))
+        one, other = (
+            item.get(SERVED_WITH) or {}
+            for item in (settings, run.settings.get(task, {}))
+        )
+        both = [name for name in one if name in other]
+        found |= {n: (one[n], other[n]) for n in both if one[n] != other[n]}
     return found
+
+
+def answers_changed_by(served: Iterable[str]) -> list[str]:
+    """Return which of the settings that differ change what a model generates."""
+    return [name for name in CHANGES_ANSWERS if name in {*served}]
 
 
 def _other_version(base: Run, run: Run, task: str) -> str:

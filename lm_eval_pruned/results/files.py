@@ -32,7 +32,9 @@ _SECTIONS = (
 )  # fmt: skip
 #: The key of a task's metadata that names the metric which decides.
 PRIMARY = "primary_metric"
-#: What of the files beside the weights changes what a model generates.
+#: Key of a results file's configuration: tokenizer, chat template and other settings of a model that wrote.
+SERVED_WITH = "served_with"
+#: The parts of it that change what a model generates.
 CHANGES_ANSWERS = (
     "tokenizer", "chat template", "ends of an answer", "generation config",
 )  # fmt: skip
@@ -379,7 +381,7 @@ def settings_of(
             name: sorted(path["requests"]) if isinstance(path, dict) else path
             for name, path in paths.items()
         },
-        "served_with": part(config, "served_with"),
+        SERVED_WITH: part(config, SERVED_WITH),
         "widths": ", ".join(f"{g['mlps']} x {g['width_after']}" for g in groups),
         **dict(zip(WEIGHTS, left_of(pruning), strict=True)),
     }
@@ -395,18 +397,6 @@ def left_of(pruning: Mapping[str, Any]) -> tuple[Any, ...]:
     if not repair or not isinstance(text, dict):
         text = {}
     return pruning.get("kept_digest"), repair, text.get("sha256"), text.get("tokens")
-
-
-def served_differently(
-    before: Mapping[str, Any], after: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """Return what two models are served with that differs, beside the weights, by its name; both values.
-
-    `before` and `after` are settings of a task that a verdict had them write.
-    """
-    one, other = (item.get("served_with") or {} for item in (before, after))
-    both = [name for name in one if name in other]
-    return {n: (one[n], other[n]) for n in both if one[n] != other[n]}
 
 
 def asked_differently(

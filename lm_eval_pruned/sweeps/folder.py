@@ -23,7 +23,7 @@ from lm_eval_pruned.util.atomic import sync
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lm_eval_pruned.results.runs import UnitRecord, UnitsOf
 
@@ -153,6 +153,29 @@ def with_earlier(
         task for configuration in present.values() for task in configuration["units"]
     )
     return {**now, "configurations": [present[n] for n in names], "tasks": [*tasks]}
+
+
+def add_metric(
+    results: Any,
+    task: str,
+    metric: str,
+    values: Sequence[Any],
+    score: float,
+    *,
+    up: bool,
+) -> None:
+    """Add a metric to the harness's results of a task, as if the task had computed it.
+
+    `values` are those of the documents, in the order of ``doc_id``; `up` says whether more is better.
+    """
+    name, _, filtered = metric.partition(",")
+    samples = sorted(results["samples"][task], key=lambda row: row["doc_id"])
+    for row, value in zip(samples, values, strict=True):
+        row[name] = value
+        row["metrics"] = [*row["metrics"], name]
+    of_task = {metric: score, f"{name}_stderr,{filtered}": "N/A"}
+    results["results"][task] |= of_task
+    results["higher_is_better"][task][name] = up
 
 
 def write_results(results: dict[str, Any], tracker: Any, folder: Path) -> None:

@@ -37,6 +37,7 @@ from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from lm_eval.tasks import TaskManager
 
@@ -206,15 +207,14 @@ class Sweep:
             "versions": {name: version(name) for name in ("lm-eval", "lm-eval-pruned")},
         }
 
-    @contextlib.contextmanager
     def observed(
         self, unit: Unit, lm: Any, folder: Path
-    ) -> Iterator[Callable[[Any], None]]:
+    ) -> AbstractContextManager[Callable[[Any], None]]:
         """Watch a model that evaluates a unit; yield what is called with the harness's results of it.
 
-        Nothing is watched here; see `lm_eval_pruned.verdict.divergence.WatchingSweep`.
+        Nothing is watched here; see `lm_eval_pruned.verdict.watching.WatchingSweep`.
         """
-        yield lambda results: None
+        return contextlib.nullcontext(lambda results: None)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``sweep.json``, the same for every shard and every start.

@@ -28,10 +28,14 @@ from lm_eval_pruned.compare.margins import (
     usual_margin,
     with_choice_prob,
 )
-from lm_eval_pruned.compare.pairing import another_test, served_otherwise
+from lm_eval_pruned.compare.pairing import (
+    another_test,
+    answers_changed_by,
+    served_otherwise,
+)
 from lm_eval_pruned.compare.power import ALIKE, Pilot, documents_for
 from lm_eval_pruned.results.documents import check_score
-from lm_eval_pruned.results.files import CHANGES_ANSWERS, ResultsError, Run
+from lm_eval_pruned.results.files import ResultsError, Run
 from lm_eval_pruned.results.metrics import is_share
 
 
@@ -48,7 +52,7 @@ class Verdict(NamedTuple):
     """The answer on two runs, by their claims.
 
     `rows` are all differences between the two, those of scores that are not judged among them; `floors` say
-    where the base stands; `served` says what the two are served with that differs, by its name.
+    where the base stands; `served` are the settings that differ, as `served_otherwise` returns them.
     """
 
     base: Run
@@ -64,6 +68,11 @@ class Verdict(NamedTuple):
     def code(self) -> int:
         """The exit code, which is that of `check`."""
         return CODES[self.answer]
+
+    @property
+    def changed(self) -> list[str]:
+        """The names of the settings that change the answers, whatever the weights."""
+        return answers_changed_by(self.served)
 
     def about(self, *kinds: str) -> list[Claim]:
         """Return the claims about scores, means, parts or other measures."""
@@ -145,7 +154,7 @@ def decide(
     blind = blind_scores(base, floors, keys)
     claims = claims_on(cases[: len(keys)], others, blind, margins)
     served = served_otherwise(base, candidate)
-    word = answer_of(claims, served_alike=not {*served} & {*CHANGES_ANSWERS})
+    word = answer_of(claims, answers_changed_by(served))
     known = compared.notes, compared.rows, compared.floors, served
     return Verdict(base, candidate, word, claims, *known)
 

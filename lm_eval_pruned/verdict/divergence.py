@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from lm_eval_pruned.results.documents import KL
+from lm_eval_pruned.sweeps.folder import add_metric
 
 
 if TYPE_CHECKING:
@@ -127,16 +128,12 @@ def _at_positions(base: Seen, candidate: Seen) -> list[list[float]]:
 
 def _add(results: Any, task: str, per_text: list[list[list[float]]]) -> None:
     """Add the metric `KL` to the harness's results of a task, and to its samples `AT_POSITIONS` of each text."""
-    name, _, filtered = KL.partition(",")
     samples = sorted(results["samples"][task], key=lambda row: row["doc_id"])
     for row, columns in zip(samples, per_text, strict=True):
         row |= zip(AT_POSITIONS, columns, strict=True)
-        row[name] = [sum(columns[0]), float(len(columns[0]))]
-        row["metrics"] = [*row["metrics"], name]
-    sums, counts = np.array([row[name] for row in samples]).T
-    of_task = {KL: float(sums.sum() / counts.sum()), f"{name}_stderr,{filtered}": "N/A"}
-    results["results"][task] |= of_task
-    results["higher_is_better"][task][name] = False
+    pairs = [[sum(kl), float(len(kl))] for kl, *_ in per_text]
+    sums, counts = np.array(pairs).T
+    add_metric(results, task, KL, pairs, float(sums.sum() / counts.sum()), up=False)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,12 @@ from lm_eval_pruned.compare.margins import (
     with_choice_prob,
 )
 from lm_eval_pruned.results.documents import CHOICE_PROB, KL
-from lm_eval_pruned.results.files import ResultsError, Run, newest_first
+from lm_eval_pruned.results.files import (
+    SERVED_WITH,
+    ResultsError,
+    Run,
+    newest_first,
+)
 from lm_eval_pruned.results.runs import (
     is_sweep,
     read_failures,
@@ -206,7 +211,7 @@ def both_runs(
     if run.name == before.name:
         run = replace(run, name=str(run.path))
     for each in (before, run):
-        if WRITTEN in each.tasks() and not each.settings[WRITTEN].get("served_with"):
+        if WRITTEN in each.tasks() and not each.settings[WRITTEN].get(SERVED_WITH):
             note = (
                 f"{each.name} answered {WRITTEN} without its own chat template, and nothing is known of its "
                 "files: only a verdict on hf or pruned-hf has a model write as it is served."

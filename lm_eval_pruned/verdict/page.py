@@ -21,7 +21,7 @@ from lm_eval_pruned.report.changed_answers import LOST, find_changes
 from lm_eval_pruned.report.page import Section, as_markdown, table_section, write_page
 from lm_eval_pruned.report.sections import energy_section
 from lm_eval_pruned.results.documents import KL
-from lm_eval_pruned.results.files import CHANGES_ANSWERS, listed
+from lm_eval_pruned.results.files import listed
 from lm_eval_pruned.results.groups import family_of, primary_metrics
 from lm_eval_pruned.results.metrics import SHARE, is_bias, is_loss, is_perplexity
 from lm_eval_pruned.util.tables import Cell, Column, csv_table
@@ -161,8 +161,8 @@ def headline(verdict: Verdict) -> str:
         for claim in [*verdict.about(MEAN), *named[:NAMED]]
         if claim in verdict.open
     ]
-    if changes := [name for name in CHANGES_ANSWERS if name in verdict.served]:
-        parts.insert(0, f"{' and '.join(changes)} not as in the base")
+    if verdict.changed:
+        parts.insert(0, f"{' and '.join(verdict.changed)} not as in the base")
     line = f"{verdict.answer}: {', '.join(parts)}" if parts else verdict.answer
     if fallen:
         texts = [*map(_fall, fallen[:NAMED])]
@@ -255,7 +255,7 @@ def _answer_section(verdict: Verdict) -> Section:
         )
     elif verdict.answer == DO_NOT_SHIP:
         reason = f"{len(lost)} of {len(verdict.claims)} claims are shown to be wrong."
-    elif {*verdict.served} & {*CHANGES_ANSWERS} and not undecided:
+    elif verdict.changed and not undecided:
         reason = "The two are served otherwise, so that their answers say nothing of the weights."
     elif undecided:
         reason = f"{len(undecided)} of {len(verdict.claims)} claims are not shown."
@@ -281,7 +281,7 @@ def _answer_section(verdict: Verdict) -> Section:
 
 
 def _files_section(verdict: Verdict) -> Section | None:
-    """Return what differs beside the weights between the folders of the two models."""
+    """Return the settings, apart from the weights, in which the two models differ."""
     notes = [
         f"{name}: {_short(before)} in the base, {_short(after)} in the candidate"
         for name, (before, after) in verdict.served.items()
@@ -290,7 +290,7 @@ def _files_section(verdict: Verdict) -> Section | None:
 
 
 def _short(value: Any) -> str:
-    """Return what a model is served with in a few words."""
+    """Return the value of a setting, shortened for the page."""
     text = json.dumps(value, ensure_ascii=False)
     return f"`{shorten(text, 160, placeholder=' ...')}`"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from lm_eval_pruned.verdict.written import WRITTEN, observed_writing
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from lm_eval_pruned.sweeps.plan import Configuration, Unit
     from lm_eval_pruned.sweeps.tasks import SweepTask
@@ -42,33 +43,28 @@ class WatchingSweep(Sweep):
             definition["base"] = self.base.model_definition(self.base.baseline)
         return definition
 
-    @contextlib.contextmanager
     def observed(
         self, unit: Unit, lm: Any, folder: Path
-    ) -> Iterator[Callable[[Any], None]]:
+    ) -> AbstractContextManager[Callable[[Any], None]]:
         """Watch a model; what is yielded adds what was seen to the results, or why nothing was."""
-        task, keeps = unit.task.name, self.base or self.baseline.id == "base"
-        if unit.configuration.floor or task not in (*TEXTS, WRITTEN):
-            yield lambda results: None
-            return
+        task = unit.task.name
+        scores_text = task in TEXTS and (self.base or self.baseline.id == "base")
+        if unit.configuration.floor or not (scores_text or task == WRITTEN):
+            return super().observed(unit, lm, folder)
+        why = ""
         if not isinstance(getattr(lm, "model", None), torch.nn.Module):
             why = "its engine does not show the probabilities of the whole vocabulary"
         elif is_encoder_decoder(lm):
             why = "it is an encoder-decoder model"
-        elif task == WRITTEN:
+        if why:
+            return nullcontext(
+                lambda results: results["config"].update({NOT_MEASURED: why})
+            )
+        if task == WRITTEN:
             templated = bool(self.options.get("apply_chat_template"))
-            with observed_writing(lm, templated=templated) as add_to:
-                yield add_to
-            return
-        elif keeps:
-            reference = None
-            if self.base:
-                where = Path(self.base.options["output_path"])
-                reference = unit_folder(where, self.base.baseline.id, task)
-            with observed_text(lm, task, folder, reference) as add_to:
-                yield add_to
-            return
-        else:
-            yield lambda results: None
-            return
-        yield lambda results: results["config"].update({NOT_MEASURED: why})
+            return observed_writing(lm, templated=templated)
+        reference = None
+        if self.base:
+            where = Path(self.base.options["output_path"])
+            reference = unit_folder(where, self.base.baseline.id, task)
+        return observed_text(lm, task, folder, reference)

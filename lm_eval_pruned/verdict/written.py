@@ -16,6 +16,8 @@ from lm_eval_pruned.model_wrappers.batching.attention_support import base_model
 from lm_eval_pruned.model_wrappers.batching.fast_path import end_tokens
 from lm_eval_pruned.model_wrappers.batching.slot_refilling import unsupported_setting
 from lm_eval_pruned.model_wrappers.batching.slots import SlotJob
+from lm_eval_pruned.results.files import SERVED_WITH
+from lm_eval_pruned.sweeps.folder import add_metric
 
 
 if TYPE_CHECKING:
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 WRITTEN = "pruned_probe_written"
 #: Whether an answer ends by itself, and how much of it repeats: its metrics beside that of its answers.
 ENDED, REPEATED = ENDINGS = ("ended,none", "repeated,none")
-#: Where the configuration in a results file says what the model is served with.
-SERVED_WITH = "served_with"
 #: A token repeats if it is one of so many before it.
 WINDOW = 4
 #: Answers are generated in batches of so many where slots cannot take them.
@@ -161,15 +161,11 @@ def observed_writing(lm: Any, *, templated: bool) -> Iterator[Callable[[Any], No
             return
         for row, tokens in zip(samples, answers, strict=True):
             row["tokens"] = tokens
-            values = float(bool(tokens) and tokens[-1] in ends), repeated(tokens)
-            row |= zip(("ended", "repeated"), values, strict=True)
-            row["metrics"] = [*row["metrics"], "ended", "repeated"]
-        for metric, up in zip(ENDINGS, (True, False), strict=True):
-            name, _, filtered = metric.partition(",")
-            score = float(np.mean([row[name] for row in samples]))
-            of_task = {metric: score, f"{name}_stderr,{filtered}": "N/A"}
-            results["results"][WRITTEN] |= of_task
-            results["higher_is_better"][WRITTEN][name] = up
+        ended = [float(bool(tokens) and tokens[-1] in ends) for tokens in answers]
+        again = [repeated(tokens) for tokens in answers]
+        for metric, values in ((ENDED, ended), (REPEATED, again)):
+            mean = float(np.mean(values))
+            add_metric(results, WRITTEN, metric, values, mean, up=metric == ENDED)
 
     lm.generate_until = generate
     try:
@@ -179,9 +175,9 @@ def observed_writing(lm: Any, *, templated: bool) -> Iterator[Callable[[Any], No
 
 
 def served_with(lm: Any) -> dict[str, Any]:
-    """Return what decides, beside the weights, how a model is served, by what it is called on the page.
+    """Return the settings of a model that decide, apart from its weights, how it is served; by their names on the page.
 
-    `files.CHANGES_ANSWERS` says which of it changes what is generated.
+    `files.CHANGES_ANSWERS` are those that change what is generated.
     """
     tokenizer, model = lm.tokenizer, base_model(lm.model)
     config, settings = model.config.get_text_config(), model.generation_config
@@ -197,7 +193,7 @@ def served_with(lm: Any) -> dict[str, Any]:
             ]
         except Exception as error:  # noqa: BLE001
             template = [f"fails: {error}"]
-    known = {
+    return {
         "tokenizer": [tokenizer(text)["input_ids"] for text in _TEXTS],
         "chat template": template,
         "special tokens": dict(tokenizer.special_tokens_map),
@@ -212,4 +208,3 @@ def served_with(lm: Any) -> dict[str, Any]:
         "context": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype),
     }
-    return known

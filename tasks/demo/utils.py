@@ -115,7 +115,7 @@ def load_long_text(context: int = 2048, **_: Any) -> dict[str, datasets.Dataset]
     as ``128-512``, in tokens; each part of a text has `SPANS`.
     """
     held = _rows(files("lm_eval_pruned") / "checkpoints" / "held_text.jsonl")
-    # A long paragraph before a short one.
+    # Two of the texts have long paragraphs, and two have short ones.
     pairs = zip(held, _rows(FOLDER / "text.jsonl"), strict=True)
     paragraphs = [row["text"] for pair in pairs for row in pair]
     below = [end for end in POSITIONS if end < context]
@@ -145,8 +145,8 @@ def _spans(text: str, edges: Sequence[int], **about: Any) -> list[dict[str, Any]
 def _there_and_back(paragraphs: list[str], length: int) -> str:
     """Return paragraphs, then the same in reverse order, and so on, in so many characters."""
     half: list[str] = []
-    for paragraph in itertools.cycle(paragraphs):
-        if sum(map(len, half)) >= length / 2 or len(half) == len(paragraphs):
+    for paragraph in paragraphs:
+        if sum(map(len, half)) >= length / 2:
             break
         half.append(paragraph)
     whole = itertools.cycle([*half, *reversed(half)])

@@ -138,3 +138,12 @@ def test_one_row_makes_a_metric_comparable(tmp_path, monkeypatch, form):
     assert row.method == "Gaffke's test over documents"
     assert row.difference == pytest.approx(row.score - row.base_score)
     assert row.low < row.difference < row.high
+
+
+def test_a_plain_margin_is_below_the_largest_difference_of_the_metric():
+    with pytest.raises(ValueError, match=r"5 allows .* of boolq acc, .* mean 5pt\?"):
+        Margin("not_worse", "5").check("boolq", "acc,none")
+    for text in ("5pt", "5%", "0.5"):
+        Margin("not_worse", text).check("task", "acc,none")
+    for metric in ("word_perplexity,none", "bits_per_byte,none", "bleu,none"):
+        Margin("not_worse", "5").check("task", metric)
