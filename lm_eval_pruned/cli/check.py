@@ -27,8 +27,6 @@ OPTIONS = (
         row("--absolute", "T", "with --update, rule for metrics new to the baseline: worse by at most "
             "T, in the metric's own unit (default: 0)", type=float),
         row("--relative", "T", "the same, worse by at most T times the expected score", type=float),
-        row("--alpha", "A", "the same, not significantly worse at level A; needs --log_samples",
-            type=float),
         *(
             (name, how | {"nargs": "?", "const": USUAL})
             for name, how in margins(

@@ -39,10 +39,8 @@ SCHEMA = 3
 #: The rule of another measure of the answers that a claim is about.
 BESIDE = "beside"
 #: Those that an option sets.
-OPTIONS = ("absolute", "relative", "alpha", *CLAIMS)
+OPTIONS = ("absolute", "relative", *CLAIMS)
 RULES = (*OPTIONS, BESIDE)
-#: Those that look at single documents.
-OF_DOCUMENTS = RULES[2:]
 #: Run, task and metric.
 Key = tuple[str, str, str]
 
@@ -52,17 +50,16 @@ class Rule:
     """How far a score may fall behind.
 
     `kind` is one of `RULES`; `value` is the tolerance in the metric's own unit or as a share of the
-    expected score, the level of the test, or a margin as `Margin` takes it.
+    expected score, or a margin as `Margin` takes it.
     """
 
     kind: str
     value: Any
 
     def __post_init__(self) -> None:
-        most = 1 if self.kind == "alpha" else math.inf
-        if not self.margin and not 0 <= float(self.value) < most:
+        if not self.margin and not 0 <= float(self.value) < math.inf:
             raise ValueError(
-                f"{self.kind}={self.value} is not between 0 and {most}: pass one such as 0.05."
+                f"{self.kind}={self.value} is not a number from 0 on: pass one such as 0.05."
             )
 
     @property
@@ -114,7 +111,7 @@ def write_baseline(file: str | Path, baseline: Baseline) -> None:
             if (one, other) == (task, metric)
         ):
             record["at_floor"] = at_floor
-        if rule.kind in OF_DOCUMENTS and (documents := documents_of(run, task, metric)):
+        if rule.margin and (documents := documents_of(run, task, metric)):
             kept = documents if is_loss(metric) else replace(documents, level=())
             record["documents"] = _as_dict(kept)
         runs.setdefault(name, {}).setdefault(task, about)["metrics"][metric] = record

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lm_eval_pruned.compare.answer import CODES, NO_LOSS, REFUTED, WORDS
-from lm_eval_pruned.compare.baseline import BESIDE, OF_DOCUMENTS, Baseline, Key, Rule
+from lm_eval_pruned.compare.baseline import BESIDE, Baseline, Key, Rule
 from lm_eval_pruned.compare.cases import Case
-from lm_eval_pruned.compare.claims import LEAST_UNITS
 from lm_eval_pruned.compare.comparison import settings_notes
 from lm_eval_pruned.compare.floors import blind_scores
 from lm_eval_pruned.compare.judge import (
@@ -25,7 +24,6 @@ from lm_eval_pruned.compare.judge import (
     TOLERANCE,
     answer_of,
     claims_on,
-    p_worse,
 )
 from lm_eval_pruned.compare.margins import (
     CLAIMS,
@@ -39,7 +37,6 @@ from lm_eval_pruned.compare.pairing import (
     answers_changed_by,
     served_otherwise,
 )
-from lm_eval_pruned.compare.statistics import false_discovery
 from lm_eval_pruned.results.documents import CHOICE_PROB, check_score, documents_of
 from lm_eval_pruned.results.files import (
     ResultsError,
@@ -139,7 +136,8 @@ def make_baseline(
     """
     baseline, kept = Baseline(), previous.rules if previous else {}
     for name, run in runs.items():
-        run = with_choice_prob(run) if kind in CLAIMS else run
+        computed = any(k[0] == name and k[2] == CHOICE_PROB for k in kept)
+        run = with_choice_prob(run) if kind in CLAIMS or computed else run
         baseline.runs[name] = replace(run, name="the baseline")
         kinds = dict.fromkeys(run.scores, kind)
         if kind in CLAIMS:
@@ -169,6 +167,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
     if any(metric == CHOICE_PROB for _, _, metric in baseline.rules):
         runs = {name: with_choice_prob(run) for name, run in runs.items()}
     before, after = _scores(baseline.runs), _scores(runs)
+    tasks = {key[:2] for key in after}
     decided: dict[Key, Decision] = dict.fromkeys(
         after, ("new", "Not in the baseline; to add it, run with --update.")
     )
@@ -180,12 +179,14 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
             key in after and math.isfinite(after[key].value)
         ):
             decided.pop(key, None)
+        elif key not in after and metric == CHOICE_PROB and (name, task) in tasks:
+            decided[key] = "asked otherwise", _no_samples(key, rule)
         elif key not in after:
             missing = " ".join(key[name in runs :])
             decided[key] = "missing", f"The results have no {missing}."
         elif refused := _refused(baseline.runs[name], runs[name], task, metric):
             decided[key] = refused
-        elif rule.kind not in OF_DOCUMENTS:
+        elif rule.margin is None:
             decided[key] = _within_tolerance(rule, before[key], after[key].value)
             if decided[key][0] in REFUTED:
                 try:
@@ -198,9 +199,6 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
                 decided.pop(key)
             except ResultsError as why:
                 decided[key] = "asked otherwise", str(why)
-    by_alpha = {key: c for key, c in cases.items() if c.margin is None}
-    levels = [float(baseline.rules[key].value) for key in by_alpha]
-    decided |= zip(by_alpha, _by_alpha([*by_alpha.values()], levels), strict=True)
     found = [
         Finding(
             *key,
@@ -213,7 +211,7 @@ def check(runs: Mapping[str, Run], baseline: Baseline) -> list[Finding]:
         for key, (word, message) in decided.items()
     ]
     for name in runs:
-        of_run = {key: c for key, c in cases.items() if key[0] == name and c.margin}
+        of_run = {key: c for key, c in cases.items() if key[0] == name}
         found += _on_claims(name, runs, of_run, baseline)
     return sorted(
         found, key=lambda finding: (finding.run, finding.task, finding.metric)
@@ -258,33 +256,6 @@ def _on_claims(
 def _counts(claim: Claim) -> bool:
     """Whether a claim that has no entry in the baseline by itself has to be told."""
     return claim.about == MEAN or WORDS[claim.word].status != "pass"
-
-
-def _by_alpha(cases: Sequence[Case], levels: Sequence[float]) -> list[Decision]:
-    """Decide whether scores are worse, each at its level, by tests that are corrected together.
-
-    They are one-sided where the direction is known.
-    """
-    ways = [
-        [q for q, _ in false_discovery([p_worse(case, rather=worse) for case in cases])]
-        for worse in (True, False)
-    ]
-    found: list[Decision] = []
-    for case, alpha, q, better in zip(cases, levels, *ways, strict=True):
-        change, units = abs(case.test.difference), case.test.units
-        way = "different" if case.up is None else "worse"
-        if q is None:
-            why = f"{units} independent documents are too few to decide, which takes at least {LEAST_UNITS}"
-            found.append(("undecided", f"{why}: {TOLERANCE}"))
-        elif q < alpha:
-            why = f"Significantly {way} by {change:.6g} (q = {q:.3g} < {alpha:g})."
-            found.append((way, why))
-        elif better is not None and better < alpha:
-            found.append(IMPROVED)
-        else:
-            why = f"Not significantly {way} (q = {q:.3g} >= {alpha:g})."
-            found.append(("not shown", why))
-    return found
 
 
 def _scores(runs: Mapping[str, Run]) -> dict[Key, Score]:
@@ -346,11 +317,15 @@ def _case(key: Key, run: Run, baseline: Baseline) -> Case:
     rule = baseline.rules[key]
     case = Case(expected, now, (task, metric), margin=rule.margin)
     if case.pair is None:
-        raise ResultsError(
-            f"The rule {rule.kind} needs logged samples from which {metric} of {task} can "
-            f"be computed, weighted as in the baseline: evaluate with --log_samples, or {TOLERANCE}"
-        )
+        raise ResultsError(_no_samples(key, rule))
     return case
+
+
+def _no_samples(key: Key, rule: Rule) -> str:
+    return (
+        f"The rule {rule.kind} needs logged samples from which {key[2]} of {key[1]} can "
+        f"be computed, weighted as in the baseline: evaluate with --log_samples, or {TOLERANCE}"
+    )
 
 
 def notes(runs: Mapping[str, Run], baseline: Baseline) -> list[str]:

@@ -159,8 +159,8 @@ def observed() -> Iterator[tuple[str, str]]:
         yield "not_worse.markdown", printed(*pair, "--not_worse", "5pt")
         yield "equivalent.markdown", printed(*pair, "--equivalent", "10%")
         yield "power.txt", printed("power", "boolq", "sweep", "--margin", "5pt")
-        for rule in ("absolute", "relative", "alpha", "not_worse"):
-            value = {"alpha": "0.05", "not_worse": "5pt"}.get(rule, "0.2")
+        for rule in ("absolute", "relative", "not_worse"):
+            value = {"not_worse": "5pt"}.get(rule, "0.2")
             file = f"{rule}.json"
             update = ("check", "p0", "--baseline", file, "--update", f"--{rule}", value)
             yield f"update_{rule}.txt", printed(*update)
