@@ -30,8 +30,8 @@ OPTIONS = (
         *(
             (name, how | {"nargs": "?", "const": USUAL})
             for name, how in margins(
-                ", as a rule with --update for what decides soonest of each task, as in verdict; needs "
-                "--log_samples. Without a margin, the usual one of verdict"
+                "; with --update, the rule of what verdict judges in each task. Needs --log_samples. "
+                "Without a margin, the usual one of verdict"
             )
         ),
     ],

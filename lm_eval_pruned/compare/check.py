@@ -129,7 +129,7 @@ def make_baseline(
 
     `floors` are runs of models that know nothing.
 
-    A margin is for what decides soonest of each task, see `judged_keys`, and for further measures of the same
+    A margin is for the measure that `judged_keys` yields of each task, and for further measures of the same
     answers; without a `value` it is the usual one of that metric.
 
     ResultsError if a score is NaN or infinite.

@@ -129,7 +129,7 @@ def judged_keys(
     *,
     subtasks: bool = False,
 ) -> Iterator[Key]:
-    """Yield what is judged of each task: `measure` where it has it, else what decides soonest.
+    """Yield what is judged of each task: `measure` where it has it, else what needs the fewest documents.
 
     That is a score with an exact floor, the probability of the right answer, or the score that counts;
     beside it, how far a model is biased, and the divergence from the base if it is among the `named`. Of a
