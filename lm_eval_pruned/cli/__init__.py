@@ -1,5 +1,7 @@
 """The command ``lm-eval-pruned``: what surrounds one run of ``lm_eval``."""
 
+import io
+import os
 import sys
 
 
@@ -91,6 +93,15 @@ def parser(words: list[str]):
     return program
 
 
+def say(text: str) -> None:
+    """Print an answer; a reader that has gone, as of `| head -1`, does not change the exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer would fail again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command that these words spell, or those of the process; return its exit code.
 
@@ -99,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     name, words = "lm-eval-pruned", sys.argv[1:] if argv is None else argv
     verbose = False
+    # What an encoding lacks, such as Latin-1 the arrow of a table, is no reason to lose an answer.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         arguments = parser(words).parse_args(words)
         name, verbose = f"{name} {arguments.command}", arguments.verbose

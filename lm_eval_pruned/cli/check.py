@@ -9,6 +9,7 @@ are too few documents for a test. 2: input cannot be read. 70: an error of lm-ev
 from pathlib import Path
 from typing import Any
 
+from lm_eval_pruned.cli import say
 from lm_eval_pruned.cli.compare import margins
 from lm_eval_pruned.util.options import row
 
@@ -59,9 +60,8 @@ def run(arguments) -> int:
     if not arguments.update:
         baseline = files.read_baseline(file)
         findings = gate.check(runs, baseline)
-        print(
-            gate.FORMATS[arguments.format](findings, gate.notes(runs, baseline)), end=""
-        )
+        text = gate.FORMATS[arguments.format](findings, gate.notes(runs, baseline))
+        say(text.removesuffix("\n"))
         return gate.exit_code(findings)
     previous = files.read_baseline(file) if Path(file).exists() else None
     baseline = gate.make_baseline(

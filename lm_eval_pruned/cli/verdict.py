@@ -9,6 +9,7 @@ be used. 70: an error of lm-eval-pruned.
 
 from pathlib import Path
 
+from lm_eval_pruned.cli import say
 from lm_eval_pruned.cli.compare import UNIT
 from lm_eval_pruned.sweeps.options import GROUPS, SweepOptions
 from lm_eval_pruned.util.options import row
@@ -65,9 +66,9 @@ def run(arguments) -> int:
     )
     subtitle, texts = f"{models[1]} in place of {models[0]}", not arguments.no_texts
     verdict = decide(base, candidate, margins, floors, measure=measure)
-    print(f"{headline(verdict)}\n")
-    print(write_pages(verdict, folder, subtitle, texts=texts))
-    print(f"The page is {folder / 'verdict.html'}.")
+    say(f"{headline(verdict)}\n")
+    say(write_pages(verdict, folder, subtitle, texts=texts))
+    say(f"The page is {folder / 'verdict.html'}.")
     if repository:
         section = card_section(verdict, published)
         kept = {
@@ -75,7 +76,7 @@ def run(arguments) -> int:
             for row in verdict.rows
             if row.floor and row.primary
         }
-        print(push_verdict(repository, section, candidate.path, folder / "hub", kept))
+        say(push_verdict(repository, section, candidate.path, folder / "hub", kept))
     return verdict.code
 
 

@@ -65,7 +65,7 @@ def plan_layers(cut: Cut, evidence: LoadedModel) -> Cut:
     # What is not known of narrower layers is not relied on without need.
     share = 1 - max(CUTS) / 100
     needed = neurons // len(kept) // multiple * multiple
-    fewest = min(math.ceil(min(before[layer] for layer in kept) * share), needed) or 1
+    fewest = [min(math.ceil(before[layer] * share), needed) or 1 for layer in kept]
     shared = allocate(costs, neurons, fewest=fewest, multiple_of=multiple)
     kept = dict(zip(kept, shared, strict=True))
     logger.info(
@@ -139,7 +139,11 @@ def marginal_costs(width: int, kept: Sequence[int], rises: Sequence[float]) -> C
 
 
 def allocate(
-    costs: Sequence[Costs], neurons: int, *, fewest: int = 1, multiple_of: int = 1
+    costs: Sequence[Costs],
+    neurons: int,
+    *,
+    fewest: Sequence[int],
+    multiple_of: int = 1,
 ) -> tuple[int, ...]:
     """Return the widths of least total cost that keep `neurons` neurons in all.
 
@@ -148,20 +152,19 @@ def allocate(
     Args:
         costs: Of each layer the `marginal_costs`, shape (I,), ascending.
         neurons: Neurons to keep in all; the most below that where no allowed widths keep as many.
-        fewest: Neurons to leave in each layer at least. A layer that has no more stays.
+        fewest: Neurons to leave in each layer at least, by layer. A layer that has no more stays.
         multiple_of: Widths are multiples of this. A layer that has fewer neurons stays.
 
     Example:
         >>> flat, steep = (marginal_costs(100, [25], [rise]) for rise in (0.0, 1.5))
-        >>> allocate([steep, flat], 150, fewest=20)
+        >>> allocate([steep, flat], 150, fewest=[20, 20])
         (100, 50)
-        >>> allocate([steep, flat], 150, fewest=60)
+        >>> allocate([steep, flat], 150, fewest=[60, 60])
         (90, 60)
     """
-    low = -(-fewest // multiple_of) * multiple_of
     widest, blocks = [], []
-    for curve in costs:
-        width = len(curve)
+    for curve, least in zip(costs, fewest, strict=True):
+        width, low = len(curve), -(-least // multiple_of) * multiple_of
         high = width // multiple_of * multiple_of
         high, lowest = (high, low) if high >= low else (width, width)
         widest.append(high)

@@ -104,7 +104,8 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Take in more tokens, of shape (tokens, I)."""
-        for block in x.split(_BLOCK):
+        # No token of a text may reach an expert.
+        for block in x.split(_BLOCK) if len(x) else ():
             self._add(block)
 
     def _add(self, x: Tensor) -> None:

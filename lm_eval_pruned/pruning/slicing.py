@@ -178,7 +178,7 @@ def carry_out(
                 kept[mlp.name] = kept_set(scores[mlp.name], targets[mlp.name])
             else:
                 kept[mlp.name] = torch.arange(mlp.width, device="cpu")
-        if plan.prunes and arguments.layer_by_layer:
+        if narrower and arguments.layer_by_layer:
             text, device = evidence.text, evidence.device or model.device
             fewest = tokens_per_neuron(model, text.tokens, narrower, targets)
             roots = evidence.curvature.roots if plan.criterion == OBS else {}

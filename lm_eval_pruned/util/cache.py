@@ -33,9 +33,17 @@ _VERSION = 3
 
 
 def cache_folder() -> Path:
-    """Return this package's folder in the user's cache (XDG base directory specification)."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(root, "lm-eval-pruned")
+    """Return this package's folder in the user's cache (XDG base directory specification).
+
+    OSError where the user has no home folder, as in a container with the id of nobody.
+    """
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(root or Path("~/.cache").expanduser(), "lm-eval-pruned")
+    except RuntimeError:
+        raise OSError(
+            "there is no home folder: set XDG_CACHE_HOME to a writable folder."
+        ) from None
 
 
 def measured_once(
@@ -58,10 +66,12 @@ def measured_once(
         return measure()
     key = (_VERSION, torch.__version__, transformers.__version__, model, what)
     name = hashlib.sha256(repr(key).encode()).hexdigest()
-    file = cache_folder() / "measured" / f"{name}.safetensors"
+
+    def file() -> Path:
+        return cache_folder() / "measured" / f"{name}.safetensors"
 
     def kept() -> Measured:
-        with safe_open(file, "pt") as opened:
+        with safe_open(file(), "pt") as opened:
             facts = json.loads(opened.metadata()["facts"])
             # Mapped, so that they take no memory.
             return {name: opened.get_tensor(name) for name in opened.keys()}, facts
@@ -70,7 +80,7 @@ def measured_once(
         return kept()
     tensors, facts = measure()
     try:
-        with appearing(file) as unfinished:
+        with appearing(file()) as unfinished:
             save_file(tensors, unfinished, {"facts": json.dumps(facts)})
         return kept()
     except (OSError, SafetensorError) as error:
@@ -78,9 +88,8 @@ def measured_once(
 
         warning_once(
             logger,
-            "%s cannot be written (%s), so what text says of a model is measured by each load: set "
+            "The cache cannot be written (%s), so what text says of a model is measured by each load: set "
             "XDG_CACHE_HOME to a writable folder.",
-            file.parent,
             str(error),
         )
     return tensors, facts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from lm_eval_pruned import cli
 from lm_eval_pruned.checkpoints import default_model
 from tests.contract.commands import pruned
 from tests.contract.test_models import WRITING
-from tests.helpers.results_files import write_sweep
+from tests.helpers.results_files import write_run, write_sweep
 from tests.helpers.sweeping import write_tasks
 
 
@@ -84,6 +85,36 @@ def test_where_input_was_refused_is_shown_by_verbose_alone(error, monkeypatch, c
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback (most recent call last):")
     assert shown.endswith(f"{type(error).__name__}: {error}\n{line}")
+
+
+def test_what_an_encoding_lacks_is_replaced(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    report = import_module("lm_eval_pruned.cli.report")
+    monkeypatch.setattr(report, "run", lambda _: print("40 \u2192 20"))
+    assert cli.main(["report", "sweep", "--output_path", "x"]) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"40 ? 20\n"
+
+
+def test_an_answer_that_nobody_reads_keeps_its_exit_code(tmp_path):
+    """The summary is longer than a pipe's reader waits for, as in `check ... | true`."""
+    for name, right in (("before", 1.0), ("after", 0.0)):
+        write_run(tmp_path / name, {"tf": {"acc,none": [right] * 60}})
+    words = [sys.executable, "-m", "lm_eval_pruned.cli", "check", "--baseline"]
+    words.append(str(tmp_path / "baseline.json"))
+    subprocess.run([*words, tmp_path / "before", "--update"], check=True)
+    for name, code in (("before", 0), ("after", 1)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [*words, tmp_path / name],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (code, b"")
 
 
 @pytest.mark.parametrize("command", ["report", "study"])

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lm_eval_pruned import load_pruned
+from lm_eval_pruned import load_pruned, prune_model
 from tests.contract.commands import lm_eval, pruned, results_in
-from tests.helpers.checkpoints import ROOT
+from tests.helpers.checkpoints import ROOT, byte_tokenizer
 from tests.helpers.layouts import save_family
 from tests.helpers.results_files import write_sweep
 
@@ -136,6 +136,23 @@ def test_a_layer_keeps_an_eighth_unless_the_size_asks_for_less(
 ):
     asked = {"allocation": "sensitivity", "calibration": text}
     assert min(widths_of(load_pruned(str(tiny), **size, **asked))) == fewest
+
+
+def test_a_layer_keeps_an_eighth_of_its_own_neurons_beside_a_narrower_one(tiny, text):
+    model = load_pruned(str(tiny), intermediate_size=10, layers="1")
+    asked = {"allocation": "sensitivity", "calibration": text}
+    prune_model(model, tokenizer=byte_tokenizer(), prune_percent=80, **asked)
+    first, _, last = widths_of(model)
+    assert min(first, last) >= WIDTH // 8
+
+
+def test_a_layer_that_has_its_width_already_stays(tiny, text):
+    size = {"intermediate_size": 40, "layers": "0"}
+    model = load_pruned(str(tiny), **size)
+    before = [parameter.clone() for parameter in model.parameters()]
+    asked = {"recipe": "best", "calibration": text, **size}
+    prune_model(model, tokenizer=byte_tokenizer(), **asked)
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_each_width_is_a_multiple(shared, tiny):

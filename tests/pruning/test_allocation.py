@@ -19,8 +19,8 @@ def allowed(costs, fewest, multiple_of) -> list[list[int]]:
     """Return the widths that the bounds allow each layer, by the rules as the docs state them."""
     multiples = (range(multiple_of, len(each) + 1, multiple_of) for each in costs)
     return [
-        [n for n in some if n >= fewest] or [len(curve)]
-        for curve, some in zip(costs, multiples, strict=True)
+        [n for n in some if n >= least] or [len(curve)]
+        for curve, some, least in zip(costs, multiples, fewest, strict=True)
     ]
 
 
@@ -37,8 +37,9 @@ any_costs = st.lists(st.integers(0, 6), min_size=1, max_size=7).map(
 several = st.lists(any_costs, min_size=1, max_size=4)
 
 
-@given(several, st.data(), st.integers(1, 3), st.integers(1, 3))
-def test_no_allocation_costs_less(costs, data, fewest, multiple_of):
+@given(several, st.data(), st.integers(1, 3))
+def test_no_allocation_costs_less(costs, data, multiple_of):
+    fewest = [data.draw(st.integers(1, 3)) for _ in costs]
     neurons = data.draw(st.integers(1, sum(map(len, costs))))
     choices = allowed(costs, fewest, multiple_of)
     every = closest(choices, neurons)
@@ -82,8 +83,9 @@ def test_another_unit_of_the_loss_changes_no_width_and_the_budget_is_exact(
     neurons = data.draw(st.integers(len(curves), sum(width for width, *_ in curves)))
     plain = [marginal_costs(*each) for each in curves]
     scaled = [marginal_costs(w, k, [8 * rise for rise in r]) for w, k, r in curves]
-    widths = allocate(plain, neurons, multiple_of=multiple_of)
-    assert widths == allocate(scaled, neurons, multiple_of=multiple_of)
+    least = {"fewest": [1] * len(curves), "multiple_of": multiple_of}
+    widths = allocate(plain, neurons, **least)
+    assert widths == allocate(scaled, neurons, **least)
     if multiple_of == 1:
         assert sum(widths) == neurons
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -204,6 +205,31 @@ def test_a_cache_that_cannot_be_written_is_no_error_and_is_told_once(
     assert work == {"calibrate": 2}
     (message,) = (line for line in caplog.messages if "cannot be written" in line)
     assert "set XDG_CACHE_HOME to a writable folder" in message
+
+
+def test_a_user_without_a_home_has_no_cache_and_is_told_once(
+    tiny_llama, text, work, monkeypatch, caplog
+):
+    warning_once.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    for _ in range(2):
+        load_pruned(str(tiny_llama), **ACT, **text)
+    assert work == {"calibrate": 2}
+    (message,) = (line for line in caplog.messages if "no home folder" in line)
+    assert "set XDG_CACHE_HOME to a writable folder" in message
+
+
+def test_experts_that_see_no_token_are_ordered_by_their_weights_and_not_repaired(
+    text, tmp_path, caplog
+):
+    """Llama 4 hands each expert zeros where it has no token."""
+    folder = save_tiny(tmp_path / "experts", "llama4_text", num_local_experts=16)
+    model = load_pruned(str(folder), prune_percent=40, recipe="best", **text)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    (message,) = (line for line in caplog.messages if "GLU-MLPs are repaired" in line)
+    assert "repair=least_squares" in message
 
 
 def test_a_matrix_that_experts_share_is_kept_once_and_mapped(text):

@@ -34,6 +34,20 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     ]
 
 
+def test_a_system_that_opens_no_folder_writes_files(tmp_path, monkeypatch):
+    """Windows refuses to open a folder."""
+    opened = os.open
+
+    def refusing(path, *args, **named):
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    write_atomically(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
 def test_a_folder_appears_when_its_block_succeeds(tmp_path):
     with pytest.raises(ZeroDivisionError), appearing_whole(tmp_path / "b") as folder:
         raise ZeroDivisionError
