@@ -66,12 +66,16 @@ def read_texts(
         _text_of(_parsed(line), f"{argument}={file}, line {number}")
         for number, line in numbered[:samples]
     ]
-    if len(texts) < (samples or 1):
-        raise ValueError(
-            f"{argument}={file} holds {len(texts)} texts, but {samples or 'at least one'} were "
-            "asked for: pass a smaller calibration_samples, or a file with more text."
-        )
+    _check_number(len(texts), samples, f"{argument}={file}")
     return texts
+
+
+def _check_number(texts: int, samples: int | None, where: str) -> None:
+    if texts < (samples or 1):
+        raise ValueError(
+            f"{where} holds {texts} texts, but {samples or 'at least one'} were asked for: pass a "
+            "smaller calibration_samples, or one with more text."
+        )
 
 
 def _parsed(line: str) -> Any:
@@ -155,10 +159,15 @@ class TextSource:
         if self.name != SELF:
             next(iter(self._texts()))
 
-    def _texts(self) -> Iterable[Text]:
-        if self.name.startswith(DATASET):
-            return islice(_rows(self.name), self.samples)
-        return read_texts(self.name, self.samples)
+    def _texts(self) -> Iterator[Text]:
+        if not self.name.startswith(DATASET):
+            yield from read_texts(self.name, self.samples)
+            return
+        number = 0
+        for text in islice(_rows(self.name), self.samples):
+            number += 1
+            yield text
+        _check_number(number, self.samples, f"calibration={self.name}")
 
     def read(
         self,

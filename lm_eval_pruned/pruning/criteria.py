@@ -190,11 +190,12 @@ def canonical_name(criterion: str) -> str:
     Raises:
         ValueError: `criterion` is unknown; the message lists the known ones.
     """
-    name = ALIASES.get(criterion, criterion)
+    # JSON may hold a list here.
+    name = ALIASES.get(str(criterion), str(criterion))
     names = [*CRITERIA, RANDOM, OBS]
     if name not in names and name not in (added := _declared_elsewhere()):
         known = [*names, *ALIASES, *sorted(added)]
-        near = difflib.get_close_matches(str(name), known, n=1)
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
             f"criterion={criterion} is unknown: pass one of {', '.join(known)}{hint}."

@@ -107,14 +107,19 @@ def write_page(
     return [folder / name for name in files]
 
 
+#: GitHub looks for names to notify in the text that it shows, so that an entity for @ hides nothing.
+_ESCAPES = {"&": "&amp;", "<": "&lt;", "@": "@&#8203;", "!": "&#33;"}
+
+
 def as_markdown(
     title: str, subtitle: str, sections: Sequence[Section], *, terminal: bool = False
 ) -> str:
     """Return a report as Markdown; the plots are links to files below ``plots/``.
 
-    For a `terminal`, tables are padded, and what would be HTML is left as it is.
+    For a `terminal`, tables are padded, and what would be HTML is left as it is. Elsewhere texts of strangers
+    show no image, and nobody is told that a comment names them.
     """
-    escapes = {} if terminal else str.maketrans({"&": "&amp;", "<": "&lt;"})
+    escapes = {} if terminal else str.maketrans(_ESCAPES)
     in_line = escapes | str.maketrans({"|": "\\|", "\n": " "})
     plain = lambda text: text.translate(in_line)
     parts = [f"# {plain(title)}", plain(subtitle)]

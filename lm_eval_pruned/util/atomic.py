@@ -110,7 +110,14 @@ def appearing_whole(output: Path) -> Iterator[Path]:
                 if path.is_file():
                     sync(path)
             unfinished.chmod(0o755)
-            unfinished.replace(output)
+            try:
+                unfinished.replace(output)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise OSError(
+                    f"{output} was written by another process meanwhile, and stays as it is: pass another folder."
+                ) from None
         except SafetensorError as error:
             raise OSError(
                 f"The weights cannot be written to {output} ({error}): pass a folder on another disk, "

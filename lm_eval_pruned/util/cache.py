@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 # Below the harness's logger, so that its verbosity applies.
 logger = logging.getLogger("lm_eval.pruned.cache")
 
+#: Bytes of all entries; beyond them, those that were written first go.
+_MOST = 10_000_000_000
+#: Seconds after which nobody writes an unfinished file any more.
+_ABANDONED = 86_400
 #: Raise it when something is measured in another way, so that what was kept before is not used.
 _VERSION = 3
 
@@ -82,7 +87,9 @@ def measured_once(
     try:
         with appearing(file()) as unfinished:
             save_file(tensors, unfinished, {"facts": json.dumps(facts)})
-        return kept()
+        measured = kept()
+        _tidy(file())
+        return measured
     except (OSError, SafetensorError) as error:
         from lm_eval.utils import warning_once
 
@@ -93,3 +100,20 @@ def measured_once(
             str(error),
         )
     return tensors, facts
+
+
+def _tidy(written: Path) -> None:
+    """Remove what killed processes left beside an entry, and the oldest entries beyond `_MOST` bytes."""
+    entries, total, now = [], 0, time.time()
+    for path in written.parent.iterdir():
+        # Another process may tidy up too.
+        with contextlib.suppress(OSError):
+            about = path.stat()
+            entries.append((about.st_mtime, about.st_size, path))
+    for at, size, path in sorted(entries, reverse=True):
+        unfinished = path.name.startswith(".")
+        total += size
+        if path != written and (now - at > _ABANDONED if unfinished else total > _MOST):
+            # Windows removes no file that is mapped.
+            with contextlib.suppress(OSError):
+                path.unlink()

@@ -135,13 +135,22 @@ def markdown_table(
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV, with a column for each name that one of them has, in their order."""
+    """Return rows as CSV, with a column for each name that one of them has, in their order.
+
+    An apostrophe stands before a text that a spreadsheet would run as a formula.
+    """
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({name: _no_formula(value) for name, value in row.items()})
     return text.getvalue()
+
+
+def _no_formula(value: object) -> object:
+    runs = isinstance(value, str) and value.startswith(("=", "+", "-", "@"))
+    return f"'{value}" if runs else value
 
 
 def _cell(value: object) -> str:

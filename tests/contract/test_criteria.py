@@ -203,9 +203,11 @@ def test_a_dataset_is_read_until_there_are_enough_tokens(tiny_llama, text, tmp_p
     part = calibration_of(tiny_llama, source, calibration_tokens=10)
     assert (part["texts"], part["tokens"]) == (1, len(TEXTS[0]))
     assert part["sha256"] != whole["sha256"]
+    with pytest.raises(ValueError, match=f"holds {whole['texts']} texts, but 10 were"):
+        calibration_of(tiny_llama, source, calibration_samples=10)
 
 
-@pytest.mark.parametrize("rows", [None, '{"question": "Why?"}\n'])
+@pytest.mark.parametrize("rows", [None, '{"question": "Why?"}\n', '{"text": ""}\n'])
 def test_a_dataset_that_cannot_be_read_is_refused_before_the_load(
     rows, tiny_llama, tmp_path
 ):

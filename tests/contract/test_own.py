@@ -71,6 +71,8 @@ def test_names_are_known_without_importing_and_ours_cannot_be_taken(install):
     assert [plan.criterion for plan in plans] == ["broken", "maw", "maw"]
     with pytest.raises(ValueError, match=r"criterion=x is unknown.*maw_act.*, broken"):
         PrunePlan.from_arguments(32, 88, ratio=2, criterion="x")
+    with pytest.raises(ValueError, match=r"criterion=\['maw'\] is unknown"):
+        PrunePlan.from_arguments(32, 88, ratio=2, criterion=["maw"])
 
 
 @pytest.mark.parametrize(

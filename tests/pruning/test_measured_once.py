@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -205,6 +206,23 @@ def test_a_cache_that_cannot_be_written_is_no_error_and_is_told_once(
     assert work == {"calibrate": 2}
     (message,) = (line for line in caplog.messages if "cannot be written" in line)
     assert "set XDG_CACHE_HOME to a writable folder" in message
+
+
+def test_what_killed_processes_left_and_the_oldest_entries_go(text, monkeypatch):
+    folder = cache.cache_folder() / "measured"
+    folder.mkdir(parents=True)
+    for name, days in ((".killed-1", 2), (".writing-1", 0), ("old", 9), ("new", 1)):
+        (folder / name).write_bytes(bytes(4000))
+        at = time.time() - 86_400 * days
+        os.utime(folder / name, (at, at))
+    monkeypatch.setattr(cache, "_MOST", 10_000)
+    cache.measured_once("model", "what", lambda: ({"x": torch.zeros(1)}, {}))
+    left = {path.name for path in folder.iterdir()}
+    assert left >= {".writing-1", "new"} and not left & {".killed-1", "old"}
+    # What was written last stays, however large it is.
+    monkeypatch.setattr(cache, "_MOST", 10)
+    cache.measured_once("model", "more", lambda: ({"x": torch.zeros(9)}, {}))
+    assert len([path for path in folder.iterdir() if path.suffix]) == 1
 
 
 def test_a_user_without_a_home_has_no_cache_and_is_told_once(

@@ -21,6 +21,7 @@ from tests.report.conftest import NASTY
 
 pytest.importorskip("altair", reason="figures need the extra `report`")
 
+from lm_eval_pruned.report.page import Section, as_markdown
 from lm_eval_pruned.report.report import compared, write_report
 
 
@@ -79,6 +80,14 @@ def test_the_page_does_not_run_what_results_say(page, sweep):
     assert "&lt;script>alert('x')&lt;script>\\|$" in before_code
     for file in sweep.glob("report/plots/*.svg"):
         assert "<script" not in file.read_text(encoding="utf-8")
+
+
+def test_a_comment_shows_no_image_and_names_nobody():
+    texts = ["Thanks @octocat!", "![x](https://example.org/pixel.png)"]
+    section = Section("Answers", texts, notes=texts)
+    text = as_markdown("title", texts[0], [section])
+    assert not re.search(r"@\w|!\[", text)
+    assert as_markdown("title", "", [section], terminal=True).count("@octocat!") == 2
 
 
 def test_the_page_hands_on_its_scores(page, sweep):

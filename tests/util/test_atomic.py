@@ -58,6 +58,17 @@ def test_a_folder_appears_when_its_block_succeeds(tmp_path):
     assert [each.name for each in tmp_path.rglob("*")] == ["b", "file"]
 
 
+def test_the_folder_of_who_was_first_stays(tmp_path):
+    second = appearing_whole(tmp_path / "b")
+    (second.__enter__() / "file").write_text("second")
+    with appearing_whole(tmp_path / "b") as first:
+        (first / "file").write_text("first")
+    with pytest.raises(OSError, match=r"/b was written by another process meanwhile"):
+        second.__exit__(None, None, None)
+    assert [*tmp_path.iterdir()] == [tmp_path / "b"]
+    assert (tmp_path / "b" / "file").read_text() == "first"
+
+
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
     kill = "import os, sys; from pathlib import Path\n"
     kill += "from lm_eval_pruned.util.atomic import appearing_whole\n"

@@ -28,6 +28,9 @@ def test_no_cell_ends_early_or_breaks_its_row(text):
 
 def test_csv_quotes_what_would_end_a_cell():
     rows = [{"task": 'a,"b"', "n": None}, {"n": 1, "task": "c"}]
+    risky = [{"name": text} for text in ("=HYPERLINK(1)", "+1", "-1", "@x", "a=1")]
+    assert csv_table(risky) == "name\n'=HYPERLINK(1)\n'+1\n'-1\n'@x\na=1\n"
+    assert csv_table([{"score": -1.5}]) == "score\n-1.5\n"
     assert csv_table(rows) == 'task,n\n"a,""b""",\nc,1\n'
 
 
