@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -285,8 +286,13 @@ class Checkpoint:
         # Tensors of other names may become part of an MLP.
         neurons = regions_by_parameter(widths.mlps)
         outside = widths.skeleton.state_dict().keys() - neurons
+        # transformers reads neither these nor, of any model, the tables of rotation that old files have.
+        ignored: Any = widths.skeleton._keys_to_ignore_on_load_unexpected or ()
+        unread = re.compile("|".join([*ignored, r"rotary_emb\.inv_freq"]))
         inside = {
-            tensor.dtype for name, tensor in stored.items() if name not in outside
+            tensor.dtype
+            for name, tensor in stored.items()
+            if name not in outside and not unread.search(name)
         }
         if inside:
             arguments["dtype"] = functools.reduce(torch.promote_types, inside)

@@ -71,6 +71,29 @@ def assert_sliced_from_stock(folder, **dtype):
     return pruned
 
 
+@pytest.mark.parametrize(
+    ("family", "unread"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("glm4_moe", "model.layers.92.mlp.down_proj.weight"),
+    ],
+)
+def test_tensors_that_transformers_ignores_widen_no_other(family, unread, tmp_path):
+    folder = save_tiny(tmp_path / "source", family, dtype=torch.bfloat16)
+    size = {"prune_percent": 40}
+    export_pruned(folder, tmp_path / "without", prune_arguments=size)
+    tensors = load_file(folder / WEIGHTS)
+    extra = {unread: torch.ones(16)}
+    save_file(tensors | extra, folder / WEIGHTS, {"format": "pt"})
+    export_pruned(folder, tmp_path / "with", prune_arguments=size)
+    before, after = (load_file(tmp_path / n / WEIGHTS) for n in ("without", "with"))
+    after.pop(unread, None)
+    assert {n: t.dtype for n, t in after.items()} == {
+        n: t.dtype for n, t in before.items()
+    }
+    assert load_pruned(str(folder), **size).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("file", DTYPES)
 @pytest.mark.parametrize("config", [*DTYPES, None])
 def test_all_sizes_are_slices_of_the_model_that_stock_transformers_loads(
