@@ -142,6 +142,16 @@ class GluMlp:
         return region.view(self.parameter(region))
 
     @property
+    def down_bias(self) -> Tensor | None:
+        """The bias of down, shape (H,), a view of that of all experts where they are stacked; None without one."""
+        region = self.regions["down_proj", "weight"]
+        if region.expert is None:
+            return getattr(self.projection("down_proj"), "bias", None)
+        name = f"{region.parameter.rpartition('.')[2]}_bias"
+        biases = getattr(region.owner, name, None)
+        return None if biases is None else biases[region.expert]
+
+    @property
     def hidden_size(self) -> int:
         """Width H of its input."""
         return self.weight("gate_proj").shape[1]

@@ -261,7 +261,7 @@ def cut_layer_by_layer(
     def cut(mlp: GluMlp, moments: Moments) -> None:
         nonlocal repaired_mlps
         name, width = mlp.name, targets[mlp.name]
-        down, bias = mlp.weight("down_proj").detach(), _bias(mlp)
+        down, bias = mlp.weight("down_proj").detach(), mlp.down_bias
         solves = repair == LEAST_SQUARES and moments.tokens >= width
         if solves or name not in scores:
             gram = regularised(moments, centred=bias is not None)
@@ -273,7 +273,7 @@ def cut_layer_by_layer(
         left = repaired(gram, down, here) if solves else down[:, here]
         if solves and bias is not None:
             lost = down.double() @ moments.mean - left.double() @ moments.mean[here]
-            bias = (bias + lost.to(bias)).to(home)
+            bias = (bias.detach() + lost.to(bias)).to(home)
         cut_mlps[name] = CutMlp(kept, left.to(home, down.dtype), bias)
         repaired_mlps += solves
 
@@ -319,7 +319,7 @@ def errors_of_cuts(
             # Nothing is lost.
             errors[name] = [0.0] * len(kept)
             return
-        gram = regularised(moments, centred=_bias(mlp) is not None)
+        gram = regularised(moments, centred=mlp.down_bias is not None)
         minded = weighted(roots[name], mlp.weight("down_proj").detach())
         steps_down = removed_in_steps(gram, minded, kept, scores.get(name))
         if repair == LEAST_SQUARES:
@@ -332,12 +332,6 @@ def errors_of_cuts(
 
     text.visit(mlps, measure, "costs of cuts")
     return errors
-
-
-def _bias(mlp: GluMlp) -> Tensor | None:
-    """Return the bias of down, shape (H,), where it is a module with one."""
-    bias: Any = getattr(mlp.projection("down_proj"), "bias", None)
-    return None if bias is None else bias.detach()
 
 
 def _others(kept: Tensor, width: int) -> Tensor:

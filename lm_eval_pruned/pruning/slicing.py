@@ -316,7 +316,8 @@ def _put(
         _map(mlps, scratch)
     for mlp in mlps:
         if mlp.name in cut and (bias := cut[mlp.name].bias) is not None:
-            mlp.projection("down_proj").bias.copy_(bias)
+            stored: Any = mlp.down_bias
+            stored.copy_(bias)
 
 
 def _map(mlps: Sequence[GluMlp], scratch: Path) -> None:
