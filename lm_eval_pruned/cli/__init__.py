@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     name, words = "lm-eval-pruned", sys.argv[1:] if argv is None else argv
     verbose = False
-    # What an encoding lacks, such as Latin-1 the arrow of a table, is no reason to lose an answer.
+    # A character that the terminal's encoding lacks must not lose the answer.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:

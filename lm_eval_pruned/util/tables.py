@@ -137,7 +137,7 @@ def markdown_table(
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as CSV, with a column for each name that one of them has, in their order.
 
-    An apostrophe stands before a text that a spreadsheet would run as a formula.
+    Texts that a spreadsheet would run as formulas get a leading apostrophe.
     """
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)

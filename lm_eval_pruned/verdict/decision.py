@@ -52,7 +52,7 @@ class Verdict(NamedTuple):
     """The answer on two runs, by their claims.
 
     `rows` are all differences between the two, those of scores that are not judged among them; `floors` say
-    where the base stands; `served` are the settings that differ, as `served_otherwise` returns them.
+    how far the base is above them; `served` are the settings that differ, as `served_otherwise` returns them.
     """
 
     base: Run

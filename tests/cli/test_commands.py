@@ -98,7 +98,7 @@ def test_what_an_encoding_lacks_is_replaced(monkeypatch):
 
 
 def test_an_answer_that_nobody_reads_keeps_its_exit_code(tmp_path):
-    """The summary is longer than a pipe's reader waits for, as in `check ... | true`."""
+    """The reader of the pipe has closed it, as in `check ... | true`."""
     for name, right in (("before", 1.0), ("after", 0.0)):
         write_run(tmp_path / name, {"tf": {"acc,none": [right] * 60}})
     words = [sys.executable, "-m", "lm_eval_pruned.cli", "check", "--baseline"]
