@@ -22,8 +22,8 @@ from vllm.model_executor.model_loader import (
     register_model_loader,
 )
 
-from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, as_stored, tensors_of
-from lm_eval_pruned.checkpoints.load import Stored
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, tensors_of
+from lm_eval_pruned.checkpoints.load import stored_model
 from lm_eval_pruned.pruning.arguments import PruneArguments, take_prune_arguments
 from lm_eval_pruned.pruning.layouts import UnsupportedModelError, text_config
 from lm_eval_pruned.pruning.slicing import carry_out
@@ -110,10 +110,10 @@ class PrunedModelLoader(DefaultModelLoader):
         if checkpoint.cut.plan.prunes:
             if self.load_config.safetensors_load_strategy == "prefetch":
                 self._read_ahead(model_config)
-            stored = Stored.of(checkpoint)
+            stored = stored_model(checkpoint)
             carry_out(stored, checkpoint.cut)
             self._pruned = stored.model
-            as_stored(stored.rounded)
+            checkpoint.as_stored(self._pruned)
         self._checkpoint = checkpoint
         narrow_config(checkpoint, model_config.hf_config)
         return super().load_model(vllm_config, model_config, *args, **kwargs)

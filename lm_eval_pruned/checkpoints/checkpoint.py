@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from lm_eval_pruned.checkpoints.configs import (
     HUB,
@@ -47,22 +47,19 @@ from lm_eval_pruned.pruning.layouts import (
     with_widths,
 )
 from lm_eval_pruned.pruning.widths import Widths
+from lm_eval_pruned.util.content import fingerprint
 
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Hashable, Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_eval_pruned.checkpoints.weights import StoredTensor
     from lm_eval_pruned.pruning.arguments import PruneArguments
     from lm_eval_pruned.pruning.record import PruneRecord
     from lm_eval_pruned.pruning.widths import Cut
-
-    #: A module, the name of a tensor in it, and that tensor as it is stored. A module that goes to a
-    #: device and back stays the same object; its parameters may not.
-    Rounded = tuple[nn.Module, str, Tensor]
 
 
 #: Values of ``device_map`` that leave it to accelerate which part goes where.
@@ -113,6 +110,13 @@ class Checkpoint:
             widths = Widths(build, config)
             with argument_errors():
                 cut = widths.cut(prune_arguments)
+        places = {name: rest[name] for name in HUB if rest.get(name) is not None}
+        if cut.plan.prunes and find_adapter_config_file(pretrained, **places):
+            raise ValueError(
+                f"pretrained={pretrained} holds an adapter (adapter_config.json) beside its weights, and "
+                "only weights are pruned: move the files of the adapter to another folder, and pass that "
+                "as peft=."
+            )
         return cls(pretrained, auto_class, config, rest, cut, calibrates_on)
 
     def asking(
@@ -172,7 +176,8 @@ class Checkpoint:
         commit = getattr(self.config, "_commit_hash", None)
         content: Hashable = commit and (str(folder), commit)
         if Path(self.pretrained).is_dir():
-            content = tuple(stamp(p) for p in sorted(folder.iterdir()) if p.is_file())
+            files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+            content = tuple((str(p.resolve()), fingerprint(p)) for p in files)
         if content is None:
             return None
         reading = sorted(
@@ -267,22 +272,18 @@ class Checkpoint:
                 "as cpu, or cuda:0 where there is a GPU."
             ) from None
 
-    def load_stored(self) -> tuple[PreTrainedModel, list[Rounded]]:
-        """Do the same as the model is stored, on the CPU, whatever the user asked for.
+    def load_stored(self) -> PreTrainedModel:
+        """Load the model unpruned in the dtype of its files, on the CPU; see `with_stored_widths`.
 
         It gets one dtype, so that text can run: the widest of its MLPs, which rounds none of what
         is ranked, and copies nothing where the tensors have it already.
-
-        Returns:
-            The model, and the tensors outside of the MLPs that the dtype rounded, each as it is
-            stored.
         """
         arguments = {
             name: value
             for name, value in self.model_arguments.items()
             if not PLACING.fullmatch(name)
         }
-        widths, stored = self.cut.widths, self.stored
+        widths = self.cut.widths
         # Tensors of other names may become part of an MLP.
         neurons = regions_by_parameter(widths.mlps)
         outside = widths.skeleton.state_dict().keys() - neurons
@@ -291,22 +292,26 @@ class Checkpoint:
         unread = re.compile("|".join([*ignored, r"rotary_emb\.inv_freq"]))
         inside = {
             tensor.dtype
-            for name, tensor in stored.items()
+            for name, tensor in self.stored.items()
             if name not in outside and not unread.search(name)
         }
         if inside:
             arguments["dtype"] = functools.reduce(torch.promote_types, inside)
-        model = self.load_whole(arguments)
-        state, rounded = model.state_dict(keep_vars=True), []
-        for name in outside & stored.keys():
-            weight = state[name]
-            if torch.promote_types(stored[name].dtype, weight.dtype) != weight.dtype:
-                exact = tensor_in(stored[name].file, name)
-                # Of another shape where the user lets shapes differ.
-                if torch.equal(exact.to(weight.dtype), weight):
-                    path, _, attribute = name.rpartition(".")
-                    rounded.append((model.get_submodule(path), attribute, exact))
-        return model, rounded
+        return self.load_whole(arguments)
+
+    def as_stored(self, model: PreTrainedModel) -> None:
+        """Give each tensor of a model of `load_stored` its stored dtype, and what that dtype rounded."""
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            stored = self.stored.get(name)
+            if stored is None or stored.dtype == tensor.dtype:
+                continue
+            exact = tensor.to(stored.dtype)
+            if torch.promote_types(stored.dtype, tensor.dtype) != tensor.dtype:
+                in_file = tensor_in(stored.file, name)
+                # Another where shapes may differ, and a bias that was repaired.
+                if torch.equal(in_file.to(tensor.dtype), tensor):
+                    exact = in_file
+            tensor.data = exact.detach()
 
     def load_whole(self, arguments: Mapping[str, Any] | None = None) -> PreTrainedModel:
         """Load the model unpruned; see `with_stored_widths`.
@@ -329,14 +334,11 @@ class Checkpoint:
         check_filled(model, loading, widths, ignore_sizes)
         return model
 
-    def place(
-        self, model: PreTrainedModel, rounded: Iterable[Rounded]
-    ) -> PreTrainedModel:
+    def place(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return a pruned model in the dtype, and on the devices, that the user asked for.
 
         Args:
-            model: On the CPU, in the dtype of `load_stored`.
-            rounded: What `load_stored` returned.
+            model: That of `load_stored`, pruned.
         """
         arguments = {
             name: value
@@ -355,7 +357,7 @@ class Checkpoint:
             dtype = getattr(torch, dtype)
         if dtype == model.dtype and not any(map(PLACING.fullmatch, arguments)):
             return model
-        as_stored(rounded)
+        self.as_stored(model)
         state = stored_once(model)
         for name, tensor in state.items():
             exceeds = tensor.is_floating_point() and torch.finfo(tensor.dtype).max
@@ -399,12 +401,6 @@ class Checkpoint:
         return model, loading
 
 
-def as_stored(rounded: Iterable[Rounded]) -> None:
-    """Undo what the dtype of a load rounded; see `Checkpoint.load_stored`."""
-    for module, name, stored in rounded:
-        getattr(module, name).data = stored
-
-
 def stored_once(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the state dict of a model with tied tensors under one of their names."""
     state = model.state_dict()
@@ -421,9 +417,3 @@ def tensors_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     from transformers.core_model_loading import revert_weight_conversion
 
     yield from revert_weight_conversion(model, stored_once(model)).items()
-
-
-def stamp(path: Path) -> tuple[str, int, int]:
-    """Identify what a file holds by its path, size in bytes and time of change in ns."""
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns

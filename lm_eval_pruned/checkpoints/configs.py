@@ -93,7 +93,9 @@ def misspelt(
             config = getattr(pretrained, "config", None)
             if isinstance(pretrained, (str, os.PathLike)):
                 source = {n: arguments[n] for n in READING if arguments.get(n)}
-                config = AutoConfig.from_pretrained(pretrained, **source)
+                # Without a config, only the argument is known to be wrong.
+                with contextlib.suppress(OSError, ValueError):
+                    config = AutoConfig.from_pretrained(pretrained, **source)
             if not hasattr(config, str(name)):
                 return name, near[0]
     return None

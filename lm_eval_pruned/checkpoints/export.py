@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_eval_pruned.checkpoints.cards import model_card, shard_sizes
-from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, as_stored, stored_once
+from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, stored_once
 from lm_eval_pruned.checkpoints.cost import (
     PRUNED,
     RANDOM_CUT,
@@ -24,7 +24,7 @@ from lm_eval_pruned.checkpoints.cost import (
     random_cut,
 )
 from lm_eval_pruned.checkpoints.default_model import save_converted
-from lm_eval_pruned.checkpoints.load import Stored, load_checkpoint
+from lm_eval_pruned.checkpoints.load import load_checkpoint, stored_model
 from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
 from lm_eval_pruned.pruning.layer_by_layer import moved
 from lm_eval_pruned.pruning.slicing import carry_out, finish
@@ -151,13 +151,15 @@ def export_pruned(
     if RANDOM_CUT in measured and tokenizer is not None:
         measure(RANDOM_CUT, load_checkpoint(random_cut(checkpoint)))
     checkpoint.check_text()
-    loaded = Stored.of(checkpoint)
+    if not checkpoint.cut.plan.is_open:
+        checkpoint.cut.check_opens()
+    loaded = stored_model(checkpoint)
     measure(UNPRUNED, loaded.model)
     with appearing_whole(output) as unfinished:
         model = loaded.model
         carry_out(loaded, checkpoint.cut, scratch=unfinished)
         if dtype is not None:
-            model = checkpoint.place(model, loaded.rounded)
+            model = checkpoint.place(model)
         finish(model, device)
         record: PruneRecord = model.prune_record  # type: ignore[assignment]
         if not record.plan.prunes:
@@ -167,7 +169,7 @@ def export_pruned(
             )
         measure(PRUNED, model)
         if dtype is None:
-            as_stored(loaded.rounded)
+            checkpoint.as_stored(model)
         weights = stored_once(model).values()
         check_writable(output, sum(weight.nbytes for weight in weights))
         save_loaded(
@@ -267,7 +269,10 @@ def save_loaded(
         return
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if "auto_map" in config else ())):
+    has_code = any(
+        '"auto_map"' in f.read_text("utf-8") for f in source.glob("*config.json")
+    )
+    for pattern in (*_KEPT_FILES, *([_MODEL_CODE] if has_code else ())):
         for path in source.glob(pattern):
             is_index = path.name.endswith(".index.json")
             if path.is_file() and path.name not in _OWN_FILES and not is_index:

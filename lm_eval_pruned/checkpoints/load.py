@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
@@ -14,12 +13,11 @@ from lm_eval_pruned.pruning.slicing import carry_out, finish
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.checkpoints.checkpoint import Rounded
     from lm_eval_pruned.pruning.arguments import Number
     from lm_eval_pruned.pruning.curves import Sensitivity
 
@@ -111,9 +109,9 @@ def load_checkpoint(
     checkpoint = checkpoint.with_stored_widths()
     cut = checkpoint.cut
     if cut.plan.prunes:
-        stored = Stored.of(checkpoint, tokenizer)
+        stored = stored_model(checkpoint, tokenizer)
         carry_out(stored, cut)
-        model = checkpoint.place(stored.model, stored.rounded)
+        model = checkpoint.place(stored.model)
     else:
         model = checkpoint.load_whole()
         check_weights(model)
@@ -122,28 +120,20 @@ def load_checkpoint(
     return model
 
 
-@dataclass(frozen=True)
-class Stored(LoadedModel):
-    """A model as it is stored.
+def stored_model(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LoadedModel:
+    """Load the unpruned model of `Checkpoint.with_stored_widths`, with what reads its text.
 
-    Attributes:
-        rounded: What the dtype of `model` rounded; see `Checkpoint.load_stored`.
+    `tokenizer` is that of `load_checkpoint`.
     """
-
-    rounded: Sequence[Rounded] = field(kw_only=True)
-
-    @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> Stored:
-        """Load a model of `Checkpoint.with_stored_widths`; takes what `load_checkpoint` takes."""
-        arguments, device = checkpoint.cut.plan.arguments, checkpoint.device()
-        # Only what text says is kept for later loads.
-        content = checkpoint.content_key() if arguments.calibration else None
-        model, rounded = checkpoint.load_stored()
-        if arguments.calibration is not None and tokenizer is None:
-            tokenizer = checkpoint.load_tokenizer()
-        return cls(model, tokenizer, arguments, device, content, rounded=rounded)
+    arguments, device = checkpoint.cut.plan.arguments, checkpoint.device()
+    # Only what text says is kept for later loads.
+    content = checkpoint.content_key() if arguments.calibration else None
+    model = checkpoint.load_stored()
+    if arguments.calibration is not None and tokenizer is None:
+        tokenizer = checkpoint.load_tokenizer()
+    return LoadedModel(model, tokenizer, arguments, device, content)
 
 
 def measure_sensitivity(
@@ -169,6 +159,6 @@ def measure_sensitivity(
             "name shares between 0 and 100, such as 10 25 50."
         )
     checkpoint.check_text()
-    stored = Stored.of(checkpoint.with_stored_widths())
+    stored = stored_model(checkpoint.with_stored_widths())
     check_weights(stored.model)
     return stored.curves(shares)

@@ -235,6 +235,25 @@ class Cut:
             if values[key] * key.factor != self.targets[name]
         ]
 
+    def check_opens(self) -> None:
+        """Refuse widths that the code of the model does not build of the config.
+
+        Raises:
+            UnsupportedModelError: An MLP gets another width, as where the code rounds it.
+        """
+        if self.inexpressible:
+            return
+        built = without_weights(type(self.widths.skeleton), self.config())
+        for mlp in find_glu_mlps(built):
+            wanted = self.targets[mlp.name]
+            if mlp.width != wanted:
+                multiple = math.gcd(mlp.width, self.widths.configured[mlp.name])
+                raise UnsupportedModelError(
+                    f"{describe(built)} gives {mlp.name} {mlp.width} neurons where its config says "
+                    f"{wanted}, so nothing would open the pruned checkpoint: pass "
+                    f"multiple_of={multiple}."
+                )
+
     @property
     def parameters_before(self) -> int:
         """The parameters of the unpruned model; tied ones count once."""

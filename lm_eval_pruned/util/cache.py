@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lm_eval_pruned.util.atomic import appearing
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Mapping
 
     from torch import Tensor
 
@@ -34,7 +35,7 @@ _MOST = 10_000_000_000
 #: Seconds after which nobody writes an unfinished file any more.
 _ABANDONED = 86_400
 #: Raise it when something is measured in another way, so that what was kept before is not used.
-_VERSION = 3
+_VERSION = 4
 
 
 def cache_folder() -> Path:
@@ -77,16 +78,21 @@ def measured_once(
 
     def kept() -> Measured:
         with safe_open(file(), "pt") as opened:
-            facts = json.loads(opened.metadata()["facts"])
+            about = opened.metadata()
             # Mapped, so that they take no memory.
-            return {name: opened.get_tensor(name) for name in opened.keys()}, facts
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        if about["crc32"] != _checksum(tensors, about["facts"]):
+            raise ValueError(f"{file()} is damaged")
+        return tensors, json.loads(about["facts"])
 
     with contextlib.suppress(OSError, SafetensorError, ValueError, LookupError):
         return kept()
     tensors, facts = measure()
     try:
+        told = json.dumps(facts)
+        about = {"facts": told, "crc32": _checksum(tensors, told)}
         with appearing(file()) as unfinished:
-            save_file(tensors, unfinished, {"facts": json.dumps(facts)})
+            save_file(tensors, unfinished, about)
         measured = kept()
         _tidy(file())
         return measured
@@ -100,6 +106,17 @@ def measured_once(
             str(error),
         )
     return tensors, facts
+
+
+def _checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
+    """Return what a damaged file no longer has."""
+    import torch
+
+    checksum = zlib.crc32(facts.encode())
+    for name in sorted(tensors):
+        numbers = tensors[name].contiguous().flatten().view(torch.uint8)
+        checksum = zlib.crc32(numbers.numpy().data, checksum)
+    return str(checksum)
 
 
 def _tidy(written: Path) -> None:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
-from lm_eval_pruned.checkpoints.checkpoint import as_stored, tensors_of
+from lm_eval_pruned.checkpoints.checkpoint import tensors_of
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.load import Stored
+from lm_eval_pruned.checkpoints.load import stored_model
 from lm_eval_pruned.pruning.slicing import carry_out
 from tests.helpers import by_hand
 from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
@@ -174,7 +174,22 @@ def test_values_beyond_the_dtype_of_the_config_are_kept_or_refused(tmp_path):
             load_pruned(str(folder), **asked)
 
 
-@pytest.mark.parametrize("make", [mixed, lambda f: stored_as(f, "float32", "bfloat16")])
+def wide_mlps(folder):
+    """One up projection in bfloat16, all else of the MLPs in float32, and what is outside in bfloat16."""
+    stored_as(folder, "float32", "bfloat16")
+
+    def narrow_the_rest(tensors):
+        for name in tensors.keys():
+            if ".mlp." not in name or name == UP:
+                tensors[name] = tensors[name].to(torch.bfloat16)
+
+    edit_weights(folder, narrow_the_rest)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make", [mixed, wide_mlps, lambda f: stored_as(f, "float32", "bfloat16")]
+)
 @pytest.mark.parametrize(
     "asked",
     [{"ratio": 1}, {"recipe": "best", "ratio": 1, "calibration_samples": 8}],
@@ -194,11 +209,10 @@ def test_an_export_is_stored_as_its_source_is(make, asked, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
     # What vLLM is handed.
     checkpoint = request_of(folder, **asked)
-    whole = Stored.of(checkpoint)
-    model = whole.model
+    whole = stored_model(checkpoint)
     carry_out(whole, checkpoint.cut)
-    as_stored(whole.rounded)
-    tensors = dict(tensors_of(model))
+    checkpoint.as_stored(whole.model)
+    tensors = dict(tensors_of(whole.model))
     assert tensors.keys() == stored.keys()
     assert all(torch.equal(tensors[name], stored[name]) for name in stored)
 

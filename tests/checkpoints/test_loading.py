@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,12 +32,14 @@ from lm_eval_pruned.checkpoints.default_model import _packaged_gguf, find_defaul
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import by_hand, checkpoints
 from tests.helpers.checkpoints import edit_config, edit_weights, save_tiny
 from tests.helpers.layouts import logits
 from tests.helpers.ways_to_load import (
     assert_same_model,
     assert_state,
+    forbid_reading,
     request_of,
     write_texts,
 )
@@ -246,6 +249,78 @@ def test_model_code_that_comes_with_the_model(tiny_llama, tmp_path):
     export_pruned(str(folder), out, prune_arguments={"ratio": 2}, **given)
     opened = AutoModelForCausalLM.from_pretrained(out, **given)
     assert torch.equal(logits(opened), logits(model))
+
+
+_ROUNDING = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class RoundingConfig(LlamaConfig):
+    model_type = "rounding-llama"
+
+
+class RoundingForCausalLM(LlamaForCausalLM):
+    config_class = RoundingConfig
+
+    def __init__(self, config):
+        width = config.intermediate_size
+        config.intermediate_size = -(-width // 8) * 8
+        super().__init__(config)
+        config.intermediate_size = width
+"""
+
+
+def test_model_code_that_rounds_widths(tmp_path, monkeypatch):
+    folder, out = save_tiny(tmp_path / "coded"), tmp_path / "out"
+    (folder / "modeling_rounding.py").write_text(_ROUNDING)
+    classes = {
+        "AutoConfig": "RoundingConfig",
+        "AutoModelForCausalLM": "RoundingForCausalLM",
+    }
+    classes = {auto: f"modeling_rounding.{name}" for auto, name in classes.items()}
+    edit_config(folder, model_type="rounding-llama", auto_map=classes)
+    edit_config(folder, architectures=["RoundingForCausalLM"])
+    given = {"trust_remote_code": True}
+    forbid_reading(monkeypatch)
+    asked = {"prune_percent": 40}
+    with pytest.raises(UnsupportedModelError, match="multiple_of=8"):
+        export_pruned(str(folder), out, prune_arguments=asked, **given)
+    assert not out.exists()
+    monkeypatch.undo()
+    asked["multiple_of"] = 8
+    export_pruned(str(folder), out, prune_arguments=asked, **given)
+    opened = AutoModelForCausalLM.from_pretrained(out, **given)
+    assert_same_model(opened, load_pruned(str(folder), **asked, **given))
+
+
+def test_tokenizer_code_that_comes_with_the_model(tmp_path):
+    folder, out = save_tiny(tmp_path / "coded"), tmp_path / "out"
+    code = "from transformers import PreTrainedTokenizerFast\n\n\n"
+    code += "class Coded(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "tokenization_coded.py").write_text(code)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Coded"}
+    settings |= {"auto_map": {"AutoTokenizer": [None, "tokenization_coded.Coded"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_pruned(str(folder), out, prune_arguments={"ratio": 2})
+    opened = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert type(opened).__name__ == "Coded"
+
+
+def test_an_unknown_argument_is_named_before_the_model_is_looked_for():
+    with pytest.raises(
+        ValueError, match=r"rato=2\.0 is not understood: did you mean ratio"
+    ):
+        PrunedHFLM("doesnotexist", rato=2.0, device="cpu")
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path, monkeypatch):
+    folder = save_tiny(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    forbid_reading(monkeypatch)
+    with pytest.raises(ValueError, match=r"adapter_config.json.*peft="):
+        load_pruned(str(folder), ratio=2)
 
 
 def test_revisions_of_a_model_on_the_hub(tmp_path):

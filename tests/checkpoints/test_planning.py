@@ -6,11 +6,8 @@ import csv
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
-from hypothesis import given, settings, strategies as st
 from lm_eval.models.huggingface import HFLM
 from transformers import CONFIG_MAPPING
 
@@ -18,6 +15,7 @@ from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.configs import auto_class_for
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.cli import main
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from tests.helpers import checkpoints
 
 
@@ -40,63 +38,26 @@ def plan(capsys):
 
 
 @pytest.mark.parametrize("model", STUDY)
-def test_a_plan_of_the_study_imports_neither_torch_nor_transformers(model):
-    code = "import sys; sys.modules.update(torch=None, transformers=None)\n"
-    code += "from lm_eval_pruned.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "plan", "--prune_percents", "10", "60"]
-    command += ["--model_args", f"pretrained={model}"]
-    command += ["--format", "json"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+def test_a_plan_of_the_study_needs_no_file_of_its_models(model, plan):
     counts = {
         int(row["parameters_after"])
         for row in ARCHITECTURES
         if row["base_model"] == model
     }
-    assert {row["parameters"] for row in json.loads(run.stdout)} <= counts
+    rows = plan(model, "--prune_percents", 10, 60)
+    assert {row["parameters"] for row in rows} <= counts
 
 
-@settings(max_examples=25)
-@given(
-    model_type=st.sampled_from(["llama", "mistral", "qwen2"]),
-    heads=st.sampled_from([(4, 4), (4, 2), (2, 1)]),
-    sizes=st.tuples(st.integers(1, 9), st.integers(2, 90), st.integers(1, 4)),
-    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    head_dim=st.sampled_from([None, 6]),
-    kinds=st.sampled_from([None, ["full_attention"], ["sliding_attention"], ["x"], 7]),
-    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
-    asked=st.sampled_from(
-        [
-            {"argument": "prune_percent", "values": ["0", "40", "99"]},
-            {"argument": "prune_percent", "values": ["30"], "multiple_of": 4},
-            {"argument": "ratio", "values": ["0.2"], "skip_layers": "0"},
-            {"argument": "widths", "values": [{0: 1}]},
-        ]
-    ),
-)
-def test_the_short_way_gives_the_rows_of_the_model(
-    model_type, heads, sizes, flags, head_dim, kinds, dtype, asked, tmp_path_factory
-):
-    """A model that is built by transformers, as for `trust_remote_code`."""
-    hidden, width, layers = sizes
-    names = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-    config = {"model_type": model_type, "vocab_size": 300, "num_hidden_layers": layers}
-    config |= {"hidden_size": 8 * hidden, "intermediate_size": width, "dtype": dtype}
-    config |= dict(
-        zip(("num_attention_heads", "num_key_value_heads"), heads, strict=True)
-    )
-    config |= dict(zip(names, flags, strict=True))
-    config |= {"head_dim": head_dim} if head_dim else {}
-    if kinds:
-        config["layer_types"] = kinds * layers if isinstance(kinds, list) else kinds
-    folder = tmp_path_factory.mktemp("config")
-    (folder / "config.json").write_text(json.dumps(config))
-    found = []
-    for source in ({}, {"trust_remote_code": True}):
-        try:
-            found.append(plan_rows(str(folder), **asked, **source))
-        except ValueError as refusal:
-            found.append(str(refusal))
-    assert found[0] == found[1]
+def test_a_plan_refuses_a_quantised_model_as_loading_does(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    stored = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    checkpoints.edit_config(tmp_path / "model", quantization_config=stored)
+    for attempt in (
+        lambda folder: plan_rows(folder, "ratio", ["2"]),
+        lambda folder: load_pruned(folder, ratio=2),
+    ):
+        with pytest.raises(UnsupportedModelError, match="quantised already"):
+            attempt(str(tmp_path / "model"))
 
 
 #: As the command is asked, and as loading is.

@@ -240,7 +240,7 @@ def test_lm_eval_calibrates_on_the_card_wherever_the_model_is_to_go(
     class Placed(Exception):
         pass
 
-    def stop(_, model, rounded):
+    def stop(_, model):
         raise Placed(model.prune_record.as_table())
 
     monkeypatch.setattr(Checkpoint, "place", stop)

@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.checkpoint import (
     Checkpoint,
-    as_stored,
     tensors_of,
 )
 from lm_eval_pruned.checkpoints.export import export_pruned
-from lm_eval_pruned.checkpoints.load import Stored
+from lm_eval_pruned.checkpoints.load import stored_model
 from lm_eval_pruned.pruning.arguments import PruneArguments
 from lm_eval_pruned.pruning.slicing import carry_out
 from tests.helpers.checkpoints import auto_class, byte_tokenizer
@@ -131,10 +130,10 @@ def _streamed(source, asked, folder):
     """The tensors that other engines are handed, under the keys of an exported checkpoint."""
     source.export(folder, **asked)
     checkpoint = request_of(source.folder, source.auto, **asked).with_stored_widths()
-    stored = Stored.of(checkpoint)
+    stored = stored_model(checkpoint)
     model = stored.model
     carry_out(stored, checkpoint.cut)
-    as_stored(stored.rounded)
+    checkpoint.as_stored(model)
     tensors = {name: tensor.clone() for name, tensor in tensors_of(model)}
     assert tensors.keys() == load_file(folder / WEIGHTS).keys()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
