@@ -78,7 +78,7 @@ def run_study(
             Path(options["model_args"]["pretrained"]).name, findings
         )
         page, *_ = write_report(sweep, comparison, opening=opening)
-    except ResultsError as error:
+    except (ResultsError, OSError) as error:
         print(f"There is no report yet: {error}", file=sys.stderr)
         return 1
     print(f"{opening[0].paragraphs[0]}\nWritten: {page}")

@@ -50,10 +50,10 @@ def run_sweep(
 
     Returns:
         Exit code: 0 where every unit is done, or another process has it; 1 where one failed or
-        could not be run, 130 after Ctrl-C.
+        could not be run, as when the disk is full, 130 after Ctrl-C.
 
     Raises:
-        ValueError: The sweep cannot run, or its folder is in use; OSError likewise.
+        ValueError: The sweep cannot run, or its folder is in use; OSError likewise. No unit was run.
     """
     if (size := os.environ.get("WORLD_SIZE") or "1") != "1":
         raise ValueError(
@@ -107,11 +107,17 @@ def run_sweep(
                     made_by = sweep.definition(*unit)
                     scores = folder.keep(files, unit.names, spent, made_by, error)
                     progress.finish(unit, spent, scores, error)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, OSError) as error:
                 ended.close()
                 done = f"{progress.done} of {len(units)} units are done"
-                print(f"Stopped: {done}. Repeat the command to continue.")
-                return 130
+                if isinstance(error, KeyboardInterrupt):
+                    print(f"Stopped: {done}. Repeat the command to continue.")
+                    return 130
+                print(
+                    f"Stopped: {folder.path} cannot be written ({error}). {done} and stay: make room, or "
+                    "see what is wrong with the disk, and repeat the command to continue."
+                )
+                return 1
     if runner.device_failed:
         print(
             "Stopped: after a device error, this process cannot evaluate anything else. Repeat the "

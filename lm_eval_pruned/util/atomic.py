@@ -43,8 +43,11 @@ def appearing(file: str | Path) -> Iterator[Path]:
         if file.exists():
             shutil.copymode(file, unfinished)
         unfinished.replace(file)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        # A full disk is reported of an open file, without its name.
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(file)
         raise
     sync(file.parent)
 

@@ -320,12 +320,17 @@ def _evaluated(
 ) -> tuple[Run, Sequence[Run]]:
     """Run the sweep of one model and return what `_results_of` its folder does."""
     folder = sweep.options["output_path"]
-    if run_sweep(sweep, retry_failed=True) == 130:
+    code = run_sweep(sweep, retry_failed=True)
+    if code == 130:
         raise KeyboardInterrupt
     for failure in read_failures(folder):
         raise ResultsError(
             f"{failure.task} failed on the {name} {model} ({failure.message}): repeat "
             "the command to try it again; finished tasks are not evaluated again."
+        )
+    if code:
+        raise ResultsError(
+            f"the {name} {model} was not evaluated on every task: repeat the command to continue."
         )
     return _results_of(folder, name)
 

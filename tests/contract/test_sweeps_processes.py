@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 
 from tests.helpers.sweeping import (
@@ -82,6 +85,30 @@ def test_130_is_the_exit_code_after_ctrl_c(sweep, folder, made):
     assert done.code == 130
     assert "1 of 4 units are done. Repeat the command to continue." in done.out
     assert [*files_of(folder)] == UNITS[:1]
+
+
+def test_a_full_disk_stops_the_sweep_with_1_and_what_is_done_is_kept(
+    sweep, folder, monkeypatch
+):
+    """The disk is full when the second unit is written."""
+    flush = os.fsync
+
+    def full(descriptor):
+        if files_of(folder) and [*folder.glob(".unfinished/sweep/*")]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        done = sweep()
+    assert done.code == 1
+    assert f"Stopped: {folder} cannot be written" in done.out
+    assert os.strerror(errno.ENOSPC) in done.out
+    assert "1 of 4 units are done and stay" in done.out
+    before = files_of(folder)
+    assert [*before] == UNITS[:1]
+    assert sweep().code == 0
+    assert before.items() < files_of(folder).items()
 
 
 @pytest.mark.slow
