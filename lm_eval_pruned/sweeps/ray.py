@@ -136,10 +136,12 @@ def _cluster(address: bool | str) -> Iterator[Any]:
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, RuntimeError) as error:
+    # Where a node is slow to start, Ray raises an Exception of no kind.
+    except Exception as error:  # noqa: BLE001
+        where = f"--ray {address}" if isinstance(address, str) else "--ray"
         raise ValueError(
-            f"--ray {address}: the cluster cannot be reached ({error}); pass the address "
-            "of its head node, or --ray without an address to start a cluster here."
+            f"{where}: the cluster cannot be reached or started ({error}); pass the address of its "
+            "head node, or repeat the command once the machine is less busy."
         ) from None
     try:
         yield ray

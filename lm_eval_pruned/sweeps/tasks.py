@@ -5,6 +5,7 @@ The harness's own factory expands groups and tags; ours only keeps it from loadi
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import glob
@@ -37,7 +38,7 @@ _DATA = ("dataset_path", "dataset_kwargs")
 class SweepTask:
     """One task, or one group that has a score; `build` makes it with a factory, and loads data.
 
-    The `digest` is the hash of its settings, the folders of its functions and its local data. The
+    The `digest` is the hash of its settings, the code of its functions and its local data. The
     `metrics` are those that its YAML names; none for a task that is a Python class.
     """
 
@@ -54,6 +55,7 @@ def index_tasks(include_path: str | None) -> TaskManager:
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path={include_path} is not a folder: pass one.")
     hash_folder.cache_clear()
+    _hash_code.cache_clear()
     return TaskManager(include_path=include_path)
 
 
@@ -184,8 +186,7 @@ def _described(value: Any, key: str = "") -> Any:
         return _described([value.func, value.args, value.keywords])
     if callable(value):
         file = getattr(inspect.getmodule(value), "__file__", None)
-        without = (".yaml", ".yml", ".md")
-        code = file and hash_folder(Path(file).parent, without=without)
+        code = file and _hash_code(Path(file))
         return [getattr(value, "__qualname__", type(value).__qualname__), code]
     if key in _DATA and isinstance(value, str):
         paths = map(Path, sorted(glob.glob(value)))
@@ -203,13 +204,42 @@ def fingerprint(definition: Any) -> str:
 
 
 @functools.cache
-def hash_folder(folder: Path, deep: bool = False, without: tuple[str, ...] = ()) -> str:
+def _hash_code(file: Path) -> str:
+    """Return the hash of a module, of those beside it that it imports, and of files there that these name.
+
+    A file is named by a text that its name ends with, such as ``data.jsonl``, ``*.jsonl`` or ``.jsonl``.
+    """
+    beside = [path for path in sorted(file.parent.iterdir()) if path.is_file()]
+    read = [file]
+    # It grows meanwhile.
+    for module in read:
+        if module.suffix != ".py":
+            continue
+        imported, texts = set(), set()
+        for node in ast.walk(ast.parse(module.read_bytes())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [name.name for name in node.names]
+                names += [getattr(node, "module", None) or ""]
+                imported |= {part for name in names for part in name.split(".")}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                end = node.value.rpartition("/")[2].rpartition("*")[2]
+                texts |= {end} if "." in end else set()
+        for path in beside:
+            python = path.suffix == ".py" and path.stem in imported
+            if path not in read and (python or path.name.endswith((*texts,))):
+                read.append(path)
+    content = [(path.name, hash_file(path)) for path in sorted(read)]
+    return fingerprint(content)
+
+
+@functools.cache
+def hash_folder(folder: Path, deep: bool = False) -> str:
     """Return the hash of the files in `folder`, and below it if `deep`."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*") if deep else folder.iterdir()):
         inner = path.relative_to(folder)
         hidden = any(part.startswith((".", "__pycache__")) for part in inner.parts)
-        if path.is_file() and not hidden and path.suffix not in without:
+        if path.is_file() and not hidden:
             digest.update(f"{inner}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 

@@ -11,7 +11,7 @@ from lm_eval_pruned.sweeps.plan import (
     FLOORS,
     plan_sweep,
 )
-from lm_eval_pruned.sweeps.tasks import fingerprint
+from lm_eval_pruned.sweeps.tasks import _hash_code, fingerprint
 from tests.helpers.sweeping import change, write_tasks
 
 
@@ -71,7 +71,11 @@ def test_a_model_is_known_by_its_content(options, tiny_llama, tmp_path):
         ("utils.py", "import json", "import json  #", {"tiny_choice", "tiny_sentence"}),
         ("questions.jsonl", "even", "odd", {"tiny_choice", "tiny_sentence"}),
         ("both.yaml", "num_fewshot: 0", "num_fewshot: 2", {"tiny_sentence"}),
+        # What no code names may be there or not.
         ("README.md", "", "read me", set()),
+        ("utils.py~", "", "import json", set()),
+        ("load.py", "", "import json", set()),
+        ("cache.json", "", "{}", set()),
     ],
 )
 def test_a_task_is_known_by_its_settings_code_and_data(
@@ -81,6 +85,34 @@ def test_a_task_is_known_by_its_settings_code_and_data(
     change(copy, name, old, new)
     same = prints(options).items() & prints(options, include_path=str(copy)).items()
     assert {task for (_, task), _ in same} == {"tiny_choice", "tiny_sentence"} - changed
+
+
+@pytest.mark.parametrize(
+    ("code", "file"),
+    [
+        ("import rows", "rows.py"),
+        ("from tasks.rows import (\n    load_rows\n)", "rows.py"),
+        ("import rows", "words.txt"),
+        ("FILE = 'data/words.txt'", "words.txt"),
+        ("FILES = 'w*.txt'", "words.txt"),
+        ("FILE = f'{__name__}.txt'", "words.txt"),
+    ],
+)
+def test_a_task_is_known_by_what_its_code_imports_and_names(tmp_path, code, file):
+    (tmp_path / "utils.py").write_text(code)
+    (tmp_path / "rows.py").write_text("FILE = 'words.txt'")
+    for name in ("words.txt", "notes.md"):
+        (tmp_path / name).write_text("old")
+
+    def digest():
+        _hash_code.cache_clear()
+        return _hash_code(tmp_path / "utils.py")
+
+    before = digest()
+    change(tmp_path, "notes.md", "old", "new")
+    assert digest() == before
+    change(tmp_path, file, "", "#")
+    assert digest() != before
 
 
 @pytest.mark.parametrize(

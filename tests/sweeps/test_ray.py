@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +25,15 @@ def options(options, tmp_path):
 def test_a_missing_package_is_named(options, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"pip install 'lm-eval-pruned\[ray\]"):
+        run_sweep(plan_sweep(options))
+
+
+def test_a_cluster_that_starts_too_slowly_ends_in_a_sentence(options, monkeypatch):
+    """Ray raises an Exception of no kind."""
+    slow = Mock(side_effect=Exception("The current node timed out during startup."))
+    ray = SimpleNamespace(is_initialized=lambda: False, init=slow)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(ValueError, match=r"--ray: .* \(The current node timed out"):
         run_sweep(plan_sweep(options))
 
 
