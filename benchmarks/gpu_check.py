@@ -88,13 +88,16 @@ def run(part: Part, options: list[str], seconds: float) -> tuple[str, str]:
         note = ""
         try:
             code = process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
             # Launchers start processes in other sessions, which a signal to the group does not reach.
             for each in psutil.Process(process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
+            # The part is in a session, which Ctrl-C does not reach, and would keep the card.
+            if isinstance(error, KeyboardInterrupt):
+                raise
             note = f"**Failed**: it took more than {seconds:.0f} s."
         text = page.read_text(encoding="utf-8") if page.exists() else ""
         if code not in (0, SKIPPED) and "**Failed**" not in text + note:

@@ -87,7 +87,10 @@ def test_a_part_that_takes_too_long_is_ended(script):
     assert (status, "more than 0 s" in said) == ("failed", True)
 
 
-def test_it_ends_with_all_that_it_has_started(script, monkeypatch, tmp_path):
+@pytest.mark.parametrize("interrupted", [False, True], ids=["too slow", "Ctrl-C"])
+def test_it_ends_with_all_that_it_has_started(
+    script, monkeypatch, tmp_path, interrupted
+):
     """Launchers give each process a session, which a signal to the part's group does not reach."""
     gpu_check, file = script("gpu_check"), tmp_path / "number"
     stub = tmp_path / "python"
@@ -100,10 +103,14 @@ def test_it_ends_with_all_that_it_has_started(script, monkeypatch, tmp_path):
         def wait(self, timeout=None):
             while timeout and not (file.exists() and file.read_text()):
                 pass
+            if timeout and interrupted:
+                raise KeyboardInterrupt
             return super().wait(timeout and 0)
 
     monkeypatch.setattr(gpu_check.subprocess, "Popen", Started)
-    gpu_check.run(gpu_check.Part("", "cards", "", 0), [], 1)
+    stopped = pytest.raises(KeyboardInterrupt)
+    with stopped if interrupted else contextlib.nullcontext():
+        gpu_check.run(gpu_check.Part("", "cards", "", 0), [], 1)
     number = int(file.read_text())
     with contextlib.suppress(psutil.NoSuchProcess):
         left = psutil.Process(number)
