@@ -126,6 +126,8 @@ GROUPS = {
         "trackio_args": _option(dict, "where", _PAIRS, "arguments of trackio.init; each unit is one run"),
     },
     "where the units run": {
+        "unit_timeout": _option(float, "where", "SECONDS",
+            "end a unit that takes longer, with loading its model, and record it as failed (default: no limit)"),
         "ray": _option(_name_or_flag, "where", "ADDRESS",
             "run on the Ray cluster at this address; without an address, on the cluster in RAY_ADDRESS or "
             "one that runs here, else on one started for the sweep"),

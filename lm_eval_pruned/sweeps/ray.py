@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lm_eval.utils import setup_logging
 
+from lm_eval_pruned.sweeps.apart import runner_of
 from lm_eval_pruned.sweeps.plan import plan_sweep
-from lm_eval_pruned.sweeps.unit import UnitRunner, describe_error
+from lm_eval_pruned.sweeps.unit import describe_error
 
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Worker:
         torch.set_num_threads(threads)
         sweep = plan_sweep(options)
         self._units = {unit.names: unit for unit in sweep.units()}
-        self._runner = UnitRunner(sweep, part)
+        self._runner = runner_of(sweep, part)
 
     def ready(self) -> Answer:
         """Return once the worker is there."""

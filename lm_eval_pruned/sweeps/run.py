@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.results import runs as layout
+from lm_eval_pruned.sweeps.apart import runner_of
 from lm_eval_pruned.sweeps.checks import check_files, check_installed
 from lm_eval_pruned.sweeps.folder import SweepFolder, with_earlier
 from lm_eval_pruned.sweeps.plan import Sweep, Unit, model_source
 from lm_eval_pruned.sweeps.progress import Progress
 from lm_eval_pruned.sweeps.ray import run_on_ray
 from lm_eval_pruned.sweeps.tasks import fingerprint
-from lm_eval_pruned.sweeps.unit import UnitRunner
 from lm_eval_pruned.util.atomic import write_atomically
 from lm_eval_pruned.util.tables import Column, Table
 
@@ -28,8 +28,9 @@ from lm_eval_pruned.util.tables import Column, Table
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
+    from lm_eval_pruned.sweeps.apart import LimitedRunner
     from lm_eval_pruned.sweeps.plan import Configuration
-    from lm_eval_pruned.sweeps.unit import Ended
+    from lm_eval_pruned.sweeps.unit import Ended, UnitRunner
 
     #: A unit, its state, and what the folder held of it when the sweep was planned.
     Entry = tuple[Unit, str, layout.UnitRecord | None]
@@ -74,7 +75,7 @@ def run_sweep(
     part = f"_{name}" if name else ""
     folder = SweepFolder(options["output_path"])
     units = sweep.units(fixed)
-    runner = UnitRunner(sweep, part)
+    runner = runner_of(sweep, part)
     if dry_run:
         _definition(sweep, folder.path)
         print(_plan_table(sweep, _entries(sweep, folder, units), folder.path), end="")
@@ -179,16 +180,22 @@ def _open_units(
 
 
 def _run_here(
-    runner: UnitRunner, units: Iterable[Unit], folder: SweepFolder, progress: Progress
+    runner: UnitRunner | LimitedRunner,
+    units: Iterable[Unit],
+    folder: SweepFolder,
+    progress: Progress,
 ) -> Generator[Ended]:
     """Evaluate units in this process, as long as its device lets it, and yield how each ended."""
-    for unit in units:
-        progress.start(unit)
-        with folder.new_unit() as files:
-            yield unit, files, *runner.attempt(unit, files)
-        if runner.device_failed:
-            return
-    runner.release()
+    try:
+        for unit in units:
+            progress.start(unit)
+            with folder.new_unit() as files:
+                yield unit, files, *runner.attempt(unit, files)
+            if runner.device_failed:
+                return
+    finally:
+        if not runner.device_failed:
+            runner.release()
 
 
 def _entries(sweep: Sweep, folder: SweepFolder, units: list[Unit]) -> list[Entry]:

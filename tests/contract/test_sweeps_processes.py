@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
+import multiprocessing
 
 import pytest
 
@@ -13,6 +12,8 @@ from tests.helpers.sweeping import (
     errors_of,
     files_of,
     forked,
+    full_disk,
+    limit_units,
     results_of,
     started,
     write_acting_tasks,
@@ -87,23 +88,35 @@ def test_130_is_the_exit_code_after_ctrl_c(sweep, folder, made):
     assert [*files_of(folder)] == UNITS[:1]
 
 
-def test_a_full_disk_stops_the_sweep_with_1_and_what_is_done_is_kept(
-    sweep, folder, monkeypatch
+@pytest.mark.parametrize(
+    ("word", "start", "message"),
+    [
+        ("wait", "fork", "--unit_timeout 7200"),
+        ("kill", "fork", "exit code -9"),
+        pytest.param("wait", "spawn", "--unit_timeout 7200", marks=pytest.mark.slow),
+    ],
+)
+def test_a_unit_that_hangs_or_kills_its_process_fails_alone(
+    sweep, folder, made, undisturbed, monkeypatch, word, start, message
 ):
-    """The disk is full when the second unit is written."""
-    flush = os.fsync
+    limit_units(monkeypatch, made, 7200, start)
+    act_once(made, word)
+    assert sweep("--unit_timeout", 7200).code == 1
+    ((unit, error),) = errors_of(folder).items()
+    assert (unit, message in error["message"]) == (UNITS[1], True)
+    assert sorted(files_of(folder)) == UNITS
+    assert not multiprocessing.active_children()
+    # Without a limit, it is the same sweep.
+    assert sweep("--retry_failed").code == 0
+    assert results_of(folder) == undisturbed
 
-    def full(descriptor):
-        if files_of(folder) and [*folder.glob(".unfinished/sweep/*")]:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        flush(descriptor)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+def test_a_full_disk_stops_the_sweep_with_1_and_what_is_done_is_kept(sweep, folder):
+    with full_disk(folder):
         done = sweep()
     assert done.code == 1
     assert f"Stopped: {folder} cannot be written" in done.out
-    assert os.strerror(errno.ENOSPC) in done.out
+    assert "No space left on device" in done.out
     assert "1 of 4 units are done and stay" in done.out
     before = files_of(folder)
     assert [*before] == UNITS[:1]

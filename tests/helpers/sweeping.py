@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import multiprocessing
 import os
 import signal
 import threading
 import time
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from unittest import mock
 
 import torch
 from tqdm import tqdm
@@ -128,6 +132,41 @@ def _run_fork(run) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+@contextlib.contextmanager
+def full_disk(folder: Path) -> Iterator[None]:
+    """Fill the disk of a sweep's folder when its second unit is written."""
+    flush = os.fsync
+
+    def full(descriptor):
+        if files_of(folder) and [*folder.glob(".unfinished/sweep/*")]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    with mock.patch.object(os, "fsync", full):
+        yield
+
+
+def limit_units(patch, tasks: Path, seconds: float, start: str = "fork") -> None:
+    """Have a unit reach ``--unit_timeout`` once ``tiny_sentence`` holds it up, however fast the machine is.
+
+    The process of units starts as told: a fork is ready at once, and ``spawn`` is what users have.
+    """
+    context, poll = multiprocessing.get_context(start), Connection.poll
+    acted = tasks.parent / "acted"
+
+    def until_held_up(channel, timeout=0.0):
+        if timeout != seconds:
+            return poll(channel, timeout)
+        while not poll(channel, 0.05):
+            if acted.exists() and acted.read_text() == "wait":
+                acted.unlink()
+                return False
+        return True
+
+    patch.setattr(multiprocessing, "get_context", lambda _: context)
+    patch.setattr(Connection, "poll", until_held_up)
 
 
 def results_of(folder: str | Path) -> dict[str, dict]:

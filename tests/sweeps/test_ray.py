@@ -13,7 +13,12 @@ import torch
 from lm_eval_pruned.sweeps.plan import plan_sweep
 from lm_eval_pruned.sweeps.ray import Worker
 from lm_eval_pruned.sweeps.run import run_sweep
-from tests.helpers.sweeping import write_tasks
+from tests.helpers.sweeping import (
+    act_once,
+    limit_units,
+    write_acting_tasks,
+    write_tasks,
+)
 
 
 @pytest.fixture
@@ -47,3 +52,20 @@ def test_a_worker_sends_its_files_and_refuses_another_task(options, one_thread):
     answer = worker.run("ratio-1.5", task.name, "another")
     assert answer.failure and "is not the one" in answer.failure["message"]
     assert answer.usable
+
+
+def test_a_worker_goes_on_after_a_unit_that_hung(
+    options, tmp_path, monkeypatch, one_thread
+):
+    made = write_acting_tasks(tmp_path / "tasks")
+    limit_units(monkeypatch, made, 7200)
+    worker = Worker({**options, "unit_timeout": 7200.0}, os.getcwd(), "_w", threads=1)
+    (task,) = (t for t in plan_sweep(options).tasks if t.name == "tiny_sentence")
+    unit = "ratio-1.5", task.name, task.digest
+    act_once(made, "wait")
+    answer = worker.run(*unit)
+    assert answer.failure and answer.failure["type"] == "TimeoutError"
+    assert answer.usable
+    answer = worker.run(*unit)
+    assert answer.failure is None and len(answer.files) == 2
+    worker._runner.release()
