@@ -52,6 +52,8 @@ def appearing(file: str | Path) -> Iterator[Path]:
     sync(file.parent)
 
 
+#: What a lock raises that another process has, or that the disk or the system does not know.
+_UNLOCKABLE = (OSError, NotImplementedError)
 #: Bytes that the results and pages of a small run take.
 ROOM = 2**24
 
@@ -86,34 +88,42 @@ def check_writable(output: Path, needed: int = ROOM) -> None:
 
 @contextlib.contextmanager
 def appearing_whole(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` that takes its name when the block succeeds.
+    """Yield a folder that takes the place of `output` when the block succeeds.
 
-    What a process that was killed left of the same `output` is removed first.
+    Until then it lies in another one beside `output`. What a process that was killed left of the same
+    `output` is removed first.
 
     Raises:
         OSError: The folder, or weights, cannot be written, or there is something in `output` already.
     """
+    from filelock import FileLock
     from safetensors import SafetensorError
 
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{output.name}.unfinished-"
-    with contextlib.ExitStack() as locks:
-        # Under this lock, a folder without a lock is one that nobody writes any more.
-        with _locked(output.parent, wait=True) as alone:
-            for left in output.parent.glob(f"{glob.escape(prefix)}*"):
-                with _locked(left, wait=False) as abandoned:
-                    if alone and abandoned:
-                        shutil.rmtree(left, ignore_errors=True)
-            unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-            locks.enter_context(_locked(unfinished, wait=False))
+    for lock in output.parent.glob(f"{glob.escape(prefix)}*/lock"):
+        with contextlib.suppress(*_UNLOCKABLE):
+            # Whoever writes there holds it; the system releases the lock of a process that has died.
+            with FileLock(lock, timeout=0):
+                pass
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    around = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, around, ignore_errors=True)
+        with contextlib.suppress(*_UNLOCKABLE):
+            stack.enter_context(FileLock(around / "lock"))
+        unfinished = around / output.name
+        unfinished.mkdir()
         try:
             yield unfinished
             for path in unfinished.rglob("*"):
                 if path.is_file():
                     sync(path)
-            unfinished.chmod(0o755)
             try:
+                # Windows renames nothing to a folder that is there, not even to an empty one.
+                with contextlib.suppress(FileNotFoundError):
+                    output.rmdir()
                 unfinished.replace(output)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -126,24 +136,6 @@ def appearing_whole(output: Path) -> Iterator[Path]:
                 f"The weights cannot be written to {output} ({error}): pass a folder on another disk, "
                 "or make room."
             ) from None
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Lock a folder against other processes, if possible; a process that dies lets go of it."""
-    with contextlib.ExitStack() as undo:
-        locked = False
-        # Another process has it, or removed it, or the system or its disk knows no such locks.
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            undo.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        yield locked
 
 
 def sync(path: Path) -> None:

@@ -78,8 +78,9 @@ def test_an_export_that_is_killed_leaves_a_folder_that_the_next_one_removes(
     tiny_llama, tmp_path
 ):
     left = tmp_path / ".out.unfinished-abc"
-    left.mkdir()
-    (left / "model.safetensors").write_text("half")
+    (left / "out").mkdir(parents=True)
+    (left / "out" / "model.safetensors").write_text("half")
+    (left / "lock").touch()
     assert prune(tiny_llama, tmp_path / "out", *STUDY).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

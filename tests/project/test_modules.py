@@ -40,6 +40,30 @@ def test_mypy_checks_every_module_under_its_installed_name(monkeypatch):
     assert {source.module for source in sources} == modules().keys()
 
 
+#: Modules that Windows does not have, and what `os` and `signal` lack there.
+POSIX = re.compile(
+    r"fcntl|grp|posix|pty|pwd|resource|syslog|termios|tty"
+    r"|os\.(fork(pty)?|(get|set)e?[ug]id|[gs]etp?gid|setsid|killpg|openpty|mkfifo|f?statvfs|l?chown|sync"
+    r"|O_(DIRECTORY|NOFOLLOW)|sched_\w+|getloadavg|sysconf|WNOHANG)"
+    r"|signal\.(SIG(KILL|ALRM|HUP|USR[12]|CHLD|STOP)|alarm|setitimer|pthread_\w+)"
+)
+
+
+def test_no_module_needs_what_windows_lacks():
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Import(names=names):
+                    used = [alias.name for alias in names]
+                case ast.ImportFrom(module=str(module), names=names):
+                    used = [module, *(f"{module}.{alias.name}" for alias in names)]
+                case ast.Attribute(value=ast.Name(id=module), attr=attribute):
+                    used = [f"{module}.{attribute}"]
+                case _:
+                    continue
+            assert not [*filter(POSIX.fullmatch, used)], f"{name}, line {node.lineno}"
+
+
 def test_no_part_of_a_message_lacks_its_f():
     """Of strings that Python joins, one without an f shows its braces to the user."""
     for name, path in modules().items():
