@@ -12,7 +12,7 @@ from tests.contract.commands import lm_eval, pruned, results_in
 from tests.helpers.bbq import CATEGORIES, made_documents, write_bbq
 from tests.helpers.checkpoints import edit_config, save_tiny
 from tests.helpers.results_files import answered, lifts, losses, write_run, yes_or_no
-from tests.helpers.sweeping import write_tasks
+from tests.helpers.sweeping import full_disk, write_tasks
 from tests.sweeps.conftest import quick  # noqa: F401
 
 
@@ -244,6 +244,14 @@ def test_another_candidate_or_base_in_the_same_folder_gets_no_score_of_the_first
     third = verdict_on_models(tiny2, tiny2, "tiny_choice")
     assert scored(third) == {"tiny_choice"}
     assert "base (tiny_sentence)" in third.out
+
+
+def test_a_disk_that_fills_up_is_no_answer(verdict_on_models, tiny_llama, tmp_path):
+    with full_disk(tmp_path / "out" / "base"):
+        done = verdict_on_models(tiny_llama, tiny_llama, *BOTH)
+    assert "No space left on device" in done.out
+    assert f"the base hf,pretrained={tiny_llama}" in done.sentence
+    assert "was not evaluated on every task: repeat the command" in done.sentence
 
 
 ASKED = {
