@@ -26,7 +26,7 @@ from lm_eval_pruned.checkpoints.cost import (
 from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import load_checkpoint, stored_model
 from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
-from lm_eval_pruned.pruning.layer_by_layer import moved
+from lm_eval_pruned.pruning.lending import moved
 from lm_eval_pruned.pruning.slicing import carry_out, finish
 from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 

@@ -27,8 +27,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lm_eval_pruned.pruning.calibration import progress_bar, watched
-from lm_eval_pruned.pruning.layer_by_layer import computing
 from lm_eval_pruned.pruning.layouts import layers_of, norm_follows
+from lm_eval_pruned.pruning.lending import float64
 from lm_eval_pruned.pruning.moments import size_of
 
 
@@ -139,7 +139,7 @@ def curvature(
                 )
                 after = tokens[0, 1:, None]
                 right = chances[:-1].gather(1, after).clamp(min=_TINY)
-                loss -= float(right.log().double().sum())
+                loss -= float(float64(right.log()).sum())
                 predicted += len(after)
                 # With it, chances are the gradient of the loss: a vocabulary takes much memory.
                 chances.scatter_add_(
@@ -156,6 +156,17 @@ def curvature(
             bar.update()
     named = {name: roots[module] for name, module in outputs.items()}
     return Curvature(loss / max(predicted, 1), named)
+
+
+@contextlib.contextmanager
+def computing(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute with other functions than their own `forward`."""
+    with contextlib.ExitStack() as undo:
+        for module, forward in forwards.items():
+            undo.callback(vars(module).update, dict(vars(module)))
+            undo.callback(vars(module).pop, "forward")
+            vars(module)["forward"] = forward
+        yield
 
 
 def _output_of(model: PreTrainedModel, mlp: GluMlp) -> nn.Module:

@@ -29,12 +29,12 @@ from lm_eval_pruned.pruning.criteria import (
 )
 from lm_eval_pruned.pruning.curvature import Curvature, curvature, enough
 from lm_eval_pruned.pruning.curves import LayerCurve, Sensitivity
-from lm_eval_pruned.pruning.layer_by_layer import moved
 from lm_eval_pruned.pruning.layouts import (
     NEURON_AXIS,
     find_glu_mlps,
     regions_by_parameter,
 )
+from lm_eval_pruned.pruning.lending import float64, moved
 from lm_eval_pruned.pruning.moments import Moments, TextMoments
 from lm_eval_pruned.pruning.repair import STEPS, errors_of_cuts
 from lm_eval_pruned.util.cache import measured_once
@@ -87,7 +87,7 @@ def text_loss(model: PreTrainedModel, tokens: Tensor) -> float:
     """
     logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     losses = cross_entropy(logits.float(), tokens[0, 1:], reduction="none")
-    return float(losses.double().sum())
+    return float(float64(losses).sum())
 
 
 @dataclass(frozen=True)

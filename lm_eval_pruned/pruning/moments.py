@@ -1,6 +1,9 @@
 """What the neurons of GLU-MLPs do over calibration text, as the matrices that repair solves with.
 
-A layer may hold many experts, and the matrix of each has I x I entries. One exists at a time.
+The model runs on the text as it is, and hooks see what goes into the down projections of some of its
+MLPs: of as many as their matrices, of I x I entries each, fit a bound. For others, the text runs again.
+The last MLPs of the model come first, and the text goes no further than they are. So layers can be cut
+as soon as they were looked at: all those that the text still meets are whole.
 
 Where a norm follows an MLP, the size of what the MLP returns for a token does not count, but its
 direction does. So the neurons' values at a token are divided by that size, and errors are those of
@@ -11,38 +14,36 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from lm_eval_pruned.pruning.calibration import check_observable, progress_bar
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer, lent
-from lm_eval_pruned.pruning.layouts import norm_follows
+from lm_eval_pruned.pruning.calibration import check_observable, progress_bar, watched
+from lm_eval_pruned.pruning.layouts import find_glu_mlps, norm_follows
+from lm_eval_pruned.pruning.lending import float64_device, free_bytes, lent, moved
 from lm_eval_pruned.pruning.stacked import StackedInputs, one_by_one
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from lm_eval_pruned.pruning.layouts import GluMlp
 
-    #: Gives the moments of an MLP of the layer that is looked at.
-    MomentsOf = Callable[[GluMlp], "Moments"]
-
-#: Bytes of activations that are kept, for each byte of a layer's down projections: together they
-#: are no larger than the gate, up and down projections.
-_KEPT = 3
+#: Bytes of matrices that are measured together, at least and as a share of the memory that is free.
+_LEAST, _SHARE = 1e9, 0.25
 #: Tokens that are added together: so many are copied in float64.
 _BLOCK = 2048
 #: Rows of a symmetric matrix that are computed together, up to their last column on the diagonal.
 _ROWS = 512
-#: So many texts run through a layer together.
+#: So many texts run together.
 _TOGETHER = 8
 
 
@@ -67,7 +68,8 @@ class Moments:
     Attributes:
         scatter: Sum of (x - mean) (x - mean)', shape (I, I), float32, where the weights are; of
             it, the lower triangle alone holds.
-        mean: Mean of x, shape (I,), float64.
+        mean: Mean of x, shape (I,), float64, where the weights are, or on the CPU where those have no
+            float64.
         tokens: Number of tokens.
 
     Source: Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance", The
@@ -83,18 +85,19 @@ class Moments:
         """Return those of no token."""
         return cls(
             torch.zeros(width, width, device=device),
-            torch.zeros(width, device=device, dtype=torch.float64),
+            torch.zeros(width, device=float64_device(device), dtype=torch.float64),
         )
 
     def to(self, device: torch.device) -> Moments:
         """Return them on a device."""
-        return Moments(self.scatter.to(device), self.mean.to(device), self.tokens)
+        mean = self.mean.to(float64_device(device))
+        return Moments(self.scatter.to(device), mean, self.tokens)
 
     def gram(self, centred: bool) -> Tensor:
         """Return the sum over tokens of x x', or of (x - mean) (x - mean)', (I, I), float32."""
         gram = self.scatter.clone()
         if not centred:
-            mean = self.mean.float()
+            mean = self.mean.float().to(gram.device)
             gram.addr_(mean, mean, alpha=self.tokens)
         for start, stop in block_rows(len(gram)):
             square = gram[start:stop, start:stop]
@@ -110,6 +113,7 @@ class Moments:
 
     def _add(self, x: Tensor) -> None:
         before, self.tokens = self.tokens, self.tokens + len(x)
+        x = x.to(self.mean.device)
         mean = x.mean(0, dtype=torch.float64)
         moved = mean - self.mean
         self.mean += len(x) / self.tokens * moved
@@ -117,92 +121,14 @@ class Moments:
         moved *= math.sqrt(before * len(x) / self.tokens)
         # A rounded mean would be all there is where tokens are alike.
         deviations = torch.cat([(x - mean).float(), moved[None].float()])
+        deviations = deviations.to(self.scatter.device)
         for start, stop in block_rows(x.shape[1]):
             rows = self.scatter[start:stop, :stop]
             rows.addmm_(deviations[:, start:stop].T, deviations[:, :stop])
 
 
-class LayerMoments:
-    """The moments of the GLU-MLPs of a layer, one after the other.
-
-    While texts run through the layer, the moments of the first are added up. Activations of the
-    others are kept, as a token reaches few of many experts, but no more of them than these MLPs
-    have weights. The texts run through the layer again for those that did not fit.
-
-    Attributes:
-        observed: Whether the activations of any MLP could be seen.
-        returned: What the layer returns, for each batch.
-    """
-
-    def __init__(
-        self, walk: LayerByLayer, mlps: Sequence[GluMlp], normed: bool = False
-    ) -> None:
-        """Run the texts of `walk` through the layer that holds `mlps`.
-
-        `normed` is whether a norm follows, for the only one.
-        """
-        self._walk, self._mlps, self._normed = walk, mlps, normed
-        self._most = _KEPT * sum(mlp.weight("down_proj").nbytes for mlp in mlps)
-        self.observed = False
-        self._sum: Moments | None = None
-        self.returned = self._see(mlps)
-
-    def of(self, mlp: GluMlp) -> Moments:
-        """Return the moments of an MLP, once.
-
-        Ask for the MLPs in their order, and let go of each result before the next.
-
-        Raises:
-            ValueError: An activation is NaN or infinite.
-        """
-        if mlp.name not in (*self._first, *self._kept):
-            self._see(self._mlps[self._mlps.index(mlp) :])
-        for x in self._kept.pop(mlp.name, ()):
-            self._add_to_sum(mlp, x)
-            self._bytes -= x.nbytes
-        moments, self._sum = self._sum, None
-        if moments is None:
-            return Moments.none(mlp.width, mlp.weight("down_proj").device)
-        if not moments.scatter.isfinite().all():
-            raise ValueError(
-                f"The calibration text makes {mlp.name} produce NaN or infinite activations: use "
-                "another dtype, such as dtype=float32, or other text."
-            )
-        return moments
-
-    def _see(self, mlps: Sequence[GluMlp]) -> list[Any]:
-        names = [mlp.name for mlp in mlps]
-        self._first, self._sum, self._bytes = names[:1], None, 0
-        self._kept: dict[str, list[Tensor]] = {name: [] for name in names[1:]}
-        hooks = {
-            down: functools.partial(self._observe, mlp)
-            for mlp in mlps
-            if (down := mlp.projection("down_proj")) is not None
-        }
-        with StackedInputs(self._mlps, self._take):
-            return self._walk.run(hooks)
-
-    def _observe(self, mlp, module, positional, named, output) -> None:
-        x = positional[0]
-        self._take(mlp, x / size_of(output) if self._normed else x)
-
-    def _take(self, mlp: GluMlp, x: Tensor) -> None:
-        self.observed = True
-        x = x.flatten(0, -2)
-        if len(x) == self._walk.real.numel():
-            x = x[self._walk.real.flatten()]
-        if mlp.name in self._first:
-            self._add_to_sum(mlp, x)
-        elif mlp.name in self._kept:
-            self._kept[mlp.name].append(x)
-            self._bytes += x.nbytes
-            while self._bytes > self._most:
-                _, dropped = self._kept.popitem()
-                self._bytes -= sum(x.nbytes for x in dropped)
-
-    def _add_to_sum(self, mlp: GluMlp, x: Tensor) -> None:
-        self._sum = self._sum or Moments.none(mlp.width, x.device)
-        self._sum.add(x)
+class _Passed(Exception):
+    """The text has passed the last layer that is looked at."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +138,7 @@ class TextMoments:
     Attributes:
         model: The model, with all its neurons.
         texts: Each of shape (1, tokens), int64.
-        device: Where texts run and matrices are; see `LayerByLayer`.
+        device: Where texts run and matrices are; default: where the model is.
         stored: What `measure` returned of all GLU-MLPs; empty: the texts run for each use.
     """
 
@@ -244,10 +170,10 @@ class TextMoments:
         leave: Callable[[Sequence[GluMlp]], object] = len,
         chosen: bool = True,
     ) -> None:
-        """Look at one GLU-MLP after the other.
+        """Look at some GLU-MLPs, those of the last layer first.
 
         Args:
-            mlps: Those to look at.
+            mlps: Those to look at, in the order of the model.
             visit: Given each of them and its moments, while its layer is where the texts run.
             what: What the progress bar is of.
             leave: Given the MLPs of a layer, when no text needs the layer any more.
@@ -260,56 +186,104 @@ class TextMoments:
         """
         if chosen:
             check_observable(self.model, stacked=True)
-        by_layer: dict[nn.Module, list[GluMlp]] = defaultdict(list)
+        by_layer: dict[str, list[GluMlp]] = defaultdict(list)
         for mlp in mlps:
-            by_layer[self.model.get_submodule(mlp.layer_path)].append(mlp)
-        texts: Sequence[Tensor] = ()
-        if self._serves(by_layer.values(), chosen):
-            layers = [(here, self._reading(l, here)) for l, here in by_layer.items()]
-        else:
-            texts = self.texts
-            # What experts are given does not tell padding apart.
-            together = _TOGETHER if all(mlp.kind == "dense" for mlp in mlps) else 1
-            walk = LayerByLayer(self.model, self.texts, self.device, together)
-            last = max(walk.layers.index(layer) for layer in by_layer)
-            layers = [
-                (here := by_layer.get(layer, []), self._running(walk, here, chosen))
-                for layer in walk.layers[: last + 1]
-            ]
-        drawn = progress_bar(len(layers), what, texts, "layer")
-        with torch.no_grad(), one_by_one(self.model, mlps), drawn as bar:
-            for here, looking in layers:
-                with looking as moments_of:
-                    for mlp in here:
-                        visit(mlp, moments_of(mlp))
-                leave(here)
-                bar.update()
-
-    def _serves(self, layers: Iterable[Sequence[GluMlp]], chosen: bool) -> bool:
-        """Return whether the texts need not run again.
-
-        A layer of which nothing was seen is looked at again, and refused if that is why.
-        """
-        return bool(self.stored) and all(
-            not chosen or any(self.stored[mlp.name].tokens for mlp in mlps)
-            for mlps in layers
-        )
-
-    @contextlib.contextmanager
-    def _reading(self, layer: nn.Module, mlps: Sequence[GluMlp]) -> Iterator[MomentsOf]:
+            by_layer[mlp.layer_path].append(mlp)
         moves_to = None if self.device == self.model.device else self.device
-        with lent(layer.modules(), moves_to):
-            yield lambda mlp: self.stored[mlp.name].to(mlp.weight("down_proj").device)
+        texts = () if self.stored else self.texts
+        tokens: Counter[str] = Counter()
+        with torch.no_grad(), progress_bar(len(mlps), what, texts, "MLP") as bar:
+            for group in self._groups(mlps):
+                moments = {mlp.name: self.stored.get(mlp.name) for mlp in group}
+                if not self.stored:
+                    moments |= self._run(group)
+                for path, rows in itertools.groupby(group, lambda mlp: mlp.layer_path):
+                    here, layer = by_layer[path], self.model.get_submodule(path)
+                    with lent(layer.modules(), moves_to):
+                        for mlp in rows:
+                            seen = moments.pop(mlp.name)
+                            device = mlp.weight("down_proj").device
+                            seen = seen or Moments.none(mlp.width, device)
+                            tokens[path] += seen.tokens
+                            visit(mlp, seen.to(device))
+                            # Its matrix goes before there is another.
+                            del seen
+                            bar.update()
+                    # The first of a layer is the last that is looked at.
+                    if mlp is here[0]:
+                        if chosen and not tokens[path]:
+                            check_observable(self.model)
+                        leave(here)
 
-    @contextlib.contextmanager
-    def _running(
-        self, walk: LayerByLayer, mlps: Sequence[GluMlp], chosen: bool
-    ) -> Iterator[MomentsOf]:
-        # The one MLP of a layer where that counts.
-        normed = any(norm_follows(self.model, mlp) for mlp in mlps[:1])
-        with walk.layer_lent():
-            seen = LayerMoments(walk, mlps, normed)
-            if mlps and chosen and not seen.observed:
-                check_observable(self.model)
-            yield seen.of
-            walk.go_on(seen.returned)
+    def _groups(self, mlps: Sequence[GluMlp]) -> Iterator[list[GluMlp]]:
+        """Yield MLPs, the last ones first, as many together as their matrices fit the memory."""
+        device = self.device or self.model.device
+        most = max(_LEAST, _SHARE * free_bytes(device))
+        group: list[GluMlp] = []
+        for mlp in reversed(mlps):
+            if group and sum(4 * m.width**2 for m in (*group, mlp)) > most:
+                yield group
+                group = []
+            group.append(mlp)
+        if group:
+            yield group
+
+    def _run(self, mlps: Sequence[GluMlp]) -> dict[str, Moments]:
+        """Run the texts, up to the last layer of `mlps`, and return the moments by name.
+
+        Those that no token reaches have none.
+        """
+        sums: dict[str, Moments] = {}
+        real: Tensor
+
+        def add(mlp: GluMlp, x: Tensor) -> None:
+            x = x.flatten(0, -2)
+            if len(x) == real.numel():
+                x = x[real.flatten()]
+            if mlp.name not in sums:
+                sums[mlp.name] = Moments.none(mlp.width, x.device)
+            sums[mlp.name].add(x)
+
+        def observe(mlp, module, positional, named, output) -> None:
+            x = positional[0]
+            add(mlp, x / size_of(output) if norm_follows(self.model, mlp) else x)
+
+        def stop(*_) -> None:
+            raise _Passed
+
+        hooks: dict[nn.Module, Callable[..., None]] = {
+            down: functools.partial(observe, mlp)
+            for mlp in mlps
+            if (down := mlp.projection("down_proj")) is not None
+        }
+        last = max(mlps, key=lambda mlp: mlp.layer)
+        hooks[self.model.get_submodule(last.layer_path)] = stop
+        # What experts are given does not tell padding apart.
+        all_mlps = find_glu_mlps(self.model)
+        dense = all(mlp.kind == "dense" for mlp in all_mlps)
+        together = _TOGETHER if dense else 1
+        ordered = sorted((text[0] for text in self.texts), key=len)
+        with (
+            moved(self.model, self.device),
+            watched(self.model, hooks),
+            one_by_one(self.model, all_mlps),
+            StackedInputs(mlps, add),
+        ):
+            for start in range(0, len(ordered), together):
+                batch = ordered[start : start + together]
+                tokens = pad_sequence(batch, batch_first=True)
+                lengths = torch.tensor([[len(text)] for text in batch])
+                real = torch.arange(tokens.shape[1]) < lengths
+                real = real.to(self.model.device)
+                with contextlib.suppress(_Passed):
+                    # Without the head, whose logits nobody needs.
+                    self.model.base_model(
+                        input_ids=tokens.to(self.model.device), use_cache=False
+                    )
+        for name, moments in sums.items():
+            if not moments.scatter.isfinite().all():
+                raise ValueError(
+                    f"The calibration text makes {name} produce NaN or infinite activations: use "
+                    "another dtype, such as dtype=float32, or other text."
+                )
+        return sums

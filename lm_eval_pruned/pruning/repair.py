@@ -34,6 +34,7 @@ from lm_eval_pruned.pruning.argument_values import LEAST_SQUARES, NO_REPAIR
 from lm_eval_pruned.pruning.criteria import kept_set
 from lm_eval_pruned.pruning.curvature import weighted
 from lm_eval_pruned.pruning.layouts import text_config
+from lm_eval_pruned.pruning.lending import float64
 from lm_eval_pruned.pruning.moments import block_rows
 
 
@@ -78,7 +79,7 @@ def _factor(gram: Tensor) -> Tensor:
     error = ((gram @ solved - probe) / probe).square().mean().sqrt()
     if failed or not error < _RESIDUAL:
         # That of float32 is let go before there is another.
-        factor = gram.double()
+        factor = float64(gram)
         factor = torch.linalg.cholesky(factor)
     return factor
 
@@ -97,8 +98,8 @@ def repaired(gram: Tensor, down: Tensor, kept: Tensor) -> Tensor:
     gone = _others(kept, len(gram))
     factor = _factor(gram[kept[:, None], kept])
     down = down.to(factor)
-    lost = gram[kept[:, None], gone].to(factor) @ down[:, gone].T
-    return down[:, kept] + torch.cholesky_solve(lost, factor).T
+    lost = gram[kept[:, None], gone].to(factor) @ down[:, gone.to(down.device)].T
+    return down[:, kept.to(down.device)] + torch.cholesky_solve(lost, factor).T
 
 
 def order_by_cost(gram: Tensor, down: Tensor, width: int) -> Tensor:
@@ -137,10 +138,10 @@ def removed_in_steps(
     factor = _factor(gram)
     # From the first step on, its lower triangle alone holds. LAPACK's rows are columns.
     inverse = torch.cholesky_inverse(factor, out=factor).mT
-    left = torch.arange(len(gram), device=gram.device)
+    left = torch.arange(len(gram), device=inverse.device)
     weights, error = down.to(inverse).T, 0.0
     if scores is not None:
-        ranked = scores.to(gram.device).sort(descending=True, stable=True).indices
+        ranked = scores.to(inverse.device).sort(descending=True, stable=True).indices
         worth = torch.empty_like(ranked)
         worth[ranked] = -left
     most = math.ceil((len(left) - widths[-1]) / STEPS)
@@ -153,7 +154,7 @@ def removed_in_steps(
             order = costs.sort(stable=True).indices
             going, staying = order[: min(most, excess)], order[min(most, excess) :]
             staying = staying.sort().values
-            below = torch.arange(len(left), device=gram.device) <= going[:, None]
+            below = torch.arange(len(left), device=inverse.device) <= going[:, None]
             rows = torch.where(below, inverse[going], inverse[:, going].T)
             pivots = torch.linalg.cholesky(rows[:, going])
             both = torch.cat([rows[:, staying], weights[going]], 1)
@@ -272,7 +273,8 @@ def cut_layer_by_layer(
         here = kept.to(down.device)
         left = repaired(gram, down, here) if solves else down[:, here]
         if solves and bias is not None:
-            lost = down.double() @ moments.mean - left.double() @ moments.mean[here]
+            mean = moments.mean
+            lost = float64(down) @ mean - float64(left) @ mean[kept.to(mean.device)]
             bias = (bias.detach() + lost.to(bias)).to(home)
         cut_mlps[name] = CutMlp(kept, left.to(home, down.dtype), bias)
         repaired_mlps += solves

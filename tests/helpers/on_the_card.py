@@ -18,7 +18,7 @@ from lm_eval_pruned import cli, load_pruned, prune_model
 from lm_eval_pruned.checkpoints import export
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
-from lm_eval_pruned.pruning import measuring
+from lm_eval_pruned.pruning import lending, measuring, repair
 from lm_eval_pruned.pruning.moments import Moments
 from tests.helpers import simulated_card
 from tests.helpers.checkpoints import (
@@ -116,17 +116,24 @@ def test_text_runs_where_the_model_is(asked, route, tiny_llama, tmp_path, monkey
     assert "calibrated on cpu" in expected.prune_record.as_table()
 
 
-def test_a_repair_never_has_the_whole_model_on_the_card(
+def test_a_card_without_float64_leaves_that_work_to_the_cpu(
     tiny_llama, tmp_path, monkeypatch
 ):
-    moved, devices = measuring.moved, []
-    noted = lambda model, device: (devices.append(device), moved(model, device))[1]
-    monkeypatch.setattr(measuring, "moved", noted)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(simulated_card, "without_float64", True)
+    with pytest.raises(TypeError, match="no float64"):
+        torch.zeros(1, dtype=torch.float64, device="card")
+    # So that solving in float32 will not do.
+    monkeypatch.setattr(repair, "_RESIDUAL", 0)
+    lending._has_float64.cache_clear()
     text = write_texts(tmp_path / "text.jsonl", ("one two three " * 20, "four"))
-    asked = {"ratio": 1, "repair": "least_squares", "calibration": text}
-    model = load_pruned(str(tiny_llama), device="card", **asked)
-    assert model.prune_record.as_dict()["calibration"]["device"] == "card:0"
-    assert {*devices} <= {None}
+    asked = {"ratio": 1, "recipe": "uneven", "calibration": text}
+    try:
+        model = load_pruned(str(tiny_llama), device="card", **asked)
+    finally:
+        lending._has_float64.cache_clear()
+    expected = load_pruned(str(tiny_llama), **asked)
+    assert_same_on_the_card(model, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("asked", [{"recipe": "best"}, {"criterion": "act"}])

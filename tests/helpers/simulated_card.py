@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 
+#: Whether the card refuses float64, as Apple's GPUs do.
+without_float64 = False
 _lock = threading.RLock()
 #: By identity of the storage of a tensor on the card: that storage, and its numbers.
 _numbers: dict[int, tuple[StorageWeakRef, torch.Tensor]] = {}
@@ -35,6 +37,8 @@ def _numbers_of(value):
 
 
 def _put(numbers: torch.Tensor) -> torch.Tensor:
+    if without_float64 and numbers.dtype == torch.float64:
+        raise TypeError("the card has no float64")
     tensor = torch._C._acc.create_empty_tensor(numbers.shape, numbers.dtype)
     storage = tensor.untyped_storage()
     with _lock:

@@ -16,7 +16,6 @@ from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.pruning import measuring
 from lm_eval_pruned.pruning.criteria import ACTIVITY
 from lm_eval_pruned.pruning.curvature import Curvature
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
 from lm_eval_pruned.pruning.moments import TextMoments
 from lm_eval_pruned.util import cache
 from tests.helpers.checkpoints import (
@@ -179,17 +178,13 @@ def test_an_expert_that_sees_no_token_does_not_have_the_text_run_again(
 ):
     folder = save_tiny(tmp_path / "experts", "mixtral", num_local_experts=8)
     Path(text["calibration"]).write_text('{"text": "One."}\n')
-    walks = []
-    start = LayerByLayer.__init__
-
-    def counting(walk, *args, **named):
-        walks.append(walk)
-        start(walk, *args, **named)
-
-    monkeypatch.setattr(LayerByLayer, "__init__", counting)
+    runs, run = [], TextMoments._run
+    monkeypatch.setattr(
+        TextMoments, "_run", lambda self, mlps: (runs.append(mlps), run(self, mlps))[1]
+    )
     for recipe in ("uneven", "best"):
         load_pruned(str(folder), prune_percent=40, recipe=recipe, **text)
-    assert len(walks) == 1
+    assert len(runs) == 1
 
 
 def test_a_model_in_memory_is_measured_each_time(tiny_llama, text, work):
@@ -202,16 +197,12 @@ def test_a_model_in_memory_is_measured_each_time(tiny_llama, text, work):
 
 def test_layers_that_stay_are_not_measured(text, work, monkeypatch):
     model, ran = tiny_model(tiny_config(num_hidden_layers=3)), []
-    run = LayerByLayer.run
-
-    def counting(walk, *args):
-        ran.append(walk.passed)
-        return run(walk, *args)
-
-    monkeypatch.setattr(LayerByLayer, "run", counting)
+    run = TextMoments._run
+    noted = lambda self, mlps: (ran.extend(m.layer for m in mlps), run(self, mlps))[1]
+    monkeypatch.setattr(TextMoments, "_run", noted)
     asked = {"ratio": 2, "recipe": "best", "layers": "0-1"}
     prune_model(model, tokenizer=byte_tokenizer(), **asked, **text)
-    assert ran == [0, 1]
+    assert ran == [1, 0]
     assert not work["measure"]
 
 

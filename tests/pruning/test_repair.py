@@ -14,14 +14,15 @@ import torch
 from hypothesis import given, strategies as st
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.cost import HELD_TEXT
 from lm_eval_pruned.pruning import moments as moments_module
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.criteria import kept_set
-from lm_eval_pruned.pruning.layer_by_layer import LayerByLayer
-from lm_eval_pruned.pruning.layouts import UnsupportedModelError, layers_of
+from lm_eval_pruned.pruning.layouts import layers_of
 from lm_eval_pruned.pruning.moments import Moments
 from lm_eval_pruned.pruning.repair import (
     RIDGE,
@@ -288,39 +289,6 @@ SHAPES = ("llama", "phi3", "gemma2", "gemma3n_text", "cohere", "granite", "olmo2
 SHAPES += ("lfm2", "falcon_h1", "mixtral", "qwen2_moe", "deepseek_v3")
 
 
-@pytest.mark.parametrize(
-    "family", breadth(SHAPES, "llama", "gemma2", "gemma3n_text", "qwen2_moe")
-)
-def test_texts_meet_each_layer_with_what_the_unpruned_ones_return(
-    family, tmp_path, monkeypatch
-):
-    model = made(tmp_path, family)
-    ids = torch.tensor([byte_tokenizer()(TEXTS[0][:200])["input_ids"]])
-    outputs: list = []
-    hooks = [
-        layer.register_forward_hook(lambda *call: outputs.append(call[2]))
-        for layer in layers_of(model)[1]
-    ]
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    returned: list = []
-    go_on = LayerByLayer.go_on
-
-    def noting(walk, batches):
-        returned.append(batches[0])
-        go_on(walk, batches)
-
-    monkeypatch.setattr(LayerByLayer, "go_on", noting)
-    text = {"calibration": write_texts(tmp_path / "text.jsonl", [TEXTS[0][:200]])}
-    prune(model, text, repair="least_squares")
-    assert len(returned) == len(outputs)
-    for one, other in zip(returned, outputs, strict=True):
-        first, second = (e[0] if isinstance(e, tuple) else e for e in (one, other))
-        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_an_error_is_a_share_of_the_output_where_a_norm_follows(family, tmp_path):
     model = made(tmp_path, family)
@@ -352,7 +320,9 @@ def test_an_error_is_a_share_of_the_output_where_a_norm_follows(family, tmp_path
         torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_no_layer_runs_twice(text, monkeypatch):
+def test_the_text_runs_once_and_no_further_than_the_last_layer_that_is_cut(
+    text, monkeypatch
+):
     ran: Counter[str] = Counter()
     for part in (LlamaAttention, LlamaMLP):
 
@@ -361,58 +331,61 @@ def test_no_layer_runs_twice(text, monkeypatch):
             return forward(self, *given, **named)
 
         monkeypatch.setattr(part, "forward", counting)
-    prune(tiny(), text, repair="least_squares")
-    # Three layers, and the first once more, to note how the model calls them.
-    assert ran == {"LlamaAttention": 4, "LlamaMLP": 4}
+    prune(tiny(), text, repair="least_squares", layers="0-1")
+    assert ran == {"LlamaAttention": 2, "LlamaMLP": 2}
 
 
-def test_layers_compute_as_before_after_a_walk(monkeypatch):
-    model, texts = tiny(), [torch.arange(5)[None]]
-    first = model.model.layers[0]
-    # As accelerate leaves it, for one.
-    monkeypatch.setitem(vars(first), "forward", first.forward)
-    before = [dict(vars(layer)) for layer in model.model.layers]
-    walk = LayerByLayer(model, texts)
-    walk.go_on(walk.run())
-    walk.run()
-    assert [vars(layer) for layer in model.model.layers] == before
+def test_a_layer_that_is_cut_is_met_by_no_other_text(text, monkeypatch):
+    """Each layer sees what the unpruned model hands to it, in however many groups text runs."""
+    together = prune(tiny(), text, recipe="best")
+    monkeypatch.setattr(moments_module, "_LEAST", 1)
+    monkeypatch.setattr(moments_module, "_SHARE", 0)
+    assert_state(prune(tiny(), text, recipe="best"), together.state_dict())
 
 
-def test_a_model_that_changes_hidden_states_between_its_layers_is_refused(text):
+def test_a_model_that_changes_hidden_states_between_its_layers(text):
     model = tiny()
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.model.layers[1].register_forward_pre_hook(
         lambda _, positional: (2 * positional[0], *positional[1:])
     )
-    with pytest.raises(UnsupportedModelError, match="pass recipe=fast"):
-        prune(model, text, recipe="best")
-    assert_state(model, before)
+    record = prune(model, text, recipe="best").prune_record
+    assert record.repaired == len(model.model.layers)
 
 
-def test_the_second_output_of_a_layer_reaches_the_next():
-    model = tiny()
-    for layer in model.model.layers:
+def test_layers_that_share_keys_and_values_are_calibrated(text, tmp_path):
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 300}
+    folder = save_tiny(
+        tmp_path / "model",
+        "gemma4_text",
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=2 * kinds,
+        global_head_dim=8,
+        **sizes,
+    )
+    asked = {"recipe": "best", "prune_percent": 40, **text}
+    assert load_pruned(str(folder), **asked).prune_record.repaired == 4
 
-        def counting(hidden, *positional, forward=layer.forward, count=None, **named):
-            count = torch.zeros(1) if count is None else count
-            return forward(hidden, *positional, **named), count + 1
 
-        layer.forward = counting
-
-    def forward(input_ids, use_cache):
-        hidden, count = model.model.embed_tokens(input_ids), None
-        places = torch.arange(input_ids.shape[1])[None]
-        turned = model.model.rotary_emb(hidden, places)
-        for layer in model.model.layers:
-            hidden, count = layer(hidden, count=count, position_embeddings=turned)
-
-    model.model.forward = forward
-    walk = LayerByLayer(model, [torch.arange(5)[None]])
-    counts = []
-    for _ in walk.layers:
-        walk.go_on(walk.run())
-        counts.append(int(walk._returned[0][1]))
-    assert counts == [1, 2, 3]
+def test_layers_that_no_text_enters_are_cut_by_their_weights_and_not_repaired(text):
+    """Mllama's layers of cross-attention have nothing to do without an image."""
+    config = MllamaTextConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=88,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        cross_attention_layers=[1],
+        pad_token_id=0,
+    )
+    model = MllamaForCausalLM(config).eval()
+    before = model.model.layers[1].mlp.down_proj.weight.clone()
+    record = prune(model, text, recipe="best").prune_record
+    assert record.repaired == 2
+    after = model.model.layers[1].mlp.down_proj.weight
+    assert torch.equal(after, before[:, record.kept[1]])
 
 
 @pytest.mark.parametrize("family", breadth(("mixtral", "qwen3_moe"), "mixtral"))
