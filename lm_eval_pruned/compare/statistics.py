@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from scipy import stats
 
 
@@ -28,15 +29,25 @@ def false_discovery(
         >>> false_discovery([0.01, 0.04, 0.04], ["boolq", "boolq", "arc_easy"])
         [(0.02, 0.05), (0.04, 0.05), (0.04, 0.05)]
     """
-    tests = list(zip(p_values, families or [None] * len(p_values), strict=True))
-    corrected: list[tuple[float | None, float | None]] = []
-    for p, family in tests:
-        if p is None:
-            corrected.append((None, None))
-            continue
-        others = [q for q, label in tests if q is not None and label == family]
-        others.remove(p)
-        q = stats.false_discovery_control([p, *others])[0]
-        discoveries = (stats.false_discovery_control([0.0, *others]) < alpha).sum()
-        corrected.append((float(q), float(alpha * discoveries / (len(others) + 1))))
+    corrected: list[tuple[float | None, float | None]] = [(None, None)] * len(p_values)
+    members: dict[Hashable, list[int]] = {}
+    for number, p in enumerate(p_values):
+        if p is not None:
+            members.setdefault(families[number] if families else None, []).append(
+                number
+            )
+    for numbers in members.values():
+        ps = np.array([p_values[number] for number in numbers], float)
+        n, order = len(ps), np.argsort(ps)
+        ranks = np.arange(1, n + 1)
+        ordered, factors = ps[order], n / ranks
+        # If a p was 0, those below it had the next rank, and those above it the same.
+        same = ranks[ordered * factors < alpha].max(initial=0)
+        shifted = np.append(0.0, ordered[:-1]) * factors < alpha
+        below = np.maximum.accumulate(np.where(shifted, ranks, 1))
+        discoveries = np.where(ranks < same, same, below)
+        qs = stats.false_discovery_control(ps)[order]
+        levels = alpha * discoveries / n
+        for place, q, level in zip(order, qs, levels, strict=True):
+            corrected[numbers[place]] = float(q), float(level)
     return corrected

@@ -19,3 +19,7 @@ def test_the_correction_is_benjamini_and_hochberg_s_in_each_family(tests):
         ends = [x * len(made) / k for k, x in enumerate(made, 1) if x >= p]
         assert q == pytest.approx(min(1, *ends, 1))
         assert abs(q - 0.05) < 1e-9 or (q < 0.05) == (p < level)
+        made.remove(p)
+        ranked = enumerate([0.0, *made], 1)
+        kept = [k for k, x in ranked if x * ((len(made) + 1) / k) < 0.05]
+        assert level == 0.05 * max(kept) / (len(made) + 1)
