@@ -59,13 +59,14 @@ _FARTHEST = 1e4
 class Gains(NamedTuple):
     """What a claim is reduced to: the gain of each unit, times its weight, shape (n,).
 
-    `strata` numbers the part that a unit belongs to, shape (n,); `limits` are those of the gain of a
-    document, or None.
+    `strata` numbers the part that a unit belongs to, and `counts` how many units are the same, shape (n,)
+    both; `limits` are those of the gain of a document, or None.
     """
 
     gains: np.ndarray
     weights: np.ndarray
     strata: np.ndarray
+    counts: np.ndarray
     limits: Limits | None
 
 
@@ -102,22 +103,23 @@ def p_of(claim: Gains) -> float:
 
     The spread is that within strata: each unit departs from the mean of its stratum.
     """
-    gains, weights, strata, limits = claim
+    gains, weights, strata, counts, limits = claim
     heaviest = weights.max()
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = gains.sum() / weights.sum() * weights
+        mean = (counts * gains).sum() / (counts * weights).sum()
+        expected = mean * weights
         departures = gains - expected
-        sizes = np.bincount(strata)
+        sizes = np.bincount(strata, counts)
         # A stratum of one unit has no spread.
         if len(sizes) > 1 and sizes.min() > 1:
-            departures -= (np.bincount(strata, departures) / sizes)[strata]
+            departures -= (np.bincount(strata, counts * departures) / sizes)[strata]
             departures *= np.sqrt(sizes / (sizes - 1))[strata]
             gains = expected + departures
     if limits is not None:
         unseen = limits[0] * heaviest
     else:
-        unseen = gains.sum() / weights.sum() * heaviest + 2 * departures.min()
-    return below_zero(np.append(unseen, gains))
+        unseen = mean * heaviest + 2 * departures.min()
+    return below_zero(np.append(unseen, gains), np.append(1, counts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,9 +194,10 @@ class Normal(Test):
 class Paired(Test):
     """Two runs on the same documents, summed over units; `paired` makes it.
 
-    `base`, `run` and `floor` are sums of weighted scores, shape (n,), `perplexity` is that of the base, or
-    another score that is the exponential of a mean: then these are of logarithms. `floors` are the lowest
-    and the highest floor of a document, `limits` those of its score.
+    `base`, `run` and `floor` are sums of weighted scores, shape (n,), of which each stands for so many units as
+    `counts` says; `perplexity` is that of the base, or another score that is the exponential of a mean: then
+    these are of logarithms. `floors` are the lowest and the highest floor of a document, `limits` those of its
+    score.
     """
 
     base: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
@@ -202,6 +205,7 @@ class Paired(Test):
     floor: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
     weights: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
     strata: np.ndarray = field(default_factory=lambda: np.zeros(0, int), repr=False)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0), repr=False)
     floors: Limits = (0.0, 0.0)
     limits: Limits | None = None
     perplexity: float | None = None
@@ -209,7 +213,7 @@ class Paired(Test):
     def _gains(self, gains: np.ndarray, limits: Limits | None, side: int) -> Gains:
         if side < 0:
             gains, limits = -gains, limits and (-limits[1], -limits[0])
-        return Gains(gains, self.weights, self.strata, limits)
+        return Gains(gains, self.weights, self.strata, self.counts, limits)
 
     def differs(self, x: float, side: int) -> Gains:
         """Reduce "the mean differs by more than `x`" (side 1), or "by less" (side -1)."""
@@ -249,7 +253,8 @@ class Paired(Test):
     @cached_property
     def above(self) -> int:
         """The sign of what the base has above the floor; 0 where it lies exactly on it."""
-        return int(np.sign(self.base.sum() - self.floor.sum()))
+        sums = ((self.counts * each).sum() for each in (self.base, self.floor))
+        return int(np.sign(np.subtract(*sums)))
 
     @property
     def tested(self) -> bool:
@@ -287,9 +292,9 @@ class Paired(Test):
         """Return each difference that `p_of` does not reject on either side."""
         if not self.tested:
             return None, None
-        total = self.weights.sum()
+        total = (self.counts * self.weights).sum()
         changes = self.run - self.base
-        mean = float(changes.sum() / total)
+        mean = float((self.counts * changes).sum() / total)
         spread = float(np.abs(changes - mean * self.weights).max() / total)
         if self.limits:
             spread = max(spread, (self.limits[1] - self.limits[0]) / self.units)
@@ -313,8 +318,10 @@ class Paired(Test):
         """
         if not self.above or self.perplexity is not None:
             return None
-        floor = self.floor.sum()
-        share = float((self.run.sum() - floor) / (self.base.sum() - floor))
+        base, run, floor = (
+            (self.counts * sums).sum() for sums in (self.base, self.run, self.floor)
+        )
+        share = float((run - floor) / (base - floor))
         ends: tuple[float | None, float | None] = (None, None)
         if self.shares_tested:
             ends = _ends(self.keeps, share, 1e-3, level)
@@ -384,7 +391,7 @@ def paired(
         part = part[np.unique(cluster, return_index=True)[1]]
         summed = [np.bincount(cluster, row) for row in (*rows, weights)]
         rows, weights = np.array(summed[:3]), summed[3]
-    before, after, without = rows
+    before, after, _ = rows
     units, mean = len(weights), float((after - before).sum() / weights.sum())
     right_or_wrong &= unit == "documents" and bool((weights == weights[0]).all())
     with np.errstate(over="ignore", invalid="ignore"):
@@ -409,8 +416,20 @@ def paired(
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(before.sum() / weights.sum()))
             mean = float(perplexity * np.expm1(mean))
-    about = before, after, without, weights, part, floors, bounded, perplexity
+    (part, weights, *sums), counts = _counted(np.array([part, weights, *rows]))
+    about = *sums, weights, part.astype(int), counts, floors, bounded, perplexity
     return Paired(mean, method, units, missing, *about)
+
+
+def _counted(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the different columns of a matrix, and how often each is there, shape (columns,).
+
+    Right-or-wrong documents have four, however many they are.
+    """
+    columns = columns[:, np.lexsort(columns)]
+    starts = np.flatnonzero((np.diff(columns, prepend=np.nan) != 0).any(0))
+    counts = np.diff(starts, append=columns.shape[1]).astype(float)
+    return columns[:, starts], counts
 
 
 def _numbers(labels: Sequence[str]) -> np.ndarray:
