@@ -23,11 +23,12 @@ from lm_eval_pruned.results.metrics import metric_of
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import ArrayLike
 
     from lm_eval_pruned.results.metrics import Limits
+    from lm_eval_pruned.results.samples import Samples
 
     Pair = tuple[Documents, Documents]
 
@@ -162,40 +163,45 @@ def agreement(pair: Pair | None, metric: str) -> Agreement | None:
     if pair is None or {*map(len, answers)} != {len(pair[0].keys)}:
         return None
     before, after = answers
-    likelihoods = ([sample.likelihoods for sample in run.samples] for run in pair)
-    kl = float(np.mean([*map(divergence, *likelihoods)]))
-    no_choices = math.isnan(kl)
-    beginning = float(np.mean([*map(_beginning, before, after)]))
+    one, other = (run.samples for run in pair)
+    assert one and other
+    kl = float(np.mean(divergence(one, other)))
+    beginning = None
+    if math.isnan(kl):
+        beginning = float(np.mean([*map(_beginning, before, after)]))
     same = [one == other for one, other in zip(before, after, strict=True)]
     commonest = (max(Counter(texts).values()) for texts in answers)
-    starts = [[sample.tokens[:8] for sample in run.samples] for run in pair]
-    known = all(starts[0])
-    same_tokens = float(np.mean([*map(tuple.__eq__, *starts)])) if known else None
+    same_tokens = None
+    if one.tokens and all(one.tokens):
+        tokens = zip(one.tokens, other.tokens or [()] * len(before), strict=True)
+        same_tokens = float(np.mean([a[:8] == b[:8] for a, b in tokens]))
     base_share, share = (count / len(before) for count in commonest)
     return Agreement(
         equal_answers=float(np.mean(same)),
-        kl=None if no_choices else kl,
-        beginning=beginning if no_choices else None,
+        kl=kl if beginning is None else None,
+        beginning=beginning,
         same_tokens=same_tokens,
         base_commonest=base_share,
         commonest=share,
     )
 
 
-def divergence(before: Sequence[float], after: Sequence[float]) -> float:
-    """Return KL(before || after) in nats, of softmaxes over the log-likelihoods of choices.
+def divergence(before: Samples, after: Samples) -> np.ndarray:
+    """Return KL(before || after) in nats, of softmaxes over the log-likelihoods of choices, shape (n,).
 
     NaN without choices, and where the models were offered different numbers of them.
-
-    Example:
-        >>> divergence([0.0, 0.0], [-5.0, -5.0])
-        0.0
     """
-    if not before or len(before) != len(after):
-        return np.nan
-    p, q = special.log_softmax([before, after], axis=1)
-    with np.errstate(invalid="ignore"):
-        return float(np.where(p > -np.inf, np.exp(p) * (p - q), 0).sum())
+    alike = (before.counts > 0) & (before.counts == after.counts)
+    found = np.full(len(alike), np.nan)
+    if alike.any():
+        most = before.counts[alike].max()
+        p, q = (
+            special.log_softmax(each.likelihoods[alike, :most], axis=1)
+            for each in (before, after)
+        )
+        with np.errstate(invalid="ignore"):
+            found[alike] = np.where(p > -np.inf, np.exp(p) * (p - q), 0).sum(1)
+    return found
 
 
 def _beginning(before: str, after: str) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from lm_eval_pruned.report.page import Section, rendered, run_label
 from lm_eval_pruned.results.groups import primary_metrics
 from lm_eval_pruned.util.tables import Column, Table
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lm_eval_pruned.compare.judge import Difference
+    from lm_eval_pruned.compare.pairing import Pair
     from lm_eval_pruned.results.files import Run
-    from lm_eval_pruned.results.samples import Sample
+    from lm_eval_pruned.results.samples import Question
 
 PAGE = "flips.html"
 #: What can become of an answer; what changes a score comes first.
@@ -39,7 +42,7 @@ class Change(NamedTuple):
     kind: str
     run: Run
     task: str
-    sample: Sample
+    question: Question
     before: str
     after: str
 
@@ -128,22 +131,27 @@ def find_changes(
             pair, metric = row.case.pair, row.metric
             if pair is None or metric != counted[0].metric:
                 continue
-            kinds, run = [], row.case.run
-            before, after = (
-                zip(one.values == 1, one.answers(metric), one.samples, strict=True)
-                for one in pair
-            )
-            for (leaf, *_), was, now in zip(pair[0].keys, before, after, strict=True):
-                kinds.append(kind := _kind(was[0], now[0], [was[1], now[1]]))
-                if kind:
-                    texts = [
-                        _LONGER.join(filter(None, dict.fromkeys([answer, sample.text])))
-                        for _, answer, sample in (was, now)
-                    ]
-                    changes.append(Change(kind, run, leaf, was[2], *texts))
+            run, samples = row.case.run, pair[0].samples
+            asked = samples.questions if samples else ()
+            answers = [documents.answers(metric) for documents in pair]
+            rights = ((documents.values == 1).tolist() for documents in pair)
+            kinds = [*map(_kind, *rights, zip(*answers, strict=True))]
+            for n in [n for n, kind in enumerate(kinds) if kind]:
+                texts = [
+                    _LONGER.join(filter(None, dict.fromkeys([said[n], text])))
+                    for said, text in zip(answers, _texts(pair, n), strict=True)
+                ]
+                leaf = pair[0].keys[n][0]
+                changes.append(Change(kinds[n] or "", run, leaf, asked[n], *texts))
             counts.append(Counts(run, task, metric, kinds))
     changes.sort(key=lambda change: KINDS.index(change.kind))
     return counts, not_counted, changes
+
+
+def _texts(pair: Pair, n: int) -> list[str]:
+    """Return what each model wrote about a document, before the task's filter."""
+    lines = (documents.samples for documents in pair)
+    return [each.texts[n] if each and each.texts else "" for each in lines]
 
 
 def _is_counted(row: Difference) -> bool:
@@ -151,7 +159,7 @@ def _is_counted(row: Difference) -> bool:
     # Of metrics to keep low, 1 is not right.
     if row.case.pair is None or row.case.scores[0].higher_is_better is False:
         return False
-    return all({*documents.values} <= {0.0, 1.0} for documents in row.case.pair)
+    return all(np.isin(each.values, (0.0, 1.0)).all() for each in row.case.pair)
 
 
 def _kind(was_right: bool, is_right: bool, answers: Sequence[str | None]) -> str | None:

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def with_contributions(
-    metric: str, lines: Sequence[tuple[Any, ...]]
-) -> list[tuple[Any, ...]]:
-    """Return the lines (key, value, sample) that a score is made of, with numbers as values.
+def contributions(metric: str, logged: Sequence[Any]) -> tuple[list[int], list[float]]:
+    """Return which documents a score is made of, by their indices, and the number of each.
 
     The mean of these numbers is the score, and their spread is that of the score as the bootstrap
     over documents has it, to the first order: the score plus the document's influence on it. Nothing is
@@ -31,12 +29,12 @@ def with_contributions(
     Source: Efron 1982, The Jackknife, the Bootstrap and Other Resampling Plans, chapter 6.
     """
     ambiguous = metric.startswith("amb")
-    counted = [line for line in lines if _counts(line[1], ambiguous)]
+    counted = [n for n, value in enumerate(logged) if _counts(value, ambiguous)]
     right, follows, names = (
-        np.array([line[1][:3] for line in counted], float).reshape(-1, 3).T
+        np.array([logged[n][:3] for n in counted], float).reshape(-1, 3).T
     )
     if not follows.any():
-        return []
+        return [], []
     ratio = 2 * follows.sum() / names.sum() - 1
     influence = (2 * follows - (ratio + 1) * names) / names.mean()
     score = ratio
@@ -44,10 +42,7 @@ def with_contributions(
         wrong = 1 - right.mean()
         score = wrong * ratio
         influence = wrong * influence - ratio * (right - right.mean())
-    values = (score + influence).tolist()
-    return [
-        (key, v, sample) for (key, _, sample), v in zip(counted, values, strict=True)
-    ]
+    return counted, (score + influence).tolist()
 
 
 def _counts(logged: Any, ambiguous: bool) -> bool:

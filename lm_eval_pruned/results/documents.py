@@ -15,11 +15,13 @@ from lm_eval_pruned.results import bbq
 from lm_eval_pruned.results.files import Run, Score
 from lm_eval_pruned.results.metrics import metric_of
 from lm_eval_pruned.results.parts import ResultsError
-from lm_eval_pruned.results.samples import CHOICE_PROB, KL, Sample, read_samples
+from lm_eval_pruned.results.samples import CHOICE_PROB, KL, Lines, read_samples
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from lm_eval_pruned.results.samples import Question, Samples
 
 
 class Transform(NamedTuple):
@@ -68,7 +70,7 @@ class Documents:
         levels: Scores without knowledge, where the documents tell: of a model that finds all choices alike
             (``chance``), and of always giving the ``commonest answer``, where one is right more often than chance
             makes it.
-        samples: The line of each document, length n; empty where they are not known.
+        samples: The lines of the documents; None where they are not known.
     """
 
     keys: tuple[tuple[str, str, int], ...]
@@ -78,7 +80,7 @@ class Documents:
     transform: str
     level: tuple[str, ...] = ()
     levels: Mapping[str, float] = field(default_factory=dict)
-    samples: tuple[Sample, ...] = ()
+    samples: Samples | None = None
 
     @property
     def score(self) -> float:
@@ -87,8 +89,8 @@ class Documents:
         return float(TRANSFORMS[self.transform].score(mean))
 
     def answers(self, metric: str) -> list[str | None]:
-        """Return `Sample.answer` of each document, length n; empty where the lines are not known."""
-        return [sample.answer(metric) for sample in self.samples]
+        """Return `Samples.answers`, length n; empty where the lines are not known."""
+        return self.samples.answers(metric) if self.samples else []
 
     def at(self, level: str) -> Documents:
         """Return the documents of a level, of which no score without knowledge is known."""
@@ -107,7 +109,7 @@ class Documents:
             weights=self.weights[order],
             clusters=self.clusters and tuple(self.clusters[n] for n in order),
             level=self.level and tuple(self.level[n] for n in order),
-            samples=self.samples and tuple(self.samples[n] for n in order),
+            samples=self.samples and self.samples.taken(order),
         )
 
     @property
@@ -118,8 +120,8 @@ class Documents:
             keys.setdefault(key[0], []).append(key)
         found = {name: self.taken(tuple(of_task)) for name, of_task in keys.items()}
         return {
-            name: replace(own, levels=levels_of(own.samples, own.weights))
-            if self.levels
+            name: replace(own, levels=levels_of(own.samples.questions, own.weights))
+            if self.levels and own.samples
             else own
             for name, own in found.items()
         }
@@ -153,16 +155,16 @@ def documents_of(run: Run, task: str, metric: str) -> Documents | None:
     choices, one of which is right. ResultsError as in `read_samples`.
     """
     if task not in run.documents:
-        rows: dict[str, list[Any]] = {m: [] for name, m in run.scores if name == task}
+        rows: dict[str, list[Lines]] = {m: [] for name, m in run.scores if name == task}
         rows[CHOICE_PROB] = []
         for leaf in run.leaves(task):
             read = read_samples(run, leaf, rows) if leaf in run.samples else {}
             # A score that some member has no documents of is not made of documents.
-            rows = {m: rows[m] + read[m] for m in rows if read.get(m)}
+            rows = {m: [*rows[m], read[m]] for m in rows if m in read}
         run.documents[task] = {
             name: documents
-            for name, lines in rows.items()
-            if (documents := _documents(name, lines, run.scores.get((task, name))))
+            for name, parts in rows.items()
+            if (documents := _documents(name, parts, run.scores.get((task, name))))
         }
     return run.documents[task].get(metric)
 
@@ -180,7 +182,8 @@ def check_score(run: Run, task: str, metric: str) -> None:
         or not (row.limits or row.loss)
     ):
         return
-    values = [value for _, value, _ in read_samples(run, task, [metric])[metric]]
+    lines = read_samples(run, task, [metric]).get(metric)
+    values = lines.values if lines else []
     if values and {*map(type, values)} <= _NUMBERS:
         score = run.scores[task, metric].value
         raise ResultsError(
@@ -190,20 +193,23 @@ def check_score(run: Run, task: str, metric: str) -> None:
 
 
 def _documents(
-    metric: str, lines: Sequence[tuple[Any, ...]], reported: Score | None
+    metric: str, parts: Sequence[Lines], reported: Score | None
 ) -> Documents | None:
-    unbounded = metric.startswith(_UNBOUNDED)
+    if not parts:
+        return None
+    unbounded, (keys, raw, samples) = metric.startswith(_UNBOUNDED), Lines.joined(parts)
     if unbounded and metric != KL:
-        lines = bbq.with_contributions(metric, lines)
-    if not lines:
+        counted, raw = bbq.contributions(metric, raw)
+        keys, samples = tuple(keys[n] for n in counted), samples.taken(counted)
+    if not raw:
         return None
     transforms = [name for name in TRANSFORMS if (name == "unbounded") == unbounded]
-    keys, raw, samples = zip(*lines, strict=True)
-    counts = Counter(leaf for leaf, *_ in keys)
-    sizes = np.array([counts[leaf] for leaf, *_ in keys])
+    leaves = [leaf for leaf, *_ in keys]
+    counts = Counter(leaves)
     # The score of a group is a mean over documents, or over tasks.
+    divisors = [1, np.array([counts[leaf] for leaf in leaves])][: len(counts)]
     for (values, weights), divisor, transform in itertools.product(
-        _readings(raw), (1, sizes), transforms
+        _readings(raw), divisors, transforms
     ):
         weights = weights / divisor
         with np.errstate(over="ignore"):
@@ -211,10 +217,11 @@ def _documents(
             score = TRANSFORMS[transform].score(mean)
         expected = score if reported is None else reported.value
         if np.isclose(score, expected, rtol=1e-6, atol=1e-9, equal_nan=True):
-            clusters = tuple(sample.cluster for sample in samples)
+            questions = samples.questions
+            clusters = tuple(question.cluster for question in questions)
             grouped = clusters if len({*clusters}) < len(keys) else None
-            level = tuple(sample.level for sample in samples)
-            about = level if all(level) else (), levels_of(samples, weights, metric)
+            level = tuple(question.level for question in questions)
+            about = level if all(level) else (), levels_of(questions, weights, metric)
             return Documents(keys, values, weights, grouped, transform, *about, samples)
     return None
 
@@ -238,26 +245,28 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def levels_of(
-    samples: Sequence[Sample], weights: np.ndarray, metric: str = "acc"
+    questions: Sequence[Question], weights: np.ndarray, metric: str = "acc"
 ) -> dict[str, float]:
     """Return scores without knowledge, by their names; see `Documents.levels`."""
-    chances = [sample.chance for sample in samples]
-    rights = [sample.right for sample in samples]
-    if None in chances or not metric.startswith(("acc", "mc1", "mc2", CHOICE_PROB)):
+    if not metric.startswith(("acc", "mc1", "mc2", CHOICE_PROB)):
+        return {}
+    chances = [question.chance for question in questions]
+    rights = [question.right for question in questions]
+    if None in chances:
         return {}
     if metric.startswith("mc1"):
         # The best answer has to beat the false ones, and not the other true ones.
-        false = [len(s.choices) * (1 - (s.chance or 0)) for s in samples]
+        false = [len(s.choices) * (1 - (s.chance or 0)) for s in questions]
         chances = [1 / (1 + count) for count in false]
     chance = float(np.average(np.array(chances, dtype=float), weights=weights))
     # The same choice in words may be the right one in every other context.
-    if None in rights or len({sample.choices for sample in samples}) > 1:
+    if None in rights or len({question.choices for question in questions}) > 1:
         return {"chance": chance}
     answers = np.array(rights, dtype=int)
     most = int(np.bincount(answers).max())
     # One of several answers is right in more than its share of documents by luck, too. The level is that
     # at which a model that gives this answer to all would be taken to be above chance.
-    share = 1 / len(samples[0].choices)
+    share = 1 / len(questions[0].choices)
     p = stats.binomtest(most, len(answers), share, "greater").pvalue
     if p >= 0.05:
         return {"chance": chance}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os.path
 import re
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from scipy import special
@@ -40,22 +44,24 @@ CLUSTER_FIELDS = {
 }
 
 
-class Sample(NamedTuple):
-    """One line of samples: how a model was asked about a document, and what it answered.
+#: Fields of a line that say how a model was asked. The harness writes them before the answers.
+_ASKED, _ANSWERS = {"doc_id", "doc", "target", "arguments"}, ', "resps": '
 
-    `number` and `digest` are the harness's ``doc_id`` and ``doc_hash``; documents of one `cluster`
-    ask about the same text. `choices` is empty where the model wrote freely, `right` the index of
-    the one right choice, and `target` the text of the right choice, of IFEval the names of the
-    instructions. `rivals` are indices of MC1's choices where the document has more of them. `level` is
-    empty where the task declares none.
 
-    The model's answer is in the `likelihoods` of the choices, natural logarithms, or is what it wrote:
-    `written` after the task's filter, `text` before, and its `tokens` where a verdict had it written. None
-    or empty where the line does not tell.
+@dataclass(frozen=True, eq=False)
+class Question:
+    """How a model was asked about a document. Runs that were asked alike share one.
+
+    `key` is what documents are matched by: the task, the harness's ``doc_hash``, and 0 for the first
+    repetition; `number` is its ``doc_id``. Documents of one `cluster` ask about the same text. `choices` is
+    empty where the model wrote freely, `right` the index of the one right choice, and `target` the text of
+    the right choice, of IFEval the names of the instructions. `rivals` are indices of MC1's choices where
+    the document has more of them. `level` is empty where the task declares none. Of `endings` continuations
+    log-likelihoods were asked for, 0 where the model wrote.
     """
 
+    key: tuple[str, str, int]
     number: str
-    digest: str
     cluster: str
     prompt: str
     target: str
@@ -64,106 +70,296 @@ class Sample(NamedTuple):
     chance: float | None
     rivals: tuple[int, ...]
     level: str
-    likelihoods: tuple[float, ...]
-    written: str | None
-    text: str
+    endings: int
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The choices as answers."""
+        return tuple(choice.strip() for choice in self.choices)
+
+    @cached_property
+    def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the harness divides by: letters, and bytes, of the choices without the space in front."""
+        texts = [choice.removeprefix(" ") for choice in self.choices]
+        return (
+            tuple(len(text) or 1 for text in texts),
+            tuple(len(text.encode()) or 1 for text in texts),
+        )
+
+
+class Sample(NamedTuple):
+    """One line of samples: what was asked, and what the model answered.
+
+    The answer is in the `likelihoods` of the choices, natural logarithms, or is what the model wrote:
+    `written` after the task's filter, `text` before, and its `tokens` where a verdict had it written. None
+    or empty where the line does not tell.
+    """
+
+    question: Question
+    likelihoods: tuple[float, ...] = ()
+    written: str | None = None
+    text: str = ""
     tokens: tuple[int, ...] = ()
 
-    @property
-    def choice_prob(self) -> float | None:
-        """The probability of the right choice among all choices; None where there is not one."""
-        if self.right is None or not self.likelihoods:
-            return None
-        return float(special.softmax(self.likelihoods)[self.right])
 
-    def answer(self, metric: str) -> str | None:
-        """Return the answer that a metric judges, likeliest for its length where the metric divides by it.
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The lines of n documents, in columns; see `Sample`.
 
-        None where the line does not tell.
+    Attributes:
+        questions: Length n.
+        likelihoods: Shape (n, most choices), float64; -inf where a document has fewer.
+        counts: How many of them a document has, shape (n,).
+        written, texts, tokens: Length n, or empty where no line has any.
+    """
+
+    questions: tuple[Question, ...]
+    likelihoods: np.ndarray
+    counts: np.ndarray
+    written: tuple[str | None, ...]
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(
+        cls,
+        questions: Sequence[Question],
+        likelihoods: Sequence[Sequence[float]],
+        written: Sequence[str | None],
+        texts: Sequence[str],
+        tokens: Sequence[tuple[int, ...]],
+    ) -> Samples:
+        """Return n >= 1 lines from the columns of `Sample`."""
+        counts = np.fromiter(map(len, likelihoods), int, len(likelihoods))
+        present = np.arange(counts.max()) < counts[:, None]
+        table = np.full(present.shape, -np.inf)
+        table[present] = [*itertools.chain.from_iterable(likelihoods)]
+        return cls(
+            tuple(questions),
+            table,
+            counts,
+            () if {*written} == {None} else tuple(written),
+            tuple(texts) if any(texts) else (),
+            tuple(tokens) if any(tokens) else (),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples]) -> Samples:
+        """Return the lines of several tasks."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = zip(*(part._columns() for part in parts), strict=True)
+        return cls.of(*([*itertools.chain(*column)] for column in columns))
+
+    def _columns(self) -> tuple[Sequence[Any], ...]:
+        rows = zip(self.likelihoods.tolist(), self.counts.tolist(), strict=True)
+        n = len(self.questions)
+        return (
+            self.questions,
+            [row[:count] for row, count in rows],
+            self.written or [None] * n,
+            self.texts or [""] * n,
+            self.tokens or [()] * n,
+        )
+
+    def taken(self, order: Sequence[int]) -> Samples:
+        """Return the lines with these indices."""
+        lines = (self.questions, self.written, self.texts, self.tokens)
+        questions, *others = (tuple(c[n] for n in order) if c else () for c in lines)
+        table, counts = self.likelihoods[[*order]], self.counts[[*order]]
+        return Samples(questions, table, counts, *others)  # type: ignore[arg-type]
+
+    def choice_probs(self) -> list[float | None]:
+        """Return the probability of the right choice among all choices; None where there is not one."""
+        rights = [question.right for question in self.questions]
+        if not self.likelihoods.size:
+            return [None] * len(rights)
+        shares = special.softmax(self.likelihoods, axis=1)
+        of_right = shares[np.arange(len(rights)), [right or 0 for right in rights]]
+        known = zip(rights, self.counts.tolist(), of_right.tolist(), strict=True)
+        return [
+            share if right is not None and count else None
+            for right, count, share in known
+        ]
+
+    def answers(self, metric: str) -> list[str | None]:
+        """Return the answers that a metric judges, likeliest for their length where the metric divides by it.
+
+        None where a line does not tell.
         """
-        if not self.likelihoods:
-            return self.written
-        scores = dict(enumerate(self.likelihoods))
-        if metric.startswith("mc1") and self.rivals:
-            scores = {n: scores[n] for n in self.rivals}
-        elif metric.startswith(("acc_norm", "acc_bytes")):
-            # The harness divides by the length of the choice without the space in front of it.
-            texts = [choice.removeprefix(" ") for choice in self.choices]
-            in_bytes = metric.startswith("acc_bytes")
-            lengths = [len(text.encode() if in_bytes else text) for text in texts]
-            scores = {n: score / (lengths[n] or 1) for n, score in scores.items()}
-        return self.choices[max(scores, key=scores.__getitem__)].strip()
+        answers = [*self.written] or [None] * len(self.questions)
+        chosen = np.flatnonzero(self.counts).tolist()
+        if not chosen:
+            return answers
+        scores = np.where(np.isnan(self.likelihoods), -np.inf, self.likelihoods)
+        if metric.startswith(("acc_norm", "acc_bytes")):
+            unit = int(metric.startswith("acc_bytes"))
+            lengths = [self.questions[n].lengths[unit] for n in chosen]
+            present = np.arange(scores.shape[1]) < self.counts[:, None]
+            scores[present] /= [*itertools.chain(*lengths)]
+        best = scores.argmax(1).tolist()
+        for n in chosen:
+            question = self.questions[n]
+            if question.rivals and metric.startswith("mc1"):
+                best[n] = max(question.rivals, key=scores[n].__getitem__)
+            answers[n] = question.texts[best[n]]
+        return answers
 
 
-def read_samples(
-    run: Run, task: str, metrics: Iterable[str]
-) -> dict[str, list[tuple[Any, ...]]]:
+class Lines(NamedTuple):
+    """The documents of one metric: their keys as in `Documents`, what was logged of each, and the lines."""
+
+    keys: tuple[tuple[str, str, int], ...]
+    values: list[Any]
+    samples: Samples
+
+    @classmethod
+    def joined(cls, parts: Sequence[Lines]) -> Lines:
+        """Return the documents of several tasks."""
+        keys, values, samples = zip(*parts, strict=True)
+        chained = itertools.chain.from_iterable
+        return cls((*chained(keys),), [*chained(values)], Samples.joined(samples))
+
+
+#: Questions that are held by documents which a command has read, by what they were read from.
+_QUESTIONS: WeakValueDictionary[bytes, Question] = WeakValueDictionary()
+
+
+def read_samples(run: Run, task: str, metrics: Iterable[str]) -> dict[str, Lines]:
     """Read the logged documents of one task, not of a group, in the order of ``doc_id``.
 
-    Returns by metric the key of each document that has it, as in `Documents`, the value and the sample.
+    Returns by metric the documents that have it; a metric that none has is left out.
     ResultsError if the file cannot be read, holds a document twice, or another number of documents
     than the results file says, or if all log-likelihoods are 0.
     """
-    answers_0: set[bool] = set()
-    file, numbers = run.samples[task], defaultdict[str, set[int]](set)
-    metadata = run.metadata.get(task, {})
-    rows: dict[str, list[tuple[Any, ...]]] = {metric: [] for metric in metrics}
+    only_0 = True
+    file, metadata = run.samples[task], run.metadata.get(task, {})
+    names: dict[str, list[str]] = {}
+    for metric in metrics:
+        names.setdefault(metric.rpartition(",")[2], []).append(metric)
+    fields = {
+        of_filter: [metric.rpartition(",")[0] for metric in of_rows]
+        for of_filter, of_rows in names.items()
+    }
+    about = repr([task, metadata.get("cluster"), metadata.get("level")])
+    # By filter, where each ``doc_id`` stands in columns, which are those of `Sample` and the filter's metrics.
+    # Millions of small objects would keep Python's garbage collector busy.
+    places: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    read: dict[str, list[list[Any]]] = {}
     with file.open(encoding="utf-8", errors="replace") as lines:
         for line_number, line in enumerate(lines, 1):
             with reading(
                 f"{file}, line {line_number}, is damaged",
                 f"evaluate {task} again with --log_samples.",
             ):
-                try:
-                    row = from_json(line)
-                    row["doc_hash"]
-                except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-                    raise ResultsError(
-                        f"{file}, line {line_number}: not complete JSON with a doc_hash: the file is "
-                        "truncated, or was not written by lm-eval 0.4.3 or later."
-                    ) from None
-                number, digest, of_filter = _identity(row)
-                if number in numbers[of_filter]:
+                question, row, key = _asked_before(line, about)
+                if question is None:
+                    try:
+                        whole = from_json(line)
+                        whole["doc_hash"]
+                    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
+                        raise ResultsError(
+                            f"{file}, line {line_number}: not complete JSON with a doc_hash: the file is "
+                            "truncated, or was not written by lm-eval 0.4.3 or later."
+                        ) from None
+                    _check_identity(whole)
+                    question = _question(whole, task, metadata)
+                    if key and whole.keys() - row.keys() <= _ASKED:
+                        _QUESTIONS[key] = question
+                    row = whole
+                number, of_filter = int(question.number), row["filter"]
+                if number in places[of_filter]:
                     raise ValueError(f"an earlier line has doc_id {number}, too")
-                numbers[of_filter].add(number)
-                sample = read_sample(row, task, metadata)
-            answers_0.add(_has_only_0(row))
-            for metric, values in rows.items():
-                name, _, filter_name = metric.rpartition(",")
-                value = sample.choice_prob if metric == CHOICE_PROB else row.get(name)
-                if of_filter == filter_name and (
-                    value is not None or metric == CHOICE_PROB
-                ):
-                    values.append((number, digest, value, sample))
+                places[of_filter][number] = len(places[of_filter])
+                logged = map(row.get, fields.get(of_filter, ()))
+                values = [*_answered(row, question), *logged]
+                if of_filter not in read:
+                    read[of_filter] = [[] for _ in values]
+                for column, value in zip(read[of_filter], values, strict=True):
+                    column.append(value)
+            only_0 = only_0 and _has_only_0(row, question)
     # Each model that knows nothing may say so of single continuations.
-    if answers_0 == {True} and not run.is_floor:
+    if only_0 and places and not run.is_floor:
         raise ResultsError(
             f"{file}: every log-likelihood of {task} is 0, which is what a server answers that computes none, such "
             f"as llama.cpp's (its issue 27174): evaluate {task} again with a model type or a server that does, "
             "such as hf, vllm or vLLM's server."
         )
-    for metric, values in rows.items():
-        name, score = metric.rpartition(",")[2], run.scores.get((task, metric))
-        logged = len(numbers[name])
-        if score and score.documents not in (None, logged):
-            raise ResultsError(
-                f"{file} holds {logged} documents of {task} (filter {name!r}), but the results "
-                f"file says {score.documents}: one of them is incomplete."
-            )
-        seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
-        rows[metric] = [
-            ((task, digest, next(seen[digest])), value, sample)
-            for _, digest, value, sample in sorted(values, key=lambda row: row[0])
-        ]
-    return rows
+    found: dict[str, Lines] = {}
+    for of_filter, of_rows in names.items():
+        order = [place for _, place in sorted(places[of_filter].items())]
+        for metric in of_rows:
+            score = run.scores.get((task, metric))
+            if score and score.documents not in (None, len(order)):
+                raise ResultsError(
+                    f"{file} holds {len(order)} documents of {task} (filter {of_filter!r}), but the results "
+                    f"file says {score.documents}: one of them is incomplete."
+                )
+        if order:
+            columns = [[column[n] for n in order] for column in read.pop(of_filter)]
+            asked = len(Sample._fields)
+            of_metrics = zip(of_rows, columns[asked:], strict=True)
+            found |= _by_metric(Samples.of(*columns[:asked]), of_metrics)
+    return found
 
 
-def _has_only_0(row: Mapping[str, Any]) -> bool:
+def _by_metric(
+    samples: Samples, values: Iterable[tuple[str, Sequence[Any]]]
+) -> Iterator[tuple[str, Lines]]:
+    """Yield each metric that documents have, with these."""
+    keys = _keys(samples.questions)
+    for metric, column in values:
+        has = [n for n, value in enumerate(column) if value is not None]
+        if metric == CHOICE_PROB:
+            yield metric, Lines(keys, samples.choice_probs(), samples)
+        elif len(has) == len(column):
+            yield metric, Lines(keys, [*column], samples)
+        elif has:
+            some = samples.taken(has)
+            logged = [column[n] for n in has]
+            yield metric, Lines(_keys(some.questions), logged, some)
+
+
+def _keys(questions: Sequence[Question]) -> tuple[tuple[str, str, int], ...]:
+    """Return what documents are matched by, each with its repetition."""
+    keys = tuple(question.key for question in questions)
+    if len({*keys}) == len(keys):
+        return keys
+    seen: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    return tuple((task, digest, next(seen[digest])) for task, digest, _ in keys)
+
+
+def _asked_before(
+    line: str, about: str
+) -> tuple[Question | None, dict[str, Any], bytes | None]:
+    """Return the question of a line, if it is held already, the rest of the line, and the question's key.
+
+    No question, nothing and None where a line does not say first what was asked. `about` is what else
+    decides what is read from a line.
+    """
+    asked, _, answers = line.partition(_ANSWERS)
+    try:
+        row = from_json(f'{{"resps": {answers}')
+    except (ValueError, RecursionError):
+        return None, {}, None
+    digest = row.get("doc_hash")
+    if (
+        row.keys() & _ASKED
+        or type(digest) is not str
+        or type(row.get("filter")) is not str
+    ):
+        return None, {}, None
+    known = f"{about} {digest!r} {'acc_mutual_info' in row} {asked}"
+    key = hashlib.blake2b(
+        known.encode("utf-8", "backslashreplace"), digest_size=16
+    ).digest()
+    return _QUESTIONS.get(key), row, key
+
+
+def _has_only_0(row: Mapping[str, Any], question: Question) -> bool:
     """Whether a line has log-likelihoods, of continuations or of a whole text, and all are 0."""
-    requests = [*map(as_mapping, as_mapping(row.get("arguments")).values())]
     answers = row.get("filtered_resps")
-    wrote = any(not isinstance(each.get("arg_1", ""), str) for each in requests)
-    if not requests or wrote or not isinstance(answers, list) or not answers:
+    if not question.endings or not isinstance(answers, list) or not answers:
         return False
     try:
         # Beside it, whether the continuation is the likeliest.
@@ -172,14 +368,13 @@ def _has_only_0(row: Mapping[str, Any]) -> bool:
         return False
 
 
-def _identity(row: Mapping[str, Any]) -> tuple[int, str, str]:
-    """Return ``doc_id``, ``doc_hash`` and filter of a line."""
+def _check_identity(row: Mapping[str, Any]) -> None:
+    """Raise ValueError unless ``doc_id``, ``doc_hash`` and filter of a line can be such."""
     kinds = {"doc_id": int, "doc_hash": str, "filter": str}
     for key, kind in kinds.items():
         if type(row[key]) is not kind:
             expected = "a whole number" if kind is int else "a text"
             raise ValueError(f"{key} is {row[key]!r}, not {expected}")
-    return row["doc_id"], row["doc_hash"], row["filter"]
 
 
 def read_sample(
@@ -189,8 +384,13 @@ def read_sample(
 
     `metadata` of the task names the fields of a document that are its ``cluster`` and its ``level``.
     """
+    return _answered(row, _question(row, task, metadata or {}))
+
+
+def _question(
+    row: Mapping[str, Any], task: str, metadata: Mapping[str, Any]
+) -> Question:
     prompt, endings = _asked(row)
-    metadata = metadata or {}
     document, choices = as_mapping(row.get("doc")), endings if endings[1:] else ()
     texts = [choice.strip() for choice in choices]
     # The target of IFEval says nothing.
@@ -215,17 +415,22 @@ def read_sample(
         right = texts.index(target.strip())
     if right is not None:
         target = texts[right]
-    by_name = (f for text, f in CLUSTER_FIELDS.items() if re.search(text, task))
-    about = document.get(metadata.get("cluster") or next(by_name, ""))
+    about = document.get(metadata.get("cluster") or _cluster_field(task))
     number, digest = (str(row.get(key, "")) for key in ("doc_id", "doc_hash"))
     # Whatever a model says of a document, it says of its copies.
     cluster = f"{task}\0{digest if about is None else about}"
-    # Every run was asked the same, and a command keeps what it has read.
-    prompt, choices = sys.intern(prompt), tuple(map(sys.intern, choices))
-    asked = number, digest, cluster, prompt, target, choices, right, chance, rivals
+    # Documents often offer the same.
+    choices = tuple(map(sys.intern, choices))
     level = str(document.get(metadata.get("level", ""), ""))
-    tokens = row.get("tokens") or ()
-    return Sample(*asked, level, *_answered(row, endings), tuple(map(int, tokens)))
+    asked = number, cluster, prompt, target, choices, right, chance, rivals, level
+    return Question((task, digest, 0), *asked, len(endings))
+
+
+@cache
+def _cluster_field(task: str) -> str:
+    """Return the field of `CLUSTER_FIELDS` of a task; empty if it has none."""
+    by_name = (f for text, f in CLUSTER_FIELDS.items() if re.search(text, task))
+    return next(by_name, "")
 
 
 def _labels(targets: Mapping[str, Any]) -> list[int]:
@@ -252,19 +457,23 @@ def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     return shared, tuple(prompt[len(shared) :] + ending for prompt, ending in pairs)
 
 
-def _answered(
-    row: Mapping[str, Any], endings: Sequence[str]
-) -> tuple[tuple[float, ...], str | None, str]:
-    """Return log-likelihoods of the choices, and what a model wrote, after the filter and before."""
+def _answered(row: Mapping[str, Any], question: Question) -> Sample:
+    """Return a line with what the model answered to its question."""
     answers, written = row.get("filtered_resps"), row.get("resps")
-    if not isinstance(answers, list) or not answers or len(endings) == 1:
-        return (), None, ""
-    if not endings:
+    tokens, count = tuple(map(int, row.get("tokens") or ())), question.endings
+    if not isinstance(answers, list) or not answers or count == 1:
+        return Sample(question, tokens=tokens)
+    if not count:
         while isinstance(written, list) and len(written) == 1:
             written = written[0]
-        return (), str(answers[0] if len(answers) == 1 else answers), str(written)
+        after = str(answers[0] if len(answers) == 1 else answers)
+        return Sample(question, (), after, str(written), tokens)
     try:
-        likelihoods = tuple(float(answers[n][0]) for n in range(len(endings)))
+        likelihoods = [float(answer[0]) for answer in answers[:count]]
     except (TypeError, ValueError, LookupError):
-        return (), None, ""
-    return likelihoods, None, ""
+        likelihoods = []
+    return Sample(
+        question,
+        tuple(likelihoods[: count * (len(likelihoods) == count)]),
+        tokens=tokens,
+    )

@@ -397,8 +397,8 @@ _SIZE = (
 #: Of `Change`; the last three are texts.
 _CHANGED = (
     Column("task", lambda change: change.task),
-    Column("document", lambda change: change.sample.number),
-    Column("end of the prompt", lambda change: change.sample.prompt[-160:]),
+    Column("document", lambda change: change.question.number),
+    Column("end of the prompt", lambda change: change.question.prompt[-160:]),
     Column("base, right", lambda change: change.before[:160]),
     Column("candidate, wrong", lambda change: change.after[:160]),
 )

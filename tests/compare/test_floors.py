@@ -10,6 +10,7 @@ from scipy import stats
 
 from lm_eval_pruned.compare import comparison, pairing
 from lm_eval_pruned.results.files import ResultsError
+from lm_eval_pruned.results.samples import Samples
 from tests.helpers.results_files import (
     answered,
     pruning,
@@ -108,15 +109,20 @@ def test_agreement_sees_what_scores_do_not(tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_divergence(seed):
     one, other = np.random.default_rng(seed).normal(-20, 9, size=(2, seed + 2))
-    found = pairing.divergence([*one], [*other])
+
+    def divergence(before, after):
+        pair = (Samples.of([None], [x], [None], [""], [()]) for x in (before, after))
+        return pairing.divergence(*pair).item()
+
+    found = divergence(one, other)
     p, q = (np.exp(each - each.max()) for each in (one, other))
     assert found == pytest.approx(stats.entropy(p, q))
-    assert pairing.divergence([*(one - 700)], [*(other + 3)]) == pytest.approx(found)
-    assert pairing.divergence([*one], [*one]) == 0
+    assert divergence(one - 700, other + 3) == pytest.approx(found)
+    assert divergence(one, one) == 0
     never = [-math.inf, *one[1:]]
-    assert math.isfinite(pairing.divergence(never, [*other]))
-    assert pairing.divergence([*one], never) == math.inf
-    assert math.isnan(pairing.divergence([*one], [0.0]))
+    assert math.isfinite(divergence(never, other))
+    assert divergence(one, never) == math.inf
+    assert math.isnan(divergence(one, [0.0]))
 
 
 @pytest.mark.parametrize(

@@ -46,4 +46,5 @@ def stderr_of(test):
     """Return the standard error of a mean, from how far each unit departs from it."""
     claim = test.differs(0.0, 1)
     departures = claim.gains - test.difference * claim.weights
-    return math.sqrt((departures**2).sum()) / claim.weights.sum()
+    spread = (claim.counts * departures**2).sum()
+    return math.sqrt(spread) / (claim.counts * claim.weights).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.runs import read_run
-from lm_eval_pruned.results.samples import read_sample
+from lm_eval_pruned.results.samples import Samples, read_sample
 from tests.helpers.results_files import answered, offering, score_of, write_run
 
 
@@ -160,9 +161,9 @@ DOC = {
     ],
 )
 def test_chance_and_the_right_choice(row, chance, right):
-    sample = read_sample(row)
-    assert (sample.chance, sample.right) == (chance, right)
-    assert bool(sample.choices) == (chance is not None)
+    asked = read_sample(row).question
+    assert (asked.chance, asked.right) == (chance, right)
+    assert bool(asked.choices) == (chance is not None)
 
 
 @pytest.mark.parametrize(
@@ -192,15 +193,20 @@ def test_majority_is_known_where_all_documents_offer_the_same(tmp_path):
 
 def test_prompt_and_target():
     row = offering([" yes", " no"], 1) | {"doc_id": 7, "doc_hash": "abc"}
-    asked = read_sample(row)
-    assert (asked.number, asked.digest, asked.prompt) == ("7", "abc", "the question")
+    asked = read_sample(row).question
+    assert (asked.number, asked.key[1], asked.prompt) == ("7", "abc", "the question")
     assert (asked.choices, asked.target) == ((" yes", " no"), "no")
     row = {"doc": {"instruction_id_list": ["punctuation:no_comma"]}, "target": "0"}
-    assert read_sample(row).target == "['punctuation:no_comma']"
+    assert read_sample(row).question.target == "['punctuation:no_comma']"
     # The choices of Winogrande stand in the prompt.
     of = {n: {"arg_0": f"A fox or {n}", "arg_1": " ran."} for n in ("Ann", "Bob")}
-    asked = read_sample({"arguments": of})
+    asked = read_sample({"arguments": of}).question
     assert (asked.prompt, asked.choices) == ("A fox or ", ("Ann ran.", "Bob ran."))
+
+
+def answer(sample):
+    """Return a function from a metric to the answer that it judges of one line."""
+    return lambda metric: Samples.of(*zip(sample)).answers(metric)[0]
 
 
 @pytest.mark.parametrize(
@@ -218,19 +224,49 @@ def test_prompt_and_target():
 def test_the_most_likely_choice_is_the_answer(endings, likelihoods, more, answers):
     sample = read_sample(offering(endings, likelihoods=likelihoods) | more)
     metrics = ("acc,none", "acc_norm,none", "acc_bytes,none")
-    assert [sample.answer(metric) for metric in metrics] == answers
+    assert [*map(answer(sample), metrics)] == answers
 
 
 def test_of_mc1_the_answer_is_the_likeliest_of_its_choices_and_the_target_its_best():
     """MC2 offers a second true answer, d, which is the likeliest of all and not among MC1's choices."""
     row = offering([" a", " c", " b", " d"], likelihoods=[-3, -4, -2, -1])
     sample = read_sample({**row, "doc": DOC, "target": 0})
-    assert (sample.answer("mc1,none"), sample.answer("mc2,none")) == ("b", "d")
-    assert sample.target == "a"
+    assert [*map(answer(sample), ["mc1,none", "mc2,none"])] == ["b", "d"]
+    assert sample.question.target == "a"
 
 
 def test_text_after_the_filter_and_before():
     row = {"resps": [["It is 4."]], "filtered_resps": ["4"]}
     sample = read_sample(offering([{"until": ["\n"]}]) | row)
-    assert (sample.answer("exact_match,none"), sample.text) == ("4", "It is 4.")
-    assert sample.prompt == "the question"
+    assert (answer(sample)("exact_match,none"), sample.text) == ("4", "It is 4.")
+    assert sample.question.prompt == "the question"
+
+
+def test_runs_that_were_asked_alike_share_questions_and_no_more(tmp_path):
+    """The harness writes first what was asked; a line in another order says the same."""
+    first = ("doc_id", "doc", "target", "arguments", "resps")
+    found = []
+    for name, picks in (("base", [0, 1, 1]), ("run", [1, 1, 0]), ("sorted", [1, 1, 0])):
+        tasks = {"quiz": answered(picks, [0, 1, 0])}
+        if name != "base":
+            # The second document is another one, whatever it is called; the third hides a field.
+            rows = tasks["quiz"]["acc,none"]["rows"]
+            rows[1]["arguments"] = offering([" no", " never"])["arguments"]
+            rows[2]["doc"] = {"a": {"x": 1, "resps": [], "target": 2}}
+        run = read_run(write_run(tmp_path / name, tasks))
+        file = run.samples["quiz"]
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        if name != "sorted":
+            lines = [{key: row[key] for key in first} | row for row in lines]
+        file.write_text("".join(json.dumps(row) + "\n" for row in lines), "utf-8")
+        found.append(documents_of(run, "quiz", "acc,none"))
+    base, run, other = (documents.samples for documents in found)
+    shared = [a is b for a, b in zip(base.questions, run.questions, strict=True)]
+    assert shared == [True, False, False]
+    assert (
+        run.answers("acc,none") == other.answers("acc,none") == ["yes", "never", "no"]
+    )
+    for one, two in zip(run.questions, other.questions, strict=True):
+        assert dataclasses.asdict(one) == dataclasses.asdict(two)
+    assert found[1].keys == found[2].keys
+    assert found[1].values.tolist() == found[2].values.tolist() == [0, 1, 1]
