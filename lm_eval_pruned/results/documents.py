@@ -207,11 +207,12 @@ def _documents(
     leaves = [leaf for leaf, *_ in keys]
     counts = Counter(leaves)
     # The score of a group is a mean over documents, or over tasks.
-    divisors = [1, np.array([counts[leaf] for leaf in leaves])][: len(counts)]
+    divisors = [None, np.array([counts[leaf] for leaf in leaves])][: len(counts)]
     for (values, weights), divisor, transform in itertools.product(
         _readings(raw), divisors, transforms
     ):
-        weights = weights / divisor
+        if divisor is not None:
+            weights = weights / divisor
         with np.errstate(over="ignore"):
             mean = np.average(values, weights=weights)
             score = TRANSFORMS[transform].score(mean)
@@ -233,7 +234,8 @@ def _readings(raw: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     is a pair, a sum with its weight (log-likelihood and words).
     """
     if {*map(type, raw)} <= _NUMBERS:
-        yield np.array(raw, dtype=float), np.ones(len(raw))
+        # One number for all of many runs.
+        yield np.array(raw, dtype=float), np.broadcast_to(1.0, len(raw))
         return
     lists = all(isinstance(value, list) and value for value in raw)
     if lists and {*map(type, itertools.chain(*raw))} <= _NUMBERS:
