@@ -1,5 +1,5 @@
 """Write report.md, results.csv, a self-contained report.html, plots and, from logged samples,
-flips.html with every changed answer. Needs the extra `report`.
+flips.html and flips.jsonl with the changed answers. Needs the extra `report`.
 """
 
 from pathlib import Path

@@ -6,8 +6,9 @@ You Need", 2024, arXiv 2407.09141).
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from lm_eval_pruned.results.files import Run
     from lm_eval_pruned.results.samples import Question
 
-PAGE = "flips.html"
+PAGE, ALL = "flips.html", "flips.jsonl"
+#: Rows of the page, and characters of an answer on it.
+ROWS, CHARACTERS = 1000, 500
+#: Characters of a prompt, of which the end is shown.
+END = 2000
 #: What can become of an answer; what changes a score comes first.
 KINDS = (
     LOST := "right to wrong",
@@ -45,6 +50,25 @@ class Change(NamedTuple):
     question: Question
     before: str
     after: str
+
+    def record(self, *, texts: bool) -> dict[str, Any]:
+        """Return the change as a line of the file `ALL`, with `texts` or without."""
+        asked = self.question
+        named = {
+            "change": self.kind,
+            "run": self.run.name,
+            "task": self.task,
+            "doc_id": asked.number,
+            "doc_hash": asked.key[1],
+        }
+        said = {
+            "prompt": asked.prompt[-END:],
+            "choices": asked.texts,
+            "target": asked.target,
+            "before": self.before,
+            "after": self.after,
+        }
+        return named | said if texts else named
 
 
 class Counts(NamedTuple):
@@ -80,16 +104,16 @@ def changed_answers(
     rows: Sequence[Difference],
     *,
     texts: bool = True,
-) -> tuple[Section | None, str]:
+) -> tuple[Section | None, dict[str, str]]:
     """Say which answers differ from those of the base, document by document; `rows` are of `compare`.
 
-    Returns the section, and the page `PAGE` that it links; None and no page where no task logged
-    samples of answers that are right or wrong. Without `texts` the page names documents by number
-    and hash alone.
+    Returns the section, and the files that it links, by name: the page `PAGE` with the first `ROWS` of
+    them, and `ALL`; None and no files where no task logged samples of answers that are right or wrong.
+    Without `texts` both name documents by number and hash alone.
     """
     counts, not_counted, changes = find_changes(base, rows)
     if not counts:
-        return None, ""
+        return None, {}
     explanation = (
         "A pruned model as accurate as the unpruned one may answer other questions right "
         "(Dutta et al. 2024, Accuracy is Not All You Need, arXiv 2407.09141). The answer is the "
@@ -103,12 +127,18 @@ def changed_answers(
         [explanation],
         table=Table(heading, COUNTS, counts),
         notes=[f"{none}: {', '.join(not_counted)}."] if not_counted else [],
-        links=[("All of them, one by one", PAGE)],
+        links=[("One by one", PAGE), ("All of them as JSON Lines", ALL)],
     )
     script = files(__package__).joinpath("changed_answers.js").read_text("utf-8")
-    shown = {"title": f"Changed answers: {title}", "texts": texts, "label": run_label}
-    page = rendered("changed_answers.html", **shown, changes=changes, scripts=[script])
-    return section, page
+    shown: dict[str, Any] = {"title": f"Changed answers: {title}", "texts": texts}
+    shown |= {"label": run_label, "scripts": [script]}
+    shown |= {"count": len(changes), "changes": changes[:ROWS], "all": ALL}
+    shown |= {"characters": CHARACTERS, "end": END}
+    lines = (json.dumps(change.record(texts=texts)) + "\n" for change in changes)
+    return section, {
+        PAGE: rendered("changed_answers.html", **shown),
+        ALL: "".join(lines),
+    }
 
 
 def find_changes(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval_pruned.compare.comparison import compare
 from lm_eval_pruned.compare.comparison_table import record
 from lm_eval_pruned.report import sections as words
-from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
+from lm_eval_pruned.report.changed_answers import ALL, PAGE, changed_answers
 from lm_eval_pruned.report.figure import (
     figure_section,
     layers_section,
@@ -41,8 +41,8 @@ def write_report(
     """Write the report of a sweep and return its files, ``report.html`` first.
 
     They go to `output_path`, by default ``report`` in the sweep's folder. `comparison` is what
-    `compared` returned; without `texts`, ``flips.html`` does not show what was asked and answered. The
-    report begins with the sections of `opening`.
+    `compared` returned; without `texts`, ``flips.html`` and ``flips.jsonl`` do not say what was asked and
+    answered. The report begins with the sections of `opening`.
     """
     base, others = sweep.split()
     target = Path(output_path) if output_path else sweep.path / "report"
@@ -73,12 +73,12 @@ def write_report(
     scores = csv_table(_records(base, others, comparison))
     present = [section for section in sections if section is not None]
     files = write_page(target, "report", title, subtitle, present, scores)
-    more = {"results.csv": scores, **({PAGE: changes} if answers else {})}
+    more = {"results.csv": scores, **changes}
     for name, content in more.items():
         write_atomically(target / name, content)
-    if not answers:
+    for name in {PAGE, ALL} - more.keys():
         # Of an earlier report, whose texts must not stay behind.
-        (target / PAGE).unlink(missing_ok=True)
+        (target / name).unlink(missing_ok=True)
     return [*files, *(target / name for name in more)]
 
 

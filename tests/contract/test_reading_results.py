@@ -87,6 +87,14 @@ def test_the_page_of_flips_shows_the_end_of_the_prompt_the_choices_and_both_answ
     assert shown == choices + expected + answers
 
 
+def test_flips_jsonl_has_all_changes_with_the_whole_answers(reported):
+    lines = (reported() / "flips.jsonl").read_text("utf-8").splitlines()
+    rows = [*map(json.loads, lines)]
+    (row,) = (row for row in rows if row["task"] == "longer")
+    assert (row["before"], row["after"], row["target"]) == ("perhaps", "no", "no")
+    assert len(rows) == (reported() / "flips.html").read_text("utf-8").count("<tr>") - 1
+
+
 def test_a_dash_means_that_the_samples_do_not_show_the_answer(reported):
     told = (reported() / "report.md").read_text("utf-8")
     assert "|unknown|acc,none|5|1|1|-|" in told

@@ -266,7 +266,8 @@ def test_a_report_has_the_files_of_the_page_and_loads_nothing(sweep, tmp_path):
         done = pruned("report", sweep, "--output_path", folder)
         assert done.code == 0, done.err
     names = {path.name for path in one.iterdir()}
-    assert names == {"report.html", "report.md", "flips.html", "results.csv", "plots"}
+    flips = {"flips.html", "flips.jsonl"}
+    assert names == {"report.html", "report.md", "results.csv", "plots", *flips}
     assert {path.suffix for path in one.glob("plots/*")} == {".png", ".svg"}
     for path in one.rglob("*.*"):
         assert path.read_bytes() == (again / path.relative_to(one)).read_bytes(), path

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
 from lm_eval_pruned.compare.comparison import compare
-from lm_eval_pruned.report.changed_answers import PAGE, changed_answers
+from lm_eval_pruned.report.changed_answers import ALL, PAGE, changed_answers
 from lm_eval_pruned.results.runs import read_run, read_sweep
 from tests.helpers.results_files import (
     offering,
@@ -47,7 +48,7 @@ def sweep_of(folder, before, after):
 
 
 def read(folder, title="A model", **options):
-    """Return the section and the page."""
+    """Return the section and the files."""
     base, others = read_sweep(folder).split()
     return changed_answers(title, base, compare(base, others).rows, **options)
 
@@ -77,12 +78,38 @@ def test_a_group_is_counted_over_its_members_where_there_are_samples(tmp_path, s
         folder = tmp_path / str(percent)
         write_run(folder, tasks, pruning=pruning(percent), **group)
         runs.append(read_run(folder))
-    section, page = changed_answers("A model", runs[0], compare(runs[0], runs[1:]).rows)
+    section, files = changed_answers(
+        "A model", runs[0], compare(runs[0], runs[1:]).rows
+    )
     if not samples:
-        assert (section, page) == (None, "")
+        assert (section, files) == (None, {})
         return
     assert counted(section)[0][1:] == ["both", "acc,none", "4", "2", "0", "50%"]
-    assert [row[2] for row in rows_of(page)] == ["a", "b"]
+    assert [row[2] for row in rows_of(files[PAGE])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_the_page_has_the_first_thousand_and_the_file_beside_it_all(tmp_path, texts):
+    long, right = "\ud800\u2028" + "x" * 499, [n < 1100 for n in range(1101)]
+    before, after = [f"A{n}" for n in range(1101)], [long, *map(str, range(1100))]
+    tasks = (
+        {"quiz": {"em,none": writes(said, is_right)}}
+        for said, is_right in ((before, right), (after, [False] * 1101))
+    )
+    section, files = read(sweep_of(tmp_path, *tasks), texts=texts)
+    assert counted(section)[0][3:] == ["1101", "1100", "0", "100%"]
+    page, rows = files[PAGE], [*map(json.loads, files[ALL].strip().split("\n"))]
+    assert len(rows_of(page)) == 1000 and {LOST} == {r[0] for r in rows_of(page)}
+    assert f'1,000 of 1,101 are shown; <a href="{ALL}">{ALL}</a> has all' in page
+    kinds = [(row["change"], row["doc_id"]) for row in rows]
+    assert kinds[:2] == [(LOST, "0"), (LOST, "1")]
+    assert kinds[-1] == ("another wrong answer", "1100")
+    assert ("after" in rows[0]) == ("x" * 400 in page) == texts
+    if texts:
+        assert (rows[0]["before"], rows[0]["after"]) == ("A0", long)
+        assert "x" * 498 in page and "x" * 499 not in page
+        # The long answer alone is cut.
+        assert page.count("cut after 500 of 501 characters") == 1
 
 
 @pytest.fixture
@@ -91,7 +118,7 @@ def shown(browser, tmp_path):
 
     def show(before, after, title="A model", **look):
         file = tmp_path / PAGE
-        page = read(sweep_of(tmp_path, before, after), title)[1]
+        page = read(sweep_of(tmp_path, before, after), title)[1][PAGE]
         file.write_text(page, encoding="utf-8")
         browser.open(file, **look)
         assert (browser.requests, browser.errors) == ([file.as_uri()], [])
@@ -138,7 +165,7 @@ def test_the_page_of_an_earlier_report_goes_with_its_samples(tmp_path):
     for _ in range(2):
         results = read_sweep(sweep)
         write_report(results, compared(results))
-        pages.append((sweep / "report" / PAGE).exists())
+        pages.append([(sweep / "report" / name).exists() for name in (PAGE, ALL)])
         for file in sweep.glob("units/*/*/samples_*.jsonl"):
             file.unlink()
-    assert pages == [True, False]
+    assert pages == [[True, True], [False, False]]

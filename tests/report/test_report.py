@@ -55,7 +55,9 @@ def test_a_page_needs_nothing_and_runs_its_scripts_alone(sweep, name):
         assert tag not in {"link", "iframe", "img", "object", "embed"}
         for attribute in ("src", "href", "xlink:href", "action"):
             value = attributes.get(attribute) or "#"
-            assert re.match(r"#|data:text/csv;|(report|flips)\.html$", value)
+            assert re.match(
+                r"#|data:text/csv;|(report|flips)\.html$|flips\.jsonl$", value
+            )
     styles = "".join(re.findall(r"<style>(.*?)</style>", page, re.DOTALL))
     assert not re.search(r"@import|url\(", styles)
     # What the library would load if it were told to, the browser refuses.
