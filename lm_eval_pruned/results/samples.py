@@ -78,13 +78,15 @@ class Question:
         return tuple(choice.strip() for choice in self.choices)
 
     @cached_property
-    def lengths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the harness divides by: letters, and bytes, of the choices without the space in front."""
-        texts = [choice.removeprefix(" ") for choice in self.choices]
-        return (
-            tuple(len(text) or 1 for text in texts),
-            tuple(len(text.encode()) or 1 for text in texts),
-        )
+    def letters(self) -> tuple[int, ...]:
+        """What the harness divides by: the letters of the choices without the space in front, at least 1."""
+        return tuple(len(choice.removeprefix(" ")) or 1 for choice in self.choices)
+
+    @cached_property
+    def bytes(self) -> tuple[int, ...]:
+        """The same in bytes."""
+        texts = (choice.removeprefix(" ") for choice in self.choices)
+        return tuple(len(text.encode()) or 1 for text in texts)
 
 
 class Sample(NamedTuple):
@@ -174,7 +176,8 @@ class Samples:
         rights = [question.right for question in self.questions]
         if not self.likelihoods.size:
             return [None] * len(rights)
-        shares = special.softmax(self.likelihoods, axis=1)
+        with np.errstate(invalid="ignore"):
+            shares = special.softmax(self.likelihoods, axis=1)
         of_right = shares[np.arange(len(rights)), [right or 0 for right in rights]]
         known = zip(rights, self.counts.tolist(), of_right.tolist(), strict=True)
         return [
@@ -193,8 +196,9 @@ class Samples:
             return answers
         scores = np.where(np.isnan(self.likelihoods), -np.inf, self.likelihoods)
         if metric.startswith(("acc_norm", "acc_bytes")):
-            unit = int(metric.startswith("acc_bytes"))
-            lengths = [self.questions[n].lengths[unit] for n in chosen]
+            in_bytes = metric.startswith("acc_bytes")
+            asked = (self.questions[n] for n in chosen)
+            lengths = [each.bytes if in_bytes else each.letters for each in asked]
             present = np.arange(scores.shape[1]) < self.counts[:, None]
             scores[present] /= [*itertools.chain(*lengths)]
         best = scores.argmax(1).tolist()
@@ -350,9 +354,7 @@ def _asked_before(
     ):
         return None, {}, None
     known = f"{about} {digest!r} {'acc_mutual_info' in row} {asked}"
-    key = hashlib.blake2b(
-        known.encode("utf-8", "backslashreplace"), digest_size=16
-    ).digest()
+    key = hashlib.blake2b(known.encode(), digest_size=16).digest()
     return _QUESTIONS.get(key), row, key
 
 
