@@ -82,9 +82,12 @@ class EchoLM(LM):
         others = {id(request): (other, False) for request in document}
         return others | {id(chosen): (0.0, True)}
 
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[Any]:
         """Return the log-likelihood of each text where all bytes are equally likely: 8 bits each."""
-        return [_of_bytes(request.args[0]) for request in requests]
+        texts = [_of_bytes(request.args[-1]) for request in requests]
+        # lm-eval 0.5 asks as for a continuation, of an empty context, and wants such an answer.
+        pairs = requests and len(requests[0].args) > 1
+        return [(text, False) for text in texts] if pairs else texts
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Return the text for each prompt, up to the first of its stop sequences."""

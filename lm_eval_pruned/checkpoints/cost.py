@@ -107,7 +107,7 @@ def probed(
     from lm_eval import evaluate
     from lm_eval.api.registry import get_model
     from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import TaskManager
 
     # Without the harness's own tasks, whose files take longer to read than the probes to score.
     folder = str(files("lm_eval_pruned.tasks") / "probes")
@@ -116,7 +116,7 @@ def probed(
         with _untouched(model):
             results: Any = evaluate(
                 get_model("hf-prefix")(model, tokenizer=tokenizer, batch_size=16),
-                get_task_dict([*prompts], manager),
+                manager.load([*prompts]),
                 samples={task: [*range(count)] for task, count in prompts.items()},
                 bootstrap_iters=0,
             )

@@ -12,7 +12,7 @@ import functools
 import itertools
 import operator
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -303,6 +303,10 @@ def harness_settings(
     if "seed" in read:
         seeds = [part.strip() for part in read["seed"].split(",")]
         read["seed"] = [None if part.lower() == "none" else part for part in seeds]
+    for name in read.keys() - {known.name for known in fields(EvaluatorConfig)}:
+        raise ValueError(
+            f"{name} was given, but lm-eval {version('lm_eval')} has no such option: leave {name} out."
+        )
     settings = EvaluatorConfig.from_cli(Namespace(**read))
     run_options = {name: getattr(settings, name) for name in OF_MODEL}
     # The workers of Ray may have vLLM where this machine has none.

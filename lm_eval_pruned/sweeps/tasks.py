@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.utils.sha import sha_fileobj
 from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 
 from lm_eval_pruned.util.options import nearest
@@ -76,7 +75,7 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
     ValueError if a name matches nothing, or one task is asked for in two ways.
     """
     planned = with_metadata(manager, {})
-    planned._factory = _Planning(manager.task_index)
+    planned._factory = _Planning()
     tasks: dict[str, SweepTask] = {}
     for name in names:
         is_file = name.endswith((".yaml", ".yml"))
@@ -100,24 +99,20 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
 class _Planning(TaskFactory):
     """Makes a `SweepTask`, or a nested list of them, where the harness makes a Task or a Group."""
 
-    def __init__(self, index: dict[str, Any]) -> None:
-        super().__init__()
-        self._index = index
-
     def _build_task(self, entry, overrides) -> Any:
         config = self._load_full_config(entry, overrides)
         build = operator.methodcaller("_build_task", entry, overrides)
         return _task(config, build)
 
-    def _build_group(self, group_name, raw_cfg, overrides, registry) -> Any:
+    def _build_group(self, group_name, raw_cfg, overrides, registry, *more) -> Any:
         settings = {k: v for k, v in raw_cfg.items() if k not in GROUP_FIELD_NAMES}
         listed = raw_cfg["task"] if isinstance(raw_cfg.get("task"), list) else []
         shared = settings | (overrides or {})
-        members = self._build_group_members(listed, group_name, shared, registry)
+        members = self._build_group_members(listed, group_name, shared, registry, *more)
         if not raw_cfg.get("aggregate_metric_list"):
             return members
         below = [(task.name, task.digest) for task in _flat(members)]
-        arguments = group_name, raw_cfg, overrides, self._index
+        arguments = group_name, raw_cfg, overrides, registry, *more
         build = operator.methodcaller("_build_group", *arguments)
         digest = fingerprint(_described([raw_cfg, shared, below]))
         listed = raw_cfg["aggregate_metric_list"]
@@ -125,7 +120,7 @@ class _Planning(TaskFactory):
         return SweepTask(group_name, digest, build, metrics)
 
     def _build_group_members(
-        self, member_list, group_name, overrides, registry
+        self, member_list, group_name, overrides, registry, *more
     ) -> list[Any]:
         members: list[Any] = []
         for item in member_list:
@@ -133,23 +128,20 @@ class _Planning(TaskFactory):
             task = None if "group" in settings else settings.get("task")
             if not isinstance(task, str) or task in registry:
                 members += super()._build_group_members(
-                    [item], group_name, overrides, registry
+                    [item], group_name, overrides, registry, *more
                 )
                 continue
             name = f"{group_name}::{task}"
             config = {"metadata": {}, **(overrides or {}), **settings, "task": name}
-            members.append(_inline(config))
+            arguments = [item], group_name, overrides, registry, *more
+            members.append(_task(config, functools.partial(_inline, arguments)))
         return members
 
 
-def _inline(config: dict[str, Any]) -> SweepTask:
-    """Replace a task that a group defines in its own YAML."""
-
-    def build(factory: TaskFactory) -> Any:
-        metadata = config["metadata"] | factory._meta
-        return ConfigurableTask(config={**config, "metadata": metadata})
-
-    return _task(config, build)
+def _inline(arguments: tuple[Any, ...], factory: TaskFactory) -> Any:
+    """Make a task that a group defines in its own YAML."""
+    (task,) = factory._build_group_members(*arguments)
+    return task
 
 
 def _task(config: dict[str, Any], build: Callable[[TaskFactory], Any]) -> SweepTask:

@@ -16,9 +16,10 @@ from unittest import mock
 import lm_eval
 import torch
 from accelerate.utils import release_memory
+from lm_eval import loggers
 from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
-from lm_eval.loggers import EvaluationTracker, TrackioLogger, WandbLogger
+from lm_eval.loggers import EvaluationTracker
 from torch.utils import collect_env
 
 from lm_eval_pruned.sweeps.folder import write_results
@@ -108,11 +109,13 @@ class UnitRunner:
     def _run(self, unit: Unit, folder: Path) -> float:
         sweep, (configuration, task) = self._sweep, unit
         manager = sweep.task_manager(configuration)
-        tasks = [task.build(manager._factory)]
+        built = task.build(manager._factory)
+        # `simple_evaluate` of 0.5 takes no task, but the name of one.
+        manager._load_spec = lambda *_, **__: built
         self._load(configuration)
         start, tracker = time.perf_counter(), EvaluationTracker()
         with sweep.observed(unit, self._lm, folder) as add_to:
-            results = self._evaluate(configuration, manager, tasks, tracker)
+            results = self._evaluate(configuration, manager, task.name, tracker)
             add_to(results)
         seconds = time.perf_counter() - start
         _track(" ".join(unit.names), results, sweep.settings)
@@ -145,7 +148,7 @@ class UnitRunner:
         self,
         configuration: Configuration,
         manager: Any,
-        tasks: list[Any],
+        task: str,
         tracker: EvaluationTracker,
     ) -> Any:
         """Return the harness's results."""
@@ -167,7 +170,7 @@ class UnitRunner:
             results = lm_eval.simple_evaluate(
                 model=lm,
                 model_args=sweep.model_args(configuration),
-                tasks=tasks,
+                tasks=[task],
                 # What it computes on, which need not be what was asked for.
                 device=str(getattr(lm, "device", settings.device)),
                 use_cache=cache,
@@ -211,7 +214,7 @@ def describe_error(error: BaseException) -> dict[str, str]:
 def check_tracking(settings: EvaluatorConfig) -> None:
     """Raise ValueError where a package is missing."""
     for package in ("wandb", "trackio"):
-        if getattr(settings, f"{package}_args") and find_spec(package) is None:
+        if getattr(settings, f"{package}_args", {}) and find_spec(package) is None:
             raise ValueError(
                 f"{package}_args was given, but {package} is not installed: run "
                 f"`pip install {package}`, or leave {package}_args out."
@@ -221,15 +224,17 @@ def check_tracking(settings: EvaluatorConfig) -> None:
 def _track(label: str, results: dict[str, Any], settings: EvaluatorConfig) -> None:
     """Make a unit one run of W&B and Trackio, by the harness's loggers; what fails here is a warning, for its files are whole."""
     for service, options, kind, *more in (
-        ("W&B", settings.wandb_args, WandbLogger, settings.wandb_config_args),
-        ("Trackio", settings.trackio_args, TrackioLogger),
+        ("W&B", settings.wandb_args, "WandbLogger", settings.wandb_config_args),
+        ("Trackio", getattr(settings, "trackio_args", {}), "TrackioLogger"),
     ):
         if not options:
             continue
         name = f"{options['name']} {label}" if options.get("name") else label
         try:
             # They change what they are given.
-            run: Any = kind({**options, "name": name}, *map(dict, more))
+            run: Any = getattr(loggers, kind)(
+                {**options, "name": name}, *map(dict, more)
+            )
             run.post_init({k: v for k, v in results.items() if k != "samples"})
             run.log_eval_result()
             if "samples" in results:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from packaging.version import Version
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
+from tests.helpers.asking import request
 from tests.helpers.checkpoints import TINY, byte_tokenizer, tiny_config, tiny_model
 
 
@@ -32,7 +32,7 @@ class Kind:
 
     def ask(self, lm, asked=None, quiet=True) -> list[Any]:
         requests = [
-            Instance(self.request_type, {}, arguments, number)
+            request(self.request_type, *arguments, place=number)
             for number, arguments in enumerate(self.asked if asked is None else asked)
         ]
         return getattr(lm, self.request_type)(requests, disable_tqdm=quiet)

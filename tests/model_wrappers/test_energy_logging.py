@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 
 from lm_eval_pruned.energy.meter import EnergyMonitor
 from lm_eval_pruned.model_wrappers.batching.fast_path import TokenCounts
 from lm_eval_pruned.model_wrappers.energy_windows import EnergyLog
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
 from tests.helpers import checkpoints, evaluations
+from tests.helpers.asking import request
 from tests.helpers.layouts import save_family
 from tests.helpers.meters import Clock, monitor_of
 
@@ -58,16 +58,16 @@ def on_a_gpu(monkeypatch):
 
 
 def scored(context, continuation, task="t", number=0):
-    return Instance("loglikelihood", {}, (context, continuation), 0, (task, number, 1))
+    return request("loglikelihood", context, continuation, task=task, number=number)
 
 
 def generated(prompt, task="t", number=0, **arguments):
     arguments = {"until": [], "max_gen_toks": 4, "do_sample": False, **arguments}
-    return Instance("generate_until", {}, (prompt, arguments), 0, (task, number, 1))
+    return request("generate_until", prompt, arguments, task=task, number=number)
 
 
 def rolling(text):
-    return Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1))
+    return request("loglikelihood_rolling", text)
 
 
 ONE = [scored("abc", "de")]

@@ -10,22 +10,22 @@ import lm_eval
 import nltk
 import numpy as np
 import pytest
-from lm_eval.api.instance import Instance
 
 from lm_eval_pruned.model_wrappers.floors import RULES, ConstantLM, EchoLM
 from lm_eval_pruned.tasks.demo import utils
+from tests.helpers.asking import request
 
 
 def asked(answers, number=0, context="Who?"):
     """Return the requests of a document that offers these answers."""
     return [
-        Instance("loglikelihood", {}, (context, f" {each}"), place, ("t", number, 1))
+        request("loglikelihood", context, f" {each}", place=place, number=number)
         for place, each in enumerate(answers)
     ]
 
 
 def texts_of(model, prompts, until):
-    asked = [Instance("generate_until", {}, (p, {"until": until}), 0) for p in prompts]
+    asked = [request("generate_until", p, {"until": until}) for p in prompts]
     return model.generate_until(asked)
 
 
@@ -63,8 +63,15 @@ def test_without_alternatives_all_bytes_are_alike():
     for each in (asked(["né"]), asked(["né"]) * 2):
         for likelihood, greedy in ConstantLM().loglikelihood(each):
             assert (likelihood, greedy) == (pytest.approx(-4 * math.log(256)), False)
-    rolling = Instance("loglikelihood_rolling", {}, ("né",), 0)
-    assert EchoLM().loglikelihood_rolling([rolling]) == [-3 * math.log(256)]
+
+
+def test_a_text_is_answered_as_it_was_asked():
+    """In lm-eval 0.4 as a text, in 0.5 as a continuation of nothing."""
+    text, rolling = -3 * math.log(256), request("loglikelihood_rolling", "né")
+    for arguments, answer in ((("né",), text), (("", "né"), (text, False))):
+        rolling.arguments = arguments
+        assert EchoLM().loglikelihood_rolling([rolling]) == [answer]
+    assert EchoLM().loglikelihood_rolling([]) == []
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, strategies as st
-from lm_eval.api.instance import Instance
 
 from lm_eval_pruned.model_wrappers.floors import mismatched
 from lm_eval_pruned.model_wrappers.hf_prefix import PrefixHFLM
 from lm_eval_pruned.results.files import Run
+from tests.helpers.asking import request
 from tests.helpers.evaluations import evaluate
 
 
@@ -17,7 +17,7 @@ TASK = "pruned_demo_truthfulness"
 
 def document(number, contexts, answers, task="t"):
     return [
-        Instance("loglikelihood", {}, pair, place, (task, number, 1))
+        request("loglikelihood", *pair, place=place, task=task, number=number)
         for place, pair in enumerate(zip(contexts, answers, strict=True))
     ]
 
@@ -77,6 +77,6 @@ def test_results_after_these_questions_are_a_floor_and_no_ordinary_score(
 @pytest.mark.parametrize("way", ["generate_until", "loglikelihood_rolling"])
 def test_a_task_without_answers_is_refused(way, tiny_llama):
     model = PrefixHFLM(str(tiny_llama), device="cpu", mismatched_questions=True)
-    request = Instance(way, {}, ("Write.", {}), 0, ("haiku", 0, 1))
+    asked = request(way, "Write.", {}, task="haiku")
     with pytest.raises(ValueError, match="haiku has none: leave the task out"):
-        getattr(model, way)([request])
+        getattr(model, way)([asked])

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from lm_eval.tasks._factory import TaskFactory
 
+from lm_eval_pruned.sweeps import plan
 from lm_eval_pruned.sweeps.plan import (
     FLOORS,
     plan_sweep,
@@ -197,5 +198,12 @@ def test_a_task_that_a_group_defines_in_its_own_yaml_is_a_task_like_others(
     assert plan_sweep(asked).tasks[0].digest != before
     built = own.build(TaskFactory(meta={"seen": 1}))
     assert built.config.num_fewshot == 1
-    assert built.config.metadata == {"version": 2.0, "seen": 1}
+    assert {"version": 2.0, "seen": 1}.items() <= built.config.metadata.items()
     assert len(built.eval_docs) == 4
+
+
+def test_an_option_that_the_harness_does_not_have_is_refused(options, monkeypatch):
+    """As ``trackio_args`` in lm-eval 0.5.0.dev1."""
+    monkeypatch.setattr(plan, "OF_HARNESS", ("later_args", *plan.OF_HARNESS))
+    with pytest.raises(ValueError, match=r"later_args was given, but lm-eval \d.* has"):
+        plan_sweep({**options, "later_args": {}})

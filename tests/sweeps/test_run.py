@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock
@@ -11,6 +12,7 @@ from unittest.mock import DEFAULT, Mock
 import lm_eval
 import pytest
 import torch
+from lm_eval import loggers
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.loggers.utils import add_env_info
 
@@ -136,3 +138,9 @@ def test_the_machine_is_looked_at_once_for_all_units(monkeypatch):
             add_env_info(found)
         assert found["pretty_env_info"] == "here"
     assert looks == ["here"]
+
+
+def test_a_harness_without_a_service_s_logger_evaluates(monkeypatch):
+    """Release 0.5.0.dev1 has none for Trackio."""
+    monkeypatch.delattr(loggers, "TrackioLogger", raising=False)
+    assert "UnitRunner" in runpy.run_path(of_unit.__file__)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections import Counter, defaultdict
 from fractions import Fraction
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -366,6 +368,17 @@ def test_an_answer_that_does_not_depend_on_the_prompt_has_no_lift(seed):
 
 
 # --- through the harness
+
+
+@pytest.mark.parametrize(
+    "file", sorted(ROOT.glob("tasks/*/*.yaml")), ids=lambda f: f.stem
+)
+def test_other_processes_can_aggregate(file, tmp_path):
+    """lm-eval 0.5 bootstraps in a pool; it names modules by their paths, which break at a dot."""
+    folder = shutil.copytree(file.parent, tmp_path / "python3.11" / file.parent.name)
+    config = _yaml_loader.load_yaml(folder / file.name)
+    for metric in config.get("metric_list", ()):
+        assert ForkingPickler.dumps(metric["aggregation"])
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
