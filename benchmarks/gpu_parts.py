@@ -340,7 +340,7 @@ class Parts:
             question = f"{preamble} {self._words(24, generator)}"
             for _ in range(4):
                 pair = (question, f" {self._words(8, generator)}")
-                requests.append(Instance("loglikelihood", {}, pair, len(requests)))
+                requests.append(_request("loglikelihood", pair, len(requests)))
         return requests
 
     def _prompts(self, until: str = "\0") -> list[Instance]:
@@ -350,9 +350,19 @@ class Parts:
         settings = {"until": [until], "do_sample": False, "max_gen_toks": most}
         lengths = torch.randint(16, 65, (self.scale.prompts,), generator=generator)
         return [
-            Instance("generate_until", {}, (self._words(n, generator), settings), index)
+            _request("generate_until", (self._words(n, generator), settings), index)
             for index, n in enumerate(lengths.tolist())
         ]
+
+
+def _request(kind: Any, arguments: tuple[Any, ...], number: int) -> Instance:
+    """Return a request as lm-eval 0.4 and 0.5 make it."""
+    named: Any = {
+        "task_name": "part",
+        "doc_id": number,
+        "metadata": ("part", number, 1),
+    }
+    return Instance(kind, {}, arguments, idx=number, **named)
 
 
 def _answers(side: Side, kind: str, requests: list[Instance]) -> list[Any]:

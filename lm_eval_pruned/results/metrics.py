@@ -46,9 +46,13 @@ METRICS = (
     Metric("(dis)?amb_bias_score.*", (-1, 1), bias=True),
     Metric("(.*_)?perplexity|bits_per_byte|bpb|kl", loss=True),
     Metric("(.*_)?acc(uracy)?(_norm|_bytes|_mutual_info|_all)?", SHARE),
-    Metric("(quasi_)?(prefix_)?exact_match|em|f1|mc[12]|choice_prob(_norm)?", SHARE),
+    Metric(
+        "(quasi_)?(prefix_)?exact_match(_mc)?|em|f1|mc[12]|choice_prob(_norm)?", SHARE
+    ),
     Metric("pass(@|_at_)[0-9]+|sibling|ended|repeated", SHARE),
     Metric("mcc", (-1, 1)),
+    # A squared distance of probabilities from the right answer: 2 where another one is certain.
+    Metric("brier_score", (0, 2)),
     Metric(".*"),
 )
 

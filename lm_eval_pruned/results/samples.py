@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.results.files import Run
 
-#: Probability of the right choice among all choices of a document, which the harness does not report.
+#: Probability of the right choice among all choices of a document, which the harness does not report. Release 0.5
+#: has its logarithm, ``choice_logprob``; its ``choice_prob_norm`` first divides each log-likelihood by bytes.
 CHOICE_PROB = "choice_prob,none"
 #: Divergence from the base over the whole vocabulary, in nats per token, which a verdict measures.
 KL = "kl,none"
@@ -360,8 +361,8 @@ def _asked_before(
 
 def _has_only_0(row: Mapping[str, Any], question: Question) -> bool:
     """Whether a line has log-likelihoods, of continuations or of a whole text, and all are 0."""
-    answers = row.get("filtered_resps")
-    if not question.endings or not isinstance(answers, list) or not answers:
+    answers = _answers(row)
+    if not question.endings or not answers:
         return False
     try:
         # Beside it, whether the continuation is the likeliest.
@@ -461,15 +462,13 @@ def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 def _answered(row: Mapping[str, Any], question: Question) -> Sample:
     """Return a line with what the model answered to its question."""
-    answers, written = row.get("filtered_resps"), row.get("resps")
+    answers = _answers(row)
     tokens, count = tuple(map(int, row.get("tokens") or ())), question.endings
-    if not isinstance(answers, list) or not answers or count == 1:
+    if not answers or count == 1:
         return Sample(question, tokens=tokens)
     if not count:
-        while isinstance(written, list) and len(written) == 1:
-            written = written[0]
         after = str(answers[0] if len(answers) == 1 else answers)
-        return Sample(question, (), after, str(written), tokens)
+        return Sample(question, (), after, str(_alone(row.get("resps"))), tokens)
     try:
         likelihoods = [float(answer[0]) for answer in answers[:count]]
     except (TypeError, ValueError, LookupError):
@@ -479,3 +478,15 @@ def _answered(row: Mapping[str, Any], question: Question) -> Sample:
         tuple(likelihoods[: count * (len(likelihoods) == count)]),
         tokens=tokens,
     )
+
+
+def _answers(row: Mapping[str, Any]) -> list[Any]:
+    """Return what the filter left of each request, which lm-eval 0.5 puts into a list of repetitions."""
+    answers = row.get("filtered_resps")
+    return [*map(_alone, answers)] if isinstance(answers, list) else []
+
+
+def _alone(answer: Any) -> Any:
+    while isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    return answer

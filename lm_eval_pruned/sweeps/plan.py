@@ -301,8 +301,7 @@ def harness_settings(
     read = {name: options[name] for name in OF_HARNESS if name in options}
     read = {"log_samples": True, **read, "model": model, "model_args": arguments}
     if "seed" in read:
-        seeds = [part.strip() for part in read["seed"].split(",")]
-        read["seed"] = [None if part.lower() == "none" else part for part in seeds]
+        read["seed"] = _seeds(read["seed"])
     for name in read.keys() - {known.name for known in fields(EvaluatorConfig)}:
         raise ValueError(
             f"{name} was given, but lm-eval {version('lm_eval')} has no such option: leave {name} out."
@@ -314,6 +313,20 @@ def harness_settings(
         check = getattr(get_model(model), "check_values", lambda values: None)
         check({**arguments, **run_options})
     return settings
+
+
+def _seeds(text: str) -> list[int | None]:
+    """Return the seeds of python, numpy, torch and few-shot choice."""
+    parts = [part.strip().lower() for part in text.split(",")]
+    try:
+        seeds = [None if part == "none" else int(part) for part in parts]
+    except ValueError:
+        seeds = []
+    if len(seeds) not in (1, 4):
+        raise ValueError(
+            f"seed is {text!r}: pass one whole number or none, or four with commas between them."
+        )
+    return seeds * (4 // len(seeds))
 
 
 def check_names(

@@ -77,9 +77,13 @@ def resolve_tasks(names: list[str], manager: TaskManager) -> list[SweepTask]:
     planned = with_metadata(manager, {})
     planned._factory = _Planning()
     tasks: dict[str, SweepTask] = {}
+    known = {*manager.all_tasks}
     for name in names:
         is_file = name.endswith((".yaml", ".yml"))
         matches = glob.glob(name) if is_file else manager.match_tasks([name])
+        if not is_file:
+            # lm-eval 0.5 returns what matches nothing as it is.
+            matches = [match for match in matches if match.partition("@")[0] in known]
         if not matches:
             advice = nearest(name, manager.all_tasks, "`lm_eval ls tasks` lists them.")
             raise ValueError(

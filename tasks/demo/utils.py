@@ -263,20 +263,22 @@ def score_instructions(doc: dict[str, Any], results: Sequence[str]) -> dict[str,
     Returns:
         The harness's four metrics: ``prompt_level_strict_acc`` and
         ``prompt_level_loose_acc`` (bool), ``inst_level_strict_acc`` and
-        ``inst_level_loose_acc`` (one bool per instruction).
+        ``inst_level_loose_acc`` (a tuple of one bool per instruction).
 
     Source:
         Zhou et al. 2023, https://arxiv.org/abs/2311.07911.
     """
     with repeatable_language_detection(), _quiet_without_a_language():
-        return _ifeval().process_results(doc, results)
+        scores = _ifeval().process_results(doc, results)
+    # A list is what lm-eval 0.5 takes for repetitions, of which it keeps the first.
+    return {n: tuple(s) if isinstance(s, list) else s for n, s in scores.items()}
 
 
 def mean_over_instructions(items: Sequence[bool | Sequence[bool]]) -> float:
     """Return the share of all instructions, over all prompts, that were followed.
 
     Args:
-        items: For each prompt one bool per instruction. One bool in place of a list
+        items: For each prompt one bool per instruction. One bool in place of a tuple
             counts as one instruction, as where a harness flattens what
             `score_instructions` returned.
 

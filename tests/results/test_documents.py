@@ -271,3 +271,26 @@ def test_runs_that_were_asked_alike_share_questions_and_no_more(tmp_path):
         assert dataclasses.asdict(one) == dataclasses.asdict(two)
     assert found[1].keys == found[2].keys
     assert found[1].values.tolist() == found[2].values.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("endings", "answers"),
+    [
+        ([" a", " b"], [["-1.0", "False"], ["-2.0", "True"]]),
+        ([{"until": []}], ["An answer."]),
+    ],
+)
+def test_answers_in_lists_of_repetitions_are_the_same(endings, answers):
+    """As lm-eval 0.5 writes them."""
+    arguments = {
+        f"gen_args_{n}": {"arg_0": "Q", "arg_1": ending}
+        for n, ending in enumerate(endings)
+    }
+    row = {"arguments": arguments, "target": "0", "resps": [answers]}
+    old, new = (
+        read_sample(row | {"filtered_resps": found})
+        for found in (answers, [[answer] for answer in answers])
+    )
+    # Questions are the same where they are one object.
+    assert old[1:] == new[1:]
+    assert old.likelihoods or old.written == "An answer."

@@ -11,6 +11,7 @@ from lm_eval_pruned.results import runs
 from lm_eval_pruned.results.documents import documents_of
 from lm_eval_pruned.results.files import ResultsError
 from lm_eval_pruned.results.groups import series_of
+from lm_eval_pruned.results.metrics import SHARE, metric_of
 from lm_eval_pruned.results.runs import read_run, read_sweep, setting_of
 from tests.helpers.results_files import DATE, pruning, write_run, write_sweep
 
@@ -258,3 +259,18 @@ def test_what_the_harness_writes(tmp_path):
         documents = documents_of(run, task, metric)
         assert len(documents.keys) == run.scores[task, metric].documents
         assert run.scores[task, metric].higher_is_better
+
+
+@pytest.mark.parametrize(
+    ("metric", "limits"),
+    [
+        *(
+            ("choice_prob_norm", SHARE),
+            ("exact_match_mc", SHARE),
+            ("brier_score", (0, 2)),
+        ),
+        *(("bpb", None), ("choice_logprob", None), ("choice_logprob_norm", None)),
+    ],
+)
+def test_metrics_of_lm_eval_0_5_have_their_limits(metric, limits):
+    assert metric_of("arc", f"{metric},none").limits == limits

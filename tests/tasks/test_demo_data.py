@@ -138,7 +138,9 @@ def test_instructions_are_complete_and_can_be_followed_and_broken(row):
         assert not {*registry.INSTRUCTION_CONFLICTS[name]} & {*names[:index]}
 
     def followed(reply, way="strict"):
-        return utils.score_instructions(row, [reply])[f"inst_level_{way}_acc"]
+        scores = utils.score_instructions(row, [reply])
+        assert not any(isinstance(score, list) for score in scores.values())
+        return scores[f"inst_level_{way}_acc"]
 
     assert all(followed(REPLIES[row["key"]]))
     assert not any(followed(" \n", "loose"))
