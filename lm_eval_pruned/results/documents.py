@@ -13,9 +13,9 @@ from scipy import stats
 
 from lm_eval_pruned.results import bbq
 from lm_eval_pruned.results.files import Run, Score
+from lm_eval_pruned.results.lines import CHOICE_PROB, KL, Lines, read_samples
 from lm_eval_pruned.results.metrics import metric_of
 from lm_eval_pruned.results.parts import ResultsError
-from lm_eval_pruned.results.samples import CHOICE_PROB, KL, Lines, read_samples
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import pytest
 
 from lm_eval_pruned.results.documents import TRANSFORMS, Documents, documents_of
 from lm_eval_pruned.results.files import ResultsError
+from lm_eval_pruned.results.lines import read_sample
 from lm_eval_pruned.results.runs import read_run
-from lm_eval_pruned.results.samples import Samples, read_sample
+from lm_eval_pruned.results.samples import Samples
 from tests.helpers.results_files import answered, offering, score_of, write_run
 
 
