@@ -234,9 +234,12 @@ class TextMoments:
         Those that no token reaches have none.
         """
         sums: dict[str, Moments] = {}
+        names = {mlp.name for mlp in mlps}
         real: Tensor
 
         def add(mlp: GluMlp, x: Tensor) -> None:
+            if mlp.name not in names:
+                return
             x = x.flatten(0, -2)
             if len(x) == real.numel():
                 x = x[real.flatten()]
@@ -267,7 +270,8 @@ class TextMoments:
             moved(self.model, self.device),
             watched(self.model, hooks),
             one_by_one(self.model, all_mlps),
-            StackedInputs(mlps, add),
+            # A product of all experts is known by the first, which need not be among `mlps`.
+            StackedInputs(all_mlps, add),
         ):
             for start in range(0, len(ordered), together):
                 batch = ordered[start : start + together]
