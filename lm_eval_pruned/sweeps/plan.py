@@ -33,6 +33,7 @@ from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.results.runs import FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
+from lm_eval_pruned.util.content import fingerprint
 
 
 if TYPE_CHECKING:
@@ -287,7 +288,10 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
     if Path(name).is_dir():
         inner = Path(name, base.get("subfolder") or "")
         # Other folders in it, such as the checkpoints of a training, do not count.
-        return {"sha256": of_tasks.hash_folder(inner if inner.is_dir() else Path(name))}
+        folder = inner if inner.is_dir() else Path(name)
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        content = {p.name: fingerprint(p) for p in files if not p.name.startswith(".")}
+        return {"sha256": of_tasks.fingerprint(content)}
     cached = None
     with contextlib.suppress(OSError, ValueError):
         cached = cached_file(name, file, revision=base.get("revision") or "main")

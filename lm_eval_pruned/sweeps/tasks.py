@@ -186,9 +186,7 @@ def _described(value: Any, key: str = "") -> Any:
         return [getattr(value, "__qualname__", type(value).__qualname__), code]
     if key in _DATA and isinstance(value, str):
         paths = map(Path, sorted(glob.glob(value)))
-        hashes = (
-            hash_folder(p, deep=True) if p.is_dir() else hash_file(p) for p in paths
-        )
+        hashes = (hash_folder(p) if p.is_dir() else hash_file(p) for p in paths)
         return [*hashes] or value
     return value
 
@@ -229,10 +227,10 @@ def _hash_code(file: Path) -> str:
 
 
 @functools.cache
-def hash_folder(folder: Path, deep: bool = False) -> str:
-    """Return the hash of the files in `folder`, and below it if `deep`."""
+def hash_folder(folder: Path) -> str:
+    """Return the hash of the files in `folder` and below it."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*") if deep else folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
         hidden = any(part.startswith((".", "__pycache__")) for part in inner.parts)
         if path.is_file() and not hidden:

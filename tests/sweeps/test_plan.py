@@ -207,3 +207,13 @@ def test_an_option_that_the_harness_does_not_have_is_refused(options, monkeypatc
     monkeypatch.setattr(plan, "OF_HARNESS", ("later_args", *plan.OF_HARNESS))
     with pytest.raises(ValueError, match=r"later_args was given, but lm-eval \d.* has"):
         plan_sweep({**options, "later_args": {}})
+
+
+def test_a_checkpoint_is_known_without_reading_all_of_it(tmp_path):
+    """A file of 1 TB with holes would take minutes to read."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(10**12)
+    (tmp_path / "config.json").write_text("{}")
+    before = plan._source(str(tmp_path), "config.json", {})
+    (tmp_path / "config.json").write_text("[]")
+    assert plan._source(str(tmp_path), "config.json", {}) != before
