@@ -138,6 +138,11 @@ SMALL = {
     "eos_token_id": 2,
     "decoder_start_token_id": 0,
 }
+#: The second half of the layers takes keys and values from the first.
+SHARED: dict = {
+    "num_kv_shared_layers": 2,
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+}
 #: What single model types need besides.
 OWN: dict[str, dict] = {
     "t5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -145,6 +150,7 @@ OWN: dict[str, dict] = {
     "umt5": {"feed_forward_proj": "gated-gelu"},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), SHARED),
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
 }
 
