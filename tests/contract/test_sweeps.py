@@ -386,6 +386,7 @@ def test_a_failed_unit_is_recorded_and_runs_again_with_retry_failed_or_if_it_cha
         (("--criteria", "random", "--seeds", "-1"), "seed=-1"),
         (("--model", "hf"), "model=hf"),
         (("--seed", "one"), "'one'"),
+        (("--seed", "1,2,3"), "'1,2,3'"),
         (("--include_path", "/no/such/folder"), "not a folder"),
         (("--tasks", "no_such_task"), "no_such_task"),
         (("--tasks", "tiny_both", "tiny_sentence"), "requested twice"),
