@@ -24,7 +24,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lm_eval_pruned.pruning.calibration import check_observable, progress_bar, watched
-from lm_eval_pruned.pruning.layouts import find_glu_mlps, norm_follows
+from lm_eval_pruned.pruning.layouts import find_glu_mlps, layers_of, norm_follows
 from lm_eval_pruned.pruning.lending import float64_device, free_bytes, lent, moved
 from lm_eval_pruned.pruning.stacked import StackedInputs, one_by_one
 
@@ -182,10 +182,12 @@ class TextMoments:
 
         Raises:
             ValueError: An activation is NaN or infinite.
-            UnsupportedModelError: See `check_observable`.
+            UnsupportedModelError: See `layers_of` and `check_observable`.
         """
         if chosen:
             check_observable(self.model, stacked=True)
+        # Where layers run more than once, text must not stop behind one.
+        layers_of(self.model)
         by_layer: dict[str, list[GluMlp]] = defaultdict(list)
         for mlp in mlps:
             by_layer[mlp.layer_path].append(mlp)

@@ -6,7 +6,6 @@ import csv
 import json
 import logging
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from lm_eval.api.registry import get_model
 
 from lm_eval_pruned import load_pruned, prune_model
 from tests.contract.commands import compared, lm_eval, pruned, results_in
-from tests.helpers import checkpoints, evaluations
+from tests.helpers import checkpoints
 from tests.helpers.ways_to_load import assert_same_model
 from tests.sweeps.conftest import quick  # noqa: F401
 
@@ -84,21 +83,6 @@ def test_before_the_scores_a_run_logs_what_was_done_to_the_model(tiny_llama, cap
         assert row in caplog.text
     # The results file has the same record.
     assert lm.get_model_info()["pruning"] == record.as_dict()
-
-
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
-def test_a_plan_of_a_folder_imports_neither_torch_nor_transformers(
-    model_type, tmp_path
-):
-    config = checkpoints.tiny_config(model_type).to_dict()
-    # A key that Qwen2 does not have.
-    del config["head_dim"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    code = "import sys; sys.modules.update(torch=None, transformers=None)\n"
-    code += "from lm_eval_pruned.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = ["plan", "--prune_percents", 40, "--model_args", f"pretrained={tmp_path}"]
-    done = evaluations.run([sys.executable, "-c", code, *words], check=True)
-    assert "|53|" in done.stdout.replace(" ", "")
 
 
 def test_commands_take_arguments_in_model_args_or_as_options(tiny_llama, tmp_path):
