@@ -158,7 +158,7 @@ class TextMoments:
         def store(mlp: GluMlp, moments: Moments) -> None:
             measured[mlp.name] = moments.to(torch.device("cpu"))
 
-        self.visit(mlps, store, "activations", chosen=False)
+        self.visit(mlps, store, "matrices", chosen=False)
         return measured
 
     def visit(
@@ -192,9 +192,8 @@ class TextMoments:
         for mlp in mlps:
             by_layer[mlp.layer_path].append(mlp)
         moves_to = None if self.device == self.model.device else self.device
-        texts = () if self.stored else self.texts
         tokens: Counter[str] = Counter()
-        with torch.no_grad(), progress_bar(len(mlps), what, texts, "MLP") as bar:
+        with torch.no_grad(), progress_bar(len(mlps), what, unit="MLP") as bar:
             for group in self._groups(mlps):
                 moments = {mlp.name: self.stored.get(mlp.name) for mlp in group}
                 if not self.stored:
@@ -274,6 +273,7 @@ class TextMoments:
             one_by_one(self.model, all_mlps),
             # A product of all experts is known by the first, which need not be among `mlps`.
             StackedInputs(all_mlps, add),
+            progress_bar(len(ordered), "activations", ordered) as bar,
         ):
             for start in range(0, len(ordered), together):
                 batch = ordered[start : start + together]
@@ -286,6 +286,7 @@ class TextMoments:
                     self.model.base_model(
                         input_ids=tokens.to(self.model.device), use_cache=False
                     )
+                bar.update(len(batch))
         for name, moments in sums.items():
             if not moments.scatter.isfinite().all():
                 raise ValueError(

@@ -256,13 +256,13 @@ def test_a_terminal_sees_layers_tokens_and_time_from_the_first_text_to_the_last_
     measuring = [
         f"curvature{tokens}/1 .*text",
         f"roots of the curv.*{tokens}/3 .*layer",
-        f"activations{tokens}/3 .*layer",
+        f"activations{tokens}/2 .*text",
     ]
     held = f"held text{tokens}/32 .*text"
-    cutting = [held, *measuring, "repair: .*/3 .*layer", held, "Writing model"]
+    cutting = [held, *measuring, "repair: .*/3 .*MLP", held, "Writing model"]
     for words, labels in (
         (prune, cutting),
-        (["sensitivity"], [*measuring, "costs of cuts: .*/3 .*layer"]),
+        (["sensitivity"], [*measuring, "costs of cuts: .*/3 .*MLP"]),
     ):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / words[0]))
         monkeypatch.setattr(sys, "stderr", Terminal())
