@@ -135,9 +135,9 @@ def test_experts_run_one_by_one_just_where_rows_are_unaligned(dtype, multiple, c
         aligned = width % multiple == 0
         chosen = pruned.config._experts_implementation
         assert chosen == ("grouped_mm" if aligned else "eager"), width
-        assert [f"multiple_of={multiple}" in m for m in caplog.messages] == (
-            [] if aligned else [True]
-        )
+        # That a cut did worse than chance is said once in a process, by whichever test comes first.
+        told = [m for m in caplog.messages if "multiple_of=" in m]
+        assert [f"multiple_of={multiple}" in m for m in told] == [True] * (not aligned)
         assert logits(pruned).isfinite().all()
     for implementation in ("batched_mm", "eager", "sonicmoe"):
         full.set_experts_implementation(implementation)
