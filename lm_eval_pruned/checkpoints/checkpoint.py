@@ -47,7 +47,7 @@ from lm_eval_pruned.pruning.layouts import (
     with_widths,
 )
 from lm_eval_pruned.pruning.widths import Widths
-from lm_eval_pruned.util.content import fingerprint
+from lm_eval_pruned.util.content import content_digest
 
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ class Checkpoint:
         content: Hashable = commit and (str(folder), commit)
         if Path(self.pretrained).is_dir():
             files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-            content = tuple((str(p.resolve()), fingerprint(p)) for p in files)
+            content = tuple((str(p.resolve()), content_digest(p)) for p in files)
         if content is None:
             return None
         reading = sorted(

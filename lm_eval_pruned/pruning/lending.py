@@ -37,7 +37,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cpu":
         return 0
     free = psutil.virtual_memory().available
-    # Without a limit, it is no number.
+    # A container without a limit says "max".
     with contextlib.suppress(OSError, ValueError):
         most, used = (
             int((_CONTAINER / f"memory.{name}").read_text())

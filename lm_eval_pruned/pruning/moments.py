@@ -248,15 +248,15 @@ class TextMoments:
                 sums[mlp.name] = Moments.none(mlp.width, x.device)
             sums[mlp.name].add(x)
 
-        def observe(mlp, module, positional, named, output) -> None:
+        def observe(mlp, normed, module, positional, named, output) -> None:
             x = positional[0]
-            add(mlp, x / size_of(output) if norm_follows(self.model, mlp) else x)
+            add(mlp, x / size_of(output) if normed else x)
 
         def stop(*_) -> None:
             raise _Passed
 
         hooks: dict[nn.Module, Callable[..., None]] = {
-            down: functools.partial(observe, mlp)
+            down: functools.partial(observe, mlp, norm_follows(self.model, mlp))
             for mlp in mlps
             if (down := mlp.projection("down_proj")) is not None
         }

@@ -33,7 +33,7 @@ from lm_eval_pruned.pruning.criteria import canonical_name
 from lm_eval_pruned.results.runs import FLOOR
 from lm_eval_pruned.sweeps import tasks as of_tasks
 from lm_eval_pruned.sweeps.options import OF_HARNESS, deciding, parse_number
-from lm_eval_pruned.util.content import fingerprint
+from lm_eval_pruned.util.content import content_digest
 
 
 if TYPE_CHECKING:
@@ -290,7 +290,9 @@ def _source(name: str, file: str, base: dict[str, Any]) -> dict[str, str | None]
         # Other folders in it, such as the checkpoints of a training, do not count.
         folder = inner if inner.is_dir() else Path(name)
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-        content = {p.name: fingerprint(p) for p in files if not p.name.startswith(".")}
+        content = {
+            p.name: content_digest(p) for p in files if not p.name.startswith(".")
+        }
         return {"sha256": of_tasks.fingerprint(content)}
     cached = None
     with contextlib.suppress(OSError, ValueError):

@@ -18,7 +18,7 @@ _WHOLE, _BLOCK = 1_000_000, 4_096
 _PLACES = 4_096
 
 
-def fingerprint(path: Path) -> str:
+def content_digest(path: Path) -> str:
     """Return a digest of a file, as 64 hexadecimal digits, that changes with its content.
 
     A file of up to 1 MB is read whole. Of a larger safetensors file, the header and the first, middle
