@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval_pruned.pruning.layouts import without_weights
 from lm_eval_pruned.results.files import left_of
+from lm_eval_pruned.util.atomic import write_atomically
 
 
 if TYPE_CHECKING:
@@ -153,6 +154,12 @@ def _described(pruning: Mapping[str, Any], with_repair: bool) -> str:
         return kept
     read = f" on {tokens} tokens of the text {text[:12]}" if text else ""
     return f"{kept} with repair={repair or 'none'}{read}"
+
+
+def write_healing(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write what an adapter or a checkpoint was trained on into its folder."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    write_atomically(folder / HEALING, f"{text}\n")
 
 
 def read_healing(adapter: str, revision: str | None = None) -> dict[str, Any] | None:

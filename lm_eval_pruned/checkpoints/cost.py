@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lm_eval.pruned.export")
 
-#: Whose quality is measured: the model before, after, and after a random cut of the same size.
-UNPRUNED, PRUNED, RANDOM_CUT = "unpruned", "pruned", "random cut"
+#: Whose quality is measured: the model before, after, after a distillation, and after a random cut of
+#: the same size.
+UNPRUNED, PRUNED, DISTILLED = "unpruned", "pruned", "distilled"
+RANDOM_CUT = "random cut"
 #: The text, by the folder of this package.
 HELD_TEXT = Path(__file__).with_name("held_text.jsonl")
 #: The loss is measured on at most this many tokens of each text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lm_eval_pruned.checkpoints.adapters import write_healing
 from lm_eval_pruned.checkpoints.cards import model_card, shard_sizes
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint, stored_once
 from lm_eval_pruned.checkpoints.cost import (
+    DISTILLED,
     PRUNED,
     RANDOM_CUT,
     UNPRUNED,
@@ -26,6 +29,7 @@ from lm_eval_pruned.checkpoints.cost import (
 from lm_eval_pruned.checkpoints.default_model import save_converted
 from lm_eval_pruned.checkpoints.load import load_checkpoint, stored_model
 from lm_eval_pruned.pruning.arguments import SIZES, PruneArguments
+from lm_eval_pruned.pruning.layouts import UnsupportedModelError
 from lm_eval_pruned.pruning.lending import moved
 from lm_eval_pruned.pruning.slicing import carry_out, finish
 from lm_eval_pruned.util.atomic import appearing_whole, check_writable
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_eval_pruned.healing.training import Training
     from lm_eval_pruned.pruning.record import PruneRecord
 
 # Below the harness's logger, so that its verbosity applies.
@@ -66,8 +71,9 @@ class Export:
         record: What was pruned; its digest equals that of pruning while loading.
         weight_bytes: Size of the weights, in bytes.
         shards: Number of weight files.
-        cost: The `Quality` of the unpruned and the pruned model, and of a random cut, by these
-            names; empty where it was not asked for or cannot be measured.
+        cost: The `Quality` of the unpruned, the pruned and the distilled model, and of a random
+            cut, by these names; empty where it was not asked for or cannot be measured.
+        training: The record of a distillation, where there was one.
     """
 
     folder: Path
@@ -75,6 +81,7 @@ class Export:
     weight_bytes: int
     shards: int
     cost: Mapping[str, Quality] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
 
 
 def export_pruned(
@@ -86,6 +93,7 @@ def export_pruned(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     push_to_hub: str | None = None,
     measured: Collection[str] = (),
+    training: Training | None = None,
     prune_arguments: dict[str, Any],
     **from_pretrained: Any,
 ) -> Export:
@@ -105,7 +113,10 @@ def export_pruned(
         device: Where text runs: calibration, and what is `measured`. The rest stays on the CPU.
         max_shard_size: Largest size of a weight file, in bytes or such as ``5GB``.
         push_to_hub: Repository on the Hub to upload the finished folder to.
-        measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED` and `RANDOM_CUT`.
+        measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED`, `DISTILLED` and
+            `RANDOM_CUT`.
+        training: Gives back what the cut took; see `lm_eval_pruned.healing.training.Training`. One
+            that Ctrl-C ends leaves what was best so far, and the same export may replace it.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
         **from_pretrained: Anything else ``from_pretrained`` takes.
 
@@ -119,7 +130,7 @@ def export_pruned(
         ```
     """
     output = Path(output)
-    check_output(output)
+    training.check_output() if training else check_output(output)
     stored = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and stored not in _STORED:
         raise ValueError(
@@ -138,6 +149,9 @@ def export_pruned(
     device = checkpoint.device()
     source = source_folder(checkpoint)
     check_writable(output, _least_bytes(checkpoint, source, stored))
+    if training is not None:
+        check_trainable(checkpoint)
+        training.check_model(checkpoint.cut.widths.skeleton, checkpoint.config)
     tokenizer = _tokenizer_of_measurable(checkpoint) if measured else None
     checkpoint = checkpoint.with_stored_widths()
     cost: dict[str, Quality] = {}
@@ -155,7 +169,12 @@ def export_pruned(
         checkpoint.cut.check_opens()
     loaded = stored_model(checkpoint)
     measure(UNPRUNED, loaded.model)
-    with appearing_whole(output) as unfinished:
+    if training is not None:
+        training.listen(loaded.model, checkpoint.load_tokenizer(), device)
+    with (
+        appearing_whole(output) as unfinished,
+        training.replacing() if training else contextlib.nullcontext(),
+    ):
         model = loaded.model
         carry_out(loaded, checkpoint.cut, scratch=unfinished)
         if dtype is not None:
@@ -168,6 +187,9 @@ def export_pruned(
                 f"there is nothing to export: pass one of {', '.join(SIZES)} that removes some."
             )
         measure(PRUNED, model)
+        if training is not None:
+            model = training.trained_whole(model)
+            measure(DISTILLED, model)
         if dtype is None:
             checkpoint.as_stored(model)
         weights = stored_once(model).values()
@@ -180,7 +202,10 @@ def export_pruned(
             max_shard_size,
             keeps_dtype=dtype is None,
         )
-        card = model_card(checkpoint, source, record, unfinished, cost=cost)
+        if training is not None:
+            write_healing(unfinished, training.record)
+        how = training.sentence() if training else None
+        card = model_card(checkpoint, source, record, unfinished, how, cost)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         shards = shard_sizes(unfinished)
     if push_to_hub is not None:
@@ -192,7 +217,8 @@ def export_pruned(
             folder_path=output,
             commit_message="Upload a model pruned by lm-eval-pruned",
         )
-    return Export(output, record, sum(shards), len(shards), cost)
+    trained = training.record if training else None
+    return Export(output, record, sum(shards), len(shards), cost, trained)
 
 
 def _tokenizer_of_measurable(
@@ -223,6 +249,15 @@ def _least_bytes(
     # A folder may hold weights that are not loaded, and a config lie about the dtype.
     share = size * parameters // cut.parameters_before
     return min(share, parameters * known.itemsize)
+
+
+def check_trainable(checkpoint: Checkpoint) -> None:
+    """Refuse a model that plain text cannot train."""
+    if checkpoint.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{checkpoint.pretrained} is an encoder-decoder model, and plain text has no targets for its "
+            "decoder: pass a decoder-only model."
+        )
 
 
 def check_output(output: Path) -> None:

@@ -1,5 +1,6 @@
-"""Train a pruned model on text, by next-token loss or by distillation from the unpruned model.
-Writes an adapter that `lm_eval --model pruned-hf --model_args ...,peft=DIR` checks and applies.
+"""Train a pruned model on text, by distillation from the unpruned model or by next-token loss.
+Writes an ordinary checkpoint, or an adapter that `--model pruned-hf --model_args ...,peft=DIR` checks and
+applies.
 """
 
 from lm_eval_pruned.cli import model_args as loading
@@ -11,8 +12,8 @@ from lm_eval_pruned.util.options import row
 OPTIONS = (
     loading.MODEL_ARGS,
     row("--data", "FILE",
-        'text to train on: JSON Lines with one {"text": ...} per line, or a .txt file; it must not '
-        "contain text from a benchmark", required=True),
+        'text to train on: JSON Lines with one {"text": ...} per line, a .txt file or dataset:NAME; it must '
+        "not contain text from a benchmark (default: the text of this package)"),
     row("--output_path", "DIR",
         "folder to write, new or empty; checkpoints go to DIR.checkpoints", required=True),
     *HealingOptions.rows(),
@@ -43,3 +44,6 @@ def run(arguments) -> None:
             f"Trained {record['steps']} steps on {record['tokens_seen']:,} tokens; "
             f"wrote {arguments.output_path}."
         )
+    if record["interrupted"]:
+        print("The training was stopped early: the same command with --resume goes on.")
+        raise KeyboardInterrupt

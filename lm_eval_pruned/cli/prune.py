@@ -23,6 +23,13 @@ OPTIONS = (
     row("--device", None, "device that runs calibration text (default: cpu)",
         default="cpu"),
     row("--max_shard_size", "SIZE", "largest weight file (default: 50GB)", default="50GB"),
+    row("--distil", "BUDGET",
+        "then train all weights on what the unpruned model says of text, for a time such as 20m or 1h or "
+        "a number of tokens such as 200k"),
+    row("--text", "FILE",
+        "text to distil on besides that of this package: JSON Lines, a .txt file or dataset:NAME; it must not "
+        "contain text from a benchmark"),
+    row("--resume", "", "continue a distillation that was stopped"),
     row("--check", "", "also measure a random cut of the same size"),
     row("--push_to_hub", "REPO", "upload the finished folder to this repository on the Hub"),
 )
@@ -43,7 +50,10 @@ def run(arguments) -> None:
     if not {"recipe", "criterion"} & pruning.keys():
         pruning["recipe"], why = suggested_recipe(pruning, loaded)
         print(f"recipe={pruning['recipe']} was chosen, because {why}.", file=sys.stderr)
-    measured = [cost.UNPRUNED, cost.PRUNED, *[cost.RANDOM_CUT] * arguments.check]
+    training = _training(arguments)
+    measured = [cost.UNPRUNED, cost.PRUNED]
+    measured += [cost.DISTILLED] * bool(training)
+    measured += [cost.RANDOM_CUT] * arguments.check
     export = export_pruned(
         output=arguments.output_path,
         device=arguments.device,
@@ -51,6 +61,7 @@ def run(arguments) -> None:
         push_to_hub=arguments.push_to_hub,
         prune_arguments=pruning,
         measured=measured,
+        training=training,
         **loaded,
     )
     print(export.record.as_table())
@@ -61,8 +72,49 @@ def run(arguments) -> None:
         f"Wrote {export.weight_bytes:,} bytes of weights in {export.shards} "
         f"file{'s' if export.shards != 1 else ''} to {export.folder}."
     )
+    if (record := export.training) is not None:
+        losses = record["held_loss"]
+        print(
+            f"Distilled {record['steps']} steps, {record['tokens_seen']:,} tokens, in "
+            f"{record['seconds']:,.0f} s: the divergence from the unpruned model on held text fell from "
+            f"{losses['before']:.3f} to {losses['after']:.3f} nats per token."
+        )
+        if record["interrupted"]:
+            print(
+                f"It was stopped before step {record['planned_steps']}: the same command with --resume "
+                "goes on."
+            )
+            raise KeyboardInterrupt
+        print(f"{training.folder} holds its checkpoints, which may be deleted.")
     before = ",".join(f"{name}={value}" for name, value in loaded.items())
     print(
         "May it be shipped? lm-eval-pruned verdict "
         f"pruned-hf,{before} pruned-hf,pretrained={export.folder}"
+    )
+
+
+def _training(arguments):
+    """Return the distillation that was asked for, or None."""
+    if arguments.distil is None:
+        for name in ("text", "resume"):
+            if getattr(arguments, name):
+                raise ValueError(
+                    f"{name} belongs to a distillation, and none was asked for: add --distil, such as "
+                    "--distil 20m."
+                )
+        return None
+    from pathlib import Path
+
+    from lm_eval_pruned.healing.options import Budget, HealingOptions
+    from lm_eval_pruned.healing.training import Training
+    from lm_eval_pruned.pruning.arguments import OWN_TEXT
+
+    on_cpu = {"use_cpu": True} if arguments.device == "cpu" else {}
+    return Training(
+        HealingOptions(training_args=on_cpu),
+        Path(arguments.output_path),
+        [str(OWN_TEXT), *filter(None, [arguments.text])],
+        "text",
+        Budget.parsed(arguments.distil),
+        resume=arguments.resume,
     )

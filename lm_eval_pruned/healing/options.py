@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +15,63 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from peft import LoraConfig
     from transformers import TrainingArguments
 
-#: Defaults that differ from those of `transformers.TrainingArguments`.
+#: Defaults that differ from those of `transformers.TrainingArguments`. Five times, the loss on held
+#: text is measured and a checkpoint written.
 TRAINING = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,
     "logging_steps": 10,
     "num_train_epochs": 1,
-    "save_steps": 100,
-    "save_total_limit": 2,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "save_steps": 0.2,
 }
-#: By method: adapters start at zero, and tolerate a higher one than trained weights.
-LEARNING_RATE = {"lora": 2e-4, "dora": 2e-4, "full": 2e-5}
+#: Of adapters, which start at zero and tolerate a higher one; of all weights by next-token loss; of
+#: all weights by distillation, in a model of this hidden size or a smaller one.
+_ADAPTER_RATE, _NEXT_TOKEN_RATE, _DISTILLATION_RATE, _HIDDEN_SIZE = (
+    2e-4,
+    2e-5,
+    3e-4,
+    576,
+)
+#: Bytes that training takes for each weight: float32 weight, gradient and AdamW's two moments. All
+#: weights are trained where this is at most a share of the memory that is free.
+BYTES_PER_WEIGHT, _SHARE_OF_MEMORY = 16, 0.7
+#: Seconds and tokens by the unit of a budget.
+_SECONDS, _TOKENS = {"s": 1, "m": 60, "h": 3600}, {"": 1, "k": 1_000, "M": 1_000_000}
 #: Defaults of `peft.LoraConfig` here: every linear layer but the head.
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a distillation may take: seconds, with those of the teacher, or tokens to train on."""
+
+    seconds: float | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def parsed(cls, text: str) -> Budget:
+        """Read a time such as ``20m`` or ``1h``, or a number of tokens such as ``200k``.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhkM]?)", str(text))
+        if found and float(found[1]) > 0:
+            number, unit = float(found[1]), found[2]
+            if unit in _SECONDS:
+                return cls(seconds=number * _SECONDS[unit])
+            if number * _TOKENS[unit] >= 1:
+                return cls(tokens=round(number * _TOKENS[unit]))
+        raise ValueError(
+            f"distil={text} is neither a time nor a number of tokens: pass one such as 20m, 1h, 200k "
+            "or 2M."
+        )
 
 
 @dataclass(frozen=True)
@@ -36,7 +79,8 @@ class HealingOptions(DeclaredOptions):
     """How a pruned model is trained.
 
     Args:
-        method: What to train: an adapter (lora or dora), or all weights (full).
+        method: What to train: an adapter (lora or dora), or all weights (full); by default all weights
+            where they fit in memory, else lora.
         teacher_weight: Share of the loss that measures the distance to the unpruned model, from
             0 to 1. The rest is the loss of the next token; 0 loads no teacher.
         temperature: Distillation temperature: logits of both models are divided by it.
@@ -51,10 +95,12 @@ class HealingOptions(DeclaredOptions):
         ValueError: One sentence naming an argument, its value and what would work.
     """
 
-    method: str = option(str, "lora", "NAME", choices=tuple(LEARNING_RATE))
-    teacher_weight: float = option(float, 0.0, "W")
+    method: str | None = option(
+        str, None, "NAME", choices=(None, "lora", "dora", "full")
+    )
+    teacher_weight: float = option(float, 1.0, "W")
     temperature: float = option(float, 1.0, "T")
-    max_length: int = option(int, 512, "N", least=2)
+    max_length: int = option(int, 256, "N", least=2)
     max_steps: int | None = option(int, None, "N", least=1)
     training_args: Mapping[str, Any] = option(dict, None, "KEY=VALUE,...")
     peft_args: Mapping[str, Any] = option(dict, None, "KEY=VALUE,...")
@@ -81,40 +127,88 @@ class HealingOptions(DeclaredOptions):
                 "none: leave it out, or pass method=lora."
             )
 
-    def trainer_arguments(self, folder: Path) -> TrainingArguments:
-        """Return the arguments of `Trainer`; raise ValueError if transformers refuses one."""
+    def trainer_arguments(
+        self, folder: Path, steps: int | None = None
+    ) -> TrainingArguments:
+        """Return the arguments of `Trainer` for a number of steps, or `max_steps`.
+
+        Raises:
+            ValueError: transformers refuses one.
+        """
+        import torch
         from transformers import TrainingArguments
 
-        fixed = {"output_dir": str(folder), "max_steps": self.max_steps or -1}
-        values = {**self.training(), **fixed}
+        fixed = {
+            "output_dir": str(folder),
+            "max_steps": steps or self.max_steps or -1,
+            # What is best on held text is kept.
+            "eval_strategy": "steps",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+            "save_total_limit": 2,
+            "prediction_loss_only": True,
+            "eval_on_start": True,
+            "remove_unused_columns": False,
+        }
+        values = {**TRAINING, **self.training_args, **fixed}
+        values["eval_steps"] = values["save_steps"]
+        if "bf16" not in values and "fp16" not in values and _multiplies_bf16():
+            values["bf16"] = True
+        if not torch.accelerator.is_available():
+            values.setdefault("use_cpu", True)
+        # Our bar shows the loss on held text.
+        values["disable_tqdm"] = True
         return self._made(TrainingArguments, "training_args", values)
 
     def training(self) -> dict[str, Any]:
         """Return the training arguments that are given, and those that differ by default."""
-        rate = {"learning_rate": LEARNING_RATE[self.method]}
-        return {**TRAINING, **rate, **self.training_args}
+        return {**TRAINING, **self.training_args}
 
-    def adapter_config(self) -> LoraConfig | None:
-        """Return the adapter to train, or None; raise ValueError if peft refuses an argument."""
+    def learning_rate(self, method: str, hidden_size: int) -> float:
+        """Return the rate that is given, or the default of a method and a size of model."""
+        if method != "full":
+            rate = _ADAPTER_RATE
+        elif not self.teacher_weight:
+            rate = _NEXT_TOKEN_RATE
+        else:
+            rate = _DISTILLATION_RATE * min(1, _HIDDEN_SIZE / hidden_size)
+        return float(self.training_args.get("learning_rate", rate))
+
+    def method_for(self, model: Any, device: torch.device) -> str:
+        """Return what is trained of a model on a device: `method`, or what its memory allows."""
+        if self.method is not None:
+            return self.method
+        if self.peft_args:
+            return "lora"
+        from lm_eval_pruned.pruning.lending import free_bytes
+
+        needed = BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
+        # Where only the device knows, it is taken to have room.
+        free = free_bytes(device) or math.inf
+        return "full" if needed <= _SHARE_OF_MEMORY * free else "lora"
+
+    def adapter_config(self, method: str | None) -> LoraConfig | None:
+        """Return the adapter that a method trains, or None; ValueError if peft refuses an argument."""
         from peft import LoraConfig
 
-        if self.method == "full":
+        if method == "full":
             return None
-        fixed = {"use_dora": self.method == "dora", "task_type": "CAUSAL_LM"}
+        fixed = {"use_dora": method == "dora", "task_type": "CAUSAL_LM"}
         values = {**ADAPTER, **self.peft_args, **fixed}
         return self._made(LoraConfig, "peft_args", values)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the record of a healing holds, and what a resumed one must share."""
         teacher = {"weight": self.teacher_weight, "temperature": self.temperature}
-        shared = {"method": self.method, "max_length": self.max_length}
+        shared: dict[str, Any] = {"max_length": self.max_length}
         return {**shared, "teacher": teacher if self.teacher_weight else None}
 
     def _made(self, kind: Any, argument: str, values: Mapping[str, Any]) -> Any:
         """Make a library's arguments of `values`; the option `argument` names some of them."""
         chosen = getattr(self, argument)
         for name, value in chosen.items():
-            if values[name] != value:
+            if values[name] != value and name != "disable_tqdm":
                 raise ValueError(
                     f"{argument} has {name}={value}, which other options of heal set: leave it "
                     "out."
@@ -127,6 +221,17 @@ class HealingOptions(DeclaredOptions):
                 f"{argument}={written(chosen)} cannot be used ({error}): pass what "
                 f"{library}.{kind.__name__} takes."
             ) from None
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Tell whether matrices of bfloat16 are multiplied by instructions of this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
 def written(arguments: Mapping[str, Any]) -> str:

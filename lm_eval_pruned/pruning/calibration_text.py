@@ -99,8 +99,12 @@ def _text_of(entry: Any, where: str) -> Text:
     )
 
 
-def _rows(source: str) -> Iterator[Text]:
-    """Yield the texts of a dataset, ``dataset:NAME`` or ``dataset:NAME:CONFIG``, as they arrive."""
+def dataset_rows(source: str, argument: str = "calibration") -> Iterator[Text]:
+    """Yield the texts of a dataset, ``dataset:NAME`` or ``dataset:NAME:CONFIG``, as they arrive.
+
+    Raises:
+        ValueError: It cannot be read, or a row has no text; `argument` is what messages call it.
+    """
     from datasets import load_dataset
 
     name, _, config = source.removeprefix(DATASET).partition(":")
@@ -109,11 +113,11 @@ def _rows(source: str) -> Iterator[Text]:
         for number, row in enumerate(rows):
             # Collections of lines, such as WikiText, have empty ones.
             if row.get("text") != "":
-                yield _text_of(row, f"calibration={source}, row {number}")
+                yield _text_of(row, f"{argument}={source}, row {number}")
     except (OSError, ValueError, LookupError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"calibration={source} cannot be read ({reason}): pass dataset:NAME or "
+            f"{argument}={source} cannot be read ({reason}): pass dataset:NAME or "
             "dataset:NAME:CONFIG of a dataset with a split train, whose rows have text or messages."
         ) from None
 
@@ -164,7 +168,7 @@ class TextSource:
             yield from read_texts(self.name, self.samples)
             return
         number = 0
-        for text in islice(_rows(self.name), self.samples):
+        for text in islice(dataset_rows(self.name), self.samples):
             number += 1
             yield text
         _check_number(number, self.samples, f"calibration={self.name}")

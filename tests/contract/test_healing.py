@@ -30,7 +30,7 @@ from tests.sweeps.conftest import quick  # noqa: F401
 TEXTS = [f"The tide of day {n} comes in twice, and goes out twice." for n in range(12)]
 TRAINING = (
     "per_device_train_batch_size=2,use_cpu=true,disable_tqdm=true,learning_rate=1e-2,"
-    "save_steps=2"
+    "save_steps=2,bf16=false"
 )
 SIZE = "prune_percent=40"
 
@@ -47,6 +47,7 @@ def words_of(tiny_llama, data):
     def words_of(output, *more, size=SIZE, text=data, training=TRAINING):
         model_args = f"pretrained={tiny_llama}" + f",{size}" * bool(size)
         words = ["heal", "--model_args", model_args, "--data", text]
+        words += ["--method", "lora", "--teacher_weight", 0]
         words += ["--max_length", 32, "--max_steps", 4, "--training_args", training]
         return [*words, "--output_path", output, *more]
 
@@ -160,6 +161,7 @@ def test_the_record_says_what_was_pruned_trained_and_spent(record, data, tiny_ll
         "sha256": digest,
         "texts": len(TEXTS),
         "tokens": tokens,
+        "limit": None,
     }
     assert record["method"] in ("lora", "dora")
     assert record["teacher"] is None
@@ -213,8 +215,8 @@ def trained_by_default(folder, learning_rate):
         "cosine",
     )
     assert (found["warmup_steps"], found["num_train_epochs"]) == (0.03, 1)
-    names = ("logging_steps", "save_steps", "save_total_limit")
-    assert [found[name] for name in names] == [10, 100, 2]
+    names = ("logging_steps", "save_steps", "per_device_train_batch_size")
+    assert [found[name] for name in names] == [10, 0.2, 2]
     return record
 
 
@@ -248,9 +250,9 @@ def test_text_is_json_lines_of_texts_or_chats_or_a_plain_file(healed, tmp_path):
     [
         ("--data nowhere.jsonl", "data=nowhere.jsonl cannot be read"),
         ("--teacher_weight 2", "teacher_weight=2.0 is not a share"),
-        ("--temperature 2", "temperature=2.0 has no effect"),
+        ("--teacher_weight 0 --temperature 2", "temperature=2.0 has no effect"),
         ("--teacher_weight 1 --temperature 0", "temperature=0.0 is not a dist"),
-        ("--max_length 500", "needs blocks"),
+        ("--max_length 500", "takes at least two blocks of max_length=500"),
         ("--max_length 5000", "the 512 positions of the model: pass at most 512."),
         ("--training_args learning_rte=1", "learning_rte"),
         ("--training_args max_steps=3", "other options of heal set"),
@@ -316,11 +318,11 @@ def test_another_healing_is_not_resumed(healed, data, tmp_path):
         (("--method", "dora"), {}, "method=lora, but this one has method=dora"),
         (("--teacher_weight", 0.5), {}, "teacher=None, but this one has teacher="),
         ((), {"text": other}, "with data="),
-        ((), {"size": f"{SIZE},criterion=l2"}, "with kept_digest="),
+        ((), {"size": f"{SIZE},criterion=l2"}, "kept_digest="),
         ((), {"size": repaired}, "repair=None, but this one has repair=least_squares"),
     ):
         assert message in healed(healing, *words, "--resume", **named).sentence
-    assert "holds checkpoints of a healing: add --resume" in healed(healing).sentence
+    assert "holds checkpoints of a training: add --resume" in healed(healing).sentence
     # The pickle of transformers is never read. The last checkpoint has nothing left to train.
     for file in tmp_path.glob("healed.checkpoints/*/training_args.bin"):
         file.write_bytes(b"no pickle")
