@@ -20,7 +20,7 @@ from lm_eval_pruned.pruning.calibration import progress_bar, watched
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -91,10 +91,11 @@ def write_expected(
         for file, dtype in zip(files, (np.int32, np.float32), strict=True):
             np.lib.format.open_memmap(file, "w+", dtype, shape)
     state.wait_for_everyone()
-    tokens, values = (np.load(file, mmap_mode="r+") for file in files)
     mine = range(state.process_index, len(blocks), state.num_processes)
     total = len(mine) * blocks.shape[1]
     with (
+        _rows_of(files[0]) as write_tokens,
+        _rows_of(files[1]) as write_values,
         watched(teacher, {}),
         progress_bar(total, "unpruned model reads text", unit="token") as bar,
     ):
@@ -105,12 +106,9 @@ def write_expected(
             logits = output.logits[0].float().div_(temperature)
             top = logits.topk(shape[-1], dim=-1)
             total_mass = logits.logsumexp(dim=-1, keepdim=True)
-            tokens[number] = top.indices.to(torch.int32).cpu().numpy()
-            values[number] = (top.values - total_mass).cpu().numpy()
+            write_tokens(number, top.indices.to(torch.int32))
+            write_values(number, top.values - total_mass)
             bar.update(block.numel())
-    tokens.flush()
-    values.flush()
-    del tokens, values
     state.wait_for_everyone()
     if state.is_main_process:
         for file, name in zip(files, _NAMES, strict=True):
@@ -119,6 +117,21 @@ def write_expected(
     expected = read_expected(folder)
     assert expected is not None
     return expected
+
+
+@contextlib.contextmanager
+def _rows_of(file: Path) -> Iterator[Callable[[int, Tensor], None]]:
+    """Yield what writes one row of an array; through a map, a full disk would end the process."""
+    array = np.load(file, mmap_mode="r")
+    offset, size = array.offset, array[0].nbytes
+    del array
+    with file.open("r+b") as opened:
+
+        def write(number: int, row: Tensor) -> None:
+            opened.seek(offset + number * size)
+            opened.write(row.cpu().numpy().tobytes())
+
+        yield write
 
 
 def read_expected(folder: Path) -> Expected | None:

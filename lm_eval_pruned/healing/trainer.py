@@ -94,7 +94,8 @@ class HealingTrainer(Trainer):
         for _ in range(3):
             began = time.monotonic()
             with self.accelerator.autocast():
-                self.training_step(model, dict(inputs))
+                loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            self.accelerator.backward(loss)
             optimizer.step()
             model.zero_grad()
             if self.args.device.type != "cpu":

@@ -175,7 +175,7 @@ class Training:
             OSError: The disk has no room.
         """
         began = time.monotonic()
-        with moved(teacher, device), runnable(teacher):
+        with moved(teacher, device), runnable(teacher), self._clear_errors():
             limit = self._budget.tokens
             if self._budget.seconds is not None and not self._before:
                 share = _SHARE_OF_TEACHER * self._budget.seconds
@@ -381,14 +381,16 @@ class Training:
         """Turn what a full disk and too little memory raise into one sentence."""
         try:
             yield
-        except (SafetensorError, RuntimeError, MemoryError) as error:
+        except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
             text = str(error)
-            if isinstance(error, SafetensorError) or _DISK in text:
+            nameless = isinstance(error, OSError) and error.errno and not error.filename
+            if isinstance(error, SafetensorError) or nameless or _DISK in text:
                 raise OSError(
-                    f"The checkpoints of the training cannot be written to {self.folder}: pass an "
-                    "output_path on another disk, or make room; --resume goes on from the last that is "
-                    "complete."
+                    f"What the training keeps cannot be written to {self.folder}: pass an output_path on "
+                    "another disk, or make room; with --resume it goes on from the last complete checkpoint."
                 ) from None
+            if isinstance(error, OSError):
+                raise
             lacks = isinstance(error, MemoryError) or any(w in text for w in _MEMORY)
             if not lacks:
                 raise

@@ -7,8 +7,11 @@ import io
 import json
 import logging
 import os
+import struct
 import sys
+from fcntl import ioctl
 from pathlib import Path
+from termios import TIOCSWINSZ
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
@@ -41,11 +44,13 @@ def pruned(*words: Any) -> Done:
     return _run(lambda: main([*map(str, words)]))
 
 
-def in_a_terminal(*words: Any) -> str:
-    """Run ``lm-eval-pruned WORDS`` and return what a terminal showed."""
+def in_a_terminal(*words: Any, stream: Any = contextlib.redirect_stdout) -> str:
+    """Run ``lm-eval-pruned WORDS`` and return what a terminal showed of one stream."""
     from lm_eval_pruned.cli import main
 
     ours, theirs = os.openpty()
+    # 24 lines of 80 columns; a new terminal has none.
+    ioctl(theirs, TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     shown: list[bytes] = []
 
     def read() -> None:
@@ -56,7 +61,7 @@ def in_a_terminal(*words: Any) -> str:
 
     reader = Thread(target=read)
     reader.start()
-    with open(theirs, "w") as screen, contextlib.redirect_stdout(screen):
+    with open(theirs, "w") as screen, stream(screen):
         assert not main([*map(str, words)])
     reader.join()
     os.close(ours)

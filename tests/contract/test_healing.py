@@ -230,6 +230,20 @@ def test_full_writes_an_ordinary_checkpoint(healed, tmp_path):
     trained_by_default(output, 2e-5)
 
 
+def test_by_default_it_distils_all_weights_on_the_text_of_the_package(
+    tiny_llama, tmp_path
+):
+    words = ("heal", "--model_args", f"pretrained={tiny_llama},{SIZE}")
+    output = tmp_path / "healed"
+    done = pruned(*words, "--max_steps", 1, "--output_path", output)
+    assert done.code == 0, done.err
+    record = trained_by_default(output, 3e-4)
+    assert record["teacher"] == {"weight": 1.0, "temperature": 1.0}
+    assert record["data"]["file"] == "the text of lm-eval-pruned"
+    assert (record["method"], record["max_length"]) == ("full", 256)
+    assert AutoModelForCausalLM.from_pretrained(output)
+
+
 def test_text_is_json_lines_of_texts_or_chats_or_a_plain_file(healed, tmp_path):
     plain, chats = tmp_path / "plain.txt", tmp_path / "chats.jsonl"
     plain.write_text("\n".join(TEXTS))
@@ -348,7 +362,7 @@ def uninterrupted(healed, tmp_path_factory):
     return output
 
 
-def test_ctrl_c_ends_the_training_and_resume_continues_from_the_last_checkpoint(
+def test_ctrl_c_keeps_the_best_so_far_and_resume_goes_on(
     healed, uninterrupted, tmp_path
 ):
     output = tmp_path / "healed"
@@ -365,7 +379,7 @@ def test_ctrl_c_ends_the_training_and_resume_continues_from_the_last_checkpoint(
     finally:
         signal.signal(signal.SIGINT, before)
     assert stopped.code == 130
-    assert not output.exists()
+    assert json.loads((output / "healing.json").read_text())["interrupted"]
     assert healed(output, *LONG, "--resume").code == 0
     assert_same_weights(output, uninterrupted)
 
