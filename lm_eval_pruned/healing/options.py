@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
     from peft import LoraConfig
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
 #: Defaults that differ from those of `transformers.TrainingArguments`. Five times, the loss on held
 #: text is measured and a checkpoint written.
@@ -30,17 +30,18 @@ TRAINING = {
     "per_device_eval_batch_size": 2,
     "save_steps": 0.2,
 }
-#: Of adapters, which start at zero and tolerate a higher one; of all weights by next-token loss; of
-#: all weights by distillation, in a model of this hidden size or a smaller one.
+#: Of adapters, which start at zero and tolerate a higher one; of weights by next-token loss; of
+#: weights by distillation, in a model of this hidden size or a smaller one.
 _ADAPTER_RATE, _NEXT_TOKEN_RATE, _DISTILLATION_RATE, _HIDDEN_SIZE = (
     2e-4,
     2e-5,
     3e-4,
     576,
 )
-#: Bytes that training takes for each weight: float32 weight, gradient and AdamW's two moments. All
-#: weights are trained where this is at most a share of the memory that is free.
-BYTES_PER_WEIGHT, _SHARE_OF_MEMORY = 16, 0.7
+#: Methods that train weights of the model, and those that train an adapter.
+WEIGHTS, ADAPTERS = ("mlp", "full"), ("lora", "dora")
+#: Weights are trained where that takes at most this share of the memory that is free.
+_SHARE_OF_MEMORY = 0.7
 #: Seconds and tokens by the unit of a budget.
 _SECONDS, _TOKENS = {"s": 1, "m": 60, "h": 3600}, {"": 1, "k": 1_000, "M": 1_000_000}
 #: Defaults of `peft.LoraConfig` here: every linear layer but the head.
@@ -79,8 +80,8 @@ class HealingOptions(DeclaredOptions):
     """How a pruned model is trained.
 
     Args:
-        method: What to train: an adapter (lora or dora), or all weights (full); by default all weights
-            where they fit in memory, else lora.
+        method: What to train: the MLPs, which lost neurons (mlp), all weights (full), or an adapter
+            (lora or dora); by default mlp where it fits in memory, else lora.
         teacher_weight: Share of the loss that measures the distance to the unpruned model, from
             0 to 1. The rest is the loss of the next token; 0 loads no teacher.
         temperature: Distillation temperature: logits of both models are divided by it.
@@ -96,7 +97,7 @@ class HealingOptions(DeclaredOptions):
     """
 
     method: str | None = option(
-        str, None, "NAME", choices=(None, "lora", "dora", "full")
+        str, None, "NAME", choices=(None, "mlp", "full", *ADAPTERS)
     )
     teacher_weight: float = option(float, 1.0, "W")
     temperature: float = option(float, 1.0, "T")
@@ -121,10 +122,10 @@ class HealingOptions(DeclaredOptions):
                 f"temperature={temperature} has no effect without a teacher: add teacher_weight, or "
                 "leave it out."
             )
-        if self.peft_args and self.method == "full":
+        if self.peft_args and self.method in WEIGHTS:
             raise ValueError(
-                f"peft_args={written(self.peft_args)} describes an adapter, but method=full trains "
-                "none: leave it out, or pass method=lora."
+                f"peft_args={written(self.peft_args)} describes an adapter, but method={self.method} "
+                "trains none: leave it out, or pass method=lora."
             )
 
     def trainer_arguments(
@@ -167,7 +168,7 @@ class HealingOptions(DeclaredOptions):
 
     def learning_rate(self, method: str, hidden_size: int) -> float:
         """Return the rate that is given, or the default of a method and a size of model."""
-        if method != "full":
+        if method in ADAPTERS:
             rate = _ADAPTER_RATE
         elif not self.teacher_weight:
             rate = _NEXT_TOKEN_RATE
@@ -183,16 +184,16 @@ class HealingOptions(DeclaredOptions):
             return "lora"
         from lm_eval_pruned.pruning.lending import free_bytes
 
-        needed = BYTES_PER_WEIGHT * sum(p.numel() for p in model.parameters())
         # Where only the device knows, it is taken to have room.
         free = free_bytes(device) or math.inf
-        return "full" if needed <= _SHARE_OF_MEMORY * free else "lora"
+        fits = bytes_to_train(model, "mlp") <= _SHARE_OF_MEMORY * free
+        return "mlp" if fits else "lora"
 
     def adapter_config(self, method: str | None) -> LoraConfig | None:
         """Return the adapter that a method trains, or None; ValueError if peft refuses an argument."""
         from peft import LoraConfig
 
-        if method == "full":
+        if method in WEIGHTS:
             return None
         fixed = {"use_dora": method == "dora", "task_type": "CAUSAL_LM"}
         values = {**ADAPTER, **self.peft_args, **fixed}
@@ -221,6 +222,23 @@ class HealingOptions(DeclaredOptions):
                 f"{argument}={written(chosen)} cannot be used ({error}): pass what "
                 f"{library}.{kind.__name__} takes."
             ) from None
+
+
+def trained_weights(model: PreTrainedModel, method: str) -> list[Any]:
+    """Return the parameters of a model that ``mlp`` or ``full`` trains."""
+    from lm_eval_pruned.pruning.layouts import find_glu_mlps
+
+    if method == "full":
+        return [*model.parameters()]
+    found = (m.parameter(r) for m in find_glu_mlps(model) for r in m.regions.values())
+    return [*{id(parameter): parameter for parameter in found}.values()]
+
+
+def bytes_to_train(model: PreTrainedModel, method: str) -> int:
+    """Return the bytes of float32 weights, and of gradients and AdamW's two moments of those trained."""
+    every = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in trained_weights(model, method))
+    return 4 * every + 12 * trained
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from lm_eval_pruned.checkpoints.export import (
     source_folder,
 )
 from lm_eval_pruned.checkpoints.load import load_checkpoint
+from lm_eval_pruned.healing.options import ADAPTERS, WEIGHTS
 from lm_eval_pruned.healing.training import Training
 from lm_eval_pruned.pruning.arguments import (
     OWN_TEXT,
@@ -100,9 +101,9 @@ def heal(
         UnsupportedModelError: The model cannot be pruned, or has an encoder.
         OSError: The model cannot be read, or the result not be written.
     """
-    if merge and options.method == "full":
+    if merge and options.method in WEIGHTS:
         raise ValueError(
-            "merge adds an adapter to its model, but method=full trains none: leave it out, the "
+            f"merge adds an adapter to its model, but method={options.method} trains none: leave it out, the "
             "output is an ordinary checkpoint already."
         )
     sources = [str(OWN_TEXT) if data is None else data]
@@ -123,7 +124,7 @@ def heal(
     if training.writes:
         with appearing_whole(Path(output)) as unfinished, training.replacing():
             source, folder = source_folder(base), unfinished
-            if adapts := record["method"] != "full":
+            if adapts := record["method"] in ADAPTERS:
                 trained.save_pretrained(folder)
                 # In place of peft's, an empty template that names a folder of this machine.
                 method, how = record["method"], training.sentence()

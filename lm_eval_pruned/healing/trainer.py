@@ -118,7 +118,9 @@ class HealingTrainer(Trainer):
             loss = torch.zeros((), device=outputs.logits.device)
         else:
             loss, outputs = super().compute_loss(model, inputs, True, **more)
-        distance = distillation_loss(outputs.logits, likeliest, expected, self._temperature)
+        distance = distillation_loss(
+            outputs.logits, likeliest, expected, self._temperature
+        )
         loss = (1 - self._weight) * loss + self._weight * distance
         return (loss, outputs) if return_outputs else loss
 

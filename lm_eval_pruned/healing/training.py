@@ -19,7 +19,12 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, read_healing
-from lm_eval_pruned.healing.options import Budget
+from lm_eval_pruned.healing.options import (
+    ADAPTERS,
+    WEIGHTS,
+    Budget,
+    trained_weights,
+)
 from lm_eval_pruned.healing.teacher import (
     bytes_expected,
     read_expected,
@@ -131,9 +136,11 @@ class Training:
                 f"pass at most {positions}."
             )
         needed = 0
-        if self.options.method_for(model, self._arguments.device) == "full":
-            # The best and the last checkpoint, each with weights and two moments.
-            needed = 2 * 12 * sum(p.numel() for p in model.parameters())
+        method = self.options.method_for(model, self._arguments.device)
+        if method in WEIGHTS:
+            # The best and the last checkpoint, each with all weights and the moments of those trained.
+            trained = sum(p.numel() for p in trained_weights(model, method))
+            needed = 2 * (4 * sum(p.numel() for p in model.parameters()) + 8 * trained)
         check_writable(self.folder, needed)
 
     def read(
@@ -231,7 +238,7 @@ class Training:
             runnable(model),
             self._clear_errors(),
             _quiet(),
-            _in_float32(model if adapter is None else None),
+            contextlib.nullcontext() if adapter else _trainable(model, method),
         ):
             records = Records(self.record, self._before.get("seconds", self._spent))
             trainer = HealingTrainer(
@@ -273,7 +280,7 @@ class Training:
         """Train a pruned model as `train`, merge what adapts it, and return it to where it was."""
         place, record = model.device, model.prune_record
         trained = self.train(model)
-        if self.record["method"] != "full":
+        if self.record["method"] in ADAPTERS:
             trained = trained.merge_and_unload()
         trained.prune_record = record
         return trained.to(place)
@@ -408,22 +415,27 @@ def _left(pruning: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _in_float32(model: PreTrainedModel | None) -> Iterator[None]:
-    """Have all numbers of a model in float32, in memory of its own, and then in their dtypes.
+def _trainable(model: PreTrainedModel, method: str) -> Iterator[None]:
+    """Have a model in float32, in memory of its own, with gradients for what a method trains.
 
-    Steps are smaller than what 16 bits can add.
+    Afterwards its numbers are in their dtypes again: steps are smaller than what 16 bits can add.
     """
-    tensors = [*model.parameters(), *model.buffers()] if model is not None else []
-    dtypes = [tensor.dtype for tensor in tensors]
+    tensors = [*model.parameters(), *model.buffers()]
+    dtypes = [(tensor.dtype, tensor.requires_grad) for tensor in tensors]
+    model.requires_grad_(False)
     for tensor in tensors:
         if tensor.is_floating_point():
             # A mapped file cannot be trained.
             tensor.data = tensor.data.to(torch.float32, copy=True)
+    for parameter in trained_weights(model, method):
+        parameter.requires_grad_(True)
     try:
         yield
     finally:
-        for tensor, dtype in zip(tensors, dtypes, strict=True):
+        for tensor, (dtype, has_gradient) in zip(tensors, dtypes, strict=True):
+            tensor.grad = None
             tensor.data = tensor.data.to(dtype)
+            tensor.requires_grad_(has_gradient)
 
 
 @contextlib.contextmanager

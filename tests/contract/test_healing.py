@@ -230,7 +230,7 @@ def test_full_writes_an_ordinary_checkpoint(healed, tmp_path):
     trained_by_default(output, 2e-5)
 
 
-def test_by_default_it_distils_all_weights_on_the_text_of_the_package(
+def test_by_default_it_distils_the_mlps_on_the_text_of_the_package(
     tiny_llama, tmp_path
 ):
     words = ("heal", "--model_args", f"pretrained={tiny_llama},{SIZE}")
@@ -240,7 +240,7 @@ def test_by_default_it_distils_all_weights_on_the_text_of_the_package(
     record = trained_by_default(output, 3e-4)
     assert record["teacher"] == {"weight": 1.0, "temperature": 1.0}
     assert record["data"]["file"] == "the text of lm-eval-pruned"
-    assert (record["method"], record["max_length"]) == ("full", 256)
+    assert (record["method"], record["max_length"]) == ("mlp", 256)
     assert AutoModelForCausalLM.from_pretrained(output)
 
 
