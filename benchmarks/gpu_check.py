@@ -65,6 +65,7 @@ def parts(quick: bool, rehearsed: bool) -> list[Part]:
         Part(f"Speed, {small}", "speed", small, 240 * times),
         *(Part(f"Speed, {shape}", "speed", shape, 240 * times) for shape in large),
         Part(f"pruned-vllm, {small}", "engine", small, 240 * times),
+        Part(f"Distillation, {small}", "distillation", small, 180 * times),
         Part(f"Several cards, {small}", "cards", small, 180 * times),
     ]
     if not quick:

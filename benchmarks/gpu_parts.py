@@ -31,6 +31,9 @@ from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from lm_eval_pruned import load_pruned, prune_model
+from lm_eval_pruned.checkpoints.export import export_pruned
+from lm_eval_pruned.healing.options import Budget, HealingOptions
+from lm_eval_pruned.healing.training import Training
 from lm_eval_pruned.model_wrappers.batching.forward import kernel_of_shared_keys
 from lm_eval_pruned.util.atomic import appearing_whole
 from lm_eval_pruned.util.tables import markdown_table
@@ -260,6 +263,32 @@ class Parts:
             gpu_cards.write_tasks(Path(folder), *asked)
             given = model_args, Path(folder), str(self.device), self.count, heads
             yield from gpu_cards.beside_one_card(*given)
+
+    def distillation(self) -> Iterator[str]:
+        """Time the unpruned model's reading and the steps of a distillation."""
+        self._need(16)
+        source, folder = self._checkpoint(), self.folder.with_name("distilled")
+        generator, length = torch.Generator().manual_seed(2), 256
+        text = folder.with_suffix(".txt")
+        tokens = 512 * 4 * self.scale.repeats
+        text.write_text(self._words(2 * tokens, generator), encoding="utf-8")
+        options = HealingOptions(training_args={"use_cpu": not self.on_cuda})
+        budget = Budget(tokens=tokens)
+        training = Training(options, folder, [str(text)], "text", budget)
+        where: dict[str, Any] = {"device": self.device, "training": training}
+        size = {"prune_percent": PERCENT}
+        export_pruned(str(source), folder, **where, prune_arguments=size)
+        record = training.record
+        trained = record["seconds"] - record["teacher_seconds"]
+        rates = (
+            record["data"]["tokens"] / record["teacher_seconds"],
+            record["tokens_seen"] / trained,
+        )
+        read, stepped = (f"{rate:,.0f}" for rate in rates)
+        yield (
+            f"The unpruned model reads {read} tokens per second; training of the MLPs, cut by {PERCENT} %, "
+            f"takes {stepped} tokens per second, in steps of 2 blocks of {length}, with all checkpoints."
+        )
 
     @property
     def count(self) -> int:

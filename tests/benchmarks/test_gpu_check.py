@@ -46,6 +46,7 @@ def on_the_cpu(script, tmp_path):
 def test_one_command_writes_a_page_of_all_parts(on_the_cpu):
     code, results, page = on_the_cpu()
     parts = ("Answers equal to those of hf", "Load, tiny", "Speed, tiny")
+    parts += ("Distillation, tiny",)
     others = dict.fromkeys(("pruned-vllm, tiny", "Several cards, tiny"), "skipped")
     assert results == {**dict.fromkeys(parts, "passed"), **others}
     assert code == 0
@@ -56,6 +57,7 @@ def test_one_command_writes_a_page_of_all_parts(on_the_cpu):
         " / hf-prefix|",
         "attention",
         "one card is visible",
+        "training of the MLPs, cut by 40 %, takes",
     ):
         assert said in page
     assert str(checkpoints.ROOT) not in page
