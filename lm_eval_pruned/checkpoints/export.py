@@ -9,7 +9,7 @@ import re
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -38,10 +38,10 @@ from lm_eval_pruned.util.atomic import appearing_whole, check_writable
 if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Mapping
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lm_eval_pruned.healing.training import Training
     from lm_eval_pruned.pruning.record import PruneRecord
 
 # Below the harness's logger, so that its verbosity applies.
@@ -60,6 +60,38 @@ _KEPT_FILES = (
 _MODEL_CODE = "*.py"
 #: Those among them that are true only of the source.
 _OWN_FILES = ("config.json", "trainer_state.json", "adapter_config.json")
+
+
+class Recovery(Protocol):
+    """What an export asks of a training; `lm_eval_pruned.healing.training.Training` has the words."""
+
+    record: dict[str, Any]
+
+    def check_output(self) -> None:
+        """Refuse an output that holds something else."""
+
+    def check_model(self, model: PreTrainedModel, config: Any) -> None:
+        """Refuse a model that it cannot train."""
+
+    def listen(
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | None = None,
+    ) -> None:
+        """Have the unpruned model read the text."""
+
+    def trained_whole(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the pruned model trained."""
+        ...
+
+    def replacing(self) -> AbstractContextManager[None]:
+        """Remove what an interrupted training left when the block succeeds."""
+        ...
+
+    def sentence(self) -> str:
+        """Return what a model card says."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +125,7 @@ def export_pruned(
     max_shard_size: int | str = MAX_SHARD_SIZE,
     push_to_hub: str | None = None,
     measured: Collection[str] = (),
-    training: Training | None = None,
+    training: Recovery | None = None,
     prune_arguments: dict[str, Any],
     **from_pretrained: Any,
 ) -> Export:
@@ -115,8 +147,8 @@ def export_pruned(
         push_to_hub: Repository on the Hub to upload the finished folder to.
         measured: Whose `Quality` to measure: some of `UNPRUNED`, `PRUNED`, `DISTILLED` and
             `RANDOM_CUT`.
-        training: Gives back what the cut took; see `lm_eval_pruned.healing.training.Training`. One
-            that Ctrl-C ends leaves what was best so far, and the same export may replace it.
+        training: Gives back what the cut took. One that Ctrl-C ends leaves what was best so far, and
+            the same export may replace it.
         prune_arguments: Those of `lm_eval_pruned.pruning.arguments.PruneArguments`.
         **from_pretrained: Anything else ``from_pretrained`` takes.
 

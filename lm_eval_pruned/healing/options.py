@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
     from peft import LoraConfig
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import TrainingArguments
 
 #: Defaults that differ from those of `transformers.TrainingArguments`. Five times, the loss on held
 #: text is measured and a checkpoint written.
@@ -182,6 +182,7 @@ class HealingOptions(DeclaredOptions):
             return self.method
         if self.peft_args:
             return "lora"
+        from lm_eval_pruned.healing.weights import bytes_to_train
         from lm_eval_pruned.pruning.lending import free_bytes
 
         # Where only the device knows, it is taken to have room.
@@ -222,23 +223,6 @@ class HealingOptions(DeclaredOptions):
                 f"{argument}={written(chosen)} cannot be used ({error}): pass what "
                 f"{library}.{kind.__name__} takes."
             ) from None
-
-
-def trained_weights(model: PreTrainedModel, method: str) -> list[Any]:
-    """Return the parameters of a model that ``mlp`` or ``full`` trains."""
-    from lm_eval_pruned.pruning.layouts import find_glu_mlps
-
-    if method == "full":
-        return [*model.parameters()]
-    found = (m.parameter(r) for m in find_glu_mlps(model) for r in m.regions.values())
-    return [*{id(parameter): parameter for parameter in found}.values()]
-
-
-def bytes_to_train(model: PreTrainedModel, method: str) -> int:
-    """Return the bytes of float32 weights, and of gradients and AdamW's two moments of those trained."""
-    every = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in trained_weights(model, method))
-    return 4 * every + 12 * trained
 
 
 @functools.cache

@@ -19,12 +19,8 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from lm_eval_pruned.checkpoints.adapters import HEALING, read_healing
-from lm_eval_pruned.healing.options import (
-    ADAPTERS,
-    WEIGHTS,
-    Budget,
-    trained_weights,
-)
+from lm_eval_pruned.healing.options import ADAPTERS, WEIGHTS, Budget
+from lm_eval_pruned.healing.resume import check_same, last_checkpoint, left_weights
 from lm_eval_pruned.healing.teacher import (
     bytes_expected,
     read_expected,
@@ -33,9 +29,9 @@ from lm_eval_pruned.healing.teacher import (
 )
 from lm_eval_pruned.healing.text import check_sources, training_text
 from lm_eval_pruned.healing.trainer import Blocks, HealingTrainer, Records
+from lm_eval_pruned.healing.weights import trainable, trained_weights
 from lm_eval_pruned.pruning.lending import moved
 from lm_eval_pruned.pruning.stacked import runnable
-from lm_eval_pruned.results.files import left_of
 from lm_eval_pruned.util.atomic import check_writable
 
 
@@ -97,7 +93,7 @@ class Training:
         self._budget = budget or Budget()
         whole = output.resolve()
         self.folder = whole.with_name(f"{whole.name}.checkpoints")
-        self._last = self._checkpoint(resume)
+        self._last = last_checkpoint(self.folder, resume)
         self._before = (self._last and read_healing(str(self._last))) or {}
         self._arguments = options.trainer_arguments(self.folder)
         options.adapter_config(options.method)
@@ -158,9 +154,9 @@ class Training:
             self._sources, tokenizer, options.max_length, self._argument, limit
         )
         given = {**options.as_dict(), "data": text.about}
-        self._check_same(given)
+        check_same(self._last, self._before, given)
         if options.method is not None:
-            self._check_same({"method": options.method})
+            check_same(self._last, self._before, {"method": options.method})
         self.record = {"lm_eval_pruned": version("lm-eval-pruned"), **given}
         self._text = text
         if self._before and options.teacher_weight:
@@ -224,8 +220,8 @@ class Training:
         given = {**options.training(), "learning_rate": arguments.learning_rate}
         self.record |= {"method": method, "training_args": given}
         self.record["pruning"] = pruned.as_dict()
-        before = self._before and _left(self._before["pruning"])
-        self._check_same(_left(self.record["pruning"]), before)
+        before = self._before and left_weights(self._before["pruning"])
+        check_same(self._last, before, left_weights(self.record["pruning"]))
         steps = self._before.get("planned_steps")
         model.config.use_cache, used_cache = False, model.config.use_cache
         set_seed(arguments.seed)
@@ -238,7 +234,7 @@ class Training:
             runnable(model),
             self._clear_errors(),
             _quiet(),
-            contextlib.nullcontext() if adapter else _trainable(model, method),
+            contextlib.nullcontext() if adapter else trainable(model, method),
         ):
             records = Records(self.record, self._before.get("seconds", self._spent))
             trainer = HealingTrainer(
@@ -325,29 +321,6 @@ class Training:
             return False
         return bool((read_healing(str(self._output)) or {}).get("interrupted"))
 
-    def _checkpoint(self, resume: bool) -> Path | None:
-        """Return the last complete checkpoint to continue from; None to start."""
-        complete = [p.parent for p in self.folder.glob(f"checkpoint-*/{HEALING}")]
-        if resume is not bool(complete):
-            raise ValueError(
-                f"resume continues from a checkpoint, but {self.folder} holds none: leave it out to start."
-                if resume
-                else f"{self.folder} holds checkpoints of a training: add --resume to continue from the "
-                "last, or delete the folder."
-            )
-        return max(
-            complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None
-        )
-
-    def _check_same(self, now: dict[str, Any], before: Any = None) -> None:
-        before = before or self._before
-        for name, value in now.items():
-            if before and before.get(name) != value:
-                raise ValueError(
-                    f"{self._last} comes from a training with {name}={before.get(name)}, but this one "
-                    f"has {name}={value}: pass the same value to resume, or another output to start."
-                )
-
     def _autocast(self) -> AbstractContextManager[Any]:
         arguments = self._arguments
         dtype = torch.bfloat16 if arguments.bf16 else torch.float16
@@ -380,7 +353,7 @@ class Training:
         names = ("max_length", "teacher", "method", "training_args", "steps")
         decides = {name: self.record[name] for name in names}
         decides["data"] = self.record["data"]["sha256"]
-        decides["pruning"] = _left(self.record["pruning"])
+        decides["pruning"] = left_weights(self.record["pruning"])
         text = json.dumps(decides, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -408,35 +381,6 @@ class Training:
                 f"{self._arguments.device} has: use heal with method=lora, or with "
                 "training_args=per_device_train_batch_size=1,gradient_checkpointing=true."
             ) from None
-
-
-def _left(pruning: dict[str, Any]) -> dict[str, Any]:
-    names = ("kept_digest", "repair", "SHA-256 of its text", "tokens of its text")
-    return dict(zip(names, left_of(pruning), strict=True))
-
-
-@contextlib.contextmanager
-def _trainable(model: PreTrainedModel, method: str) -> Iterator[None]:
-    """Have a model in float32, in memory of its own, with gradients for what a method trains.
-
-    Afterwards its numbers are in their dtypes again: steps are smaller than what 16 bits can add.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    dtypes = [(tensor.dtype, tensor.requires_grad) for tensor in tensors]
-    model.requires_grad_(False)
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            # A mapped file cannot be trained.
-            tensor.data = tensor.data.to(torch.float32, copy=True)
-    for parameter in trained_weights(model, method):
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for tensor, (dtype, has_gradient) in zip(tensors, dtypes, strict=True):
-            tensor.grad = None
-            tensor.data = tensor.data.to(dtype)
-            tensor.requires_grad_(has_gradient)
 
 
 @contextlib.contextmanager

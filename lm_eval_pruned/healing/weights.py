@@ -1,0 +1,56 @@
+"""Which weights of a model are trained, the memory that takes, and their precision meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from lm_eval_pruned.pruning.layouts import find_glu_mlps
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def trained_weights(model: PreTrainedModel, method: str) -> list[nn.Parameter]:
+    """Return the parameters of a model that ``mlp`` or ``full`` trains."""
+    if method == "full":
+        return [*model.parameters()]
+    found = (m.parameter(r) for m in find_glu_mlps(model) for r in m.regions.values())
+    return [*{id(parameter): parameter for parameter in found}.values()]
+
+
+def bytes_to_train(model: PreTrainedModel, method: str) -> int:
+    """Return the bytes of float32 weights, and of gradients and AdamW's two moments of those trained."""
+    every = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in trained_weights(model, method))
+    return 4 * every + 12 * trained
+
+
+@contextlib.contextmanager
+def trainable(model: PreTrainedModel, method: str) -> Iterator[None]:
+    """Have a model in float32, in memory of its own, with gradients for what a method trains.
+
+    Afterwards its numbers are in their dtypes again: steps are smaller than what 16 bits can add.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    dtypes = [(tensor.dtype, tensor.requires_grad) for tensor in tensors]
+    model.requires_grad_(False)
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            # A mapped file cannot be trained.
+            tensor.data = tensor.data.to(torch.float32, copy=True)
+    for parameter in trained_weights(model, method):
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor, (dtype, has_gradient) in zip(tensors, dtypes, strict=True):
+            tensor.grad = None
+            tensor.data = tensor.data.to(dtype)
+            tensor.requires_grad_(has_gradient)
