@@ -122,7 +122,7 @@ def write_expected(
 @contextlib.contextmanager
 def _rows_of(file: Path) -> Iterator[Callable[[int, Tensor], None]]:
     """Yield what writes one row of an array; through a map, a full disk would end the process."""
-    array = np.load(file, mmap_mode="r")
+    array = np.lib.format.open_memmap(file, "r")
     offset, size = array.offset, array[0].nbytes
     del array
     with file.open("r+b") as opened:
@@ -139,7 +139,7 @@ def read_expected(folder: Path) -> Expected | None:
     files = [folder / name for name in _NAMES]
     if not all(file.exists() for file in files):
         return None
-    return Expected(*(np.load(file, mmap_mode="r") for file in files))
+    return Expected(*(np.lib.format.open_memmap(file, "r") for file in files))
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
