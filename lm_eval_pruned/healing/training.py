@@ -206,9 +206,9 @@ class Training:
             The model, in an adapter of peft where one was trained.
 
         Raises:
-            ValueError: Another training left the checkpoint to resume from.
+            ValueError: Another training left the checkpoint to resume from, or there is not enough memory
+                for a step.
             OSError: A checkpoint cannot be written.
-            MemoryError: There is not enough memory for a step.
         """
         options, text, arguments = self.options, self._text, self._arguments
         assert text is not None

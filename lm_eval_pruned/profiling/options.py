@@ -9,7 +9,6 @@ from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS, plan_rows
 from lm_eval_pruned.pruning.arguments import RECIPES, SEVERAL_SIZES, STUDY
 from lm_eval_pruned.util.options import DeclaredOptions, option
 
@@ -70,6 +69,8 @@ class ProfileRequest(DeclaredOptions):
 
     def source(self) -> dict[str, Any]:
         """Return the arguments that say where config and tokenizer come from."""
+        from lm_eval_pruned.checkpoints.planning import SOURCE_ARGUMENTS
+
         return {k: v for k, v in self.load_arguments.items() if k in SOURCE_ARGUMENTS}
 
 
@@ -85,6 +86,8 @@ def plan_models(request: ProfileRequest) -> list[dict[str, Any]]:
     Raises:
         ValueError, UnsupportedModelError, OSError: See `plan_rows`.
     """
+    from lm_eval_pruned.checkpoints.planning import plan_rows
+
     sizes: list[tuple[str, Any, int]] = [("prune_percent", 0, 1)]
     for several, argument in SEVERAL_SIZES.items():
         sizes += product([argument], getattr(request, several), request.multiple_of)

@@ -321,3 +321,21 @@ def test_a_full_disk_is_refused_before_the_model_is_looked_for(
     done = pruned(command, *WRITING[command], "--output_path", tmp_path / "out")
     assert "bytes, but only 0 are free there" in done.sentence
     assert not [*tmp_path.iterdir()]
+
+
+def test_help_needs_neither_torch_nor_what_imports_it():
+    """The site is built where neither is installed."""
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("torch", "transformers", "lm_eval"))
+from lm_eval_pruned.cli import COMMANDS, parser
+for name in COMMANDS:
+    try:
+        parser([name]).parse_args([name, "--help"])
+    except SystemExit:
+        pass
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("usage: ") == len(cli.COMMANDS) > 8
