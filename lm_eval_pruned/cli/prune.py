@@ -24,8 +24,8 @@ OPTIONS = (
         default="cpu"),
     row("--max_shard_size", "SIZE", "largest weight file (default: 50GB)", default="50GB"),
     row("--distil", "BUDGET",
-        "then train all weights on what the unpruned model says of text, for a time such as 20m or 1h or "
-        "a number of tokens such as 200k"),
+        "then train the MLPs to predict what the unpruned model predicts, for a time such as 20m or 1h or "
+        "for a number of tokens such as 200k"),
     row("--text", "FILE",
         "text to distil on besides that of this package: JSON Lines, a .txt file or dataset:NAME; it must not "
         "contain text from a benchmark"),

@@ -128,10 +128,8 @@ class HealingOptions(DeclaredOptions):
                 "trains none: leave it out, or pass method=lora."
             )
 
-    def trainer_arguments(
-        self, folder: Path, steps: int | None = None
-    ) -> TrainingArguments:
-        """Return the arguments of `Trainer` for a number of steps, or `max_steps`.
+    def trainer_arguments(self, folder: Path) -> TrainingArguments:
+        """Return the arguments of `Trainer`, whose checkpoints go to a folder.
 
         Raises:
             ValueError: transformers refuses one.
@@ -141,7 +139,7 @@ class HealingOptions(DeclaredOptions):
 
         fixed = {
             "output_dir": str(folder),
-            "max_steps": steps or self.max_steps or -1,
+            "max_steps": self.max_steps or -1,
             # What is best on held text is kept.
             "eval_strategy": "steps",
             "load_best_model_at_end": True,
@@ -152,14 +150,13 @@ class HealingOptions(DeclaredOptions):
             "eval_on_start": True,
             "remove_unused_columns": False,
         }
-        values = {**TRAINING, **self.training_args, **fixed}
+        # Our bar shows the loss on held text.
+        values = {**TRAINING, "disable_tqdm": True, **self.training_args, **fixed}
         values["eval_steps"] = values["save_steps"]
         if "bf16" not in values and "fp16" not in values and _multiplies_bf16():
             values["bf16"] = True
         if not torch.accelerator.is_available():
             values.setdefault("use_cpu", True)
-        # Our bar shows the loss on held text.
-        values["disable_tqdm"] = True
         return self._made(TrainingArguments, "training_args", values)
 
     def training(self) -> dict[str, Any]:
@@ -210,7 +207,7 @@ class HealingOptions(DeclaredOptions):
         """Make a library's arguments of `values`; the option `argument` names some of them."""
         chosen = getattr(self, argument)
         for name, value in chosen.items():
-            if values[name] != value and name != "disable_tqdm":
+            if values[name] != value:
                 raise ValueError(
                     f"{argument} has {name}={value}, which other options of heal set: leave it "
                     "out."

@@ -183,7 +183,7 @@ class Training:
             if self._budget.seconds is not None and not self._before:
                 share = _SHARE_OF_TEACHER * self._budget.seconds
                 limit = int(share / self._seconds_of_token(teacher))
-            text = self.read(tokenizer, limit)
+            text = self._text or self.read(tokenizer, limit)
             blocks = torch.cat([text.held, text.blocks])
             if self.expected is None:
                 needed = bytes_expected(blocks.numel(), vocabulary_of(teacher))
@@ -339,7 +339,7 @@ class Training:
         return min(seconds) / length
 
     def _steps_in_time(self, trainer: HealingTrainer) -> int:
-        """Return how many steps the rest of a time has room for, beside the passes over held text."""
+        """Return how many steps fit in the time that the teacher and the passes over held text leave."""
         assert self._budget.seconds is not None
         batch = next(iter(trainer.get_train_dataloader()))
         step = trainer.seconds_of_step(batch)

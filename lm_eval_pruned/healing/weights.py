@@ -34,9 +34,9 @@ def bytes_to_train(model: PreTrainedModel, method: str) -> int:
 
 @contextlib.contextmanager
 def trainable(model: PreTrainedModel, method: str) -> Iterator[None]:
-    """Have a model in float32, in memory of its own, with gradients for what a method trains.
+    """Copy the weights of a model to float32, and let gradients reach those that a method trains.
 
-    Afterwards its numbers are in their dtypes again: steps are smaller than what 16 bits can add.
+    Steps are smaller than what 16 bits can add. Afterwards, weights have their dtypes again.
     """
     tensors = [*model.parameters(), *model.buffers()]
     dtypes = [(tensor.dtype, tensor.requires_grad) for tensor in tensors]

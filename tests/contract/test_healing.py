@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import lm_eval, pruned
 from tests.helpers import evaluations
+from tests.helpers.checkpoints import copy_without_weights
 from tests.helpers.layouts import logits
 from tests.helpers.sweeping import write_tasks
 from tests.helpers.ways_to_load import write_texts
@@ -282,12 +283,7 @@ def test_text_is_json_lines_of_texts_or_chats_or_a_plain_file(healed, tmp_path):
 def test_what_is_refused_before_a_weight_is_read(
     words, message, healed, tiny_llama, tmp_path, monkeypatch
 ):
-    # Whoever read a weight would miss the file.
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in tiny_llama.iterdir():
-        if file.suffix != ".safetensors":
-            (bare / file.name).write_bytes(file.read_bytes())
+    bare = copy_without_weights(tiny_llama, tmp_path / "bare")
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"text": "Not 500 tokens of text."}))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lm_eval_pruned import load_pruned
 from tests.contract.commands import in_a_terminal, pruned
+from tests.helpers.checkpoints import copy_without_weights
 from tests.helpers.ways_to_load import write_texts
 
 
@@ -148,11 +149,7 @@ def test_a_bar_shows_steps_time_left_and_the_loss_on_held_text(tiny_llama, tmp_p
 def test_what_is_refused_before_a_weight_is_read(
     words, message, tiny_llama, tmp_path, monkeypatch
 ):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in tiny_llama.iterdir():
-        if file.suffix != ".safetensors":
-            (bare / file.name).write_bytes(file.read_bytes())
+    bare = copy_without_weights(tiny_llama, tmp_path / "bare")
     monkeypatch.chdir(tmp_path)
     done = distil(bare, tmp_path / "out", *words.split())
     assert message in done.sentence

@@ -157,3 +157,12 @@ def edit_weights(folder: Path, change) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def copy_without_weights(source: Path, target: Path) -> Path:
+    """Copy a checkpoint but its weights: whoever read one would miss the file."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (target / file.name).write_bytes(file.read_bytes())
+    return target
