@@ -209,7 +209,7 @@ class Records(TrainerCallback):
 
     def spent(self, state: TrainerState) -> dict[str, Any]:
         """Return the steps and seconds of a training, as its record holds them."""
-        seconds = round(time.monotonic() - self._began, 1)
+        seconds = round(time.monotonic() - self._began, 3)
         return {"steps": state.global_step, "seconds": seconds}
 
     def on_save(self, args, state, control, **kwargs):

@@ -258,7 +258,7 @@ class Training:
         losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
         self.record["held_loss"] = {"before": losses[0], "after": min(losses)}
         self.record["tokens_seen"] = self.record["steps"] * tokens
-        self.record["teacher_seconds"] = round(self._spent, 1)
+        self.record["teacher_seconds"] = round(self._spent, 3)
         self.record["interrupted"] = trainer.interruption.asked
         self.record["digest"] = self._digest()
         if min(losses) == losses[0]:
