@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from dataclasses import dataclass
@@ -153,10 +152,11 @@ class HealingOptions(DeclaredOptions):
         # Our bar shows the loss on held text.
         values = {**TRAINING, "disable_tqdm": True, **self.training_args, **fixed}
         values["eval_steps"] = values["save_steps"]
-        if "bf16" not in values and "fp16" not in values and _multiplies_bf16():
-            values["bf16"] = True
         if not torch.accelerator.is_available():
             values.setdefault("use_cpu", True)
+        known = "bf16" in values or "fp16" in values
+        if not known and _multiplies_bf16(on_cpu=bool(values.get("use_cpu"))):
+            values["bf16"] = True
         return self._made(TrainingArguments, "training_args", values)
 
     def training(self) -> dict[str, Any]:
@@ -222,12 +222,11 @@ class HealingOptions(DeclaredOptions):
             ) from None
 
 
-@functools.cache
-def _multiplies_bf16() -> bool:
-    """Tell whether matrices of bfloat16 are multiplied by instructions of this machine."""
+def _multiplies_bf16(*, on_cpu: bool) -> bool:
+    """Tell whether the device that trains has instructions that multiply matrices of bfloat16."""
     import torch
 
-    if torch.cuda.is_available():
+    if not on_cpu and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))

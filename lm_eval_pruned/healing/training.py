@@ -352,6 +352,11 @@ class Training:
         """Return SHA-256 of all that decides a training, and nothing that a machine measures."""
         names = ("max_length", "teacher", "method", "training_args", "steps")
         decides = {name: self.record[name] for name in names}
+        decides["training_args"] = {
+            name: value
+            for name, value in self.record["training_args"].items()
+            if name != "use_cpu"
+        }
         decides["data"] = self.record["data"]["sha256"]
         decides["pruning"] = left_weights(self.record["pruning"])
         text = json.dumps(decides, sort_keys=True, default=str)
