@@ -45,7 +45,7 @@ from lm_eval_pruned.pruning.widths import widths_in_memory
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,72 +139,70 @@ def carry_out(
             with them.
     """
     model, arguments = evidence.model, cut.plan.arguments
-    calibration: dict[str, Any] | None = None
-    repaired: int | None = None
-    kept: dict[str, Tensor] = {}
-    scores: dict[str, Tensor] = {}
-    mlps: Sequence[GluMlp] = ()
-    narrower: Sequence[GluMlp] = ()
+    if arguments.calibration is not None:
+        # Text tells only that something is not finite.
+        check_weights(model)
+    if cut.plan.is_open:
+        cut = plan_layers(cut, evidence)
+    plan, targets = cut.plan, cut.targets
+    mlps = find_glu_mlps(model) if plan.prunes else []
+    narrow_config = cut.config() if plan.prunes else None
+    narrower = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
+    scored = bool(mlps) and plan.criterion != OBS
+    scores = evidence.scores(narrower) if scored else {}
+    if arguments.calibration is None:
+        check_weights(model, narrower)
+    kept = {mlp.name: _kept(mlp, targets, scores) for mlp in mlps}
     waiting: list[Callable[[], None]] = []
-    with ThreadPoolExecutor() as pool:
 
-        def take(chosen: Sequence[GluMlp], cut_mlps: Mapping[str, CutMlp]) -> None:
-            kept.update({name: mlp.kept for name, mlp in cut_mlps.items()})
-            by_path = itertools.groupby(chosen, key=lambda mlp: mlp.path)
-            groups = [list(group) for _, group in by_path]
-            narrowed = functools.partial(_narrowed, kept=kept, cut=cut_mlps)
-            # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes
-            # two thirds longer on two cores. But threads are faster than a disk.
-            made = (pool.map if scratch is None else map)(narrowed, groups)
-            for group, pieces in zip(groups, made, strict=True):
-                put = functools.partial(_put, group, pieces, cut_mlps, scratch)
-                waiting.append(put) if whole_on_error else put()
+    def take(chosen: Sequence[GluMlp], cut_mlps: Mapping[str, CutMlp]) -> None:
+        kept.update({name: mlp.kept for name, mlp in cut_mlps.items()})
+        for group, pieces in _narrowed(chosen, kept, cut_mlps, scratch):
+            put = functools.partial(_put, group, pieces, cut_mlps, scratch)
+            waiting.append(put) if whole_on_error else put()
 
-        if arguments.calibration is not None:
-            # Text tells only that something is not finite.
-            check_weights(model)
-        if cut.plan.is_open:
-            cut = plan_layers(cut, evidence)
-        plan, targets = cut.plan, cut.targets
-        if plan.prunes:
-            mlps, narrow_config = find_glu_mlps(model), cut.config()
-            narrower = [mlp for mlp in mlps if targets[mlp.name] < mlp.width]
-            if plan.criterion != OBS:
-                scores |= evidence.scores(narrower)
-        if arguments.calibration is None:
-            check_weights(model, narrower)
-        for mlp in mlps:
-            if mlp.name in scores:
-                kept[mlp.name] = kept_set(scores[mlp.name], targets[mlp.name])
-            else:
-                kept[mlp.name] = torch.arange(mlp.width, device="cpu")
-        if narrower and arguments.layer_by_layer:
-            text, device = evidence.text, evidence.device or model.device
-            fewest = tokens_per_neuron(model, text.tokens, narrower, targets)
-            roots = evidence.curvature.roots if plan.criterion == OBS else {}
-            changed = cut_layer_by_layer(
-                evidence.moments,
-                narrower,
-                targets,
-                scores,
-                roots,
-                arguments.repair,
-                take,
-            )
-            if arguments.repair != NO_REPAIR:
-                repaired = changed
-            calibration = text.as_dict() | unless_cpu(device)
-            calibration["tokens_per_neuron"] = fewest
-        else:
-            take(mlps, {})
-            if plan.criterion in CALIBRATED and scores:
-                calibration = evidence.observed.measured_on
-        for put in waiting:
-            put()
-    if plan.prunes:
+    calibration, repaired = None, None
+    if narrower and arguments.layer_by_layer:
+        calibration, repaired = _cut_by_layer(evidence, cut, narrower, scores, take)
+    else:
+        take(mlps, {})
+        if plan.criterion in CALIBRATED and scores:
+            calibration = evidence.observed.measured_on
+    for put in waiting:
+        put()
+    if narrow_config is not None:
         cut.copy_keys(narrow_config, model.config)
     done = tuple(kept.values()), calibration, repaired
-    model.prune_record = PruneRecord(cut.widths, cut.plan, *done)  # type: ignore[assignment]
+    model.prune_record = PruneRecord(cut.widths, plan, *done)  # type: ignore[assignment]
+
+
+def _kept(
+    mlp: GluMlp, targets: Mapping[str, int], scores: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the neurons that a GLU-MLP keeps by its scores; all of them where it has none."""
+    if mlp.name in scores:
+        return kept_set(scores[mlp.name], targets[mlp.name])
+    return torch.arange(mlp.width, device="cpu")
+
+
+def _cut_by_layer(
+    evidence: LoadedModel,
+    cut: Cut,
+    narrower: Sequence[GluMlp],
+    scores: Mapping[str, Tensor],
+    take: Callable[[Sequence[GluMlp], Mapping[str, CutMlp]], None],
+) -> tuple[dict[str, Any], int | None]:
+    """Choose and repair neurons on calibration text; return what was read, and how many MLPs are repaired."""
+    model, text, plan = evidence.model, evidence.text, cut.plan
+    fewest = tokens_per_neuron(model, text.tokens, narrower, cut.targets)
+    roots = evidence.curvature.roots if plan.criterion == OBS else {}
+    repair = plan.arguments.repair
+    changed = cut_layer_by_layer(
+        evidence.moments, narrower, cut.targets, scores, roots, repair, take
+    )
+    calibration = text.as_dict() | unless_cpu(evidence.device or model.device)
+    calibration["tokens_per_neuron"] = fewest
+    return calibration, None if repair == NO_REPAIR else changed
 
 
 def finish(model: PreTrainedModel, device: torch.device | None = None) -> None:
@@ -281,8 +279,28 @@ def narrow(weight: Tensor, kept: Tensor, axis: int) -> Tensor:
     return narrowed
 
 
-@torch.no_grad()
 def _narrowed(
+    mlps: Sequence[GluMlp],
+    kept: Mapping[str, Tensor],
+    cut: Mapping[str, CutMlp],
+    scratch: Path | None,
+) -> Iterator[tuple[list[GluMlp], Pieces]]:
+    """Yield GLU-MLPs by the module that they share, with the weights of their kept neurons."""
+    by_path = itertools.groupby(mlps, key=lambda mlp: mlp.path)
+    groups = [list(group) for _, group in by_path]
+    pieces = functools.partial(_pieces, kept=kept, cut=cut)
+    if scratch is not None:
+        # Threads are faster than a disk, and what waits for it would fill the memory.
+        yield from zip(groups, map(pieces, groups), strict=True)
+        return
+    # Copying holds no lock of the interpreter: without threads, a load of a 1B model takes two
+    # thirds longer on two cores.
+    with ThreadPoolExecutor() as pool:
+        yield from zip(groups, pool.map(pieces, groups), strict=True)
+
+
+@torch.no_grad()
+def _pieces(
     mlps: Sequence[GluMlp], kept: Mapping[str, Tensor], cut: Mapping[str, CutMlp]
 ) -> Pieces:
     """Return the weights of kept neurons, down as it was `cut`; empty where all are kept."""
