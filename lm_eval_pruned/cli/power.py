@@ -21,7 +21,7 @@ OPTIONS = (
     row("--documents", "N",
         "number of documents to estimate for (default: as many as were evaluated)", type=int),
     row("--alpha", "A",
-        "level of one test (default: 0.05); the correction for several rows in a table leaves less",
+        "level of one test (default: 0.05); a table of several rows tests each at a lower level",
         type=float, default=0.05),
 )
 # fmt: on

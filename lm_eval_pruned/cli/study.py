@@ -22,11 +22,11 @@ OPTIONS = (
         "the tasks that come with this package, all their documents, and two sizes: about 16 minutes on "
         "two cores"),
     row("--margin", "MARGIN",
-        f"how far a score may be away from the unpruned model's and is kept: {UNIT} (default: 5%%)",
+        f"a score within this distance of the unpruned model's counts as kept: {UNIT} (default: 5%%)",
         default="5%"),
     row("--families", "TASK=FAMILY",
-        "what tasks measure that do not declare a family under metadata in their YAML file: knowledge, "
-        "commonsense, language_modeling, truthfulness, instruction_following or reasoning", nargs="+"),
+        "families of tasks whose YAML file declares none under metadata: knowledge, commonsense, "
+        "language_modeling, truthfulness, instruction_following or reasoning", nargs="+"),
     *sweep.OPTIONS,
 )
 # fmt: on

@@ -1,4 +1,4 @@
-"""Margins: how far a score may be away from that of the base, and which scores of a task are held to one."""
+"""Margins: how far a score may differ from the base's, and which scores of a task have one."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def plan_layers(cut: Cut, evidence: LoadedModel) -> Cut:
         marginal_costs(before[layer], curves[layer].widths, curves[layer].rises)
         for layer in kept
     ]
-    # What is not known of narrower layers is not relied on without need.
+    # Costs are measured down to this share; a layer becomes narrower only if the size asks for it.
     share = 1 - max(CUTS) / 100
     needed = neurons // len(kept) // multiple * multiple
     fewest = [min(math.ceil(before[layer] * share), needed) or 1 for layer in kept]

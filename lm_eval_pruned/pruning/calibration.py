@@ -46,7 +46,7 @@ class Calibration(NamedTuple):
 def watched(
     model: PreTrainedModel, hooks: Mapping[nn.Module, Callable[..., None]]
 ) -> Iterator[None]:
-    """Have a model that can run, in evaluation mode, without gradients, and with forward hooks.
+    """Put forward hooks on a model, which runs in evaluation mode and without gradients meanwhile.
 
     The hooks are given arguments by name as well.
     """

@@ -89,7 +89,7 @@ def weighted(root: Tensor, down: Tensor) -> Tensor:
 
 
 def enough(texts: Sequence[Tensor], mlps: Sequence[GluMlp]) -> Sequence[Tensor]:
-    """Return as many texts, spread over all, as it takes to tell what directions the loss minds."""
+    """Return texts, spread over all, with enough tokens to estimate the directions that matter to the loss."""
     hidden = max(mlp.hidden_size for mlp in mlps)
     tokens = sum(text.numel() for text in texts)
     wanted = max(_LEAST * hidden, min(_MOST * hidden, _TOKENS))

@@ -165,7 +165,7 @@ class PrunePlan:
         width_before: int,
         before: Mapping[int, int] | None,
     ) -> PrunePlan:
-        """Do the same; `before` is the width of each layer by its number."""
+        """Plan as `from_arguments` does for layers whose widths differ: `before` has each by its number."""
         plan = cls(arguments, hidden_size, width_before, width_before, {})
         if arguments.size is None:
             return plan

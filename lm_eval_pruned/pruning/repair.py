@@ -129,9 +129,10 @@ def removed_in_steps(
     """Yield for each of some widths which neurons stay, and the error of the output after repair.
 
     The error is the sum over tokens of the squared distance, with the ridge: what `repaired` makes
-    as small as it can be. Takes what `order_by_cost` takes, and
+    as small as it can be.
 
     Args:
+        gram, down: As for `order_by_cost`.
         widths: Neurons to keep, descending.
         scores: Shape (I,): those of the highest stay, as `kept_set` has it, whatever it costs.
     """

@@ -58,7 +58,7 @@ class SweepFolder:
 
     @contextlib.contextmanager
     def new_unit(self) -> Iterator[Path]:
-        """Give an empty folder on the sweep's file system; what is left of it goes."""
+        """Yield an empty folder on the sweep's file system, and remove it afterwards."""
         folder = self._unfinished / uuid.uuid4().hex
         folder.mkdir(parents=True)
         try:

@@ -217,7 +217,7 @@ def _refuse_another_test(base: Run, candidate: Run, keys: Iterable[Key]) -> None
 
 
 def read_margins(texts: Iterable[str]) -> dict[str, str]:
-    """Return margins by the task or metric that ``[NAME=]MARGIN`` names, else by an empty text."""
+    """Return margins by the task or metric in ``[NAME=]MARGIN``; one without a name has an empty one."""
     margins = {name: text for name, _, text in (t.rpartition("=") for t in texts)}
     for text in margins.values():
         Margin("margin", text)

@@ -100,7 +100,7 @@ class SlotCache(DynamicCache):
         return self._write(keys, key_states), self._write(values, value_states)
 
     def _empty(self, states: torch.Tensor) -> torch.Tensor:
-        """Return zeros: what is masked is multiplied by 0, which not every number survives."""
+        """Return zeros: attention multiplies masked values by 0, and 0 times NaN or infinity is NaN."""
         _, heads, _, size = states.shape
         shape = (self.slots, heads, self.capacity, size)
         if states.device.type != "cpu":
