@@ -29,7 +29,12 @@ from lm_eval_pruned.healing.teacher import (
 )
 from lm_eval_pruned.healing.text import check_sources, training_text
 from lm_eval_pruned.healing.trainer import Blocks, HealingTrainer, Records
-from lm_eval_pruned.healing.weights import trainable, trained_weights
+from lm_eval_pruned.healing.weights import (
+    read_trained,
+    trainable,
+    trained_weights,
+    write_trained,
+)
 from lm_eval_pruned.pruning.lending import moved
 from lm_eval_pruned.pruning.stacked import runnable
 from lm_eval_pruned.util.atomic import check_writable
@@ -134,9 +139,11 @@ class Training:
         needed = 0
         method = self.options.method_for(model, self._arguments.device)
         if method in WEIGHTS:
-            # The best and the last checkpoint, each with all weights and the moments of those trained.
+            # The best and the last checkpoint, each with all weights and the moments of those trained,
+            # and what these were at the start.
             trained = sum(p.numel() for p in trained_weights(model, method))
-            needed = 2 * (4 * sum(p.numel() for p in model.parameters()) + 8 * trained)
+            every = sum(p.numel() for p in model.parameters())
+            needed = 2 * (4 * every + 8 * trained) + 4 * trained
         check_writable(self.folder, needed)
 
     def read(
@@ -200,7 +207,8 @@ class Training:
     def train(self, model: PreTrainedModel) -> Any:
         """Train a pruned model, which is changed, and complete `record`.
 
-        It ends with the weights that were best on held text, in the dtypes that it had.
+        It ends with the weights that were best on held text, those of the start among them, in the
+        dtypes that it had.
 
         Returns:
             The model, in an adapter of peft where one was trained.
@@ -253,18 +261,26 @@ class Training:
                 steps = self._steps_in_time(trainer)
             if steps is not None:
                 arguments.max_steps = self.record["planned_steps"] = steps
+            start = self.folder / "start.safetensors"
+            if self._last is None and trainer.is_world_process_zero():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_trained(student, start)
             trainer.train_from(self._last)
             self.record |= records.spent(trainer.state)
-        losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+            history = trainer.state.log_history
+            losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+            # Trainer compares its checkpoints with each other, not with the start.
+            if not (helped := min(losses) < losses[0]):
+                read_trained(student, start)
         self.record["held_loss"] = {"before": losses[0], "after": min(losses)}
         self.record["tokens_seen"] = self.record["steps"] * tokens
         self.record["teacher_seconds"] = round(self._spent, 3)
         self.record["interrupted"] = trainer.interruption.asked
         self.record["digest"] = self._digest()
-        if min(losses) == losses[0]:
+        if not helped:
             logger.warning(
-                "Training did not lower the loss on held text, %.3f nats: pass a smaller learning_rate or "
-                "more text.",
+                "Training did not lower the loss on held text, %.3f nats, so the weights are those before "
+                "it: pass a smaller learning_rate or more text.",
                 losses[0],
             )
         trained = trainer.accelerator.unwrap_model(trainer.model)

@@ -6,12 +6,15 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lm_eval_pruned.pruning.layouts import find_glu_mlps
 
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -30,6 +33,27 @@ def bytes_to_train(model: PreTrainedModel, method: str) -> int:
     every = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trained_weights(model, method))
     return 4 * every + 12 * trained
+
+
+def write_trained(model: nn.Module, file: Path) -> None:
+    """Write the weights of a model that gradients reach, by name; replaces the file."""
+    weights = {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    unfinished = file.with_name(f"unfinished-{file.name}")
+    save_file(weights, unfinished)
+    unfinished.replace(file)
+
+
+@torch.no_grad()
+def read_trained(model: nn.Module, file: Path) -> None:
+    """Give a model the weights that `write_trained` left in a file."""
+    parameters = dict(model.named_parameters())
+    with safe_open(file, framework="pt") as weights:
+        for name in weights.keys():
+            parameters[name].copy_(weights.get_tensor(name))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
 from lm_eval_pruned.checkpoints.export import export_pruned
@@ -75,20 +76,31 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_the_load(
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
     monkeypatch.setattr(Checkpoint, "load_stored", lambda *_: loads.append(1))
     # 51,424 weights before the cut, 25,344 of them in MLPs; two checkpoints with 4 bytes of each and 8
-    # more of what is trained.
-    needed = 2 * (4 * 51_424 + 8 * 25_344)
+    # more of what is trained, and 4 bytes of that as it was at the start.
+    needed = 2 * (4 * 51_424 + 8 * 25_344) + 4 * 25_344
     with pytest.raises(OSError, match=f"needs {needed:,} bytes"):
         distilled(tiny_llama, tmp_path / "out")
     assert not loads
 
 
-def test_training_that_does_not_help_says_so(tiny_llama, tmp_path, caplog):
+def test_training_that_does_not_help_says_so_and_changes_nothing(
+    tiny_llama, tmp_path, caplog
+):
     record = distilled(
         tiny_llama, tmp_path / "out", training={"learning_rate": 3.0, "warmup_steps": 0}
     )
     losses = record["held_loss"]
     assert losses["after"] == losses["before"]
     assert "Training did not lower the loss on held text" in caplog.text
+    export_pruned(
+        str(tiny_llama), tmp_path / "cut", prune_arguments={"prune_percent": 40}
+    )
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("cut", "out")
+    )
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight), name
 
 
 def test_where_the_weights_do_not_fit_an_adapter_is_trained_and_merged(
