@@ -21,7 +21,8 @@ OPTIONS = (
     row("results", "RESULTS",
         "results file, folder that `lm_eval --output_path` filled, or sweep folder"),
     row("--baseline", "FILE", "baseline file", required=True),
-    row("--format", None, None, choices=("text", "json", "github"), default="text"),
+    row("--format", None, "form of the output (default: text)",
+        choices=("text", "json", "github"), default="text"),
     row("--update", "",
         "write the results to the baseline file instead; rules already in it are kept"),
     [

@@ -16,7 +16,13 @@ OPTIONS = (
     [option_row(name, several=True) for name in SEVERAL_SIZES],
     *map(option_row, _SHARING),
     loading.TRUST_REMOTE_CODE,
-    row("--format", None, None, choices=("table", "csv", "json"), default="table"),
+    row(
+        "--format",
+        None,
+        "form of the output (default: table)",
+        choices=("table", "csv", "json"),
+        default="table",
+    ),
 )
 
 

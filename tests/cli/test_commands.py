@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
@@ -321,6 +322,21 @@ def test_a_full_disk_is_refused_before_the_model_is_looked_for(
     done = pruned(command, *WRITING[command], "--output_path", tmp_path / "out")
     assert "bytes, but only 0 are free there" in done.sentence
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_option_has_help_and_says_its_default(command):
+    (commands,) = (
+        action.choices[command]
+        for action in cli.parser([command])._actions
+        if command in (action.choices or ())
+    )
+    assert commands.description
+    for action in commands._actions:
+        name = action.option_strings or action.dest
+        assert action.help, name
+        unsaid = (None, False, argparse.SUPPRESS)
+        assert action.default in unsaid or "default" in action.help, name
 
 
 def test_help_needs_neither_torch_nor_what_imports_it():

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).with_suffix("")
 DOCUMENTS = 80
-COMMANDS = cli.COMMANDS
 #: The shares of right answers by size, then the level of the perplexities.
 SIZES = {
     0: (0.8, 0.3, 0.5, 2.0),
@@ -174,8 +173,6 @@ def observed() -> Iterator[tuple[str, str]]:
         printed("report", "sweep", "--output_path", "report")
         for name in ("report.md", "results.csv"):
             yield name, rounded((Path("report") / name).read_text("utf-8"))
-        for command in COMMANDS:
-            yield f"help_{command}.txt", printed(command, "--help")
 
 
 if __name__ == "__main__":
