@@ -319,7 +319,7 @@ def test_a_launcher_trains_on_several_devices(words_of, tmp_path):
 def test_another_healing_is_not_resumed(healed, data, tmp_path):
     healing = tmp_path / "healed"
     assert healed(healing).code == 0
-    checkpoints = sorted(p.name for p in tmp_path.glob("healed.checkpoints/*"))
+    checkpoints = sorted(p.name for p in tmp_path.glob("healed.checkpoints/c*"))
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
     healing.rename(tmp_path / "moved")
     other = write_texts(tmp_path / "data.jsonl", TEXTS[1:])
