@@ -76,8 +76,8 @@ def run(arguments) -> None:
         losses = record["held_loss"]
         print(
             f"Distilled {record['steps']} steps, {record['tokens_seen']:,} tokens, in "
-            f"{record['seconds']:,.0f} s: the divergence from the unpruned model on held text fell from "
-            f"{losses['before']:.3f} to {losses['after']:.3f} nats per token."
+            f"{record['seconds']:,.0f} s: the divergence from the unpruned model on held text is "
+            f"{losses['after']:.3f} nats per token; before the training it was {losses['before']:.3f}."
         )
         if record["interrupted"]:
             print(

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
     from lm_eval_pruned.pruning.calibration_text import Text
 
-#: One block in so many is held, and at most `_MOST_HELD`.
+#: Of text of your own, one block in so many is held; of any text, at most `_MOST_HELD`.
 _HELD_ONE_IN, _MOST_HELD = 24, 32
+#: What is held where the text of this package is trained on. No default calibrates on it, and no verdict
+#: or table of costs scores it: a cut repaired on held text would look better there than it is.
+STOPPING_TEXT = Path(__file__).with_name("stopping_text.jsonl")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class TrainingText:
     Attributes:
         blocks: To train on, shape (n, length), int64.
         held: To measure the loss on, shape (m, length), int64.
-        about: Name, SHA-256 and number of the texts; tokens of all blocks; the limit that was given.
+        about: Name, SHA-256 and number of the texts; tokens of the blocks to train on; the limit that was
+            given; what is held.
     """
 
     blocks: Tensor
@@ -63,9 +67,10 @@ def training_text(
     argument: str,
     tokens: int | None = None,
 ) -> TrainingText:
-    """Cut texts, with the end of text after each, into blocks, shuffle these, and hold some.
+    """Cut texts, with the end of text after each, into blocks, and shuffle these.
 
-    What is left at the end is dropped.
+    Held are blocks of `STOPPING_TEXT` where the text of this package is among the sources, otherwise one
+    block in 24 of the text, and at most 32. What is left at the end is dropped.
 
     Args:
         sources: JSON Lines as `read_texts` takes them, files ``.txt``, which count as one text, or
@@ -79,7 +84,6 @@ def training_text(
     Raises:
         ValueError: A source cannot be read, or all texts together are shorter than two blocks.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     texts, digest = 0, hashlib.sha256()
     for source in sources:
@@ -88,7 +92,7 @@ def training_text(
             digest.update(Path(source).read_bytes())
         began = len(ids)
         for text in _texts(source, argument):
-            added = [*token_ids(tokenizer, text), *end]
+            added = _ended(text, tokenizer)
             ids += added
             texts += 1
             if streamed:
@@ -98,24 +102,55 @@ def training_text(
     if len(ids) < 2 * length:
         raise ValueError(
             f"{argument}={','.join(sources)} holds {len(ids)} tokens, but training takes at least "
-            f"two blocks of max_length={length}, one of which is held: pass more text or a smaller "
-            "max_length."
+            f"two blocks of max_length={length}: pass more text or a smaller max_length."
         )
-    blocks = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    blocks = _blocks(ids, length)
     blocks = blocks[
         torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
     ]
-    held = min(-(-len(blocks) // _HELD_ONE_IN), _MOST_HELD)
+    if str(OWN_TEXT) in sources:
+        held, held_from = _stopping_blocks(tokenizer, length), "the package's"
+    else:
+        count = min(-(-len(blocks) // _HELD_ONE_IN), _MOST_HELD)
+        held, blocks = blocks[:count], blocks[count:]
+        held_from = f"one block in {_HELD_ONE_IN}"
     if tokens is not None:
-        blocks = blocks[: held + max(1, tokens // length)]
+        blocks = blocks[: max(1, tokens // length)]
     about = {
         "file": ",".join(_name(source) for source in sources),
         "sha256": digest.hexdigest(),
         "texts": texts,
         "tokens": blocks.numel(),
         "limit": tokens,
+        "held": held_from,
     }
-    return TrainingText(blocks[held:], blocks[:held], about)
+    return TrainingText(blocks, held, about)
+
+
+def _stopping_blocks(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """Return the blocks of `STOPPING_TEXT`, shape (m, length).
+
+    Raises:
+        ValueError: It is shorter than a block.
+    """
+    ids: list[int] = []
+    for text in read_texts(str(STOPPING_TEXT)):
+        ids += _ended(text, tokenizer)
+    if len(ids) < length:
+        raise ValueError(
+            f"max_length={length} exceeds the {len(ids)} tokens of the text that this package holds to tell "
+            f"when to stop: pass at most {len(ids)}, or text of your own."
+        )
+    return _blocks(ids, length)[:_MOST_HELD]
+
+
+def _ended(text: Text, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*token_ids(tokenizer, text), *end]
+
+
+def _blocks(ids: list[int], length: int) -> Tensor:
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 def _name(source: str) -> str:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_eval_pruned import load_pruned
 from lm_eval_pruned.checkpoints.adapters import HEALING
 from lm_eval_pruned.healing.options import HealingOptions
 from lm_eval_pruned.healing.run import heal
+from lm_eval_pruned.healing.text import training_text
 from lm_eval_pruned.healing.trainer import HealingTrainer
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
+from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from tests.helpers.ways_to_load import write_texts
 
 
@@ -173,3 +175,23 @@ def test_gradient_checkpointing_and_accumulation_change_no_step(
         options = {"max_steps": 1, "teacher_weight": 0.5, "training_args": training}
         healed(tiny_llama, data, tmp_path / name, **options)
     assert_same(tmp_path / "parts", tmp_path / "whole", rtol=1.3e-6, atol=1e-5)
+
+
+def test_what_tells_when_to_stop_is_no_text_that_is_trained_on(tiny_llama, data):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+
+    def rows(blocks):
+        return {tuple(row.tolist()) for row in blocks}
+
+    ours = training_text([str(OWN_TEXT), data], tokenizer, 32, "text")
+    again = training_text([str(OWN_TEXT)], tokenizer, 32, "text", 320)
+    assert len(ours.held) == 32
+    assert rows(ours.held) == rows(again.held)
+    assert not rows(ours.held) & rows(ours.blocks)
+    assert len(again.blocks) == 10
+    theirs = training_text([data], tokenizer, 32, "data")
+    assert len(theirs.held) == 1
+    assert not rows(theirs.held) & rows(ours.held)
+    assert theirs.about["held"] == "one block in 24"
+    with pytest.raises(ValueError, match=r"max_length=30000 exceeds the \d+ tokens"):
+        training_text([str(OWN_TEXT)], tokenizer, 30_000, "data")

@@ -19,6 +19,7 @@ from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints.cost import HELD_TEXT
+from lm_eval_pruned.healing.text import STOPPING_TEXT
 from lm_eval_pruned.pruning import moments as moments_module
 from lm_eval_pruned.pruning.arguments import OWN_TEXT
 from lm_eval_pruned.pruning.criteria import kept_set
@@ -517,22 +518,23 @@ def test_what_fails_leaves_the_model_whole(text):
     assert all(parameters[n] is p for n, p in model.named_parameters())
 
 
-def test_the_own_text_has_six_kinds_and_shares_no_run_of_8_words_with_held_text():
+def test_texts_of_the_package_share_no_run_of_8_words_with_each_other_or_the_demo():
     words = {}
-    for file in (OWN_TEXT, HELD_TEXT):
+    for file in (OWN_TEXT, HELD_TEXT, STOPPING_TEXT):
         lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
         words[file] = {
-            tuple(found[n : n + 8])
-            for found in (re.findall(r"\w+", line["text"].lower()) for line in lines)
-            for n in range(len(found) - 7)
+            tuple(run[n : n + 8])
+            for run in (re.findall(r"\w+", line["text"].lower()) for line in lines)
+            for n in range(len(run) - 7)
         }
         assert len({line["kind"] for line in lines}) >= 4
     assert OWN_TEXT.stat().st_size < 300_000
-    assert not words[OWN_TEXT] & words[HELD_TEXT]
+    for one, other in itertools.combinations(words.values(), 2):
+        assert not one & other
     demo = Path(__file__).parents[2] / "tasks" / "demo"
     for name in ("instructions.jsonl", "misconceptions.jsonl"):
         text = " ".join(re.findall(r"\w+", (demo / name).read_text("utf-8").lower()))
-        assert not any(" ".join(run) in text for run in words[OWN_TEXT])
+        assert not any(" ".join(run) in text for run in set().union(*words.values()))
 
 
 @pytest.mark.parametrize("criterion", ["act", "obs"])
