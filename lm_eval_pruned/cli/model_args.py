@@ -51,10 +51,14 @@ def read_with_pruning(
     return model_args, pruning
 
 
-def with_default_model(model_args: dict[str, Any]) -> dict[str, Any]:
-    """Return arguments of loading that name a model."""
+def with_default_model(
+    model_args: dict[str, Any], *, weights: bool = True
+) -> dict[str, Any]:
+    """Return arguments of loading that name a model; without `weights`, for its config alone."""
     if "pretrained" in model_args:
         return model_args
-    from lm_eval_pruned.checkpoints.default_model import find_default_model
+    from lm_eval_pruned.checkpoints import default_model
 
-    return {**model_args, "pretrained": find_default_model()}
+    if weights:
+        return {**model_args, "pretrained": default_model.find_default_model()}
+    return {**model_args, **default_model.find_default_config()}

@@ -41,7 +41,7 @@ def run(arguments) -> None:
         raise ValueError(
             f"No size was given: pass one of --{', --'.join(SEVERAL_SIZES)}."
         )
-    model = loading.with_default_model(model_args) | pruning
+    model = loading.with_default_model(model_args, weights=False) | pruning
     # Sizes of two kinds are refused by the arguments of pruning, in one sentence.
     first, *others = sizes
     rows = []

@@ -48,8 +48,9 @@ def write_report(
     target = Path(output_path) if output_path else sweep.path / "report"
     runs = [base, *others]
     title = f"Width pruning of {_model_name(base)}"
+    count = len(base.tasks(subtasks=False))
     subtitle = (
-        f"{len(runs)} configurations, {len(base.tasks(subtasks=False))} tasks, compared with "
+        f"{len(runs)} configurations, {count} task{'s'[: count != 1]}, compared with "
         f"the unpruned model ({base.name})"
     )
     answers, changes = changed_answers(title, base, comparison.rows, texts=texts)

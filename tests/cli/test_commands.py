@@ -153,6 +153,15 @@ def test_an_unknown_option_gets_the_closest_one_of_its_command(capsys):
         assert line.endswith(message)
 
 
+def test_a_misspelt_required_option_gets_the_closest_one_too(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["prune", "--ratio=-1", "--outputpath", "x"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "required: --output_path; unrecognized arguments: --outputpath: did you mean --output_path?"
+    )
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -213,6 +222,9 @@ def embedded(tiny_llama, monkeypatch):
         return uses[-1]
 
     monkeypatch.setattr(default_model, "find_default_model", find)
+    monkeypatch.setattr(
+        default_model, "find_default_config", lambda: {"pretrained": find()}
+    )
     return uses
 
 

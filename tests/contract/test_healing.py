@@ -282,7 +282,7 @@ def test_text_is_json_lines_of_texts_or_chats_or_a_plain_file(healed, tmp_path):
         ("--method full --peft_args r=3", "method=full trains none"),
         ("--method full --merge", "method=full trains none"),
         ("--resume", "resume continues from a checkpoint"),
-        ("--output_path .", "output=. exists"),
+        ("--output_path .", "output_path=. exists"),
         ("--model_args pretrained=TINY,load_in_8bit=true", "quantised weights"),
         ("--model_args pretrained=TINY,peft=x", "model_args has peft=x"),
         ("--model_args pretrained=TINY --teacher_weight 1", "teach itself"),

@@ -143,7 +143,7 @@ def test_a_bar_shows_steps_time_left_and_the_loss_on_held_text(tiny_llama, tmp_p
         ("--distil 0m", "distil=0m is neither"),
         ("--text nowhere.jsonl", "text=nowhere.jsonl cannot be read"),
         ("--resume", "resume continues from a checkpoint"),
-        ("--output_path .", "output=. exists"),
+        ("--output_path .", "output_path=. exists"),
     ],
 )
 def test_what_is_refused_before_a_weight_is_read(

@@ -67,7 +67,13 @@ def test_a_pruned_model_scores_as_its_saved_self(
 
     def results(kind, folder, **asked):
         told = evaluate(kind, model_args={"pretrained": folder, **asked, **backend})
-        return told["results"], told["config"]
+        scores = {
+            (task, metric): score
+            for task, metrics in told["results"].items()
+            for metric, score in metrics.items()
+            if isinstance(score, float)
+        }
+        return scores, told["config"]
 
     scores, told = results("pruned-hf", folder, **asked)
     pruning = told["pruning"]
@@ -79,7 +85,8 @@ def test_a_pruned_model_scores_as_its_saved_self(
     assert pruning["kept_digest"] == model.prune_record.digest
     stock = "pruned-hf" if widths in ONLY_OURS else "hf"
     again, theirs = results(stock, saved)
-    assert scores == again
+    # Where weights lie in memory can choose another kernel: a perplexity then differs in the seventh digit.
+    assert scores == pytest.approx(again, rel=1e-5)
     if stock == "pruned-hf":
         assert theirs["answer_paths"] == told["answer_paths"]
 
