@@ -46,7 +46,8 @@ def rows_of(stem):
     [
         path.stem
         for path in FOLDER.glob("*.csv")
-        if path.stem.partition("_")[0] not in ("coverage", "documents", "performance")
+        if path.stem.partition("_")[0]
+        not in ("coverage", "demo", "documents", "performance")
         and path.stem != "price_nats"
     ],
 )

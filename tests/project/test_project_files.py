@@ -98,3 +98,11 @@ def test_workflows_hold_no_secrets_and_may_do_little():
             # A job that may write runs no code of a pull request.
             if "permissions" in job:
                 assert not any("run" in step for step in job["steps"])
+
+
+def test_workflows_pin_the_code_of_others_by_commit():
+    paths = [ROOT / "action.yml", *(ROOT / ".github" / "workflows").glob("*.yml")]
+    uses = [line for p in paths for line in re.findall(r"uses: (.*)", p.read_text())]
+    assert len(uses) > 10
+    for line in uses:
+        assert re.fullmatch(r"\./.*|[\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", line), line
