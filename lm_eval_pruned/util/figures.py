@@ -88,25 +88,29 @@ class Plot:
     @property
     def svg(self) -> str:
         """An SVG file on white ground."""
-        return _svg(self._on_paper)
+        return _svg(self._on_ground("light"))
+
+    @property
+    def dark_svg(self) -> str:
+        """An SVG file on dark ground."""
+        return _svg(self._on_ground("dark"))
 
     @property
     def png(self) -> bytes:
         """A PNG file on white ground."""
-        return vl_convert.vegalite_to_png(self._on_paper, scale=2)
+        return vl_convert.vegalite_to_png(self._on_ground("light"), scale=2)
 
     def files(self, folder: str = "") -> dict[str, str | bytes]:
         """Return both files by their names in a folder."""
         path = f"{folder}{self.name}"
         return {f"{path}.svg": self.svg, f"{path}.png": self.png}
 
-    @cached_property
-    def _on_paper(self) -> str:
+    def _on_ground(self, colours: str) -> str:
         below = textwrap.wrap(self.description, 90)
         title = {"text": self.title, "subtitle": below, "anchor": "start"}
         config = _LOOK | {"background": "var(--ground)"}
         text = json.dumps(self.spec | {"title": title, "config": config})
-        for name, colour in VARIABLES["light"].items():
+        for name, colour in VARIABLES[colours].items():
             text = text.replace(f"var(--{name})", colour)
         return text
 

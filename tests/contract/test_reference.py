@@ -37,9 +37,9 @@ def test_the_model_types_are_those_of_the_table():
         assert get_model(name).__module__.startswith("lm_eval_pruned.")
 
 
-def test_three_names_are_public():
+def test_five_names_are_public():
     assert sorted(lm_eval_pruned.__all__) == sorted(IMPORTED)
-    assert len(IMPORTED) == 3
+    assert len(IMPORTED) == 5
     with pytest.raises(AttributeError, match="no attribute 'load_prund'"):
         lm_eval_pruned.load_prund  # noqa: B018
 

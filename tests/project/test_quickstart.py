@@ -63,3 +63,9 @@ def test_the_kept_outputs_are_of_one_whole_run_and_tell_nothing_of_the_machine(k
     shown = str([cell.outputs for cell in cells])
     assert not re.search(r"/(?:home|root|tmp|usr|Users|work)/|[A-Z]:\\\\", shown)
     assert platform.node() not in shown
+
+
+def test_the_notebook_imports_public_names_alone(kept):
+    code = "\n".join(cell.source for cell in kept.cells if cell.cell_type == "code")
+    assert "from lm_eval_pruned import" in code
+    assert not re.search(r"lm_eval_pruned\.", code)
