@@ -151,3 +151,16 @@ def test_what_the_python_examples_import_exists():
                 elif isinstance(node, ast.ImportFrom):
                     module = importlib.import_module(str(node.module))
                     assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_first_hour_runs_what_the_pages_show(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for line in importlib.import_module("first_hour").COMMANDS.strip().splitlines():
+        name, _, command = line.split(maxsplit=2)
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        page = (folder / name).read_text("utf-8")
+        shown = command.replace(
+            "2m --output_path distilled", "20m --output_path pruned"
+        )
+        names = ("NAME", "HuggingFaceTB/SmolLM2-135M-Instruct")
+        assert any(shown.replace("$NAME", name) in page for name in names), command
