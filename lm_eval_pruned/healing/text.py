@@ -162,6 +162,10 @@ def _name(source: str) -> str:
 def _texts(source: str, argument: str) -> Iterator[Text]:
     if source.startswith(DATASET):
         yield from dataset_rows(source, argument)
+    elif not Path(source).is_file():
+        raise ValueError(
+            f"{argument}={source} is not a file: pass JSON Lines, a .txt file, or dataset:NAME."
+        )
     elif Path(source).suffix.lower() != ".txt":
         yield from read_texts(source, argument=argument)
     else:

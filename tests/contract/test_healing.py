@@ -271,7 +271,10 @@ def test_text_is_json_lines_of_texts_or_chats_or_a_plain_file(healed, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--data nowhere.jsonl", "data=nowhere.jsonl cannot be read"),
+        (
+            "--data nowhere.jsonl",
+            "data=nowhere.jsonl is not a file: pass JSON Lines, a .txt file",
+        ),
         ("--teacher_weight 2", "teacher_weight=2.0 is not a share"),
         ("--teacher_weight 0 --temperature 2", "temperature=2.0 has no effect"),
         ("--teacher_weight 1 --temperature 0", "temperature=0.0 is not a dist"),

@@ -141,7 +141,10 @@ def test_a_bar_shows_steps_time_left_and_the_loss_on_held_text(tiny_llama, tmp_p
     [
         ("--distil 20x", "distil=20x is neither a time nor a number of tokens"),
         ("--distil 0m", "distil=0m is neither"),
-        ("--text nowhere.jsonl", "text=nowhere.jsonl cannot be read"),
+        (
+            "--text nowhere.jsonl",
+            "text=nowhere.jsonl is not a file: pass JSON Lines, a .txt file",
+        ),
         ("--resume", "resume continues from a checkpoint"),
         ("--output_path .", "output_path=. exists"),
     ],
