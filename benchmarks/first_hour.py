@@ -64,7 +64,7 @@ def on_a_terminal(command: str, folder: Path, environment: dict[str, str]) -> Ra
     ours, theirs = pty.openpty()
     start = spoke = time.monotonic()
     process = subprocess.Popen(
-        ["/bin/bash", "-c", command],
+        ["/bin/bash", "-c", f"stty cols 100 rows 30; {command}"],
         cwd=folder,
         env=environment,
         stdin=theirs,
