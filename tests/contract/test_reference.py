@@ -15,7 +15,9 @@ from tests.helpers.checkpoints import ROOT
 
 
 PAGE = (ROOT / "docs" / "reference.md").read_text("utf-8")
-IMPORTED = re.search(r"from lm_eval_pruned import (.*)", PAGE)[1].split(", ")
+IMPORTED = re.findall(
+    r"\w+", re.search(r"from lm_eval_pruned import \(([^)]*)\)", PAGE)[1]
+)
 
 
 def test_each_command_prints_itself_with_help():
